@@ -1,0 +1,72 @@
+"""personae: merge fine-tuned models into one, or pack them into one model plus a little each."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from personae._version import __version__
+
+if TYPE_CHECKING:
+    from personae.checkpoints import open_checkpoint
+    from personae.errors import PersonaeError
+    from personae.execute.inspect import inspect
+    from personae.execute.pack import add_tasks, pack, pack_many, remove_task
+    from personae.execute.plan import plan_pack, plan_shapes
+    from personae.execute.unpack import unpack
+    from personae.execute.verify import verify
+    from personae.execute.work import Work
+    from personae.methods import CODECS, MERGE_METHODS
+    from personae.recipe import PackSettings
+
+# Names are looked up when first used: `import personae` alone costs nothing.
+_HOMES = {
+    "CODECS": "methods",
+    "MERGE_METHODS": "methods",
+    "PackSettings": "recipe",
+    "PersonaeError": "errors",
+    "Work": "execute.work",
+    "add_tasks": "execute.pack",
+    "inspect": "execute.inspect",
+    "open_checkpoint": "checkpoints",
+    "pack": "execute.pack",
+    "pack_many": "execute.pack",
+    "plan_pack": "execute.plan",
+    "plan_shapes": "execute.plan",
+    "remove_task": "execute.pack",
+    "unpack": "execute.unpack",
+    "verify": "execute.verify",
+}
+
+__all__ = [
+    "CODECS",
+    "MERGE_METHODS",
+    "PackSettings",
+    "PersonaeError",
+    "Work",
+    "__version__",
+    "add_tasks",
+    "inspect",
+    "open_checkpoint",
+    "pack",
+    "pack_many",
+    "plan_pack",
+    "plan_shapes",
+    "remove_task",
+    "unpack",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home.
+
+    Raises:
+        AttributeError: if there is no such name.
+    """
+    if name not in _HOMES:
+        raise AttributeError(f"module 'personae' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"personae.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

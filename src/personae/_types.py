@@ -1,0 +1,54 @@
+"""The words shared by every layer: tensor descriptions and bounded numbers."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+Density = Annotated[float, Field(gt=0, le=1)]
+"""Fraction of entries kept, in (0, 1]; never sparsity, never percent."""
+
+RankFraction = Annotated[float, Field(gt=0, le=1)]
+"""Singular directions kept as a fraction of min(m, d), in (0, 1]: r of DTS."""
+
+Parts = dict[str, Tensor]
+"""What a codec stores for one tensor: part name to a 1-D tensor (uint8, float16 or float32)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a header says of one tensor, without its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values at this dtype."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether this is a parameter (floating) rather than an integer buffer."""
+        return self.dtype.is_floating_point
+
+
+class SVD(NamedTuple):
+    """A truncated singular value decomposition, `matrix ≈ u @ diag(singular_values) @ vh`.
+
+    Shapes: u (m, k), singular_values (k,) descending, vh (k, d); fp32.
+    """
+
+    u: Float[Tensor, "out rank"]
+    singular_values: Float[Tensor, " rank"]
+    vh: Float[Tensor, "rank in"]

@@ -1,0 +1,229 @@
+"""A PEFT LoRA adapter on top of its base, with its low-rank factors kept available."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from personae._types import TensorSpec
+from personae.checkpoints._protocol import Checkpoint
+from personae.checkpoints.adapter_files import (
+    CONFIG_FILE,
+    AdapterConfig,
+    StoredPair,
+    read_adapter_config,
+    sort_stored,
+)
+from personae.checkpoints.adapter_fit import find_rename, is_transposed
+from personae.checkpoints.folders import Companions
+from personae.checkpoints.specs import by_name, check_rows, no_such_tensor
+from personae.errors import CheckpointError, Faults
+
+# Products are formed in whole blocks of rows, so that a row comes out the same however it is asked.
+_BLOCK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """How one weight is adapted: scaling * B @ A, transposed where the base stores (in, out)."""
+
+    pair: StoredPair
+    scaling: float
+    transposed: bool
+
+
+class Adapter:
+    """A `Checkpoint`: the base, with weights adapted and tensors replaced by an adapter.
+
+    The merged weight is what PEFT's `merge_and_unload` gives, in fp32: base + scaling * B @ A.
+    For a tied embedding that means every use of it is adapted.
+    """
+
+    def __init__(
+        self,
+        tensors: Checkpoint,
+        base: Checkpoint,
+        adapted: Mapping[str, _Adapted],
+        replaced: Mapping[str, str],
+    ) -> None:
+        """Combine headers; `replaced` maps names to stored names. Use `open_adapter`."""
+        self.source = tensors.source
+        self.revision = tensors.revision
+        self.companions: Mapping[str, Path] = Companions(
+            {*tensors.companions, *base.companions},
+            lambda name: (tensors if name in tensors.companions else base).companions[name],
+        )
+        stored = {
+            name: TensorSpec(name, tensors.specs[key].shape, tensors.specs[key].dtype)
+            for name, key in replaced.items()
+        }
+        self.specs: Mapping[str, TensorSpec] = by_name({**base.specs, **stored}.values())
+        self.tied: Mapping[str, str] = {
+            dropped: kept for dropped, kept in base.tied.items() if dropped not in stored
+        }
+        self._tensors, self._base = tensors, base
+        self._adapted, self._replaced = adapted, replaced
+
+    def read(self, name: str) -> Shaped[Tensor, "..."]:
+        """Return one tensor, fp32 where adapted; see `Checkpoint.read`.
+
+        Raises:
+            CheckpointError: No such tensor, or a file changed since it was opened.
+        """
+        holder, key = self._holder(name)
+        stored = holder.read(key)
+        return self._adapt(name, stored, 0) if name in self._adapted else stored
+
+    def read_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "rows *rest"]:
+        """Return rows `start:stop`, fp32 where adapted; see `Checkpoint.read_rows`.
+
+        Raises:
+            CheckpointError: No such tensor or rows, or a file changed since it was opened.
+        """
+        holder, key = self._holder(name)
+        check_rows(self.source, self.specs[name], start, stop)
+        stored = holder.read_rows(key, start, stop)
+        return self._adapt(name, stored, start) if name in self._adapted else stored
+
+    def factors(
+        self, name: str
+    ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]] | None:
+        """Return fp32 `(left, right)`, scaling and layout included; see `Checkpoint.factors`.
+
+        None for convolutions (their product is a matrix only when flattened), and where the
+        adapter also stores a base weight of its own that is not the base's.
+
+        Raises:
+            CheckpointError: A file changed since it was opened.
+        """
+        if name not in self._adapted or len(self.specs[name].shape) != 2:
+            return None
+        if name in self._replaced:
+            own, base = self._tensors.read(self._replaced[name]), self._base.read(name)
+            if not torch.equal(own.float(), base.float()):
+                return None
+        return self._pair(name)
+
+    def same_as_base(self, name: str) -> bool:
+        """Whether the adapter does not touch the tensor."""
+        return name in self.specs and name not in self._adapted and name not in self._replaced
+
+    def close(self) -> None:
+        """Release the adapter's files; the base is its opener's."""
+        self._tensors.close()
+
+    def _holder(self, name: str) -> tuple[Checkpoint, str]:
+        if name not in self.specs:
+            no_such_tensor(self.source, name, self.specs)
+        if name in self._replaced:
+            return self._tensors, self._replaced[name]
+        return self._base, name
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return fp32 (left, right) of the weight as a matrix (rows, the rest)."""
+        how = self._adapted[name]
+        a = self._tensors.read(how.pair.a).float().flatten(1)
+        b = self._tensors.read(how.pair.b).float().flatten(1) * how.scaling
+        return (a.T.contiguous(), b.T.contiguous()) if how.transposed else (b, a)
+
+    def _adapt(self, name: str, stored: Tensor, start: int) -> Tensor:
+        """Add the product's rows from `start` on to rows of the stored weight, in fp32."""
+        left, right = self._pair(name)
+        result = stored.to(torch.float32, copy=True)
+        rows, stop = result.flatten(1), start + result.shape[0]
+        for block in range(start - start % _BLOCK_ROWS, stop, _BLOCK_ROWS):
+            product = left[block : block + _BLOCK_ROWS] @ right
+            first, last = max(block, start), min(block + _BLOCK_ROWS, stop)
+            rows[first - start : last - start] += product[first - block : last - block]
+        return result
+
+
+def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Adapter:
+    """Fit an adapter to its base, from headers alone.
+
+    Args:
+        tensors: The adapter's own stored tensors.
+        config_file: Its `adapter_config.json`.
+        base: The model it was trained on.
+
+    Raises:
+        CheckpointError: It is not plain LoRA, or does not fit the base; every fault at once.
+    """
+    config = read_adapter_config(config_file)
+    faults = Faults()
+    pairs, full = sort_stored(tensors.specs, tensors.source, faults)
+    if not pairs:
+        faults.add(f"{tensors.source} has no LoRA tensors (lora_A, lora_B).")
+    wanted = [f"{pair.module}.weight" for pair in pairs]
+    rename = find_rename(wanted, base.specs, tensors.source, faults)
+    replaced: dict[str, str] = {}
+    for name, key in full.items():
+        fault = _replacement_fault(config, tensors, key, name, base.specs.get(rename(name)))
+        if fault:
+            faults.add(fault)
+        replaced[rename(name)] = key
+    own = {name: tensors.specs[key] for name, key in replaced.items()}
+    specs = {**base.specs, **own}
+    adapted = {
+        name: _fit(config, tensors, pair, name, specs, faults)
+        for pair, name in zip(pairs, map(rename, wanted), strict=True)
+        if name in specs
+    }
+    faults.raise_if_any(CheckpointError)
+    return Adapter(tensors, base, adapted, replaced)
+
+
+def _fit(
+    config: AdapterConfig,
+    tensors: Checkpoint,
+    pair: StoredPair,
+    name: str,
+    specs: Mapping[str, TensorSpec],
+    faults: Faults,
+) -> _Adapted:
+    """Find scaling and layout of one adapted weight, noting what does not fit."""
+    a, b = tensors.specs[pair.a].shape, tensors.specs[pair.b].shape
+    transposed = is_transposed(
+        name,
+        specs,
+        a,
+        b,
+        embedding=pair.embedding,
+        fan_in_fan_out=config.fan_in_fan_out,
+    )
+    if transposed is None:
+        faults.add(
+            f"{tensors.source}: A {a} and B {b} of '{pair.module}' do not fit '{name}' of the "
+            f"base, {specs[name].shape}. Pass the model the adapter was trained on."
+        )
+    if a[0] != config.rank(pair.module):
+        faults.add(
+            f"{tensors.source}: '{pair.a}' has rank {a[0]}, but {CONFIG_FILE} says "
+            f"{config.rank(pair.module)}, so its scaling is unsure. Save the adapter again."
+        )
+    return _Adapted(pair, config.scaling(pair.module), bool(transposed))
+
+
+def _replacement_fault(
+    config: AdapterConfig, tensors: Checkpoint, key: str, name: str, spec: TensorSpec | None
+) -> str | None:
+    """Say why a tensor stored in full cannot take a base tensor's place, or None if it can."""
+    module = name.rpartition(".")[0]
+    if config.saves(module):
+        return None  # a head of another size is what modules_to_save is for
+    if spec is None:
+        return (
+            f"{tensors.source}: '{key}' is no LoRA tensor, is in no module of modules_to_save, and "
+            "the base has none like it. Pass the model the adapter was trained on."
+        )
+    found = tensors.specs[key].shape
+    # An embedding may have grown: other rows, same width.
+    if found != spec.shape and not (len(found) == 2 and found[1:] == spec.shape[1:]):
+        return (
+            f"{tensors.source}: '{key}' has shape {found}, '{spec.name}' of the base {spec.shape}. "
+            "Pass the model the adapter was trained on."
+        )
+    return None

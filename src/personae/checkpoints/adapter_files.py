@@ -1,0 +1,176 @@
+"""What a PEFT LoRA adapter says: its configuration, and which stored tensor is for what.
+
+Rules (scaling, patterns, names of stored tensors) are those of PEFT's LoRA,
+https://huggingface.co/docs/peft/package_reference/lora
+"""
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from personae.errors import CheckpointError, Faults
+
+CONFIG_FILE = "adapter_config.json"
+
+_ROOT = "base_model.model."
+_PAIRED = re.compile(
+    r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?"
+)
+# Layers PEFT wraps around a module whose own tensors it stores.
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
+# Each of these changes what the stored tensors mean, so that base + left @ right would be wrong.
+_NOT_STATIC_LORA = (
+    "use_dora",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "monteclora_config",
+    "arrow_config",
+    "kasa_config",
+    "megatron_config",
+)
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+class AdapterConfig(BaseModel):
+    """The fields of `adapter_config.json` that decide the merged weight."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    peft_type: Literal["LORA"]
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str | None = True
+
+    def rank(self, module: str) -> int:
+        """Return the rank of one adapted module."""
+        return _matched(self.rank_pattern, module, self.r)
+
+    def scaling(self, module: str) -> float:
+        """Return alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA."""
+        rank = self.rank(module)
+        divisor = math.sqrt(rank) if self.use_rslora else rank
+        return _matched(self.alpha_pattern, module, self.lora_alpha) / divisor
+
+    def saves(self, module: str) -> bool:
+        """Whether a module was trained and stored in full, by itself or inside one that was."""
+        return any(f".{name}." in f".{module}." for name in self.modules_to_save or ())
+
+
+def read_adapter_config(path: Path) -> AdapterConfig:
+    """Read `adapter_config.json`, refusing every kind of adapter that is not plain LoRA.
+
+    Raises:
+        CheckpointError: It is damaged or not plain LoRA; every fault at once.
+    """
+    faults = Faults()
+    content: Any = None
+    config: AdapterConfig | None = None
+    try:
+        content = json.loads(path.read_bytes())
+        config = AdapterConfig.model_validate(content)
+    except ValidationError as error:
+        for problem in error.errors():
+            field = ".".join(map(str, problem["loc"]))
+            found = "missing" if problem["type"] == "missing" else repr(problem["input"])
+            faults.add(
+                f"{path}: '{field}' is {found}: {problem['msg']}. Only LoRA adapters are read; "
+                "merge any other into its base with PEFT and pass the result."
+            )
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON. Copy or download it again.") from error
+    fields: dict[str, Any] = content if isinstance(content, dict) else {}
+    for field in _NOT_STATIC_LORA:
+        if fields.get(field):
+            faults.add(
+                f"{path}: '{field}' is {fields[field]!r}, which is more than plain LoRA. Merge "
+                "the adapter into its base with PEFT and pass the result."
+            )
+    if config is not None and config.init_lora_weights not in _HARMLESS_INITS:
+        faults.add(
+            f"{path}: 'init_lora_weights' is {config.init_lora_weights!r}, which also changes the "
+            "base's weights. Convert it to plain LoRA with PEFT, or merge it and pass the result."
+        )
+    faults.raise_if_any(CheckpointError)
+    assert config is not None
+    return config
+
+
+@dataclass(frozen=True)
+class StoredPair:
+    """The stored names of one module's A and B."""
+
+    module: str
+    a: str
+    b: str
+    embedding: bool
+
+
+def sort_stored(
+    stored: Collection[str], where: str, faults: Faults
+) -> tuple[list[StoredPair], dict[str, str]]:
+    """Tell LoRA pairs from tensors stored in full.
+
+    Args:
+        stored: Names in the adapter's weights file.
+        where: That file, for texts.
+        faults: Where unknown and unpaired tensors are noted.
+
+    Returns:
+        The pairs by module, and full tensors as model name to stored name. A wrapped module's
+        untouched original is left out.
+    """
+    sides: dict[tuple[str, bool], dict[str, str]] = {}
+    full: dict[str, str] = {}
+    for key in sorted(stored):
+        name = key.removeprefix(_ROOT)
+        paired = _PAIRED.fullmatch(name)
+        if paired:
+            sides.setdefault((paired["module"], bool(paired["embedding"])), {})[paired["side"]] = (
+                key
+            )
+        elif ".lora_" in name or "token_adapter" in name:
+            faults.add(f"{where}: '{key}' is no part of plain LoRA. Merge the adapter with PEFT.")
+        elif ".original_module." not in name:
+            full[_WRAPPED.sub("", name)] = key
+    pairs = [
+        StoredPair(_WRAPPED.sub("", f"{module}.")[:-1], both["A"], both["B"], embedding)
+        for (module, embedding), both in sorted(sides.items())
+        if len(both) == 2
+    ]
+    for (module, _), both in sorted(sides.items()):
+        if len(both) != 2:
+            faults.add(f"{where}: '{module}' has only lora_{'/'.join(both)}. Save it again.")
+    return pairs, full
+
+
+def _matched(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """Return the value of the first pattern that the end of the module's name matches.
+
+    Raises:
+        CheckpointError: A pattern is not a regular expression.
+    """
+    for key, value in (pattern or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        except re.error as error:
+            raise CheckpointError(
+                f"{CONFIG_FILE}: the pattern {key!r} is not a regular expression ({error})."
+            ) from error
+    return default

@@ -1,0 +1,101 @@
+"""How an adapter fits its base: which names are meant, and which way round a weight is stored."""
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from itertools import takewhile
+
+from personae._types import TensorSpec
+from personae.errors import Faults
+
+
+def find_rename(
+    wanted: Collection[str], known: Mapping[str, object], where: str, faults: Faults
+) -> Callable[[str], str]:
+    """Find the one prefix that, taken off or put on every wanted name, makes all of them known.
+
+    A model with a head and its backbone alone name the same tensors with and without a prefix
+    (`transformer.h.0…` and `h.0…`).
+
+    Args:
+        wanted: Names of adapted weights, as the adapter has them.
+        known: Names of the base.
+        where: The adapter, for texts.
+        faults: Where names that no prefix explains are noted.
+    """
+    if all(name in known for name in wanted):
+        return lambda name: name
+    dots = {name[: at.end()] for name in wanted for at in re.finditer(r"\.", name)}
+    adds = {k.removesuffix(name) for name in wanted for k in known if k.endswith(f".{name}")}
+    renames: list[Callable[[str], str]] = [lambda name: name]
+    renames += [lambda name, p=p: name.removeprefix(p) for p in sorted(dots)]
+    renames += [lambda name, p=p: p + name for p in sorted(adds)]
+    matched = [sum(rename(name) in known for name in wanted) for rename in renames]
+    best = max(matched)
+    if matched.count(len(wanted)) > 1:
+        faults.add(f"{where} fits several parts of its base. Pass the model it was trained on.")
+    elif best < len(wanted):
+        rename = renames[matched.index(best)]
+        lost = sorted(n.removesuffix(".weight") for n in wanted if rename(n) not in known)
+        more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
+        faults.add(
+            f"{where} adapts modules whose weight the base has not: {', '.join(lost[:10])}{more}. "
+            "Pass the model it was trained on; a weight tied to another must be stored untied."
+        )
+    return renames[matched.index(best)]
+
+
+def is_transposed(
+    name: str,
+    specs: Mapping[str, TensorSpec],
+    a: tuple[int, ...],
+    b: tuple[int, ...],
+    *,
+    embedding: bool,
+    fan_in_fan_out: bool,
+) -> bool | None:
+    """Whether a weight is stored as (in, out); None if A and B do not fit it at all.
+
+    The shape tells, except for a square weight of a linear layer: PEFT's `fan_in_fan_out` is one
+    flag for layers of both layouts, and keeps the value of whichever came last.
+
+    Args:
+        name: The adapted weight.
+        specs: The base's, by name.
+        a: Shape of A, (rank, in, ...).
+        b: Shape of B, (out, rank, ...).
+        embedding: Whether it is an embedding, which is always (in, out).
+        fan_in_fan_out: The adapter's flag, the last resort.
+    """
+    shape = specs[name].shape
+    if len(a) != len(shape) or len(b) != len(shape) or a[0] != b[1] or math.prod(b[2:]) != 1:
+        return None
+    plain, transposed = (b[0], *a[1:]) == shape, (a[1], b[0]) == shape
+    if embedding:
+        return True if transposed else None
+    if plain and transposed:
+        return _stored_in_out(name, specs, fan_in_fan_out)
+    return transposed if plain or transposed else None
+
+
+def _stored_in_out(name: str, specs: Mapping[str, TensorSpec], otherwise: bool) -> bool:
+    """Whether a square weight is (in, out), as its nearest relative with an oblong weight is.
+
+    Nearest is the one whose name has the longest start in common; its bias, of length out, tells
+    the layout. Without any such relative the answer is `otherwise`.
+    """
+    best, answer = 0, otherwise
+    for other, spec in specs.items():
+        bias = specs.get(re.sub(r"weight$", "bias", other))
+        if len(spec.shape) != 2 or spec.shape[0] == spec.shape[1] or bias is None:
+            continue
+        common = _common_parts(name, other)
+        if common > best and bias.shape[0] in spec.shape:
+            best, answer = common, bias.shape[0] == spec.shape[1]
+    return answer
+
+
+def _common_parts(name: str, other: str) -> int:
+    """Count the leading dotted parts two names share."""
+    same = (a == b for a, b in zip(name.split("."), other.split("."), strict=False))
+    return sum(takewhile(bool, same))

@@ -1,0 +1,146 @@
+"""One door to every reader: `open_checkpoint`."""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from personae.checkpoints._protocol import Checkpoint
+from personae.checkpoints.adapter import open_adapter
+from personae.checkpoints.adapter_files import CONFIG_FILE
+from personae.checkpoints.folders import Folder, local_folder, lone_file
+from personae.checkpoints.hub import hub_folder
+from personae.checkpoints.memory import InMemory
+from personae.checkpoints.pickles import open_pickles
+from personae.checkpoints.safetensors_files import open_safetensors
+from personae.errors import CheckpointError, nearest
+
+_PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
+_TRAINING_STATE = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state")
+_FULL_MODEL = ("model.safetensors", "model.safetensors.index.json")
+_FULL_MODEL_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+def open_checkpoint(
+    source: str | Path | nn.Module | Mapping[str, Tensor], *, base: Checkpoint | None = None
+) -> Checkpoint:
+    """Open any checkpoint for lazy reading. Only headers are read.
+
+    Args:
+        source: A directory or file (safetensors or pickled state dict), a hub id
+            `org/name[@revision]`, a module, or a mapping of names to tensors. A path that exists
+            is never taken for a hub id.
+        base: What an adapter sits on; not used for a full checkpoint.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it cannot be read; every fault at once.
+    """
+    if isinstance(source, nn.Module | Mapping):
+        return InMemory(source)
+    text, path = str(source), Path(source).expanduser()
+    if path.is_dir():
+        return _open_folder(local_folder(path, text), base)
+    if path.is_file():
+        return _open_file(lone_file(path, text), path.name)
+    if _is_hub_id(source):
+        return _open_folder(hub_folder(text), base)
+    raise CheckpointError(_no_such_path(text, path))
+
+
+def _open_folder(folder: Folder, base: Checkpoint | None) -> Checkpoint:
+    """Open what a folder holds: a full model before an adapter, safetensors before pickles.
+
+    Raises:
+        CheckpointError: It holds no weights, an adapter without a base, or several candidates.
+    """
+    names = folder.names
+    for file in (name for name in _FULL_MODEL if name in names):
+        return open_safetensors(folder, file)
+    if CONFIG_FILE in names:
+        return _open_adapter(folder, base)
+    for file in (name for name in _FULL_MODEL_PICKLED if name in names):
+        return open_pickles(folder, file)
+    pickles = sorted(name for name in names if _is_weights_pickle(name))
+    if len(pickles) == 1:
+        return open_pickles(folder, pickles[0])
+    others = pickles or sorted(name for name in names if name.endswith(".safetensors"))
+    found = f"It has {_some(others)}: pass the file you mean." if others else _some(names)
+    raise CheckpointError(
+        f"{folder.source} has none of {', '.join((*_FULL_MODEL, CONFIG_FILE))} or "
+        f"{', '.join(_FULL_MODEL_PICKLED)}. {found}"
+    )
+
+
+def _open_adapter(folder: Folder, base: Checkpoint | None) -> Checkpoint:
+    file = next((name for name in _ADAPTER if name in folder.names), None)
+    if file is None:
+        raise CheckpointError(
+            f"{folder.source} has {CONFIG_FILE} but neither {' nor '.join(_ADAPTER)}. "
+            "Complete the copy, or save the adapter again."
+        )
+    if base is None:
+        raise CheckpointError(
+            f"{folder.source} is a PEFT adapter and needs the model it was trained on. "
+            "Pass that as the base."
+        )
+    tensors = (
+        open_safetensors(folder, file)
+        if file.endswith(".safetensors")
+        else open_pickles(folder, file)
+    )
+    return open_adapter(tensors, folder.locate(CONFIG_FILE), base)
+
+
+def _open_file(folder: Folder, name: str) -> Checkpoint:
+    """Open a single file by its ending.
+
+    Raises:
+        CheckpointError: The ending is unknown, or the tensors are those of an adapter.
+    """
+    if name.endswith(".safetensors"):
+        opened: Checkpoint = open_safetensors(folder, name)
+    elif name.endswith(_PICKLE_ENDINGS):
+        opened = open_pickles(folder, name)
+    else:
+        raise CheckpointError(
+            f"{folder.source} is no kind of checkpoint known here. Pass a directory, or a file "
+            f"ending in .safetensors, {', '.join(_PICKLE_ENDINGS)}."
+        )
+    if any(".lora_A." in tensor for tensor in opened.specs):
+        raise CheckpointError(
+            f"{folder.source} holds a LoRA adapter. Pass its directory, which has the "
+            f"{CONFIG_FILE} that says how to scale it."
+        )
+    return opened
+
+
+def _is_weights_pickle(name: str) -> bool:
+    return name.endswith(_PICKLE_ENDINGS) and "/" not in name and not _TRAINING_STATE.match(name)
+
+
+def _is_hub_id(source: Any) -> bool:
+    """Whether text looks like `org/name[@revision]` and not like a mistyped local path."""
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+        return False
+    is_file_name = source.endswith((".safetensors", ".json", *_PICKLE_ENDINGS))
+    return not is_file_name and not Path(source.split("/")[0]).is_dir()
+
+
+def _no_such_path(text: str, path: Path) -> str:
+    folder = path.parent
+    there = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    hint = nearest(path.name, there[:50]) if there else f"Nor is there a directory {folder}."
+    return (
+        f"{text}: no such file or directory. {hint} Models on the hub are written "
+        "org/name or org/name@revision."
+    )
+
+
+def _some(names: Collection[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
+    return (", ".join(listed[:10]) or "nothing") + more

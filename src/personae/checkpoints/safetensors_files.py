@@ -1,0 +1,148 @@
+"""Safetensors, one file or many: headers at opening, bytes by position afterwards.
+
+Nothing is mapped and no file stays open: each read opens its file, seeks and fills one fresh
+tensor. Memory is then exactly the tensors the caller holds, and any number of threads may read.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from personae._types import TensorSpec
+from personae.checkpoints.folders import Companions, Folder, read_weight_map
+from personae.checkpoints.headers import LENGTH_BYTES, Header
+from personae.checkpoints.specs import by_name, check_rows, no_such_tensor
+from personae.errors import CheckpointError, Faults
+
+_HEADERS_AT_ONCE = 8
+
+
+class SafetensorsFiles:
+    """A `Checkpoint` of one or more safetensors files.
+
+    Args:
+        source: What the user wrote.
+        headers: File name to its header.
+        locate: File name to its path on this machine, which may download it.
+        companions: See `Checkpoint`.
+        revision: See `Checkpoint`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        headers: Mapping[str, Header],
+        locate: Callable[[str], Path],
+        companions: Companions,
+        revision: str | None = None,
+    ) -> None:
+        """Join the headers; no file is touched."""
+        self.source = source
+        self.revision = revision
+        self.companions: Mapping[str, Path] = companions
+        self.specs: Mapping[str, TensorSpec] = by_name(
+            spec for header in headers.values() for spec in header.specs.values()
+        )
+        self.tied: Mapping[str, str] = {
+            dropped: kept for header in headers.values() for dropped, kept in header.tied.items()
+        }
+        self._places = {
+            name: (file, begin)
+            for file, header in headers.items()
+            for name, begin in header.begins.items()
+        }
+        self._locate = locate
+
+    def read(self, name: str) -> Shaped[Tensor, "..."]:
+        """Return one tensor; see `Checkpoint.read`.
+
+        Raises:
+            CheckpointError: No such tensor, or its file changed since it was opened.
+        """
+        spec = self._spec(name)
+        return self._read_bytes(spec, 0, spec.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "rows *rest"]:
+        """Return rows `start:stop`; see `Checkpoint.read_rows`.
+
+        Raises:
+            CheckpointError: No such tensor or rows, or its file changed since it was opened.
+        """
+        spec = self._spec(name)
+        check_rows(self.source, spec, start, stop)
+        row_bytes = math.prod(spec.shape[1:]) * spec.dtype.itemsize
+        return self._read_bytes(spec, start * row_bytes, (stop - start, *spec.shape[1:]))
+
+    def factors(self, name: str) -> None:
+        """Return None: a stored tensor has no factors."""
+
+    def same_as_base(self, name: str) -> bool:
+        """Return False: only values could tell."""
+        return False
+
+    def close(self) -> None:
+        """Do nothing: no file is held open."""
+
+    def _spec(self, name: str) -> TensorSpec:
+        return self.specs.get(name) or no_such_tensor(self.source, name, self.specs)
+
+    def _read_bytes(self, spec: TensorSpec, skip: int, shape: tuple[int, ...]) -> Tensor:
+        file, begin = self._places[spec.name]
+        tensor = torch.empty(shape, dtype=spec.dtype)
+        left = tensor.reshape(-1).view(torch.uint8).numpy().data
+        with self._locate(file).open("rb", buffering=0) as raw:
+            header_bytes = int.from_bytes(raw.read(LENGTH_BYTES), "little")
+            raw.seek(LENGTH_BYTES + header_bytes + begin + skip)
+            while len(left) > 0:
+                # One system call moves at most 2 GiB, so a large tensor takes several.
+                count = raw.readinto(left)
+                if not count:
+                    raise CheckpointError(
+                        f"{self.source}: {file} ended inside '{spec.name}', so it was changed or "
+                        "cut short after it was opened. Run again with the complete file."
+                    )
+                left = left[count:]
+        return tensor
+
+
+def open_safetensors(folder: Folder, file: str) -> SafetensorsFiles:
+    """Open a single file, or the shards an index names, checking that index and shards agree.
+
+    Raises:
+        CheckpointError: Shards are absent or damaged, or the index does not fit them; every
+            fault at once.
+    """
+    faults = Faults()
+    weight_map = read_weight_map(folder, file) if file.endswith(".json") else None
+    wanted = [file] if weight_map is None else sorted(set(weight_map.values()))
+    present = [shard for shard in wanted if folder.has(shard, file, faults)]
+    # Headers of a hub model are one request each, so they are fetched side by side.
+    with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+        read = list(pool.map(folder.header, present))
+    headers: dict[str, Header] = {}
+    for shard, (header, messages) in zip(present, read, strict=True):
+        headers[shard] = header
+        for message in messages:
+            faults.add(message)
+        if weight_map is not None and not messages:
+            _compare_with_index(folder.where(file), weight_map, shard, header, faults)
+    faults.raise_if_any(CheckpointError)
+    return SafetensorsFiles(
+        folder.source, headers, folder.locate, folder.companions, folder.revision
+    )
+
+
+def _compare_with_index(
+    index: str, weight_map: Mapping[str, str], shard: str, header: Header, faults: Faults
+) -> None:
+    """Note every tensor that only the index or only the shard knows of."""
+    listed = {name for name, file in weight_map.items() if file == shard}
+    for name in sorted(listed - set(header.specs) - set(header.tied)):
+        faults.add(f"{index} places '{name}' in {shard}, which lacks it. Save the model again.")
+    for name in sorted(set(header.specs) - listed):
+        faults.add(f"{shard} holds '{name}', which {index} does not place there. Save it again.")

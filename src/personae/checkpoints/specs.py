@@ -1,0 +1,101 @@
+"""What every reader asks of a header: known dtypes, known names, rows in range, shared storage."""
+
+from collections.abc import Iterable, Mapping
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from personae._types import TensorSpec
+from personae.errors import CheckpointError, nearest
+
+READABLE = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The safetensors names of the dtypes read here."""
+
+_QUANTISED_ENDINGS = (".weight", ".qweight", ".weight_packed", "_blocks")
+
+
+def dtype_fault(where: str, name: str, dtype: torch.dtype | str) -> str | None:
+    """Say why a tensor of this dtype cannot be read, or None if it can.
+
+    Integer buffers are fine; integer *weights* are codes of a quantised model, on which
+    arithmetic would be meaningless.
+
+    Args:
+        where: The file or model the tensor is in, for the text.
+        name: The tensor's name.
+        dtype: Its torch dtype, or the name a safetensors header gives.
+    """
+    known = READABLE.get(dtype) if isinstance(dtype, str) else dtype
+    if known is None or known not in READABLE.values():
+        hint = "Dequantise it first" if "8" in str(dtype) or "4" in str(dtype) else "Convert it"
+        return (
+            f"{where}: tensor '{name}' has dtype {str(dtype).removeprefix('torch.')}, which is not "
+            f"read. {hint}: float64, float32, float16, bfloat16, integers and bool are."
+        )
+    if name.endswith(_QUANTISED_ENDINGS) and not known.is_floating_point:
+        return (
+            f"{where}: '{name}' holds {str(known).removeprefix('torch.')} codes of a quantised "
+            "weight. Pass the checkpoint it was quantised from, or dequantise it first."
+        )
+    return None
+
+
+def by_name(specs: Iterable[TensorSpec]) -> dict[str, TensorSpec]:
+    """Return the specs by name, sorted."""
+    return {spec.name: spec for spec in sorted(specs, key=lambda spec: spec.name)}
+
+
+def no_such_tensor(source: str, name: str, specs: Mapping[str, TensorSpec]) -> NoReturn:
+    """Refuse a name that is not in the checkpoint.
+
+    Raises:
+        CheckpointError: Always.
+    """
+    raise CheckpointError(f"{source} has no tensor '{name}'. {nearest(name, specs)}")
+
+
+def check_rows(source: str, spec: TensorSpec, start: int, stop: int) -> None:
+    """Check that rows `start:stop` exist along the first axis.
+
+    Raises:
+        CheckpointError: The tensor has no axis, or not that many rows.
+    """
+    rows = spec.shape[0] if spec.shape else 0
+    if not spec.shape or not 0 <= start <= stop <= rows:
+        raise CheckpointError(
+            f"{source}: rows {start}:{stop} of '{spec.name}' were asked for; "
+            f"its shape is {spec.shape}. Ask for rows within 0:{rows}."
+        )
+
+
+def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map each tensor that is the same view of the same storage as an earlier one to that one.
+
+    Two different views of one storage (slices of a fused weight) are separate tensors. Tensors
+    without an address (empty, or on the meta device) are the same only if they are one object.
+    """
+    kept: dict[tuple[object, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        address = 0 if tensor.is_meta else tensor.data_ptr()
+        identity = (address, tensor.device) if address else (id(tensor),)
+        view = (*identity, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        first = kept.setdefault(view, name)
+        if first != name:
+            tied[name] = first
+    return tied

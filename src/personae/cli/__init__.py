@@ -1,0 +1,77 @@
+"""The command line: one typed function per command, and one place where errors become exits."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from personae import __version__
+from personae.cli import inspect, methods, pack, plan, unpack, verify
+from personae.cli.console import err
+from personae.errors import PersonaeError
+
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="personae",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line; exits 0 done, 1 failed on the work, 2 refused input, 130 interrupt."""
+    try:
+        app()
+    except BrokenPipeError:  # the reader of our output has left, as 'head' does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Print this package's errors instead of raising them, and exit with their code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except PersonaeError as error:
+            err.print(f"error: {error}", markup=False, soft_wrap=True)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            err.print("Interrupted. The same command goes on where it stopped.", markup=False)
+            raise typer.Exit(_INTERRUPTED) from error
+
+    return run
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"personae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Many fine-tuned models in the space of one: merge them, or pack them."""
+
+
+for _command in (
+    pack.pack,
+    unpack.unpack,
+    plan.plan,
+    inspect.inspect,
+    verify.verify,
+    methods.methods,
+):
+    app.command()(_guarded(_command))

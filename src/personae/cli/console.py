@@ -1,0 +1,80 @@
+"""What a person sees: progress on a terminal, plain lines elsewhere, tables, sizes."""
+
+import json
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from personae.execute.work import Progress as Report
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress() -> Generator[Report]:
+    """Yield a report function: a bar on a terminal, a line at the end of each stage elsewhere."""
+    if not err.is_terminal:
+        yield _line
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=err, transient=True) as bars:
+        rows: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in rows:
+                rows[stage] = bars.add_task(stage, total=total)
+            bars.update(rows[stage], completed=done)
+
+        yield report
+
+
+def _line(stage: str, done: int, total: int) -> None:
+    if done == total:
+        sys.stderr.write(f"{stage}: {total} done\n")
+
+
+def note(text: str) -> None:
+    """Tell the person something beside the result."""
+    err.print(text, style="dim" if err.is_terminal else None, markup=False)
+
+
+def facts(values: Any) -> None:
+    """Print plain values as JSON on standard output."""
+    sys.stdout.write(json.dumps(values, indent=2) + "\n")
+
+
+def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1) -> None:
+    """Print a table: the first `left` columns to the left, numbers to the right."""
+    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for place, column in enumerate(columns):
+        justify = "left" if place < left else "right"
+        grid.add_column(column, justify=justify, overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    out.print(grid)
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them."""
+    if count < 1000:
+        return f"{count} B"
+    value, units = count / 1000, ["KB", "MB", "GB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.1f} {units[0]}"
+
+
+def percent(value: float) -> str:
+    """A percentage with three digits after the point, as the papers' tables need."""
+    return f"{value:.3f}"

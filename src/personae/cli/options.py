@@ -1,0 +1,101 @@
+"""Options that several commands share, and how their texts become settings."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from personae.errors import Faults, RecipeError
+from personae.execute.work import Progress, Work
+from personae.recipe import PackRecipe, PackSettings, parse_size, read_recipe, settings_from
+
+Base = Annotated[
+    str | None, typer.Option("--base", "-b", help="The base: a path or a hub id (org/name@rev).")
+]
+Experts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--expert", "-e", metavar="NAME=PATH", help="An expert (path or hub id); repeat for each."
+    ),
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Tensors worked on at once [one a core].")
+]
+Memory = Annotated[
+    str | None, typer.Option("--memory", metavar="SIZE", help="Bound on working memory, as 2GiB.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda[:i].")]
+Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON on standard output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+
+
+def work_from(workers: int | None, memory: str | None, progress: Progress, device: str) -> Work:
+    """How to work, from options.
+
+    Raises:
+        RecipeError: if the memory bound is no size, or the device is not here.
+    """
+    bound = None
+    if memory is not None:
+        try:
+            bound = int(parse_size(memory))
+        except ValueError as error:
+            raise RecipeError(f"--memory: {error}") from error
+    work = Work(workers=workers, memory=bound, device=device, progress=progress)
+    assert work.torch_device
+    return work
+
+
+def named(pairs: list[str] | None, option: str) -> dict[str, str]:
+    """`NAME=PATH` texts as a mapping, in order.
+
+    Raises:
+        RecipeError: listing each text without '=' and each name given twice.
+    """
+    faults = Faults()
+    found: dict[str, str] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name or not value:
+            faults.add(f"{option} {pair}: write NAME=PATH.")
+        elif name in found:
+            faults.add(f"{option}: two are named '{name}'. Give each its own name.")
+        found[name] = value
+    faults.raise_if_any(RecipeError)
+    return found
+
+
+def values(pairs: list[str] | None, option: str) -> dict[str, Any]:
+    """`KEY=VALUE` texts as typed values (numbers, true/false, words)."""
+    return {key: yaml.safe_load(value) for key, value in named(pairs, option).items()}
+
+
+def gather_recipe(
+    recipe: Path | None, base: str | None, experts: list[str] | None, options: dict[str, Any]
+) -> PackRecipe:
+    """What to pack: the recipe, with whatever the options say on top of it.
+
+    Args:
+        recipe: A YAML file, or None.
+        base: Replaces the recipe's base.
+        experts: `NAME=PATH` texts; replace the recipe's experts.
+        options: Settings; those that are None leave the recipe's.
+
+    Raises:
+        RecipeError: for a bad recipe or option.
+    """
+    read = (
+        read_recipe(recipe)
+        if recipe
+        else PackRecipe(base=None, experts={}, settings=PackSettings())
+    )
+    given = {key: value for key, value in options.items() if value not in (None, {}, [])}
+    if "parameters" in given:
+        given["parameters"] = {**read.settings.parameters, **given["parameters"]}
+    merged = read.settings.model_dump() | given
+    return PackRecipe(
+        base=base or read.base,
+        experts=named(experts, "--expert") or read.experts,
+        settings=settings_from(merged),
+    )

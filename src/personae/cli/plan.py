@@ -1,0 +1,163 @@
+"""personae plan: what a pack will take and cost, from headers or shapes alone."""
+
+import json as jsonlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from personae.cli import console, options
+from personae.errors import RecipeError
+from personae.execute.architecture import specs_of_architecture
+from personae.execute.family import open_family
+from personae.execute.plan import PackPlan, ShapesPlan, plan_pack, plan_shapes, specs_of_shapes
+from personae.recipe import PackRecipe, parse_size
+
+
+def plan(
+    recipe: Annotated[Path | None, typer.Argument(help="A pack recipe.")] = None,
+    base: options.Base = None,
+    experts: options.Experts = None,
+    architecture: Annotated[
+        Path | None, typer.Option(help="A config.json; no weights needed.")
+    ] = None,
+    model_class: Annotated[
+        str, typer.Option(help="With --architecture: the class built; AutoModel has no head.")
+    ] = "AutoModel",
+    shapes: Annotated[Path | None, typer.Option(help="A JSON file: tensor name to shape.")] = None,
+    method: Annotated[str | None, typer.Option(help="Codec.", show_default="dts")] = None,
+    rank_fraction: Annotated[
+        float | None, typer.Option("--rank-fraction", "-r", help="Singular directions kept.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Size a task may cost: 1% or 900KB.")] = None,
+    counting: Annotated[str | None, typer.Option(help="Rule a budget is counted by.")] = None,
+    vector: Annotated[str | None, typer.Option(help="task or difference.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Merge method of a difference pack.", show_default="average")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the codec; repeatable."),
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Pattern of tensors to leave out; repeatable.")
+    ] = None,
+    private: Annotated[
+        list[str] | None, typer.Option(help="Pattern of tensors to keep whole; repeatable.")
+    ] = None,
+    workers: options.Workers = None,
+    memory: options.Memory = None,
+    json: options.Json = False,
+) -> None:
+    """Plan a pack without reading a weight: faults, ranks, bytes, memory, AMR."""
+    parameters = options.values(set_, "--set")
+    if rank_fraction is not None:
+        parameters["rank_fraction"] = rank_fraction
+    asked: dict[str, Any] = {
+        "method": method,
+        "parameters": parameters,
+        "budget": budget,
+        "counting": counting,
+        "vector": vector,
+        "reference": reference,
+        "skip": skip,
+        "private": private,
+    }
+    gathered = options.gather_recipe(recipe, base, experts, asked)
+    if architecture or shapes:
+        _plan_shapes(architecture, shapes, model_class, gathered, json)
+    else:
+        _plan_pack(gathered, workers, memory, json)
+
+
+def _plan_shapes(
+    architecture: Path | None, shapes: Path | None, model_class: str, recipe: PackRecipe, json: bool
+) -> None:
+    if architecture and shapes:
+        raise RecipeError("Give --architecture or --shapes, not both.")
+    skip = recipe.settings.skip
+    if architecture:
+        specs = specs_of_architecture(architecture, model_class, skip)
+    else:
+        assert shapes is not None
+        specs = specs_of_shapes(_read_shapes(shapes), skip)
+    planned = plan_shapes(specs, recipe.settings)
+    if json:
+        console.facts(asdict(planned))
+        return
+    console.out.print(_shapes_line(planned), markup=False)
+    console.table(
+        "",
+        ["AMR % by rule", ""],
+        [[rule, console.percent(value)] for rule, value in planned.amr_percent.items()],
+    )
+
+
+def _plan_pack(recipe: PackRecipe, workers: int | None, memory: str | None, json: bool) -> None:
+    if recipe.base is None:
+        raise RecipeError(
+            "Say what to plan: --base and --expert NAME=PATH, a recipe, --architecture CONFIG.json "
+            "or --shapes FILE.json."
+        )
+    settings = recipe.settings
+    bound = None if memory is None else int(parse_size(memory))
+    with open_family(
+        recipe.base, recipe.experts, skip=settings.skip, private=settings.private
+    ) as family:
+        planned = plan_pack(family, settings, workers=workers, memory=bound)
+    if json:
+        console.facts(planned.to_json())
+        return
+    _print_plan(planned)
+
+
+def _print_plan(planned: PackPlan) -> None:
+    rows = [
+        [
+            name,
+            console.size(task.coded.bytes),
+            console.size(task.private_bytes),
+            console.percent(task.coded.amr_percent["on_disk_native"]),
+            console.percent(task.coded.amr_percent["counted"]),
+            "-" if task.coded.rank_fraction is None else f"{task.coded.rank_fraction:.4f}",
+        ]
+        for name, task in planned.tasks.items()
+    ]
+    columns = ["task", "coded", "private", "AMR % disk", "AMR % counted", "rank fraction"]
+    console.table("", columns, rows)
+    console.out.print(
+        f"reads {console.size(planned.bytes_in)}, writes at most {console.size(planned.bytes_out)},"
+        f" working memory at most {console.size(planned.peak_memory)} "
+        f"with {planned.workers} worker(s)",
+        markup=False,
+    )
+    for text in planned.notes:
+        console.note(text)
+
+
+def _shapes_line(planned: ShapesPlan) -> str:
+    fraction = planned.rank_fraction
+    at = "" if fraction is None else f", rank fraction {fraction:.4f}"
+    return (
+        f"{planned.parameters:,} parameters in {planned.tensors} tensors{at}: "
+        f"{console.size(planned.bytes)} a task"
+    )
+
+
+def _read_shapes(path: Path) -> dict[str, list[int]]:
+    """Read a JSON file of shapes.
+
+    Raises:
+        RecipeError: if it is not a mapping from names to lists of whole numbers.
+    """
+    try:
+        content = jsonlib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--shapes {path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)
+        for shape in content.values()
+    ):
+        raise RecipeError(f'--shapes {path} must hold names and shapes: {{"weight": [768, 768]}}.')
+    return content

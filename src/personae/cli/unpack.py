@@ -1,0 +1,43 @@
+"""personae unpack: rebuild one expert as an ordinary checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from personae.cli import console, options
+from personae.errors import RecipeError
+from personae.execute import unpack as rebuilding
+from personae.recipe import parse_size
+
+
+def unpack(
+    pack: Annotated[Path, typer.Argument(help="The pack's directory.")],
+    task: Annotated[str, typer.Option("--task", "-t", help="Which expert to rebuild.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.")],
+    base: options.Base = None,
+    shard_size: Annotated[str, typer.Option(help="Most bytes in one weight file.")] = "5GB",
+    overwrite: options.Overwrite = False,
+    workers: options.Workers = None,
+    memory: options.Memory = None,
+    json: options.Json = False,
+) -> None:
+    """Rebuild one expert as a checkpoint directory that transformers loads."""
+    try:
+        shard_bytes = int(parse_size(shard_size))
+    except ValueError as error:
+        raise RecipeError(f"--shard-size: {error}") from error
+    with console.progress() as progress:
+        written = rebuilding.unpack(
+            pack,
+            task,
+            out,
+            base=base,
+            overwrite=overwrite,
+            shard_bytes=shard_bytes,
+            work=options.work_from(workers, memory, progress, "cpu"),
+        )
+    if json:
+        console.facts({"task": task, "path": str(written)})
+    else:
+        console.out.print(f"{task} rebuilt in {written}", markup=False)

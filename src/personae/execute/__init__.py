@@ -1,0 +1,1 @@
+"""Plans from headers, and the work itself in bounded memory."""

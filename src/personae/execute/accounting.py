@@ -1,0 +1,193 @@
+"""What a pack costs: additional memory rate (AMR) by each counting rule, and ranks for a budget."""
+
+import bisect
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from personae._types import TensorSpec
+from personae.errors import BudgetError, MethodError
+from personae.execute.deltas import TensorFacts
+from personae.methods import Bits, Codec
+from personae.packs.manifest import TaskRecord
+from personae.recipe import Counting
+
+HEADER_BYTES = 768
+"""Room left for the header of a task file when a budget is on the bytes on disk."""
+
+
+@dataclass(frozen=True)
+class Denominator:
+    """What an AMR is relative to: the shared tensors of the reference, heads excluded."""
+
+    parameters: int
+    bytes: int
+
+    @classmethod
+    def of(cls, specs: Iterable[TensorSpec]) -> "Denominator":
+        """Count the floating tensors given."""
+        floating = [spec for spec in specs if spec.is_floating]
+        return cls(sum(s.numel for s in floating), sum(s.nbytes for s in floating))
+
+
+def amr_percent(bits: Bits, whole: Denominator) -> dict[str, float]:
+    """AMR by every rule, in percent (methods.md 1.2, 3.1).
+
+    Returns:
+        `counted`: the papers' rule, over 32 bits a parameter. `counted_lean`: the same with the
+        fewest bits that carry the code. `on_disk_fp32`: bits stored, over 32 bits a parameter.
+        `on_disk_native`: bits stored, over the reference's own bytes.
+    """
+    fp32, native = 32 * whole.parameters, 8 * whole.bytes
+    return {
+        "counted": 100 * bits.counted / fp32 if fp32 else 0.0,
+        "counted_lean": 100 * bits.counted_lean / fp32 if fp32 else 0.0,
+        "on_disk_fp32": 100 * bits.stored / fp32 if fp32 else 0.0,
+        "on_disk_native": 100 * bits.stored / native if native else 0.0,
+    }
+
+
+def cost(
+    codec: Codec, specs: Iterable[TensorSpec], facts: Mapping[str, TensorFacts] | None = None
+) -> Bits:
+    """Bits of coding these tensors.
+
+    Args:
+        codec: The codec with its parameters.
+        specs: Shared tensors of the reference.
+        facts: What a scan found. Stored bits then leave out unchanged tensors and include masks
+            for exact zeros; without facts every tensor is taken as changed everywhere.
+    """
+    counted = lean = stored = 0
+    for block_shape, times in _block_shapes(codec, specs).items():
+        bits = codec.bits(block_shape)
+        counted += times * bits.counted
+        lean += times * bits.counted_lean
+        stored += times * bits.stored
+    if facts is not None:
+        stored = sum(_stored(codec, spec, facts[spec.name]) for spec in specs if spec.is_floating)
+    return Bits(counted, lean, stored)
+
+
+def counted_bits(
+    codec: Codec, specs: Iterable[TensorSpec], ranks: Mapping[str, Sequence[int | None]]
+) -> tuple[int, int]:
+    """Bits by the papers' rule, and by its lean form, of one expert as it was coded.
+
+    Args:
+        codec: The codec with its parameters.
+        specs: Shared tensors of the reference. The rule charges for unchanged ones too.
+        ranks: Rank stored of each block of the tensors coded; None where nothing was decomposed.
+    """
+    counted = lean = 0
+    for spec in specs:
+        shapes = block_shapes(codec, spec)
+        for shape, rank in zip(shapes, ranks.get(spec.name) or [None] * len(shapes), strict=True):
+            bits = codec.bits(shape, rank)
+            counted += bits.counted
+            lean += bits.counted_lean
+    return counted, lean
+
+
+def task_amr_percent(record: TaskRecord) -> dict[str, float]:
+    """AMR of one packed task by every rule; private tensors are left out, the header is in."""
+    stored = 8 * (record.bytes - record.private_bytes)
+    bits = Bits(record.counted_bits, record.counted_lean_bits, stored)
+    return amr_percent(bits, Denominator(record.base_parameters, record.base_bytes))
+
+
+def largest_rank_fraction(
+    codec: Codec,
+    specs: Iterable[TensorSpec],
+    budget: float,
+    counting: Counting,
+    facts: Mapping[str, TensorFacts] | None = None,
+) -> float:
+    """The largest rank fraction whose cost fits a budget (methods.md 6.3).
+
+    Args:
+        codec: A codec with a `rank_fraction`.
+        specs: Shared tensors of the reference.
+        budget: A fraction below 1 (of the model, by the rule), or a number of bytes.
+        counting: The rule: a key of `amr_percent`.
+        facts: What a scan found of one expert; None plans from headers.
+
+    Raises:
+        MethodError: if the codec has no rank to choose.
+        BudgetError: if even the smallest rank exceeds the budget, naming the smallest that fits.
+    """
+    specs = [spec for spec in specs if spec.is_floating]
+    if "rank_fraction" not in type(codec).model_fields:
+        raise MethodError(f"{type(codec).__name__} has no rank_fraction that a budget could set.")
+    whole = Denominator.of(specs)
+    shapes = [s for s in _block_shapes(codec, specs) if _at(codec, 1.0).rank(s)]
+    widths = {_at(codec, 1.0).rank(shape) for shape in shapes}
+    steps = sorted({j / width for width in widths for j in range(1, width + 1)})
+
+    def size(fraction: float) -> float:
+        return _size(cost(_at(codec, fraction), specs, facts), whole, budget, counting)
+
+    if not steps or size(steps[0]) > budget:
+        least = size(steps[0]) if steps else math.inf
+        raise BudgetError(
+            f"The budget of {_written(budget)} cannot be met: the smallest pack of this family "
+            f"costs {_written(least, budget)} counted as '{counting}'. Give that much or more, "
+            "or keep fewer tensors with 'skip'."
+        )
+    return steps[bisect.bisect_right(steps, budget, key=size) - 1]
+
+
+def _size(bits: Bits, whole: Denominator, budget: float, counting: Counting) -> float:
+    """The cost in the budget's own unit: a fraction of the model, or bytes."""
+    if counting.startswith("on_disk"):
+        bits = bits._replace(stored=bits.stored + 8 * HEADER_BYTES)
+    if is_fraction(budget):
+        return amr_percent(bits, whole)[counting] / 100
+    return {"counted": bits.counted, "counted_lean": bits.counted_lean}.get(
+        counting, bits.stored
+    ) / 8
+
+
+def is_fraction(budget: float) -> bool:
+    """Whether a parsed budget is a fraction of the model (float) rather than bytes (int)."""
+    return isinstance(budget, float)
+
+
+def _written(size: float, like: float | None = None) -> str:
+    if is_fraction(size if like is None else like):
+        return f"{100 * size:.3f} %"
+    return f"{math.ceil(size):,} bytes"
+
+
+def _at(codec: Codec, fraction: float) -> Codec:
+    return codec.model_copy(update={"rank_fraction": fraction})
+
+
+def _block_shapes(codec: Codec, specs: Iterable[TensorSpec]) -> Counter[tuple[int, ...]]:
+    """How often each block shape occurs: a hundred thousand tensors have a few dozen shapes."""
+    return Counter(
+        shape for spec in specs if spec.is_floating for shape in block_shapes(codec, spec)
+    )
+
+
+def block_shapes(codec: Codec, spec: TensorSpec) -> list[tuple[int, ...]]:
+    """Shapes of the blocks a codec makes of one tensor."""
+    if not spec.shape:
+        return [()]
+    return [
+        (*spec.shape[: b.axis], b.stop - b.start, *spec.shape[b.axis + 1 :])
+        for b in codec.blocks(spec)
+    ]
+
+
+def _stored(codec: Codec, spec: TensorSpec, facts: TensorFacts) -> int:
+    """Bits stored for one tensor, with the masks its zeros need; an upper bound."""
+    if not facts.changed:
+        return 0
+    bits = sum(codec.bits(shape).stored for shape in block_shapes(codec, spec))
+    if bits and facts.zero_rows:
+        bits += 8 * sum(math.ceil(shape[0] / 8) for shape in block_shapes(codec, spec))
+    if bits and facts.zeros:
+        bits += 8 * math.ceil(spec.numel / 8)
+    return bits

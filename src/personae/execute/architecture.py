@@ -1,0 +1,51 @@
+"""Tensor specs of an architecture that nobody has trained yet, from its config.json."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from personae._types import TensorSpec
+from personae.checkpoints.family import matches
+from personae.errors import RecipeError
+
+
+def specs_of_architecture(
+    config: Path, model_class: str = "AutoModel", skip: Sequence[str] = ()
+) -> list[TensorSpec]:
+    """Build a model on the meta device and list its parameters; tied ones once.
+
+    Args:
+        config: A transformers `config.json`, or the directory that holds one.
+        model_class: A class of transformers; `AutoModel` builds the backbone without a head.
+        skip: Patterns of names to leave out, such as `pooler.*`.
+
+    Raises:
+        RecipeError: if transformers is missing, or does not know the config or class.
+    """
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise RecipeError(
+            "--architecture needs transformers: pip install 'personae[transformers]'."
+        ) from error
+    builder = getattr(transformers, model_class, None)
+    if builder is None:
+        raise RecipeError(f"transformers has no class '{model_class}'. Give one such as AutoModel.")
+    if not config.exists():
+        raise RecipeError(f"--architecture {config}: there is no such file.")
+    try:
+        loaded = transformers.AutoConfig.from_pretrained(config)
+        with torch.device("meta"):
+            build = getattr(builder, "from_config", builder)
+            model = build(loaded)
+    except Exception as error:  # transformers raises many kinds; all mean the same here
+        raise RecipeError(
+            f"transformers cannot build {config} as {model_class}: {error}"
+        ) from error
+    return [
+        TensorSpec(name, tuple(parameter.shape), parameter.dtype)
+        for name, parameter in model.named_parameters()
+        if not matches(name, skip)
+    ]

@@ -1,0 +1,110 @@
+"""Codes one expert's deltas, for one or several ranks from a single decomposition."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from personae._types import SVD, Parts
+from personae.execute import pool
+from personae.execute.deltas import Deltas, TensorFacts
+from personae.execute.work import Progress
+from personae.methods import Block, Codec
+from personae.packs.writer import CodedTensor
+
+
+def encode_expert(
+    deltas: Deltas,
+    codecs: Sequence[Codec],
+    facts: Mapping[str, TensorFacts],
+    *,
+    workers: int,
+    memory: int | None,
+    device: torch.device,
+    progress: Progress,
+) -> list[dict[str, CodedTensor]]:
+    """Code every changed tensor of one expert.
+
+    Args:
+        deltas: The expert's deltas.
+        codecs: One codec, or several that differ in `rank_fraction` alone.
+        facts: What a scan found, by reference name.
+        workers: Tensors worked on at once.
+        memory: Bound in bytes on their working memory.
+        device: Where decompositions run.
+        progress: Told after each tensor.
+
+    Returns:
+        For each codec, reference name to coded tensor, sorted by name.
+    """
+    names = [name for name in deltas.alignment.shared if facts[name].changed]
+    coded: list[dict[str, CodedTensor]] = [{} for _ in codecs]
+    results = pool.run(
+        names,
+        partial(_encode_tensor, deltas, codecs, device),
+        cost=deltas.cost,
+        workers=workers,
+        memory=memory,
+    )
+    for done, (name, tensors) in enumerate(results, 1):
+        for place, tensor in zip(coded, tensors, strict=True):
+            place[name] = tensor
+        progress(f"packing {deltas.alignment.name}", done, len(names))
+    return [{name: place[name] for name in names} for place in coded]
+
+
+def _encode_tensor(
+    deltas: Deltas, codecs: Sequence[Codec], device: torch.device, name: str
+) -> list[CodedTensor]:
+    """Code one tensor, block by block, with each codec."""
+    delta = deltas.read(name)
+    spec = deltas.reference.specs[name]
+    blocks = codecs[0].blocks(spec) or (Block(0, 0, 1),)
+    coded = [_encode_block(_cut(delta, block), codecs, device) for block in blocks]
+    energy = _squared_norm(delta)
+    return [
+        CodedTensor(
+            shape=spec.shape,
+            blocks=blocks,
+            parts=tuple(parts for parts, _ in of_codec),
+            ranks=tuple(_rank(parts) for parts, _ in of_codec),
+            energy=energy,
+            relative_error=sum(lost for _, lost in of_codec) / energy,
+        )
+        for of_codec in zip(*coded, strict=True)
+    ]
+
+
+def _encode_block(
+    delta: Float[Tensor, "..."], codecs: Sequence[Codec], device: torch.device
+) -> list[tuple[Parts, float]]:
+    """Parts and squared error of one block for each codec, from a single decomposition."""
+    shape = tuple(delta.shape)
+    rank = max(codec.rank(shape) for codec in codecs)
+    svd = None
+    if rank and bool(delta.any()):
+        svd = SVD(*(factor.cpu() for factor in codecs[0].decompose(delta.to(device), rank)))
+    coded: list[tuple[Parts, float]] = []
+    for codec in codecs:
+        parts = codec.encode(delta, svd)
+        coded.append((parts, _squared_norm(delta - codec.decode(parts, shape))))
+    return coded
+
+
+def _cut(delta: Float[Tensor, "..."], block: Block) -> Float[Tensor, "..."]:
+    if delta.ndim == 0:
+        return delta
+    return delta.narrow(block.axis, block.start, block.stop - block.start).contiguous()
+
+
+def _rank(parts: Parts) -> int | None:
+    """Singular directions stored: 0 where the rank came out as 0, None without decomposition."""
+    if not parts:
+        return 0
+    return len(parts["singular_values"]) if "singular_values" in parts else None
+
+
+def _squared_norm(tensor: Float[Tensor, "..."]) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2

@@ -1,0 +1,92 @@
+"""Opens base and experts and aligns them: everything that can be known from headers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from personae._types import TensorSpec
+from personae.checkpoints import Checkpoint, open_checkpoint
+from personae.checkpoints.family import Alignment, align, check_names
+from personae.errors import CheckpointError, Faults, RecipeError
+
+
+@dataclass
+class Family:
+    """A base and its experts, opened and aligned.
+
+    Attributes:
+        base: The base model.
+        experts: Task name to the expert aligned with the base, in the order given.
+    """
+
+    base: Checkpoint
+    experts: dict[str, Alignment]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should be told about the alignment."""
+        return [note for expert in self.experts.values() for note in expert.notes]
+
+    def shared_specs(self, name: str) -> list[TensorSpec]:
+        """Headers of the tensors to be coded for one expert."""
+        return [self.base.specs[n] for n in self.experts[name].shared]
+
+    def close(self) -> None:
+        """Release every file."""
+        self.base.close()
+        for expert in self.experts.values():
+            expert.checkpoint.close()
+
+    def __enter__(self) -> Self:
+        """Return the family."""
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None
+    ) -> None:
+        """Release every file."""
+        self.close()
+
+
+def open_family(
+    base: Any,
+    experts: Mapping[str, Any],
+    *,
+    skip: Sequence[str] = (),
+    private: Sequence[str] = (),
+) -> Family:
+    """Open every checkpoint (headers only) and align it with the base.
+
+    Args:
+        base: Path, hub id, module or mapping of the base model.
+        experts: Task name to path, hub id, module or mapping.
+        skip: Patterns of tensor names to leave out.
+        private: Patterns of tensor names to keep whole.
+
+    Raises:
+        RecipeError: if there is no expert.
+        CheckpointError: listing every unsafe task name, every checkpoint that cannot be read, and
+            every expert that does not fit the base.
+    """
+    if not experts:
+        raise RecipeError("There is no expert to pack. Give at least one: --expert NAME=PATH.")
+    faults = Faults()
+    check_names(experts, faults)
+    opened: dict[str, Checkpoint] = {}
+    reference = _open("The base", base, None, faults)
+    for name, source in experts.items():
+        expert = _open(f"Expert '{name}'", source, reference, faults)
+        if expert is not None:
+            opened[name] = expert
+    faults.raise_if_any(CheckpointError)
+    assert reference is not None
+    return Family(reference, align(reference, opened, skip=skip, private=private))
+
+
+def _open(label: str, source: Any, base: Checkpoint | None, faults: Faults) -> Checkpoint | None:
+    try:
+        return open_checkpoint(source, base=base)
+    except CheckpointError as error:
+        faults.add(f"{label}: {error}")
+        return None

@@ -1,0 +1,91 @@
+"""The local pool: independent work items on threads, within a memory bound.
+
+Each worker computes on one thread of its own, so that neither the number of workers nor the order
+in which they finish changes a byte of what is computed (sums split over threads would).
+"""
+
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from personae.errors import BudgetError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def default_workers() -> int:
+    """As many workers as this process may use cores."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_memory(largest: int, memory: int | None, what: str) -> None:
+    """Refuse a memory bound below the largest item.
+
+    Raises:
+        BudgetError: naming the item and the bytes it needs.
+    """
+    if memory is not None and largest > memory:
+        raise BudgetError(
+            f"{what} needs {largest:,} bytes of memory, the bound is {memory:,}. "
+            f"Give --memory {-(-largest // 2**20)}MiB or more."
+        )
+
+
+def run(
+    items: Sequence[Item],
+    work: Callable[[Item], Result],
+    *,
+    cost: Callable[[Item], int],
+    workers: int,
+    memory: int | None = None,
+) -> Iterator[tuple[Item, Result]]:
+    """Apply `work` to every item, largest first, and yield results as they finish.
+
+    Args:
+        items: What to work on; independent of each other.
+        work: Pure function of one item, run on a thread that computes single-threaded.
+        cost: Peak bytes one item needs while it is worked on.
+        workers: Items worked on at the same time, at most.
+        memory: Bound in bytes on the summed cost of items under way; None for no bound.
+
+    Raises:
+        BudgetError: if one item alone exceeds the bound.
+    """
+    order = sorted(items, key=cost, reverse=True)  # stable: ties keep their order
+    if order:
+        check_memory(cost(order[0]), memory, "The largest tensor")
+    waiting = iter(order)
+    held = next(waiting, None)
+    under_way: dict[Future[Result], Item] = {}
+    used = 0
+    with _single_threaded(workers) as pool:
+        while held is not None or under_way:
+            while held is not None and len(under_way) < workers:
+                if under_way and memory is not None and used + cost(held) > memory:
+                    break
+                used += cost(held)
+                under_way[pool.submit(work, held)] = held
+                held = next(waiting, None)
+            done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            for future in done:
+                item = under_way.pop(future)
+                used -= cost(item)
+                yield item, future.result()
+
+
+@contextmanager
+def _single_threaded(workers: int) -> Generator[ThreadPoolExecutor]:
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        workers, thread_name_prefix="personae", initializer=torch.set_num_threads, initargs=(1,)
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)  # the setting is per thread and per process at once

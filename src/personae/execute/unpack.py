@@ -1,0 +1,213 @@
+"""Rebuilds an expert from a pack and its reference, as an ordinary checkpoint directory."""
+
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from personae._types import TensorSpec
+from personae.checkpoints import Checkpoint, open_checkpoint
+from personae.checkpoints.family import Renaming
+from personae.errors import CheckpointError, Faults, PackError
+from personae.execute import pool
+from personae.execute.deltas import BYTES_PER_ELEMENT, fingerprint
+from personae.execute.pack import check_fingerprint
+from personae.execute.plan import check_output
+from personae.execute.work import Work
+from personae.methods import CODECS, Codec, build, lookup
+from personae.packs.manifest import TaskRecord
+from personae.packs.reader import Pack
+from personae.packs.task_file import TaskFile
+from personae.writers import CheckpointWriter, output_directory, require_space
+
+
+class Rebuilt:
+    """One expert as its pack tells it: specs from records, tensors decoded on demand.
+
+    Attributes:
+        specs: The expert's names to specs.
+        record: The task's record.
+        reference: What the task is relative to.
+    """
+
+    def __init__(self, pack: Pack, task: str, reference: Checkpoint) -> None:
+        """Check the task's files and lay out its tensors; decodes nothing.
+
+        Raises:
+            PackError: if the task is unknown, or its files are damaged or do not fit.
+        """
+        self.record = pack.task(task)
+        self.reference = reference
+        self._file = pack.open_task(task)
+        entry = lookup(CODECS, pack.manifest.method)
+        self._codec: Codec = build(entry, self.record.parameters)
+        self._private = self.record.private
+        self._reference_name = _expert_names(self.record, reference)
+        self.specs: Mapping[str, TensorSpec] = self._lay_out()
+
+    def _lay_out(self) -> dict[str, TensorSpec]:
+        specs: dict[str, TensorSpec] = {}
+        for name, ref_name in self._reference_name.items():
+            spec = self.reference.specs[ref_name]
+            dtype = getattr(torch, self.record.dtypes.get(ref_name, ""), spec.dtype)
+            shape = spec.shape
+            if ref_name in self.record.grown:
+                shape = (shape[0] + self._private[name].shape[0], *shape[1:])
+            specs[name] = TensorSpec(name, shape, dtype)
+        for name, record in self._private.items():
+            if name not in specs:
+                specs[name] = TensorSpec(name, record.shape, getattr(torch, record.dtype))
+        return specs
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the expert: fp32 if it is coded, else of its own dtype."""
+        ref_name = self._reference_name.get(name)
+        if ref_name is None:
+            return self._file.private(name)
+        tensor = self.reference.read(ref_name)
+        if ref_name in self.record.tensors:
+            tensor = tensor.float() + self.delta(ref_name)
+        if ref_name in self.record.grown:
+            tensor = torch.cat([tensor, self._file.private(name).to(tensor.dtype)])
+        return tensor
+
+    def delta(self, ref_name: str) -> Tensor:
+        """The decoded delta of one reference tensor, fp32; zeros if it is unchanged."""
+        if ref_name not in self.record.tensors:
+            return torch.zeros(self.reference.specs[ref_name].shape)
+        return decode(self._codec, self._file, ref_name)
+
+
+def decode(codec: Codec, file: TaskFile, name: str) -> Tensor:
+    """The decoded delta of one tensor, fp32, of the reference's shape."""
+    record = file.record.tensors[name]
+    shape = record.shape
+    if not shape:
+        ((_, parts),) = file.blocks(name)
+        return codec.decode(parts, shape)
+    delta: Tensor | None = None
+    for block, parts in file.blocks(name):
+        length = block.stop - block.start
+        share = codec.decode(parts, (*shape[: block.axis], length, *shape[block.axis + 1 :]))
+        if length == shape[block.axis]:
+            return share
+        delta = torch.zeros(shape) if delta is None else delta
+        delta.narrow(block.axis, block.start, length).copy_(share)
+    assert delta is not None
+    return delta
+
+
+def unpack(
+    pack: str | Path,
+    task: str,
+    out: str | Path,
+    *,
+    base: Any = None,
+    overwrite: bool = False,
+    shard_bytes: int = 5_000_000_000,
+    work: Work | None = None,
+) -> Path:
+    """Rebuild one expert as a checkpoint directory that `transformers` loads.
+
+    Args:
+        pack: The pack's directory.
+        task: Which expert.
+        out: Directory to write; must not exist, or be empty.
+        base: Where the reference is, if not where the pack says.
+        overwrite: Replace `out` if it exists.
+        shard_bytes: Most bytes in one weight file.
+        work: Workers, memory bound, progress.
+
+    Returns:
+        The directory written.
+
+    Raises:
+        PersonaeError: if the pack, its reference or the output is not what it should be.
+    """
+    work = work or Work()
+    out = Path(out).absolute()
+    opened = Pack(Path(pack))
+    opened.task(task)
+    check_output(out, overwrite)
+    reference = open_reference(opened, base, work)
+    rebuilt = Rebuilt(opened, task, reference)
+    specs = list(rebuilt.specs.values())
+    require_space(out, sum(spec.nbytes for spec in specs))
+    with (
+        output_directory(out, overwrite=overwrite) as partial_out,
+        CheckpointWriter(
+            partial_out, specs, shard_bytes=shard_bytes, tied=rebuilt.record.tied
+        ) as writer,
+    ):
+        _copy_companions(opened, task, reference, partial_out)
+        write = partial(_write, rebuilt, writer)
+        results = pool.run(specs, write, cost=_cost, workers=work.threads, memory=work.memory)
+        for done, _ in enumerate(results, 1):
+            work.progress(f"unpacking {task}", done, len(specs))
+    reference.close()
+    return out
+
+
+def open_reference(pack: Pack, base: Any, work: Work) -> Checkpoint:
+    """Open the reference of a pack and check its fingerprint.
+
+    Raises:
+        PackError: if it is not found, or its weights are others.
+    """
+    record = pack.manifest.reference
+    source = base or pack.reference_directory or record.source
+    if base is None and record.kind == "base" and record.revision:
+        source = f"{record.source.split('@')[0]}@{record.revision}"
+    try:
+        reference = open_checkpoint(source)
+    except CheckpointError as error:
+        raise PackError(
+            f"The reference of {pack.directory} cannot be opened: {error} "
+            "Say where it is with --base."
+        ) from error
+    faults = Faults()
+    found = fingerprint(reference, workers=work.threads, faults=faults, label="The reference")
+    check_fingerprint(record, found, str(source))
+    return reference
+
+
+def _write(rebuilt: Rebuilt, writer: CheckpointWriter, spec: TensorSpec) -> None:
+    writer.write(spec.name, rebuilt.read(spec.name))
+
+
+def _cost(spec: TensorSpec) -> int:
+    return spec.numel * BYTES_PER_ELEMENT // 2
+
+
+def _expert_names(record: TaskRecord, reference: Checkpoint) -> dict[str, str]:
+    """The expert's name of each reference tensor it has, other than those kept whole."""
+    rule = Renaming(
+        add=record.renaming.add,
+        strip=record.renaming.strip,
+        plain=frozenset(record.renaming.plain),
+    )
+    names: dict[str, str] = {}
+    absent, grown = set(record.absent), set(record.grown)
+    for ref_name in reference.specs:
+        name = rule.expert_name(ref_name)
+        if ref_name not in absent and (name not in record.private or ref_name in grown):
+            names[name] = ref_name
+    return names
+
+
+def _copy_companions(pack: Pack, task: str, reference: Checkpoint, out: Path) -> None:
+    for relative, companion in pack.task(task).companions.items():
+        source = (
+            pack.companion(task, relative)
+            if companion.stored_in == "task"
+            else reference.companions.get(relative)
+        )
+        if source is None:  # the reference was given as bare weights this time
+            continue
+        target = out / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)

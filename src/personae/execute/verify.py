@@ -1,0 +1,120 @@
+"""Verification: checksums, the reference's fingerprint, and the error against an original."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from personae.checkpoints import open_checkpoint
+from personae.checkpoints.family import align
+from personae.errors import Faults, PackError, nearest
+from personae.execute import pool
+from personae.execute.deltas import Deltas, fingerprint
+from personae.execute.unpack import Rebuilt, open_reference
+from personae.execute.work import Work
+from personae.packs.reader import Pack
+
+_SLACK = 1e-3
+"""Relative difference allowed between a recorded and a measured error (sums in another order)."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked of one task.
+
+    Attributes:
+        recorded_error: Relative squared error in pack.json.
+        measured_error: The same measured against an original; None if none was given.
+        same_original: Whether that original's weights are those that were packed.
+    """
+
+    recorded_error: float
+    measured_error: float | None = None
+    same_original: bool | None = None
+
+
+def verify(
+    pack: str | Path,
+    *,
+    against: Mapping[str, Any] | None = None,
+    base: Any = None,
+    work: Work | None = None,
+) -> dict[str, Verified]:
+    """Check every checksum of a pack; with originals, also what is rebuilt.
+
+    Args:
+        pack: The pack's directory.
+        against: Task name to the original checkpoint.
+        base: Where the reference is, if not where the pack says.
+        work: Workers, memory bound, progress.
+
+    Returns:
+        Task name to what was found.
+
+    Raises:
+        PackError: listing every damaged or missing file, a foreign reference, and every task
+            whose measured error is not the recorded one.
+    """
+    work = work or Work()
+    opened = Pack(Path(pack))
+    faults = Faults()
+    for task in opened.manifest.tasks:
+        opened.check_task(task, faults)
+    for task in against or {}:
+        if task not in opened.manifest.tasks:
+            faults.add(f"{pack} has no task '{task}'. {nearest(task, opened.manifest.tasks)}")
+    faults.raise_if_any(PackError)
+    verified = {
+        name: Verified(record.relative_error) for name, record in opened.manifest.tasks.items()
+    }
+    if against or base is not None or opened.reference_directory is not None:
+        reference = open_reference(opened, base, work)
+        for task, source in (against or {}).items():
+            rebuilt = Rebuilt(opened, task, reference)
+            original = open_checkpoint(source, base=reference)
+            manifest = opened.manifest
+            found = align(
+                reference, {task: original}, skip=manifest.skip, private=manifest.private
+            )[task]
+            deltas = Deltas(found, reference, manifest.reference.kind == "base")
+            verified[task] = _compare(rebuilt, deltas, work, faults)
+        reference.close()
+    faults.raise_if_any(PackError)
+    return verified
+
+
+def _compare(rebuilt: Rebuilt, deltas: Deltas, work: Work, faults: Faults) -> Verified:
+    """Measure ‖τ − τ̂‖² / ‖τ‖² over the shared tensors, and exactness of the private ones."""
+    original = deltas.alignment
+
+    def measure(name: str) -> tuple[float, float]:
+        delta = deltas.read(name)
+        error = delta - rebuilt.delta(name)
+        return tuple(  # pyright: ignore[reportReturnType]
+            float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in (error, delta)
+        )
+
+    lost = energy = 0.0
+    results = pool.run(
+        original.shared, measure, cost=deltas.cost, workers=work.threads, memory=work.memory
+    )
+    for done, (_, (error, norm)) in enumerate(results, 1):
+        lost, energy = lost + error, energy + norm
+        work.progress(f"comparing {original.name}", done, len(original.shared))
+    measured = lost / energy if energy else 0.0
+    recorded = rebuilt.record.relative_error
+    label = f"Expert '{original.name}'"
+    found = fingerprint(original.checkpoint, workers=work.threads, faults=faults, label=label)
+    same = found == rebuilt.record.fingerprint
+    if same and abs(measured - recorded) > _SLACK * max(recorded, 1e-6):
+        faults.add(
+            f"Task '{original.name}': rebuilt with relative error {measured:.6g}, recorded is "
+            f"{recorded:.6g}. Pack the task again and report this."
+        )
+    for name in original.private:
+        kept = rebuilt.read(name)
+        if same and not torch.equal(kept, original.checkpoint.read(original.files[name])):
+            faults.add(f"Task '{original.name}': private tensor '{name}' is not the original's.")
+    return Verified(recorded, measured, same)

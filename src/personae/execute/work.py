@@ -1,0 +1,57 @@
+"""How to work: workers, memory, device, progress. Workers and memory never change a byte."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from personae.errors import RecipeError
+from personae.execute.pool import default_workers
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many steps are done, and how many there are."""
+
+
+def silent(_stage: str, _done: int, _total: int) -> None:
+    """Nobody watches."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """How to work.
+
+    Attributes:
+        workers: Tensors worked on at once; None for one a core.
+        memory: Bound in bytes on the working memory; None for no bound.
+        device: Where decompositions and decoding run: `auto`, `cpu`, `cuda` or `cuda:i`.
+        progress: Told how far the work is.
+    """
+
+    workers: int | None = None
+    memory: int | None = None
+    device: str = "cpu"
+    progress: Progress = silent
+
+    @property
+    def threads(self) -> int:
+        """Number of workers."""
+        return self.workers or default_workers()
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device to compute on.
+
+        Raises:
+            RecipeError: if there is no such device here.
+        """
+        if self.device == "cpu":
+            return torch.device("cpu")
+        available = torch.cuda.is_available()
+        if self.device == "auto":
+            return torch.device("cuda" if available else "cpu")
+        kind, _, index = self.device.partition(":")
+        if kind != "cuda" or (index and not index.isdigit()):
+            raise RecipeError(f"Unknown device '{self.device}'. Give auto, cpu, cuda or cuda:N.")
+        if not available or (index and int(index) >= torch.cuda.device_count()):
+            raise RecipeError(f"There is no device '{self.device}' here. Give auto or cpu.")
+        return torch.device(self.device)

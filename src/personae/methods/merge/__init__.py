@@ -1,0 +1,1 @@
+"""Static methods, one file each: task vectors to one merged task vector."""

@@ -1,0 +1,1 @@
+"""Codecs, one file each: a delta to parts and back."""

@@ -1,0 +1,58 @@
+"""Small codes packed into bytes: 4 two-bit or 8 one-bit codes a byte, lowest bits first."""
+
+from functools import cache
+from typing import Literal
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from personae.errors import PackError
+
+Width = Literal[1, 2]
+"""Bits a code takes."""
+
+
+def packed_size(count: int, width: Width) -> int:
+    """Bytes that `count` codes take, the last byte padded."""
+    return -(-count * width // 8)
+
+
+def pack(codes: UInt8[Tensor, " element"], width: Width) -> UInt8[Tensor, " byte"]:
+    """Pack codes below `2**width`; code `i` starts at bit `i * width % 8` of its byte.
+
+    Returns:
+        `packed_size(len(codes), width)` bytes; the unused high bits of the last one are 0.
+    """
+    assert codes.numel() == 0 or int(codes.max()) < 1 << width, "a code exceeds its width"
+    per_byte = 8 // width
+    padding = -codes.numel() % per_byte
+    if padding:
+        codes = torch.cat([codes, codes.new_zeros(padding)])
+    columns = codes.reshape(-1, per_byte).unbind(dim=1)
+    packed = columns[0].clone()
+    for place, column in enumerate(columns[1:], 1):
+        packed |= column << (place * width)
+    return packed
+
+
+def unpack(packed: UInt8[Tensor, " byte"], count: int, width: Width) -> UInt8[Tensor, " element"]:
+    """Undo `pack`: the first `count` codes.
+
+    Raises:
+        PackError: if the number of bytes is not what `count` codes take.
+    """
+    if packed.numel() != packed_size(count, width):
+        raise PackError(
+            f"{packed.numel()} bytes of codes, but {count} codes of {width} bit take "
+            f"{packed_size(count, width)}. The task file is damaged: fetch or write it again."
+        )
+    # 32-bit indices cost 1 byte a code at most; torch's usual 64-bit ones would cost 8 a byte.
+    return _table(width).to(packed.device).index_select(0, packed.int()).flatten()[:count]
+
+
+@cache
+def _table(width: Width) -> UInt8[Tensor, "256 code"]:
+    """The codes in each of the 256 bytes."""
+    places = torch.arange(0, 8, width)
+    return (torch.arange(256)[:, None] >> places & (1 << width) - 1).to(torch.uint8)

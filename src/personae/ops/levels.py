@@ -1,0 +1,103 @@
+"""The quantiser of DTS: every value becomes its sign and a magnitude level.
+
+Within a set (a matrix, a vector) the positive and the negative values are each split into a
+small and a large half, and each of these groups is given one scale (arXiv:2512.01461, thresholding
+and scaling). A code holds its group: bit 0 is set for negative values, bit 1 for large ones.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from personae.ops.select import kth_magnitude
+
+Split = Literal["rank", "median", "none"]
+"""How a sign is split: exact halves, strictly above the median, or not at all (one bit a code)."""
+
+Scales = Literal["rms", "mean", "one"]
+"""What stands for a group: the root mean square of its values, their mean magnitude, or 1."""
+
+_CHUNK = 1 << 18
+"""Values in fp64 at a time."""
+
+
+class Levels(NamedTuple):
+    """Group codes, and the scale (a magnitude, 0 if empty) of group `code` at `scales[:, code]`."""
+
+    codes: UInt8[Tensor, "set element"]
+    scales: Float[Tensor, "set group"]
+
+
+def groups(split: Split) -> int:
+    """Number of groups, hence of scales, in a set."""
+    return 2 if split == "none" else 4
+
+
+def quantise(sets: Float[Tensor, "set element"], *, split: Split, scales: Scales) -> Levels:
+    """Code every value by the group it is in; each row is a set with scales of its own.
+
+    Exact zeros are in no group: they have code 0 and no influence on any scale, and the caller
+    has to note where they are.
+
+    Args:
+        sets: fp32 values.
+        split: How the values of one sign are split into small and large.
+        scales: What stands for a group.
+    """
+    codes = (sets < 0).to(torch.uint8)
+    sizes = sets.new_zeros(len(sets), groups(split))
+    for values, code, size in zip(sets, codes, sizes, strict=True):
+        for negative, sign in enumerate((1, -1)):
+            magnitudes = (sign * values).clamp_(min=0)  # 0 for the other sign
+            large = upper_half(magnitudes, split)
+            size[negative] = _scale(magnitudes, (magnitudes > 0) ^ large, scales)
+            if split != "none":
+                size[negative + 2] = _scale(magnitudes, large, scales)
+                code |= large.to(torch.uint8) << 1
+    return Levels(codes, sizes)
+
+
+def dequantise(levels: Levels) -> Float[Tensor, "set element"]:
+    """Put its signed scale in the place of every code."""
+    codes, scales = levels
+    values = scales[:, :1].expand(codes.shape)
+    for code in range(1, scales.shape[1]):
+        scale = scales[:, code : code + 1]
+        values = torch.where(codes == code, -scale if code & 1 else scale, values)
+    return values
+
+
+def upper_half(magnitudes: Float[Tensor, " element"], split: Split) -> Bool[Tensor, " element"]:
+    """Mark the large ones among the n magnitudes that are not 0.
+
+    `rank` marks exactly `⌊n/2⌋`; of equal magnitudes at the boundary, those first in index order.
+    `median` marks all strictly above the median: fewer, if equal magnitudes lie across the
+    boundary. `none` marks none.
+    """
+    half = int((magnitudes > 0).count_nonzero()) // 2
+    if split == "none" or half == 0:
+        return torch.zeros_like(magnitudes, dtype=torch.bool)
+    least, tied = kth_magnitude(magnitudes, half)
+    large = magnitudes > least
+    ties = (magnitudes == least).nonzero().flatten()
+    # With more ties than places among the upper half, the median is one of them.
+    if split == "rank" or len(ties) == tied:
+        large[ties[:tied]] = True
+    return large
+
+
+def _scale(
+    magnitudes: Float[Tensor, " element"], group: Bool[Tensor, " element"], scales: Scales
+) -> float:
+    """The scale of the magnitudes marked; fp64 inside, so that neither squares nor sums lose."""
+    if scales == "one":
+        return 1.0
+    total = 0.0
+    for values, members in zip(magnitudes.split(_CHUNK), group.split(_CHUNK), strict=True):
+        exact = (values * members).double()
+        total += float(exact.sum() if scales == "mean" else exact @ exact)
+    mean = total / max(int(group.count_nonzero()), 1)
+    return mean if scales == "mean" else math.sqrt(mean)

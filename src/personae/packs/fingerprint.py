@@ -1,0 +1,35 @@
+"""Fingerprints of weights: the same values under the same names give the same text.
+
+Independent of sharding and of the order of tensors in a file. XXH3 (128 bits) rather than a
+cryptographic hash: it guards against the wrong base, not against an adversary, and runs faster
+than memory, so that checking a base costs no more than reading it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Digest of one tensor's dtype, shape and bytes."""
+    flat = tensor.detach().contiguous().flatten()
+    state = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if flat.numel():
+        state.update(flat.view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def combine(digests: Mapping[str, str]) -> str:
+    """Fingerprint of a model from the digests of its tensors by name."""
+    lines = "\n".join(f"{name} {digests[name]}" for name in sorted(digests))
+    return "xxh3:" + xxhash.xxh3_128_hexdigest(lines.encode())
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

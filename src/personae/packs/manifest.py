@@ -1,0 +1,191 @@
+"""pack.json: what a pack holds. `docs/pack-format.md` is the specification."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from personae._version import __version__
+from personae.errors import PackError
+
+FORMAT = "personae-pack"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "pack.json"
+
+
+class Record(BaseModel):
+    """Base of the records of a manifest: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BlockRecord(Record):
+    """One coded block: `start:stop` along `axis` of a tensor, and the lengths of its parts."""
+
+    axis: int = 0
+    start: int
+    stop: int
+    rank: int | None = Field(default=None, description="Singular directions stored; None if none")
+    parts: dict[str, int] = Field(description="Part name to its number of elements")
+
+
+class TensorRecord(Record):
+    """One tensor of which the expert differs from the reference."""
+
+    shape: tuple[int, ...] = Field(description="The coded shape: that of the reference")
+    blocks: tuple[BlockRecord, ...]
+    bytes: int = Field(description="Bytes of its parts in the task file")
+    energy: float = Field(description="Squared norm of the delta")
+    relative_error: float = Field(description="Squared norm of the error over that of the delta")
+
+    @property
+    def rank(self) -> int | None:
+        """Largest rank over the blocks; None if no block was decomposed."""
+        return max((b.rank for b in self.blocks if b.rank is not None), default=None)
+
+
+class PrivateRecord(Record):
+    """One tensor, or the extra rows of one, kept whole."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+class RenamingRecord(Record):
+    """The rule from reference names to the expert's names (see checkpoints.family.Renaming)."""
+
+    add: str = ""
+    strip: str = ""
+    plain: tuple[str, ...] = ()
+
+
+class CompanionRecord(Record):
+    """A small file beside the weights: stored in the task's folder, or the reference's own."""
+
+    stored_in: Literal["task", "reference"]
+    sha256: str
+
+
+class TaskRecord(Record):
+    """One task of a pack."""
+
+    file: str
+    sha256: str
+    bytes: int
+    source: str
+    revision: str | None = None
+    fingerprint: str = Field(description="Of the expert's weights")
+    parameters: dict[str, Any] = Field(description="The codec's parameters as used for this task")
+    renaming: RenamingRecord = RenamingRecord()
+    tensors: dict[str, TensorRecord] = Field(description="By reference name; unchanged: no entry")
+    private: dict[str, PrivateRecord] = Field(description="By the expert's name")
+    grown: tuple[str, ...] = Field(
+        default=(), description="Reference names of which the expert has more rows, kept as private"
+    )
+    absent: tuple[str, ...] = Field(default=(), description="Reference names the expert lacks")
+    dtypes: dict[str, str] = Field(
+        default={}, description="By reference name, where the expert's dtype is another"
+    )
+    tied: dict[str, str] = Field(default={}, description="The expert's dropped name to kept name")
+    companions: dict[str, CompanionRecord] = {}
+    base_parameters: int = Field(description="Parameters of the reference that the task shares")
+    base_bytes: int = Field(description="Bytes of those in the reference")
+    counted_bits: int = Field(description="Bits by the papers' rule, at the ranks stored")
+    counted_lean_bits: int = Field(description="The same with the fewest bits that carry the code")
+
+    @property
+    def private_bytes(self) -> int:
+        """Bytes of tensors kept whole."""
+        return sum(p.bytes for p in self.private.values())
+
+    @property
+    def coded_bytes(self) -> int:
+        """Bytes of all coded parts."""
+        return sum(t.bytes for t in self.tensors.values())
+
+    @property
+    def relative_error(self) -> float:
+        """Squared norm of the error over that of the delta, over all coded tensors."""
+        energy = sum(t.energy for t in self.tensors.values())
+        lost = sum(t.energy * t.relative_error for t in self.tensors.values())
+        return lost / energy if energy else 0.0
+
+
+class ReferenceRecord(Record):
+    """The model a pack is relative to."""
+
+    kind: Literal["base", "merged"]
+    source: str = Field(description="As the user wrote it; for a merged one the folder in the pack")
+    revision: str | None = None
+    fingerprint: str
+    method: str | None = Field(default=None, description="Merge method of a merged reference")
+    method_parameters: dict[str, Any] = {}
+    experts: tuple[str, ...] = Field(default=(), description="Tasks a merged reference is made of")
+
+
+class Manifest(Record):
+    """The whole of pack.json."""
+
+    format: Literal["personae-pack"] = FORMAT
+    format_version: int = FORMAT_VERSION
+    tool_version: str = __version__
+    method: str = Field(description="The codec")
+    parameters: dict[str, Any] = Field(description="Its parameters as asked for")
+    budget: str | None = None
+    counting: str
+    vector: Literal["task", "difference"]
+    skip: tuple[str, ...] = ()
+    private: tuple[str, ...] = ()
+    reference: ReferenceRecord
+    tasks: dict[str, TaskRecord] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, as keywords of `recipe.PackSettings`."""
+        keys = ("method", "parameters", "budget", "counting", "vector", "skip", "private")
+        return {key: getattr(self, key) for key in keys}
+
+    def to_json(self) -> str:
+        """Serialise with a checksum over everything else, so that a flipped byte is noticed."""
+        content = self.model_dump(mode="json")
+        return json.dumps(content | {"checksum": _checksum(content)}, indent=1) + "\n"
+
+
+def parse_manifest(path: Path) -> Manifest:
+    """Read and check a pack.json.
+
+    Raises:
+        PackError: if it is missing, damaged, foreign, or of a newer version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PackError(
+            f"{path.parent} is no pack: it has no {MANIFEST_NAME}. "
+            "Give the directory that 'personae pack' wrote."
+        ) from None
+    except (ValueError, OSError) as error:
+        raise PackError(f"{path} cannot be read ({error}). Restore it from a copy.") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise PackError(f'{path} does not say "format": "{FORMAT}"; it is no pack of this tool.')
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise PackError(
+            f"{path} is of pack format {version}; this tool ({__version__}) reads format "
+            f"{FORMAT_VERSION}. Update personae."
+        )
+    stated = content.pop("checksum", None)
+    if stated != _checksum(content):
+        raise PackError(f"{path} is damaged: its checksum does not hold. Restore it from a copy.")
+    try:
+        return Manifest(**content)
+    except ValidationError as error:
+        raise PackError(f"{path} is malformed: {error}") from error
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,78 @@
+"""Reads packs: nothing is decoded before its checksum holds."""
+
+from pathlib import Path
+
+from personae.errors import Faults, PackError, nearest
+from personae.packs.fingerprint import sha256_file
+from personae.packs.manifest import MANIFEST_NAME, Manifest, TaskRecord, parse_manifest
+from personae.packs.task_file import TaskFile
+from personae.packs.writer import REFERENCE, TASKS
+
+
+class Pack:
+    """A pack on disk. Opening it reads pack.json alone.
+
+    Attributes:
+        directory: Where it is.
+        manifest: What it holds.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Open a pack.
+
+        Raises:
+            PackError: if the directory holds no readable pack of this format.
+        """
+        self.directory = directory
+        self.manifest: Manifest = parse_manifest(directory / MANIFEST_NAME)
+
+    def task(self, name: str) -> TaskRecord:
+        """The record of one task.
+
+        Raises:
+            PackError: if the pack has no task of that name.
+        """
+        if name not in self.manifest.tasks:
+            raise PackError(
+                f"{self.directory} has no task '{name}'. {nearest(name, self.manifest.tasks)}"
+            )
+        return self.manifest.tasks[name]
+
+    def open_task(self, name: str) -> TaskFile:
+        """Open one task's file after checking its checksum.
+
+        Raises:
+            PackError: if the file is missing, damaged, or does not fit its record.
+        """
+        faults = Faults()
+        self.check_task(name, faults)
+        faults.raise_if_any(PackError)
+        return TaskFile(self.directory / self.task(name).file, self.task(name))
+
+    def check_task(self, name: str, faults: Faults) -> None:
+        """Add a fault for each file of a task that is missing or does not have its checksum."""
+        record = self.task(name)
+        files = {self.directory / record.file: record.sha256} | {
+            self.companion(name, relative): companion.sha256
+            for relative, companion in record.companions.items()
+            if companion.stored_in == "task"
+        }
+        for path, expected in files.items():
+            if not path.is_file():
+                faults.add(f"Task '{name}': {path} is missing. Restore it or pack the task again.")
+            elif sha256_file(path) != expected:
+                faults.add(
+                    f"Task '{name}': {path} is damaged: its SHA-256 is not the one in pack.json. "
+                    "Restore it or pack the task again."
+                )
+
+    def companion(self, task: str, relative: str) -> Path:
+        """Where a companion file that the task stores itself lies."""
+        return self.directory / TASKS / task / relative
+
+    @property
+    def reference_directory(self) -> Path | None:
+        """The merged reference inside the pack; None if the reference is the base, elsewhere."""
+        if self.manifest.reference.kind == "base":
+            return None
+        return self.directory / REFERENCE

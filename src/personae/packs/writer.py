@@ -1,0 +1,192 @@
+"""Writes a pack task by task; each task is on disk and in pack.json before the next begins."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from personae._types import Parts
+from personae.packs.fingerprint import sha256_file
+from personae.packs.manifest import (
+    MANIFEST_NAME,
+    BlockRecord,
+    CompanionRecord,
+    Manifest,
+    PrivateRecord,
+    TaskRecord,
+    TensorRecord,
+    parse_manifest,
+)
+from personae.packs.task_file import write_task_file
+from personae.writers import atomic_file
+
+TASKS = "tasks"
+REFERENCE = "reference"
+_IDENTITY = "resume.json"
+
+
+@dataclass(frozen=True)
+class CodedTensor:
+    """One coded tensor: its record's numbers, and the parts of its blocks."""
+
+    shape: tuple[int, ...]
+    blocks: Sequence[tuple[int, int, int]]
+    parts: tuple[Parts, ...]
+    ranks: tuple[int | None, ...]
+    energy: float
+    relative_error: float
+
+    def record(self) -> TensorRecord:
+        """The manifest's record of this tensor."""
+        return TensorRecord(
+            shape=self.shape,
+            blocks=tuple(
+                BlockRecord(
+                    axis=axis,
+                    start=start,
+                    stop=stop,
+                    rank=rank,
+                    parts={name: values.numel() for name, values in parts.items()},
+                )
+                for (axis, start, stop), parts, rank in zip(
+                    self.blocks, self.parts, self.ranks, strict=True
+                )
+            ),
+            bytes=sum(v.numel() * v.itemsize for parts in self.parts for v in parts.values()),
+            energy=self.energy,
+            relative_error=self.relative_error,
+        )
+
+
+class PackWriter:
+    """Grows a pack in a directory: adds and removes tasks, each change whole or not at all."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        """Go on with what is in the directory, or begin with this manifest."""
+        self.directory = directory
+        self.manifest = manifest
+        (directory / TASKS).mkdir(exist_ok=True)
+
+    def add_task(
+        self,
+        name: str,
+        coded: Mapping[str, CodedTensor],
+        private: Mapping[str, Tensor],
+        companions: Mapping[str, Path],
+        reference_companions: Mapping[str, Path],
+        **about: Any,
+    ) -> None:
+        """Write one task's file and companions, then its record.
+
+        Args:
+            name: The task.
+            coded: Reference name to coded tensor, in the order to store them.
+            private: The expert's name to a tensor kept whole.
+            companions: The expert's small files by relative name.
+            reference_companions: The reference's; equal files are not stored twice.
+            about: Further fields of `TaskRecord`.
+        """
+        file = self.directory / TASKS / f"{name}.safetensors"
+        metadata = {
+            "task": name,
+            "method": self.manifest.method,
+            "reference": self.manifest.reference.fingerprint,
+        }
+        with atomic_file(file) as partial:
+            write_task_file(
+                partial, [p for c in coded.values() for p in c.parts], private, metadata
+            )
+        record = TaskRecord(
+            file=f"{TASKS}/{file.name}",
+            sha256=sha256_file(file),
+            bytes=file.stat().st_size,
+            tensors={key: tensor.record() for key, tensor in coded.items()},
+            private={key: _private_record(tensor) for key, tensor in private.items()},
+            companions=self._keep_companions(name, companions, reference_companions),
+            **about,
+        )
+        self._save(self.manifest.tasks | {name: record})
+
+    def remove_task(self, name: str) -> None:
+        """Take a task out: first its record, then its files."""
+        record = self.manifest.tasks[name]
+        self._save({key: value for key, value in self.manifest.tasks.items() if key != name})
+        (self.directory / record.file).unlink(missing_ok=True)
+        shutil.rmtree(self.directory / TASKS / name, ignore_errors=True)
+
+    def order_tasks(self, names: Sequence[str]) -> None:
+        """List the tasks in this order, whichever was finished first."""
+        self._save({name: self.manifest.tasks[name] for name in names})
+
+    def save(self) -> None:
+        """Write pack.json as it stands."""
+        self._save(self.manifest.tasks)
+
+    def _save(self, tasks: Mapping[str, TaskRecord]) -> None:
+        self.manifest = self.manifest.model_copy(update={"tasks": dict(tasks)})
+        with atomic_file(self.directory / MANIFEST_NAME) as partial:
+            partial.write_text(self.manifest.to_json(), encoding="utf-8")
+
+    def _keep_companions(
+        self, name: str, own: Mapping[str, Path], shared: Mapping[str, Path]
+    ) -> dict[str, CompanionRecord]:
+        """Store the expert's small files that differ from the reference's; list them all."""
+        records: dict[str, CompanionRecord] = {}
+        for relative in sorted({*own, *shared}):
+            digest = sha256_file(own.get(relative) or shared[relative])
+            if relative in shared and sha256_file(shared[relative]) == digest:
+                records[relative] = CompanionRecord(stored_in="reference", sha256=digest)
+                continue
+            target = self.directory / TASKS / name / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(target) as partial:
+                shutil.copyfile(own[relative], partial)
+            records[relative] = CompanionRecord(stored_in="task", sha256=digest)
+        return records
+
+
+def resume(directory: Path, identity: Mapping[str, Any]) -> Manifest | None:
+    """Keep what an interrupted run with the same inputs and settings left here, else clear it.
+
+    Args:
+        directory: The partial directory of a pack.
+        identity: What decides the pack's bytes: settings and fingerprints.
+
+    Returns:
+        The manifest so far, or None to begin anew.
+    """
+    note = directory / _IDENTITY
+    wanted = json.dumps(identity, sort_keys=True)
+    if note.exists() and note.read_text(encoding="utf-8") == wanted:
+        return parse_manifest(directory / MANIFEST_NAME) if _begun(directory) else None
+    for child in directory.iterdir():
+        shutil.rmtree(child) if child.is_dir() else child.unlink()
+    note.write_text(wanted, encoding="utf-8")
+    return None
+
+
+def end_resume(directory: Path) -> None:
+    """Remove the note that only an unfinished pack needs."""
+    (directory / _IDENTITY).unlink(missing_ok=True)
+
+
+def _begun(directory: Path) -> bool:
+    return (directory / MANIFEST_NAME).exists()
+
+
+def _private_record(tensor: Tensor) -> PrivateRecord:
+    return PrivateRecord(
+        shape=tuple(tensor.shape),
+        dtype=dtype_name(tensor.dtype),
+        bytes=tensor.numel() * tensor.itemsize,
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name a dtype goes by in records, such as 'bfloat16'."""
+    return str(dtype).removeprefix("torch.")

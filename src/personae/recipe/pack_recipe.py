@@ -1,0 +1,191 @@
+"""What a pack shall be: codec, reference, budget. Read from YAML or given as options."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from personae.errors import Faults, RecipeError, nearest
+from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, Parameters, build, lookup
+
+Counting = Literal["counted", "counted_lean", "on_disk_fp32", "on_disk_native"]
+COUNTING: tuple[Counting, ...] = get_args(Counting)
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9} | {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+class Strict(BaseModel):
+    """Frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PackSettings(Strict):
+    """How to pack, without which checkpoints."""
+
+    method: str = Field(default="dts", description="Codec")
+    parameters: dict[str, Any] = Field(default={}, description="The codec's parameters")
+    budget: str | None = Field(default=None, description="Size a task may cost: '1%' or '900KB'")
+    counting: Counting = Field(default="on_disk_native", description="Rule a budget is counted by")
+    vector: Literal["task", "difference"] = "task"
+    reference: str = Field(default="average", description="Merge method of a difference pack")
+    reference_parameters: dict[str, Any] = {}
+    skip: tuple[str, ...] = Field(default=(), description="Patterns of tensors to leave out")
+    private: tuple[str, ...] = Field(default=(), description="Patterns of tensors to keep whole")
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget_reads(cls, value: object) -> str | None:
+        if value is not None:
+            parse_size(str(value), percent=True)
+        return None if value is None else str(value)
+
+    def codec(self) -> Codec:
+        """The codec with its parameters, validated.
+
+        Raises:
+            MethodError: for an unknown codec or parameter, or a value out of range.
+        """
+        return build(lookup(CODECS, self.method), self.parameters)
+
+    def merge(self) -> tuple[MergeMethod, Parameters]:
+        """The merge method of the reference with its parameters, validated.
+
+        Raises:
+            MethodError: for an unknown method or parameter, or a value out of range.
+        """
+        method = lookup(MERGE_METHODS, self.reference)
+        return method, build(method, self.reference_parameters)
+
+
+class PackRecipe(Strict):
+    """A family and how to pack it, as read from YAML."""
+
+    base: str | None
+    experts: dict[str, str]
+    settings: PackSettings
+
+
+class _Expert(Strict):
+    model: str
+    name: str | None = None
+
+
+class _Reference(Strict):
+    merge_method: str = "average"
+    parameters: dict[str, Any] = {}
+
+
+class _File(Strict):
+    pack_method: str = "dts"
+    base_model: str | None = None
+    models: list[_Expert]
+    parameters: dict[str, Any] = {}
+    budget: str | float | None = None
+    counting: Counting = "on_disk_native"
+    vector: Literal["task", "difference"] = "task"
+    reference: _Reference = _Reference()
+    skip: list[str] = []
+    private: list[str] = []
+
+
+def read_recipe(path: Path) -> PackRecipe:
+    """Read and validate a pack recipe; opens no checkpoint.
+
+    Raises:
+        RecipeError: listing every fault of the file.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"The recipe {path} is no valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"The recipe {path} holds no settings; see recipes/ for examples.")
+    try:
+        file = _File(**content)
+    except ValidationError as error:
+        raise RecipeError(f"The recipe {path} is wrong. {faults_of(error, _File)}") from error
+    return PackRecipe(
+        base=file.base_model,
+        experts=_named(file.models, path),
+        settings=PackSettings(
+            method=file.pack_method,
+            parameters=file.parameters,
+            budget=None if file.budget is None else str(file.budget),
+            counting=file.counting,
+            vector=file.vector,
+            reference=file.reference.merge_method,
+            reference_parameters=file.reference.parameters,
+            skip=tuple(file.skip),
+            private=tuple(file.private),
+        ),
+    )
+
+
+def settings_from(options: Mapping[str, Any]) -> PackSettings:
+    """Settings from loose options, with every fault in one error.
+
+    Raises:
+        RecipeError: naming unknown options and values that cannot be.
+    """
+    try:
+        return PackSettings(**options)
+    except ValidationError as error:
+        raise RecipeError(faults_of(error, PackSettings)) from error
+
+
+def faults_of(error: ValidationError, model: type[BaseModel]) -> str:
+    """Every fault of a validation, a sentence each, with the nearest name for unknown keys."""
+    faults = Faults()
+    for fault in error.errors():
+        place = ".".join(str(p) for p in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            known = model.model_fields if len(fault["loc"]) == 1 else ["model", "name"]
+            faults.add(f"Unknown key '{place}'. {nearest(str(fault['loc'][-1]), known)}")
+        elif fault["type"] == "missing":
+            faults.add(f"'{place}' is missing.")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            faults.add(f"{place} = {fault['input']!r}: {message}")
+    return " ".join(faults.messages)
+
+
+def parse_size(text: str, *, percent: bool = False) -> float | int:
+    """Read '1%' as the fraction 0.01 (float) and '900KB', '1.5GiB' as bytes (int).
+
+    Raises:
+        ValueError: if the text is neither, or not above zero.
+    """
+    plain = text.strip().replace(" ", "").replace("_", "")
+    number = plain.rstrip("%ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+    unit = plain[len(number) :]
+    try:
+        value = float(number)
+    except ValueError:
+        value = 0.0
+    if value > 0 and unit == "%" and percent:
+        return value / 100
+    if value > 0 and unit.upper() in _UNITS:
+        return int(value * _UNITS[unit.upper()])
+    kinds = "'1%', '900KB' or '1.5MiB'" if percent else "'900MB' or '2GiB'"
+    raise ValueError(f"'{text}' is no size above zero. Write {kinds}.")
+
+
+def _named(models: list[_Expert], path: Path) -> dict[str, str]:
+    experts: dict[str, str] = {}
+    for entry in models:
+        name = entry.name or Path(entry.model.split("@")[0]).name
+        if name in experts:
+            raise RecipeError(
+                f"The recipe {path} has two models named '{name}'. Give each its own 'name'."
+            )
+        experts[name] = entry.model
+    return experts

@@ -1,0 +1,1 @@
+"""Tables of what methods score and store."""

@@ -1,0 +1,251 @@
+"""A streaming writer of safetensors checkpoints: headers first, values in any order.
+
+Every offset is known before the first value, so tensors, or rows of them, go straight to their
+place on disk from any thread, and none is held. The bytes depend only on the specs and the values.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from personae._types import TensorSpec
+from personae.errors import Faults, WorkError
+from personae.writers.atomic import output_errors, require_space
+
+# Last first, this is the order of the format's own library: widest first, so that all are aligned.
+_CODES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.complex64: "C64",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+}
+_MOST_AT_ONCE = 1 << 30  # some systems refuse 2 GiB
+_LAYOUT_ORDER = {dtype: -place for place, dtype in enumerate(_CODES)}
+
+
+class _Place(NamedTuple):
+    """Where one tensor's bytes go, and which `(start, stop)` of them are there."""
+
+    spec: TensorSpec
+    file: BinaryIO
+    offset: int
+    written: list[tuple[int, int]]
+
+
+class CheckpointWriter:
+    """Writes one checkpoint into a directory: `model.safetensors`, or shards and their index.
+
+    Use it as a context manager: leaving the block normally is `close`. It writes final names, so
+    give it the directory of `output_directory`.
+
+    Attributes:
+        files: The weight files, in order of their numbers.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        specs: Iterable[TensorSpec],
+        *,
+        shard_bytes: int = 5_000_000_000,
+        tied: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write the headers and reserve the files.
+
+        Args:
+            directory: An existing directory without weight files.
+            specs: Every tensor to be written, with the dtype to write it in; their order is free.
+            shard_bytes: Most bytes of values in one file; a larger tensor gets its own file.
+            tied: Dropped name to the kept name (one of `specs`) it shares storage with; noted in
+                the header of the file that holds the kept one, as safetensors does.
+
+        Raises:
+            OutputError: if the disk lacks the space or refuses.
+        """
+        ordered = sorted(specs, key=lambda spec: spec.name)
+        shards = _shards(ordered, shard_bytes)
+        self._directory = directory
+        self.files = [directory / _file_name(n, len(shards)) for n in range(len(shards))]
+        self._handles: list[BinaryIO] = []
+        self._places: dict[str, _Place] = {}
+        require_space(directory, sum(spec.nbytes for spec in ordered))
+        for path, shard in zip(self.files, shards, strict=True):
+            self._reserve(path, shard, tied or {})
+        assert len(self._places) == len(ordered), "two specs of one name"
+        assert self._places.keys() >= set((tied or {}).values()), "a tied name without its kept one"
+
+    def _reserve(self, path: Path, shard: list[TensorSpec], tied: Mapping[str, str]) -> None:
+        """Write one file's header and give the file its full length."""
+        header, offsets, size = _layout(shard, tied)
+        with output_errors(path):
+            file = path.open("xb", buffering=0)
+            self._handles.append(file)
+            _write_at(file, header, 0)
+            os.ftruncate(file.fileno(), size)
+        for spec in shard:
+            self._places[spec.name] = _Place(spec, file, offsets[spec.name], [])
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one whole tensor, cast to the dtype of its spec (to nearest, ties to even).
+
+        Raises:
+            OutputError: if the disk is full or refuses.
+            WorkError: if a finite value does not fit in that dtype.
+        """
+        self._put(self._places[name], 0, tensor, self._places[name].spec.shape)
+
+    def write_rows(self, name: str, start: int, tensor: Tensor) -> None:
+        """Write rows `start:start + len(tensor)` along the first axis; see `write`.
+
+        Raises:
+            OutputError: if the disk is full or refuses.
+            WorkError: if a finite value does not fit in that dtype.
+        """
+        shape = self._places[name].spec.shape
+        assert 0 <= start <= start + len(tensor) <= shape[0], f"{name}: rows from {start}"
+        self._put(self._places[name], start, tensor, (len(tensor), *shape[1:]))
+
+    def _put(self, place: _Place, row: int, tensor: Tensor, shape: Sequence[int]) -> None:
+        spec = place.spec
+        assert tuple(tensor.shape) == tuple(shape), f"{spec.name}: {tuple(tensor.shape)}"
+        if not tensor.numel():
+            return
+        assert tensor.dtype == spec.dtype or (tensor.is_floating_point() and spec.is_floating)
+        values = _cast(tensor.detach().cpu(), spec).contiguous().reshape(-1).view(torch.uint8)
+        start = row * (spec.nbytes // spec.shape[0]) if row else 0
+        with output_errors(Path(place.file.name)):
+            _write_at(place.file, values.numpy().data, place.offset + start)
+        place.written.append((start, start + values.numel()))
+
+    def close(self) -> None:
+        """Check that every byte was written once, write the index, and sync to disk.
+
+        Raises:
+            OutputError: if the disk is full or refuses.
+            WorkError: naming every tensor that was not written completely, or not once.
+        """
+        faults = Faults()
+        for name, place in sorted(self._places.items()):
+            reached = 0
+            for start, stop in sorted(place.written):
+                reached = stop if start == reached else -1
+            if reached != place.spec.nbytes:
+                total = sum(stop - start for start, stop in place.written)
+                faults.add(
+                    f"Tensor '{name}' was not written exactly once: "
+                    f"{total:,} bytes written of {place.spec.nbytes:,}."
+                )
+        faults.raise_if_any(WorkError)
+        if len(self.files) > 1:
+            self._write_index()
+        for file in self._handles:
+            with output_errors(Path(file.name)):
+                os.fsync(file.fileno())
+                file.close()
+
+    def _write_index(self) -> None:
+        index = {
+            "metadata": {"total_size": sum(p.spec.nbytes for p in self._places.values())},
+            "weight_map": {name: Path(p.file.name).name for name, p in self._places.items()},
+        }
+        path = self._directory / "model.safetensors.index.json"
+        with output_errors(path):
+            path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def __enter__(self) -> "CheckpointWriter":
+        """Return the writer."""
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Close, or after an error only release the files."""
+        try:
+            if error is None:
+                self.close()
+        finally:
+            for file in self._handles:
+                file.close()
+
+
+def _shards(specs: list[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+    """Fill shards one after the other in the order of the specs."""
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    return shards
+
+
+def _file_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+
+
+def _layout(specs: list[TensorSpec], tied: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """Give one file's header, where in the file each tensor starts, and the file's length."""
+    names = {spec.name for spec in specs}
+    notes = {dropped: kept for dropped, kept in sorted(tied.items()) if kept in names}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **notes}}
+    starts: dict[str, int] = {}
+    end = 0
+    for spec in sorted(specs, key=lambda spec: (_LAYOUT_ORDER[spec.dtype], spec.name)):
+        starts[spec.name] = end
+        end += spec.nbytes
+        header[spec.name] = {
+            "dtype": _CODES[spec.dtype],
+            "shape": spec.shape,
+            "data_offsets": [starts[spec.name], end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    offsets = {name: data + start for name, start in starts.items()}
+    return len(text).to_bytes(8, "little") + text, offsets, data + end
+
+
+def _cast(tensor: Tensor, spec: TensorSpec) -> Tensor:
+    """Cast to the dtype of the spec.
+
+    Raises:
+        WorkError: if a finite value does not fit in it.
+    """
+    cast = tensor.to(spec.dtype)
+    if tensor.dtype == spec.dtype:
+        return cast
+    wide = cast.float() if cast.dtype.itemsize == 1 else cast
+    finite = all(map(math.isfinite, torch.stack(wide.aminmax()).tolist()))  # fast: no copy
+    if finite or not bool((tensor.isfinite() & ~wide.isfinite()).any()):
+        return cast
+    largest = tensor[tensor.isfinite()].abs().max().item()
+    raise WorkError(
+        f"Tensor '{spec.name}' holds {largest:.6g}, but the largest {spec.dtype} is "
+        f"{torch.finfo(spec.dtype).max:.6g}. Write another dtype, such as float32."
+    )
+
+
+def _write_at(file: BinaryIO, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data`; the system may take less than offered at once."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(file.fileno(), view[:_MOST_AT_ONCE], offset)
+        view, offset = view[count:], offset + count

@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from personae.checkpoints import open_checkpoint
+from personae.checkpoints.folders import is_companion
+from personae.errors import CheckpointError
+
+ONE = {"x": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+        "modeling_own.py",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+    ],
+)
+def test_companions(name: str) -> None:
+    assert is_companion(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "pytorch_model.bin",
+        "model.safetensors.index.json",
+        "adapter_config.json",
+        "trainer_state.json",
+        "training_args.bin",
+        "optimizer.pt",
+        "README.md",
+        "onnx/config.json",
+        ".gitattributes",
+    ],
+)
+def test_not_companions(name: str) -> None:
+    assert not is_companion(name)
+
+
+def test_companions_of_a_directory_are_its_files(tmp_path: Path) -> None:
+    save_file(ONE, tmp_path / "model.safetensors")
+    for name in ("config.json", "README.md", "vocab.txt"):
+        (tmp_path / name).write_text("{}")
+    companions = open_checkpoint(tmp_path).companions
+    assert dict(companions) == {n: tmp_path / n for n in ("config.json", "vocab.txt")}
+    with pytest.raises(KeyError):
+        companions["README.md"]
+
+
+def test_safetensors_go_before_pickles(tmp_path: Path) -> None:
+    save_file({"new": torch.ones(2)}, tmp_path / "model.safetensors")
+    torch.save({"old": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    opened = open_checkpoint(str(tmp_path))
+    assert list(opened.specs) == ["new"] and opened.source == str(tmp_path)
+
+
+def test_mistyped_local_paths_never_go_to_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(source: str) -> None:
+        raise AssertionError(f"the hub was asked for {source}")
+
+    monkeypatch.setattr("personae.checkpoints.opening.hub_folder", ask)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experts" / "maths").mkdir(parents=True)
+    for typo in ("./experts/math", "experts/math", str(tmp_path / "experts" / "math")):
+        with pytest.raises(CheckpointError, match=r"no such file.*Did you mean 'maths'"):
+            open_checkpoint(typo)
+    for other in ("gpt2", "org/name/more", "org/model.safetensors", "/org/name", "../org/name"):
+        with pytest.raises(CheckpointError, match="no such file"):
+            open_checkpoint(other)
+    with pytest.raises(CheckpointError, match="no such file"):
+        open_checkpoint(Path("org/name"))  # a Path is never a hub id
+    with pytest.raises(AssertionError, match="asked for org/name@v1"):
+        open_checkpoint("org/name@v1")
+
+
+def test_a_directory_without_weights_says_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"has none of model\.safetensors.*notes\.txt"):
+        open_checkpoint(tmp_path)
+    save_file(ONE, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"has other\.safetensors: pass the file you mean"):
+        open_checkpoint(tmp_path)
+    for name in ("a.pt", "b.pt"):
+        torch.save(ONE, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"It has a\.pt, b\.pt: pass the file you mean"):
+        open_checkpoint(tmp_path)
+
+
+def test_unknown_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("")
+    with pytest.raises(CheckpointError, match="is no kind of checkpoint known here"):
+        open_checkpoint(tmp_path / "model.gguf")

@@ -1,0 +1,166 @@
+"""The same exam for every registered codec."""
+
+import pytest
+import torch
+
+from personae._types import SVD, Parts
+from personae.methods import CODECS, Codec
+
+MATRICES = [(80, 100), (300, 70), (70, 300), (1, 50), (50, 1)]
+SHAPES = [(), (1,), (7,), *MATRICES, (6, 3, 2, 2), (4, 5, 9)]
+MATRIX = (80, 100)
+
+pytestmark = pytest.mark.parametrize("name", sorted(CODECS))
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def _codec(name: str) -> Codec:
+    return CODECS[name].parameters()
+
+
+def _delta(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _bits(parts: Parts) -> int:
+    return 8 * sum(part.numel() * part.element_size() for part in parts.values())
+
+
+def _same(one: Parts, other: Parts) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+@each_shape
+def test_shape_and_dtype_kept_and_finite(name: str, shape: tuple[int, ...]):
+    codec, delta = _codec(name), _delta(shape)
+    before = delta.clone()
+    decoded = codec.decode(codec.encode(delta), shape)
+    assert decoded.shape == shape
+    assert decoded.dtype == torch.float32
+    assert decoded.isfinite().all()
+    assert torch.equal(delta, before), "the input was written to"
+
+
+@each_shape
+def test_parts_are_flat_and_do_not_share_memory(name: str, shape: tuple[int, ...]):
+    codec, delta = _codec(name), _delta(shape)
+    parts = codec.encode(delta)
+    decoded = codec.decode(parts, shape)
+    copies = {part: tensor.clone() for part, tensor in parts.items()}
+    delta.fill_(1e6)
+    decoded.fill_(1e6)
+    assert _same(parts, copies)
+    assert all(tensor.ndim == 1 for tensor in parts.values())
+
+
+@each_shape
+def test_stored_bits_are_the_bytes_of_the_parts(name: str, shape: tuple[int, ...]):
+    codec = _codec(name)
+    assert _bits(codec.encode(_delta(shape))) == codec.bits(shape).stored
+
+
+@each_shape
+def test_same_bytes_again_and_no_global_randomness(name: str, shape: tuple[int, ...]):
+    codec, delta = _codec(name), _delta(shape)
+    state = torch.random.get_rng_state()
+    parts = codec.encode(delta)
+    decoded = codec.decode(parts, shape)
+    torch.manual_seed(1)
+    again = codec.encode(delta.clone())
+    assert _same(parts, again)
+    assert torch.equal(codec.decode(again, shape), decoded)
+    torch.random.set_rng_state(state)
+    codec.encode(delta)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@each_shape
+def test_zero_delta_has_no_parts_and_decodes_to_zero(name: str, shape: tuple[int, ...]):
+    codec = _codec(name)
+    parts = codec.encode(torch.zeros(shape))
+    assert parts == {}
+    assert torch.equal(codec.decode(parts, shape), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0)], ids=str)
+def test_empty_tensor(name: str, shape: tuple[int, ...]):
+    codec = _codec(name)
+    assert codec.encode(torch.zeros(shape)) == {}
+    assert codec.decode({}, shape).shape == shape
+    assert codec.bits(shape).stored == 0
+
+
+@pytest.mark.parametrize("shape", [(80, 100), (300, 70)], ids=str)
+def test_untouched_rows_stay_exactly_zero(name: str, shape: tuple[int, ...]):
+    codec, delta = _codec(name), _delta(shape)
+    untouched = torch.arange(shape[0]) % 3 != 1
+    delta[untouched] = 0
+    decoded = codec.decode(codec.encode(delta), shape)
+    assert not decoded[untouched].any()
+    assert decoded[~untouched].any(dim=1).all()
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s not in MATRICES], ids=str)
+def test_exact_zeros_of_what_is_no_matrix_stay_zero(name: str, shape: tuple[int, ...]):
+    codec, delta = _codec(name), _delta(shape)
+    delta.view(-1)[::2] = 0
+    decoded = codec.decode(codec.encode(delta), shape)
+    assert not decoded.view(-1)[::2].any()
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-38, 1e-42])
+@each_shape
+def test_tiny_values_give_no_nan(name: str, shape: tuple[int, ...], size: float):
+    codec, delta = _codec(name), size * _delta(shape)
+    assert codec.decode(codec.encode(delta), shape).isfinite().all()
+
+
+def test_rank_is_capped_at_the_numerical_rank(name: str):
+    codec = _codec(name)
+    if not codec.rank(MATRIX):
+        pytest.skip("codes without a decomposition")
+    # Integers from 1 to 5, so that the product is exactly of rank 1.
+    left = torch.arange(80.0)[:, None] % 5 + 1
+    right = torch.arange(100.0)[None] % 4 + 1
+    parts = codec.encode(left @ right)
+    assert _bits(parts) == codec.bits(MATRIX, rank=1).stored
+
+
+def test_a_decomposition_of_rank_zero_leaves_nothing(name: str):
+    codec = _codec(name)
+    if not codec.rank(MATRIX):
+        pytest.skip("codes without a decomposition")
+    none = SVD(torch.zeros(80, 0), torch.zeros(0), torch.zeros(0, 100))
+    assert codec.encode(_delta(MATRIX), none) == {}
+
+
+def test_a_larger_decomposition_serves_a_smaller_rank(name: str):
+    codec, delta = _codec(name), _delta(MATRIX)
+    rank = codec.rank(MATRIX)
+    if not rank:
+        pytest.skip("codes without a decomposition")
+    own = codec.decompose(delta, rank)
+    assert own.singular_values.shape == (rank,)
+    more = SVD(
+        torch.cat([own.u, _delta((80, 5), 1)], dim=1),
+        torch.cat([own.singular_values, torch.full((5,), 1e-3)]),
+        torch.cat([own.vh, _delta((5, 100), 2)]),
+    )
+    assert _same(codec.encode(delta, own), codec.encode(delta))
+    assert _same(codec.encode(delta, more), codec.encode(delta, own))
+
+
+def test_bits_at_the_default_rank(name: str):
+    codec = _codec(name)
+    for shape in SHAPES:
+        assert codec.bits(shape, rank=codec.rank(shape)) == codec.bits(shape)
+
+
+def test_an_entry_can_be_listed(name: str):
+    entry = CODECS[name]
+    assert entry.summary.endswith(".")
+    assert entry.paper.startswith("arXiv:")
+    for parameter, field in entry.parameters.model_fields.items():
+        assert field.description, f"{name}.{parameter} has no description"

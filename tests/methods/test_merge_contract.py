@@ -1,0 +1,78 @@
+"""What every static method keeps to, whatever it computes."""
+
+import pytest
+import torch
+from gather import merge_model
+
+from personae.methods import MERGE_METHODS
+
+SHAPES = [(4, 6), (5,), (), (2, 3, 2, 2), (6, 4)]
+names = pytest.mark.parametrize("name", sorted(MERGE_METHODS))
+
+
+def model(experts: int = 3, seed: int = 0) -> list[torch.Tensor]:
+    """Task vectors of small integers, not all zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(-9, 10, (experts, *shape), generator=generator).float() for shape in SHAPES
+    ]
+
+
+@names
+def test_shape_dtype_finite_and_inputs_unmodified(name: str):
+    stacks = model()
+    before = [stack.clone() for stack in stacks]
+    for merged, stack in zip(merge_model(name, stacks), stacks, strict=True):
+        assert merged.shape == stack.shape[1:]
+        assert merged.dtype == torch.float32
+        assert merged.isfinite().all()
+    assert all(map(torch.equal, stacks, before))
+
+
+@names
+def test_zero_gives_zero(name: str):
+    for merged in merge_model(name, [torch.zeros_like(stack) for stack in model()]):
+        assert torch.equal(merged, torch.zeros_like(merged))
+
+
+@names
+def test_one_tensor_or_one_expert_of_zeros_is_finite(name: str):
+    stacks = model()
+    stacks[0].zero_()
+    for stack in stacks:
+        stack[1] = 0
+    merged = merge_model(name, stacks)
+    assert torch.equal(merged[0], torch.zeros_like(merged[0]))
+    assert all(tensor.isfinite().all() for tensor in merged)
+
+
+@names
+def test_same_bytes_on_a_rerun(name: str):
+    first, again = merge_model(name, model()), merge_model(name, model())
+    assert [t.numpy().tobytes() for t in first] == [t.numpy().tobytes() for t in again]
+
+
+@names
+def test_layout_in_memory_is_free(name: str):
+    """A stack that is not contiguous merges as its contiguous copy does."""
+    stacks = [stack.movedim(0, -1).contiguous().movedim(-1, 0) for stack in model()]
+    for strided, plain in zip(merge_model(name, stacks), merge_model(name, model()), strict=True):
+        torch.testing.assert_close(strided, plain)
+
+
+@names
+def test_order_of_experts_is_free_where_declared(name: str):
+    if not MERGE_METHODS[name].order_free:
+        pytest.skip(f"{name} declares that the order of experts matters")
+    stacks = model()
+    shuffled = merge_model(name, [stack[[2, 0, 1]] for stack in stacks])
+    for merged, other in zip(merge_model(name, stacks), shuffled, strict=True):
+        torch.testing.assert_close(merged, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("average", {}), ("ties", {"density": 1.0})])
+@pytest.mark.parametrize("experts", [1, 2, 3, 5])
+def test_copies_of_one_vector_merge_to_it(name: str, settings: dict, experts: int):
+    stacks = [stack.repeat(experts, *[1] * (stack.ndim - 1)) for stack in model(experts=1)]
+    for merged, stack in zip(merge_model(name, stacks, settings), stacks, strict=True):
+        assert torch.equal(merged, stack[0])
