@@ -14,7 +14,7 @@ setup: .venv/.ready
 	touch $@
 
 demo: setup
-	$(BIN)/personae demo
+	$(BIN)/personae demo --out runs/demo
 
 test: setup
 	$(BIN)/pytest -n 2

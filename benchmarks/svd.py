@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.linalg.svd(torch.eye(64))  # the first call loads LAPACK
     rows: list[Row] = []
     for text in options.shape or SHAPES:
         out, into = (int(side) for side in text.split("x"))

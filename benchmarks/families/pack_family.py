@@ -55,7 +55,7 @@ def settings_of(vector: Literal["task", "difference"]) -> dict[str, PackSettings
     return settings
 
 
-def scores_of_pack(pack: Path, base: Path, tasks: Sequence[Task]) -> dict[str, float]:
+def scores_of_pack(pack: str | Path, base: Path, tasks: Sequence[Task]) -> dict[str, float]:
     """Rebuild each expert into a temporary directory and score it."""
     scores: dict[str, float] = {}
     for task in tasks:
@@ -72,7 +72,9 @@ def packed(
     """Pack, rebuild and score; yields method, scores and the mean of both AMR over the tasks."""
     for vector in ("task", "difference"):
         settings = settings_of(vector)
-        outs = {out / name.replace(" ", "-").replace("%", ""): settings[name] for name in settings}
+        outs: dict[str | Path, PackSettings] = {
+            out / name.replace(" ", "-").replace("%", ""): settings[name] for name in settings
+        }
         pack_many(base, experts, outs, overwrite=True, work=work)
         for name, pack in zip(settings, outs, strict=True):
             amr = [facts["amr_percent"] for facts in inspect(pack)["tasks"].values()]

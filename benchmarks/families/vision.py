@@ -61,19 +61,18 @@ def read_task(name: str, data: Path = DATA, limit: int | None = None) -> Task:
 
 def train_base(tasks: Sequence[Task], epochs: int, seed: int) -> nn.Module:
     """Train the base from scratch on all tasks together."""
+    config = ViTConfig(
+        hidden_size=192,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        intermediate_size=768,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+    )
+    config.num_labels = sum(len(task.classes) for task in tasks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        base = ViTForImageClassification(
-            ViTConfig(
-                hidden_size=192,
-                num_hidden_layers=6,
-                num_attention_heads=6,
-                intermediate_size=768,
-                image_size=IMAGE_SIZE,
-                patch_size=8,
-                num_labels=sum(len(task.classes) for task in tasks),
-            )
-        )
+        base = ViTForImageClassification(config)
     train(
         base,
         joined(tasks),
@@ -88,7 +87,7 @@ def train_base(tasks: Sequence[Task], epochs: int, seed: int) -> nn.Module:
 
 def main(
     tasks: str = ",".join(TASKS),
-    epochs: int = 5,
+    epochs: int = 4,
     base_epochs: int = 6,
     limit: int = 4000,
     seed: int = 0,

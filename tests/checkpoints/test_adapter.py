@@ -149,6 +149,18 @@ def test_rows_come_out_the_same_bytes_however_asked(tmp_path: Path) -> None:
         assert torch.equal(opened.read_rows("layer.weight", start, stop), whole[start:stop])
 
 
+def test_hand_worked_scaling(tmp_path: Path) -> None:
+    """alpha 6 / rank 2 = 3; B @ A = [[1, 2], [3, 4]] @ [[1, 0], [1, 1]] = [[3, 2], [7, 4]]."""
+    write_adapter(tmp_path, {"q": ((2, 2), (2, 2))}, lora_alpha=6)
+    a, b = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    pair = {"base_model.model.q.lora_A.weight": a, "base_model.model.q.lora_B.weight": b}
+    save_file(pair, tmp_path / "adapter_model.safetensors")
+    base = {"q.weight": torch.tensor([[1.0, 1.0], [0.0, -1.0]])}
+    opened = open_checkpoint(tmp_path, base=open_checkpoint(base))
+    assert torch.equal(opened.read("q.weight"), torch.tensor([[10.0, 7.0], [21.0, 11.0]]))
+    assert torch.equal(opened.read_rows("q.weight", 1, 2), torch.tensor([[21.0, 11.0]]))
+
+
 def test_backbone_prefix_is_taken_off_or_put_on(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(toy_gpt2(tmp_path / "full"))
     expected = save_adapter(model, tmp_path / "adapter", target_modules=["c_attn"], r=2)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from personae.checkpoints import open_checkpoint
-from personae.errors import CheckpointError
+from personae.checkpoints import open_checkpoint, pickles
+from personae.errors import CheckpointError, Faults
 
 TENSORS = {
     "b": torch.arange(6.0).reshape(3, 2),
@@ -144,3 +144,31 @@ def test_float8_and_sparse_are_refused_together(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'x' has dtype float8_e4m3fn") as refused:
         open_checkpoint(tmp_path / "m.pt")
     assert "'y' is sparse or quantised" in str(refused.value)
+
+
+def test_mappings_are_dropped_and_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 24 bytes a mapping, `b` (24 bytes) fits once, so every read of it after maps anew."""
+    monkeypatch.setattr("personae.checkpoints.pickles._MAPPED_BYTES", 24)
+    torch.save(TENSORS, tmp_path / "m.pt")
+    opened = open_checkpoint(tmp_path / "m.pt")
+    loads: list[Path] = []
+    load = pickles._load
+
+    def count(path: Path, faults: Faults, *, warn: bool) -> dict[str, torch.Tensor]:
+        loads.append(path)
+        return load(path, faults, warn=warn)
+
+    monkeypatch.setattr(pickles, "_load", count)
+    for _ in range(3):
+        assert torch.equal(opened.read("b"), TENSORS["b"])
+    assert len(loads) == 3
+
+
+def test_a_file_changed_after_opening_is_noticed(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "m.pt")
+    opened = open_checkpoint(tmp_path / "m.pt")
+    torch.save({"b": torch.ones(1)}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"m\.pt was changed after it was opened"):
+        opened.read("b")

@@ -133,6 +133,11 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, objec
     [
         (b"not json", b"", "header makes no sense"),
         (b'{"x": 1}', b"", "header makes no sense"),
+        (b"[]", b"", "header makes no sense"),
+        (b'{"__metadata__": 5}', b"", "header makes no sense"),
+        ({"x": {"dtype": "U8", "shape": [1], "data_offsets": []}}, b"", "makes no sense"),
+        ({"x": {"dtype": "U8", "shape": [1]}}, b"", "makes no sense"),
+        ({"x": entry("U8", [-1, -1], 0, 1)}, b"1", "makes no sense"),
         (b'{"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"x":0}', b"1", "makes no sense"),
         ({"x": entry("F32", [2], 0, 8)}, b"1234567", "cut short or padded: 7 bytes"),
         ({"x": entry("F32", [2], 0, 8)}, b"123456789", "cut short or padded: 9 bytes"),

@@ -1,5 +1,7 @@
 """Truncated SVD against torch.linalg.svd in fp64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -81,9 +83,8 @@ def test_randomised_hands_over_where_its_basis_misses_energy() -> None:
     # Gaussian noise: three quarters of the small side as basis are too few for the top half.
     matrix = gaussian(200, 220)
     assert module._krylov(matrix, 100, 0, block=16, limit=150) is None
-    assert (
-        module._krylov(matrix, 100, 0, block=16, limit=200) is not None
-    )  # with room to grow it gets there
+    with_more_room = module._krylov(matrix, 100, 0, block=16, limit=200)
+    assert with_more_room is not None
     for ours, exact in zip(
         truncated_svd(matrix, 100, solver="randomised"),
         truncated_svd(matrix, 100, solver="gram"),
@@ -273,6 +274,6 @@ def test_integer_matrices(out: int, into: int, entries: list[int], rank: int, so
 
 
 @pytest.mark.parametrize("function", [truncated_svd, lambda m, r: product_svd(m, m.T, r)])
-def test_negative_rank_is_refused(function) -> None:
+def test_negative_rank_is_refused(function: Callable[[Tensor, int], SVD]) -> None:
     with pytest.raises(MethodError, match=r"rank is -1, expected 0 or more"):
         function(gaussian(3, 4), -1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from personae._types import TensorSpec
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """One model, read lazily. Opening it reads headers only.
 

@@ -109,11 +109,16 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def is_safe_name(name: str) -> bool:
+    """Whether a task name is a file name on every system, apart from the task file of another."""
+    return bool(_SAFE_NAME.fullmatch(name)) and not name.endswith((".", ".safetensors"))
+
+
 def check_names(names: Iterable[str], faults: Faults) -> None:
     """Add a fault for each task name that is taken twice or unsafe as a file name somewhere."""
     seen = set[str]()
     for name in names:
-        if not _SAFE_NAME.fullmatch(name) or name.endswith("."):
+        if not is_safe_name(name):
             faults.add(
                 f"'{name}' is no safe file name for a task. Use letters, digits, '.', '_' and '-', "
                 "beginning with a letter or digit, at most 100 characters."

@@ -5,7 +5,7 @@ Format: https://github.com/huggingface/safetensors#format
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from personae.errors import Faults
 
 LENGTH_BYTES = 8
 _LARGEST_HEADER = 100_000_000  # the format's own limit
+
+Entry = tuple[str, tuple[int, ...], tuple[int, int]]
+"""What a header says of one tensor: name of its dtype, shape, (begin, end) after the header."""
 
 
 @dataclass(frozen=True)
@@ -36,66 +39,68 @@ def read_header(path: Path) -> tuple[Header, list[str]]:
         text = file.read(header_bytes) if readable else b""
     try:
         content: Any = json.loads(text, object_pairs_hook=_without_duplicates)
-        metadata: dict[str, str] = content.pop("__metadata__", None) or {}
-        entries = {
-            str(name): (
-                str(e["dtype"]),
-                tuple(map(int, e["shape"])),
-                tuple(map(int, e["data_offsets"])),
-            )
-            for name, e in content.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
+        metadata = dict(content.pop("__metadata__", None) or {})
+        entries = {name: as_entry(**fields) for name, fields in content.items()}
+    except (ValueError, TypeError, AttributeError):
         fault = f"{path} is not a safetensors file, or is damaged: its header makes no sense."
         return Header({}, {}, {}), [fault]
-    found = size - LENGTH_BYTES - header_bytes
-    return make_header(str(path), entries, metadata, found)
+    return make_header(str(path), entries, metadata, size - LENGTH_BYTES - header_bytes)
+
+
+def as_entry(dtype: str, shape: Iterable[int], data_offsets: Iterable[int]) -> Entry:
+    """Check the kind of each field of one tensor's entry.
+
+    Raises:
+        ValueError: A field is not of the kind the format prescribes.
+    """
+    begin, end = map(int, data_offsets)
+    sizes = tuple(map(int, shape))
+    if min(sizes, default=0) < 0 or begin < 0:
+        raise ValueError("negative size or place")
+    return str(dtype), sizes, (begin, end)
 
 
 def make_header(
-    where: str,
-    entries: Mapping[str, tuple[str, tuple[int, ...], tuple[int, ...]]],
-    metadata: Mapping[str, str],
-    found_bytes: int | None,
+    where: str, entries: Mapping[str, Entry], metadata: Mapping[str, str], found_bytes: int | None
 ) -> tuple[Header, list[str]]:
     """Check a parsed header and describe its tensors.
 
     Args:
         where: The file, for texts.
-        entries: Name to (dtype name, shape, (begin, end)).
+        entries: By tensor name.
         metadata: The `__metadata__` entries; dropped shared tensors are mapped to kept ones there.
         found_bytes: Bytes after the header; None if not known.
 
     Returns:
         The header, empty if anything is wrong, and the texts of what is wrong.
     """
+    faults = _entry_faults(where, entries, found_bytes)
+    if faults:
+        return Header({}, {}, {}), faults
+    specs = {name: TensorSpec(name, e[1], READABLE[e[0]]) for name, e in entries.items()}
+    begins = {name: begin for name, (_, _, (begin, _)) in entries.items()}
+    tied = {name: kept for name, kept in metadata.items() if name not in specs and kept in specs}
+    return Header(specs, begins, tied), []
+
+
+def _entry_faults(where: str, entries: Mapping[str, Entry], found_bytes: int | None) -> list[str]:
+    """Say what is wrong with dtypes, and with places, which must follow each other gaplessly."""
     faults = Faults()
     expected = 0
-    for name, (dtype, shape, (begin, *rest)) in sorted(entries.items(), key=lambda e: e[1][2]):
+    for name, (dtype, shape, (begin, end)) in sorted(entries.items(), key=lambda e: e[1][2]):
         fault = dtype_fault(where, name, dtype)
         if fault:
             faults.add(fault)
-        nbytes = rest[0] - begin if len(rest) == 1 else -1
-        fits = fault or nbytes == math.prod(shape) * READABLE[dtype].itemsize
-        if begin != expected or nbytes < 0 or not fits:
+        fits = fault or end - begin == math.prod(shape) * READABLE[dtype].itemsize
+        if begin != expected or not fits:
             faults.add(f"{where} is damaged: the bytes of '{name}' do not fit its shape and place.")
-        expected = begin + max(nbytes, 0)
+        expected = end
     if found_bytes is not None and found_bytes != expected:
         faults.add(
             f"{where} is cut short or padded: {found_bytes} bytes of tensors found, {expected} "
             "expected. Copy or download it again."
         )
-    if faults.messages:
-        return Header({}, {}, {}), faults.messages
-    header = Header(
-        {
-            name: TensorSpec(name, shape, READABLE[dtype])
-            for name, (dtype, shape, _) in entries.items()
-        },
-        {name: offsets[0] for name, (_, _, offsets) in entries.items()},
-        {name: kept for name, kept in metadata.items() if name not in entries and kept in entries},
-    )
-    return header, []
+    return faults.messages
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 
 from personae.checkpoints.folders import Folder, local_folder
-from personae.checkpoints.headers import Header, make_header, read_header
+from personae.checkpoints.headers import Header, as_entry, make_header, read_header
 from personae.errors import CheckpointError
 
 _Answer = TypeVar("_Answer")
@@ -81,7 +81,7 @@ def _remote_header(
         source, lambda: api.parse_safetensors_file_metadata(repo, file, revision=commit)
     )
     entries = {
-        name: (tensor.dtype, tuple(tensor.shape), tuple(tensor.data_offsets))
+        name: as_entry(tensor.dtype, tensor.shape, tensor.data_offsets)
         for name, tensor in found.tensors.items()
     }
     return make_header(f"{source}/{file}", entries, found.metadata or {}, None)

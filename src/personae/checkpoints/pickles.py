@@ -106,7 +106,11 @@ class Pickles:
         self._loaded.clear()
 
     def _view(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return a tensor, or rows of it, as a view of what is loaded; copy it at once."""
+        """Return a tensor, or rows of it, as a view of what is loaded, to be copied at once.
+
+        Raises:
+            CheckpointError: No such tensor or rows, or its file changed since it was opened.
+        """
         spec = self.specs.get(name) or no_such_tensor(self.source, name, self.specs)
         if stop is not None:
             check_rows(self.source, spec, start, stop)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from personae import __version__
-from personae.cli import inspect, methods, pack, plan, unpack, verify
+from personae.cli import demo, inspect, methods, pack, plan, unpack, verify
 from personae.cli.console import err
 from personae.errors import PersonaeError
 
@@ -73,5 +73,6 @@ for _command in (
     inspect.inspect,
     verify.verify,
     methods.methods,
+    demo.demo,
 ):
     app.command()(_guarded(_command))

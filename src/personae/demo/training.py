@@ -1,7 +1,7 @@
 """Training of small families of experts, for the demo and the benchmarks."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,7 +72,8 @@ def train(
 
 def _groups(model: nn.Module, learning_rate: float, head_learning_rate: float) -> list[dict]:
     """Return AdamW's parameter groups: the encoder and the head."""
-    encoder = dict.fromkeys(model.base_model.parameters())
+    encoder_model: nn.Module = model.base_model  # pyright: ignore[reportAssignmentType]
+    encoder = dict.fromkeys(encoder_model.parameters())
     head = [p for p in model.parameters() if p not in encoder]
     return [
         {"params": list(encoder), "lr": learning_rate},
@@ -95,7 +96,7 @@ def with_new_head(base: Path, task: Task, seed: int) -> nn.Module:
 
 
 @contextmanager
-def complete_directory(directory: Path) -> Iterator[Path]:
+def complete_directory(directory: Path) -> Generator[Path]:
     """Give a directory to write into, which appears as `directory` only when all is written.
 
     What an interrupted run left behind is removed by the next one.

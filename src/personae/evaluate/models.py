@@ -1,6 +1,6 @@
 """Opening and saving a checkpoint as a `transformers` model, quietly."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def save_model(model: nn.Module, directory: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Silence load reports and progress bars of `transformers`, then put them back."""
     from transformers.utils import logging
 

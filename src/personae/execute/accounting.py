@@ -100,7 +100,7 @@ def task_amr_percent(record: TaskRecord) -> dict[str, float]:
 def largest_rank_fraction(
     codec: Codec,
     specs: Iterable[TensorSpec],
-    budget: float,
+    budget: float | int,
     counting: Counting,
     facts: Mapping[str, TensorFacts] | None = None,
 ) -> float:
@@ -138,7 +138,7 @@ def largest_rank_fraction(
     return steps[bisect.bisect_right(steps, budget, key=size) - 1]
 
 
-def _size(bits: Bits, whole: Denominator, budget: float, counting: Counting) -> float:
+def _size(bits: Bits, whole: Denominator, budget: float | int, counting: Counting) -> float:
     """The cost in the budget's own unit: a fraction of the model, or bytes."""
     if counting.startswith("on_disk"):
         bits = bits._replace(stored=bits.stored + 8 * HEADER_BYTES)
@@ -149,12 +149,12 @@ def _size(bits: Bits, whole: Denominator, budget: float, counting: Counting) -> 
     ) / 8
 
 
-def is_fraction(budget: float) -> bool:
+def is_fraction(budget: float | int) -> bool:
     """Whether a parsed budget is a fraction of the model (float) rather than bytes (int)."""
     return isinstance(budget, float)
 
 
-def _written(size: float, like: float | None = None) -> str:
+def _written(size: float | int, like: float | int | None = None) -> str:
     if is_fraction(size if like is None else like):
         return f"{100 * size:.3f} %"
     return f"{math.ceil(size):,} bytes"
@@ -185,9 +185,13 @@ def _stored(codec: Codec, spec: TensorSpec, facts: TensorFacts) -> int:
     """Bits stored for one tensor, with the masks its zeros need; an upper bound."""
     if not facts.changed:
         return 0
-    bits = sum(codec.bits(shape).stored for shape in block_shapes(codec, spec))
+    shapes = block_shapes(codec, spec)
+    bits = sum(codec.bits(shape).stored for shape in shapes)
     if bits and facts.zero_rows:
-        bits += 8 * sum(math.ceil(shape[0] / 8) for shape in block_shapes(codec, spec))
+        bits += 8 * sum(math.ceil(shape[0] / 8) for shape in shapes)
+    if bits and facts.zero_columns:  # a bit for each code of both factors
+        vectors = [(codec.rank(shape), sum(shape)) for shape in shapes]
+        bits += sum(rank * width + 16 for rank, width in vectors)
     if bits and facts.zeros:
         bits += 8 * math.ceil(spec.numel / 8)
     return bits

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.family import Alignment
-from personae.errors import CheckpointError, Faults
+from personae.errors import Faults
 from personae.execute import pool
 from personae.packs.fingerprint import combine, tensor_digest
 
@@ -67,11 +67,13 @@ class TensorFacts:
     Attributes:
         changed: Whether any entry is not zero.
         zero_rows: Rows that are exactly zero (of a matrix), else 0.
+        zero_columns: Columns that are exactly zero (of a matrix), else 0.
         zeros: Entries that are exactly zero (of anything but a matrix), else 0.
     """
 
     changed: bool
     zero_rows: int = 0
+    zero_columns: int = 0
     zeros: int = 0
 
 
@@ -130,7 +132,8 @@ def _look(deltas: Deltas, name: str) -> _Look:
     raw = alignment.checkpoint.read(alignment.files[name])
     seen = _Look(digest=tensor_digest(raw))
     if name in alignment.buffers:
-        seen.differs = not torch.equal(raw, deltas.reference.read(name))
+        reference = deltas.reference.read(name)
+        seen.differs = raw.dtype != reference.dtype or not torch.equal(raw, reference)
         return seen
     if name not in alignment.shared:
         seen.faults = _not_finite(f"Expert '{alignment.name}'", alignment.files[name], raw)
@@ -141,8 +144,12 @@ def _look(deltas: Deltas, name: str) -> _Look:
     seen.faults = _not_finite(f"Expert '{alignment.name}'", alignment.files[name], raw)
     delta = deltas.read(name)
     if delta.ndim == 2:
-        live = delta.any(dim=1)
-        seen.facts = TensorFacts(bool(live.any()), zero_rows=int((~live).sum()))
+        rows, columns = delta.any(dim=1), delta.any(dim=0)
+        seen.facts = TensorFacts(
+            changed=bool(rows.any()),
+            zero_rows=int((~rows).sum()),
+            zero_columns=int((~columns).sum()),
+        )
     else:
         zeros = delta.numel() - int(torch.count_nonzero(delta))
         seen.facts = TensorFacts(zeros < delta.numel(), zeros=zeros)
@@ -164,15 +171,6 @@ def fingerprint(checkpoint: Checkpoint, *, workers: int, faults: Faults, label: 
         for fault in found:
             faults.add(fault)
     return combine(digests)
-
-
-def require_finite(faults: Faults) -> None:
-    """Refuse to go on if a scan found faults.
-
-    Raises:
-        CheckpointError: listing them.
-    """
-    faults.raise_if_any(CheckpointError)
 
 
 def _not_finite(label: str, name: str, tensor: Tensor) -> list[str]:

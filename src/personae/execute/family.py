@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
@@ -38,7 +38,7 @@ class Family:
         for expert in self.experts.values():
             expert.checkpoint.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Family":
         """Return the family."""
         return self
 

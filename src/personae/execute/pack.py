@@ -93,7 +93,8 @@ def pack_many(
     first = next(iter(variants.values()))
     with open_family(base, experts, skip=first.skip, private=first.private) as family:
         for out, settings in variants.items():
-            require_space(out, plan_pack(family, settings).bytes_out)
+            planned = plan_pack(family, settings, workers=work.workers, memory=work.memory)
+            require_space(out, planned.bytes_out)
         scanned = _Scanned.of(family, work)
         with ExitStack() as stack:
             directories = [
@@ -126,7 +127,8 @@ def add_tasks(
     work = work or Work()
     opened = Pack(Path(pack_directory))
     manifest = opened.manifest
-    taken = [name for name in experts if name in manifest.tasks]
+    there = {name.lower() for name in manifest.tasks}  # file names may ignore case
+    taken = [name for name in experts if name.lower() in there]
     if taken:
         raise PackError(
             f"{pack_directory} already has task(s) {shown(taken)}. "
@@ -176,8 +178,8 @@ class _Scanned:
     facts: dict[str, Facts]
 
     @classmethod
-    def of(cls, family: Family, work: Work) -> "_Scanned":
-        """Read every weight once.
+    def of(cls, family: Family, work: Work, from_base: bool = True) -> "_Scanned":
+        """Read every weight once; `from_base` as in `Deltas`.
 
         Raises:
             CheckpointError: naming every weight that is not finite, and experts equal to the base.
@@ -187,7 +189,7 @@ class _Scanned:
         facts: dict[str, Facts] = {}
         for done, (name, expert) in enumerate(family.experts.items(), 1):
             facts[name] = scan(
-                Deltas(expert, family.base, True),
+                Deltas(expert, family.base, from_base),
                 workers=work.threads,
                 memory=work.memory,
                 faults=faults,
@@ -200,15 +202,7 @@ class _Scanned:
 
 def _check_alike(settings: Sequence[PackSettings]) -> None:
     """Several packs share decompositions only if nothing but the rank differs."""
-    stripped = [
-        s.model_copy(
-            update={
-                "budget": None,
-                "parameters": {k: v for k, v in s.parameters.items() if k != "rank_fraction"},
-            }
-        )
-        for s in settings
-    ]
+    stripped = [one.without_rank() for one in settings]
     assert all(s == stripped[0] for s in stripped), "settings differ in more than the rank"
 
 
@@ -237,7 +231,7 @@ def _fill(
         writers[-1].save()
     if settings[0].vector == "difference":
         with _relative_to_merged(family, directories[0] / REFERENCE, settings[0]) as relative:
-            again = _Scanned.of(relative, work)
+            again = _Scanned.of(relative, work, from_base=False)
             _add_experts(relative, again, writers, settings, work)
     else:
         _add_experts(family, scanned, writers, settings, work)
@@ -299,10 +293,11 @@ def _add_experts(
 ) -> None:
     for name, expert in family.experts.items():
         facts = scanned.facts[name]
-        due = [n for n, writer in enumerate(writers) if name not in writer.manifest.tasks]
-        if not due:
+        due = [name not in writer.manifest.tasks for writer in writers]
+        if not any(due):
             continue
-        codecs = [_codec_for(settings[n], family, name, facts) for n in due]
+        # All codecs, also where the task is done: the largest rank decides how it is decomposed.
+        codecs = [_codec_for(setting, family, name, facts) for setting in settings]
         from_base = writers[0].manifest.reference.kind == "base"
         coded = encode_expert(
             Deltas(expert, family.base, from_base),
@@ -313,8 +308,9 @@ def _add_experts(
             device=work.torch_device,
             progress=work.progress,
         )
-        for n, codec, tensors in zip(due, codecs, coded, strict=True):
-            _write_task(writers[n], codec, family, expert, facts, tensors)
+        for writer, codec, tensors, wanted in zip(writers, codecs, coded, due, strict=True):
+            if wanted:
+                _write_task(writer, codec, family, expert, facts, tensors)
         expert.checkpoint.close()
 
 

@@ -1,5 +1,6 @@
 """Plans from headers alone: ranks, bytes, memory, and every fault a header can tell."""
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -132,9 +133,9 @@ def plan_pack(
     if settings.vector == "difference":
         settings.merge()
     tasks = {name: _plan_task(family, name, settings) for name in family.experts}
-    costs = _item_costs(family, settings)
-    pool.check_memory(max(costs, default=0), memory, "The largest tensor")
-    peak = sum(sorted(costs, reverse=True)[:workers])
+    stages = _item_costs(family, settings)
+    pool.check_memory(max(map(max, stages)), memory, "The largest tensor")
+    peak = max(sum(heapq.nlargest(workers, costs)) for costs in stages)
     base_bytes = sum(spec.nbytes for spec in family.base.specs.values())
     merged = base_bytes if settings.vector == "difference" else 0
     written = sum(t.coded.bytes + t.private_bytes + HEADER_BYTES for t in tasks.values())
@@ -181,12 +182,16 @@ def _plan_task(family: Family, name: str, settings: PackSettings) -> TaskPlan:
     )
 
 
-def _item_costs(family: Family, settings: PackSettings) -> Sequence[int]:
-    """Working memory of each item: the largest tensors decide."""
+def _item_costs(family: Family, settings: PackSettings) -> Sequence[Sequence[int]]:
+    """Working memory of each item of each stage: the base's tensors, then every expert's."""
     factor = BYTES_PER_ELEMENT
     if settings.vector == "difference":
         factor += 16 * len(family.experts)
-    return [spec.numel * factor for spec in family.base.specs.values()]
+    checkpoints = [expert.checkpoint for expert in family.experts.values()]
+    return [
+        [spec.numel * factor for spec in family.base.specs.values()],
+        *([s.numel * BYTES_PER_ELEMENT for s in c.specs.values()] for c in checkpoints),
+    ]
 
 
 def _codec(settings: PackSettings, specs: Sequence[TensorSpec]) -> Codec:

@@ -72,7 +72,7 @@ class Rebuilt:
         if ref_name in self.record.tensors:
             tensor = tensor.float() + self.delta(ref_name)
         if ref_name in self.record.grown:
-            tensor = torch.cat([tensor, self._file.private(name).to(tensor.dtype)])
+            tensor = torch.cat([tensor, self._file.private(name)])  # to the wider of both dtypes
         return tensor
 
     def delta(self, ref_name: str) -> Tensor:

@@ -32,17 +32,19 @@ MISSED_PER_STEP = 8.0
 KRYLOV_LIMIT = 0.75
 """Basis / small side at which the randomised solver gives up: Gaussian noise at rank 0.3 fits."""
 KRYLOV_COLUMNS = 2.25
-"""Basis / rank on which the check usually holds: 2 for σ_i ∝ i^-0.5, 2.5 to 5 for Gaussian noise."""
+"""Basis / rank where the check usually holds: 2 for σ_i ∝ i^-0.5, 2.5 to 5 for Gaussian noise."""
 KRYLOV_OVERHEAD = 1.5
 """Time of an operation in its narrow products over one in the wide products of `gram`."""
 SMALLEST_FOR_KRYLOV = 256
 """Small side below which either takes milliseconds and the more exact is the better one."""
 BLOCKS_PER_RANK = 8
 """Rank / Lanczos block: smaller blocks converge on fewer columns but read A more often."""
+TALLEST_FOR_KRYLOV = 8
+"""Large / small side above which reading A at every step costs more than forming A Aᵀ once."""
 SMALLEST_BLOCK = 16
 """Columns beneath which a product is bound by reading A."""
 PROBE_BLOCK = 80
-"""Columns tried first where `gram` is faster: they recognise deltas of rank 64 for 5 % of its time."""
+"""Columns tried first where `gram` is faster: deltas of rank 64 show for a few % of its time."""
 GRAM_FP32_FLOOR = 1e-4
 """λ_k / λ_1 of A Aᵀ beneath which fp32 (eps 1.2e-7) blurs direction k by more than about 1e-3."""
 
@@ -84,8 +86,7 @@ def truncated_svd(
         return SVD(matrix.new_zeros(rows, 0), matrix.new_zeros(0), matrix.new_zeros(0, columns))
     wide = wide / peak  # squares of very small or large deltas would leave the range of fp32
     u, values, vh = _solve(wide, rank, solver, seed)
-    if matrix.shape[0] > matrix.shape[1]:
-        u, vh = vh.T, u.T
+    u, vh = (u, vh) if wide.shape == matrix.shape else (vh.T, u.T)
     return _finish(SVD(u, values * peak, vh), matrix.shape, rank_tolerance, signs)
 
 
@@ -135,8 +136,7 @@ def fix_signs(svd: SVD) -> SVD:
     u, values, vh = svd
     if not values.numel():
         return svd
-    magnitudes = u.abs()
-    first = (magnitudes == magnitudes.amax(dim=0)).byte().argmax(dim=0)
+    first = (u.abs() == u.abs().amax(dim=0)).byte().argmax(dim=0)
     flip = torch.where(u.gather(0, first[None])[0] < 0, -1.0, 1.0)
     return SVD(u * flip, values, vh * flip[:, None])
 
@@ -146,20 +146,17 @@ def _solve(wide: Tensor, rank: int, solver: Solver, seed: int) -> SVD:
     small, large = wide.shape
     if solver == "full":
         return _full(wide, rank)
-    if solver != "gram":
-        block = max(SMALLEST_BLOCK, rank // BLOCKS_PER_RANK)
-        columns = KRYLOV_COLUMNS * rank
-        krylov = 4 * small * large * columns + 4 * small * columns**2 + 9 * columns**3
-        gram = 2 * small**2 * large + 9 * small**3  # multiply-adds twice; 9·n³: measured for eigh
-        pays = small >= SMALLEST_FOR_KRYLOV and KRYLOV_OVERHEAD * krylov < gram
-        found = None
-        if pays or solver == "randomised":
-            found = _krylov(wide, rank, seed, min(block, small), int(KRYLOV_LIMIT * small))
-        elif small >= SMALLEST_FOR_KRYLOV:  # a dense delta born of LoRA shows in one block
-            found = _krylov(wide, rank, seed, PROBE_BLOCK, PROBE_BLOCK)
-        if found is not None:
-            return found
-    return _gram(wide, rank)
+    columns = KRYLOV_COLUMNS * rank
+    krylov = 4 * small * large * columns + 4 * small * columns**2 + 9 * columns**3
+    gram = 2 * small**2 * large + 9 * small**3  # eigh(n) takes as long as 9 n³ in products
+    suits = small >= SMALLEST_FOR_KRYLOV and large <= TALLEST_FOR_KRYLOV * small
+    found = None
+    if solver == "randomised" or (solver == "auto" and suits and KRYLOV_OVERHEAD * krylov < gram):
+        block = min(max(SMALLEST_BLOCK, rank // BLOCKS_PER_RANK), small)
+        found = _krylov(wide, rank, seed, block, limit=int(KRYLOV_LIMIT * small))
+    elif solver == "auto" and suits:
+        found = _krylov(wide, rank, seed, PROBE_BLOCK, limit=PROBE_BLOCK)
+    return _gram(wide, rank) if found is None else found
 
 
 def _full(matrix: Tensor, rank: int) -> SVD:

@@ -2,17 +2,35 @@
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from personae._version import __version__
+from personae.checkpoints.family import is_safe_name
 from personae.errors import PackError
 
 FORMAT = "personae-pack"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "pack.json"
+
+
+def _inside(path: str) -> str:
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise ValueError(f"'{path}' leads out of the pack")
+    return path
+
+
+def _task_name(name: str) -> str:
+    if not is_safe_name(name):
+        raise ValueError(f"'{name}' is no safe task name")
+    return name
+
+
+# A pack may come from anybody: what it names is read, written and removed.
+InnerPath = Annotated[str, AfterValidator(_inside)]
+TaskName = Annotated[str, AfterValidator(_task_name)]
 
 
 class Record(BaseModel):
@@ -72,7 +90,7 @@ class CompanionRecord(Record):
 class TaskRecord(Record):
     """One task of a pack."""
 
-    file: str
+    file: InnerPath
     sha256: str
     bytes: int
     source: str
@@ -90,7 +108,7 @@ class TaskRecord(Record):
         default={}, description="By reference name, where the expert's dtype is another"
     )
     tied: dict[str, str] = Field(default={}, description="The expert's dropped name to kept name")
-    companions: dict[str, CompanionRecord] = {}
+    companions: dict[InnerPath, CompanionRecord] = {}
     base_parameters: int = Field(description="Parameters of the reference that the task shares")
     base_bytes: int = Field(description="Bytes of those in the reference")
     counted_bits: int = Field(description="Bits by the papers' rule, at the ranks stored")
@@ -140,7 +158,7 @@ class Manifest(Record):
     skip: tuple[str, ...] = ()
     private: tuple[str, ...] = ()
     reference: ReferenceRecord
-    tasks: dict[str, TaskRecord] = {}
+    tasks: dict[TaskName, TaskRecord] = {}
 
     @property
     def settings(self) -> dict[str, Any]:

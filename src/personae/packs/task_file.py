@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from personae._types import Parts
-from personae.errors import PackError
+from personae.errors import OutputError, PackError
 from personae.packs.manifest import FORMAT, FORMAT_VERSION, BlockRecord, TaskRecord
 
 PRIVATE = "private/"
@@ -31,6 +31,9 @@ def write_task_file(
         blocks: Parts of each coded block; a part name has one dtype throughout.
         private: The expert's name to the whole tensor (or its extra rows).
         metadata: What a stranger who finds the file should know (task, codec, reference).
+
+    Raises:
+        OutputError: if the disk is full or refuses.
     """
     gathered: dict[str, list[Tensor]] = {}
     for parts in blocks:
@@ -40,7 +43,10 @@ def write_task_file(
     whole = {PRIVATE + name: tensor.contiguous() for name, tensor in private.items()}
     # One metadata key: the safetensors library writes several in random order.
     about = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **metadata})
-    save_file({**sections, **whole}, path, metadata={FORMAT: about})
+    try:
+        save_file({**sections, **whole}, path, metadata={FORMAT: about})
+    except SafetensorError as error:
+        raise OutputError(f"Cannot write '{path}': {error}. Is the disk full?") from error
 
 
 class TaskFile:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from personae.errors import Faults, RecipeError, nearest
 from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, Parameters, build, lookup
 
+Vector = Literal["task", "difference"]
 Counting = Literal["counted", "counted_lean", "on_disk_fp32", "on_disk_native"]
 COUNTING: tuple[Counting, ...] = get_args(Counting)
 
@@ -33,7 +34,7 @@ class PackSettings(Strict):
     parameters: dict[str, Any] = Field(default={}, description="The codec's parameters")
     budget: str | None = Field(default=None, description="Size a task may cost: '1%' or '900KB'")
     counting: Counting = Field(default="on_disk_native", description="Rule a budget is counted by")
-    vector: Literal["task", "difference"] = "task"
+    vector: Vector = "task"
     reference: str = Field(default="average", description="Merge method of a difference pack")
     reference_parameters: dict[str, Any] = {}
     skip: tuple[str, ...] = Field(default=(), description="Patterns of tensors to leave out")
@@ -45,6 +46,11 @@ class PackSettings(Strict):
         if value is not None:
             parse_size(str(value), percent=True)
         return None if value is None else str(value)
+
+    def without_rank(self) -> "PackSettings":
+        """The same without rank fraction and budget: what packs must share to share work."""
+        parameters = {k: v for k, v in self.parameters.items() if k != "rank_fraction"}
+        return self.model_copy(update={"budget": None, "parameters": parameters})
 
     def codec(self) -> Codec:
         """The codec with its parameters, validated.
@@ -89,7 +95,7 @@ class _File(Strict):
     parameters: dict[str, Any] = {}
     budget: str | float | None = None
     counting: Counting = "on_disk_native"
-    vector: Literal["task", "difference"] = "task"
+    vector: Vector = "task"
     reference: _Reference = _Reference()
     skip: list[str] = []
     private: list[str] = []

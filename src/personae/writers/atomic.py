@@ -121,15 +121,14 @@ def output_directory(
         with output_errors(path):
             _recover(path, replaced)
             _refuse(path, overwrite)
-            if not resumable:
-                _empty(partial)
+            _empty(partial, ".*.partial" if resumable else "*")
         with output_errors(path, _WRITE_ONLY):
             yield partial
         with output_errors(path):
             _sync_all(partial)
             _swap(partial, path, replaced, overwrite)
     except BaseException:
-        if not resumable:
+        if not resumable or not any(partial.iterdir()):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
@@ -196,12 +195,13 @@ def _swap(partial: Path, path: Path, replaced: Path, overwrite: bool) -> None:
     _sync(path.parent)
 
 
-def _empty(directory: Path) -> None:
-    for child in directory.iterdir():
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
+def _empty(directory: Path, pattern: str) -> None:
+    """Remove what matches at any depth: everything, or the files `atomic_file` had begun."""
+    for place in sorted(directory.rglob(pattern), reverse=True):  # children before parents
+        if place.is_dir() and not place.is_symlink():
+            place.rmdir()
         else:
-            child.unlink()
+            place.unlink()
 
 
 def _sync_all(directory: Path) -> None:

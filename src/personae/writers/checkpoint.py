@@ -149,10 +149,8 @@ class CheckpointWriter:
                 reached = stop if start == reached else -1
             if reached != place.spec.nbytes:
                 total = sum(stop - start for start, stop in place.written)
-                faults.add(
-                    f"Tensor '{name}' was not written exactly once: "
-                    f"{total:,} bytes written of {place.spec.nbytes:,}."
-                )
+                found = f"{total:,} bytes written of {place.spec.nbytes:,}"
+                faults.add(f"Tensor '{name}' was not written exactly once: {found}.")
         faults.raise_if_any(WorkError)
         if len(self.files) > 1:
             self._write_index()

@@ -1,0 +1,106 @@
+"""Packs of one family, rebuilt and scored beside the individual models and their average."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from personae.evaluate.averaging import evaluate_averaged
+from personae.evaluate.evaluation import evaluate_checkpoint
+from personae.evaluate.records import Record, record
+from personae.evaluate.tasks import Task
+from personae.execute.accounting import task_amr_percent
+from personae.execute.pack import pack_many
+from personae.execute.unpack import unpack
+from personae.execute.work import Work
+from personae.packs.reader import Pack
+from personae.recipe import PackSettings, Vector
+
+RANK_FRACTION = 0.3
+BUDGETS = ("5%", "2%", "1%")
+
+
+def dts_rows(
+    rank_fraction: float = RANK_FRACTION, budgets: Sequence[str] = BUDGETS
+) -> dict[str, PackSettings]:
+    """DTS-T and DTS-D (relative to the average), at one rank fraction and under budgets on disk."""
+    rows: dict[str, PackSettings] = {}
+    vectors: dict[str, Vector] = {"DTS-T": "task", "DTS-D": "difference"}
+    for codec, vector in vectors.items():
+        at_rank = {"rank_fraction": rank_fraction}
+        rows[f"{codec} r={rank_fraction:g}"] = PackSettings(vector=vector, parameters=at_rank)
+        for budget in budgets:
+            rows[f"{codec} {budget}"] = PackSettings(vector=vector, budget=budget)
+    return rows
+
+
+def compare(
+    base: Path,
+    experts: Mapping[str, Path],
+    tasks: Sequence[Task],
+    rows: Mapping[str, PackSettings],
+    directory: Path,
+    *,
+    work: Work,
+    report: Callable[[Record], None] = lambda _: None,
+) -> list[Record]:
+    """Score the experts, their weight average, and each expert rebuilt from each pack.
+
+    Args:
+        base: The base's checkpoint directory.
+        experts: Task name to the expert's checkpoint directory.
+        tasks: What to score on.
+        rows: Row name to the settings of its pack.
+        directory: Where the packs go; a pack that is there is replaced.
+        work: Workers, memory bound, progress.
+        report: Told each record as soon as it is known.
+
+    Returns:
+        A record a row, "individual" and "weight averaging" first. Both AMR are means over tasks.
+    """
+    individual = {task.name: evaluate_checkpoint(experts[task.name], task) for task in tasks}
+    records: list[Record] = []
+
+    def add(method: str, scores: Mapping[str, float], counted: float, on_disk: float) -> None:
+        records.append(
+            record(method, scores, individual=individual, amr_counted=counted, amr_on_disk=on_disk)
+        )
+        report(records[-1])
+
+    add("individual", individual, 100.0, 100.0)
+    add("weight averaging", evaluate_averaged(experts, tasks), 0.0, 0.0)
+    for group in _sharing_decompositions(rows):
+        outs: dict[str | Path, PackSettings] = {
+            directory / name.replace(" ", "-").replace("%", "-percent"): rows[name]
+            for name in group
+        }
+        packs = pack_many(base, experts, outs, overwrite=True, work=work)
+        for name, pack in zip(group, packs, strict=True):
+            amr = [task_amr_percent(task) for task in pack.manifest.tasks.values()]
+            add(
+                name,
+                _scores(pack, base, tasks, work),
+                fmean(one["counted"] for one in amr),
+                fmean(one["on_disk_native"] for one in amr),
+            )
+    return records
+
+
+def _sharing_decompositions(rows: Mapping[str, PackSettings]) -> list[list[str]]:
+    """Row names grouped so that within a group nothing but the rank differs."""
+    groups: dict[str, list[str]] = {}
+    for name, settings in rows.items():
+        groups.setdefault(settings.without_rank().model_dump_json(), []).append(name)
+    return list(groups.values())
+
+
+def _scores(pack: Pack, base: Path, tasks: Sequence[Task], work: Work) -> dict[str, float]:
+    """Rebuild each expert into a temporary directory and score it."""
+    scores: dict[str, float] = {}
+    for task in tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            rebuilt = Path(folder) / task.name
+            source = None if pack.reference_directory else base
+            unpack(pack.directory, task.name, rebuilt, base=source, work=work)
+            scores[task.name] = evaluate_checkpoint(rebuilt, task)
+    return scores

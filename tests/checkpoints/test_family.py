@@ -1,0 +1,246 @@
+"""Alignment of experts with their base, from names and shapes alone."""
+
+import pytest
+import torch
+
+from families import State, saved
+from personae.checkpoints import open_checkpoint
+from personae.checkpoints.family import (
+    Alignment,
+    Renaming,
+    align,
+    check_names,
+    matches,
+    shown,
+)
+from personae.errors import CheckpointError, Faults
+
+
+def _state(**shapes: tuple[int, ...]) -> State:
+    """Zeros of these shapes; `__` in a keyword stands for a dot."""
+    return {name.replace("__", "."): torch.zeros(shape) for name, shape in shapes.items()}
+
+
+def _aligned(base: State, expert: State, **options: tuple[str, ...]) -> Alignment:
+    found = align(open_checkpoint(base), {"x": open_checkpoint(expert)}, **options)
+    return found["x"]
+
+
+BACKBONE = _state(embed__weight=(20, 4), layer__0__weight=(4, 4), layer__0__bias=(4,))
+
+
+def _prefixed(state: State, prefix: str) -> State:
+    return {prefix + name: tensor.clone() for name, tensor in state.items()}
+
+
+def test_equal_names_are_shared_as_they_are():
+    found = _aligned(BACKBONE, dict(BACKBONE))
+    assert found.shared == ("embed.weight", "layer.0.bias", "layer.0.weight")
+    assert found.renaming == Renaming()
+    assert found.private == found.absent == found.grown == found.buffers == ()
+    assert found.notes == []
+
+
+@pytest.mark.parametrize(
+    ("rename", "wrapper"),
+    [
+        (lambda n: f"module.{n}", "module"),
+        (lambda n: f"_orig_mod.{n}", "_orig_mod"),
+        (lambda n: f"_orig_mod.module.{n}", "module._orig_mod"),
+        (lambda n: f"module._orig_mod.{n}", "module._orig_mod"),
+        (lambda n: n.replace("layer.0.", "layer.0._orig_mod."), "_orig_mod"),  # one block compiled
+    ],
+)
+def test_wrappers_are_removed(rename, wrapper):
+    found = _aligned(BACKBONE, {rename(name): tensor for name, tensor in BACKBONE.items()})
+    assert found.shared == ("embed.weight", "layer.0.bias", "layer.0.weight")
+    assert found.files["layer.0.weight"] == rename("layer.0.weight")
+    assert found.renaming == Renaming(wrapper=wrapper)
+    assert found.notes == [f"x: wrapper '{wrapper}.' removed from tensor names"]
+
+
+def test_a_deep_segment_called_module_is_no_wrapper():
+    base = _state(a__b__module__weight=(4, 4), a__b__bias=(4,))
+    found = _aligned(base, dict(base))
+    assert found.shared == ("a.b.bias", "a.b.module.weight")
+    assert found.renaming.wrapper == ""
+
+
+def test_names_that_would_collide_without_their_wrapper_are_left_alone():
+    expert = {**BACKBONE, **_prefixed(BACKBONE, "_orig_mod.")}
+    found = _aligned(BACKBONE, expert)
+    assert found.renaming.wrapper == ""
+    assert found.shared == ("embed.weight", "layer.0.bias", "layer.0.weight")
+    assert found.private == tuple(sorted(_prefixed(BACKBONE, "_orig_mod.")))
+
+
+def test_the_expert_adds_a_prefix_and_a_head():
+    expert = _prefixed(BACKBONE, "bert.") | _state(classifier__weight=(3, 4), classifier__bias=(3,))
+    found = _aligned(BACKBONE, expert)
+    assert found.renaming == Renaming(add="bert.")
+    assert found.shared == ("embed.weight", "layer.0.bias", "layer.0.weight")
+    assert found.files["embed.weight"] == "bert.embed.weight"
+    assert found.private == ("classifier.bias", "classifier.weight")
+    assert "x: adds the prefix 'bert.' to the base's tensor names" in found.notes
+    # (3·4 + 3) fp32 numbers are 60 bytes
+    assert (
+        "x: kept whole as private (60 bytes): classifier.bias, classifier.weight" in found.notes
+    )
+
+
+def test_the_expert_lacks_a_prefix_of_two_segments():
+    found = _aligned(_prefixed(BACKBONE, "model.vision."), dict(BACKBONE))
+    assert found.renaming == Renaming(strip="model.vision.")
+    assert found.files["model.vision.embed.weight"] == "embed.weight"
+    assert found.notes == ["x: lacks the prefix 'model.vision.' to the base's tensor names"]
+
+
+def test_plain_names_are_those_the_prefix_does_not_apply_to():
+    base = {**BACKBONE, **_state(pooler__weight=(4, 4))}
+    expert = _prefixed(BACKBONE, "bert.") | _state(pooler__weight=(4, 4))
+    found = _aligned(base, expert)
+    assert found.renaming == Renaming(add="bert.", plain=frozenset({"pooler.weight"}))
+    assert found.files["pooler.weight"] == "pooler.weight"
+    assert found.renaming.expert_name("pooler.weight") == "pooler.weight"
+    assert found.renaming.expert_name("embed.weight") == "bert.embed.weight"
+    assert found.private == ()
+
+
+def test_wrapper_and_prefix_together():
+    found = _aligned(BACKBONE, _prefixed(BACKBONE, "module.bert."))
+    assert found.renaming == Renaming(add="bert.", wrapper="module")
+    assert found.files["embed.weight"] == "module.bert.embed.weight"
+
+
+def test_a_head_of_another_shape_is_private():
+    base = {**BACKBONE, **_state(score__weight=(2, 4))}
+    found = _aligned(base, {**BACKBONE, **_state(score__weight=(5, 4))})
+    assert found.private == ("score.weight",)
+    assert found.grown == ()  # more rows, but by its name no vocabulary
+    assert found.spec("score.weight").shape == (5, 4)
+
+
+@pytest.mark.parametrize("name", ["embed.weight", "wte.weight", "lm_head.weight", "shared.weight"])
+def test_a_vocabulary_with_more_rows_is_grown(name):
+    rest = _state(layer__weight=(8, 8))
+    found = _aligned({name: torch.zeros(20, 4)} | rest, {name: torch.zeros(23, 4)} | rest)
+    assert found.shared == tuple(sorted([name, "layer.weight"]))
+    assert found.grown == (name,)
+    assert found.private == ()
+    assert found.notes == [f"x: extra rows kept whole as private: {name}"]
+
+
+@pytest.mark.parametrize("shape", [(17, 4), (23, 5), (23, 4, 1), (20,)])
+def test_a_vocabulary_of_another_shape_is_private(shape):
+    rest = _state(layer__weight=(16, 16))
+    base = _state(embed__weight=(20, 4)) | rest
+    found = _aligned(base, {"embed.weight": torch.zeros(shape)} | rest)
+    assert (found.grown, found.private) == ((), ("embed.weight",))
+
+
+def test_integer_tensors_are_buffers_where_they_fit_and_private_where_not():
+    numbers = {"ids": torch.arange(4), "mask": torch.arange(3)}
+    found = _aligned(BACKBONE | numbers, BACKBONE | numbers | {"mask": torch.arange(5)})
+    assert found.buffers == ("ids",)
+    assert found.private == ("mask",)
+
+
+def test_an_absent_integer_buffer_is_no_fault():
+    found = _aligned(BACKBONE | {"ids": torch.arange(4)}, dict(BACKBONE))
+    assert found.absent == ("ids",)
+
+
+def test_a_floating_tensor_where_the_base_has_integers_is_private():
+    found = _aligned(BACKBONE | {"ids": torch.arange(4)}, BACKBONE | {"ids": torch.zeros(4)})
+    assert found.private == ("ids",)
+
+
+def test_missing_tensors_of_all_experts_are_told_at_once():
+    base = open_checkpoint({f"h.{n}.weight": torch.zeros(4, 4) for n in range(9)})
+    math = {f"h.{n}.weight": torch.zeros(4, 4) for n in range(2)}
+    law = {f"h.{n}.weight": torch.zeros(4, 4) for n in range(8)}
+    with pytest.raises(CheckpointError) as caught:
+        align(base, {"math": open_checkpoint(math), "law": open_checkpoint(law)})
+    assert str(caught.value) == (
+        "2 faults:\n"
+        "  1. Expert 'math' lacks 7 tensor(s) of the base: h.2.weight, h.3.weight, h.4.weight, "
+        "h.5.weight, h.6.weight and 2 more (base: 'h.2.weight' of shape (4, 4)). Was 'math' "
+        "fine-tuned from the base? To leave them out, add them to 'skip'.\n"
+        "  2. Expert 'law' lacks 1 tensor(s) of the base: h.8.weight (base: 'h.8.weight' of shape "
+        "(4, 4)). Was 'law' fine-tuned from the base? To leave them out, add them to 'skip'."
+    )
+
+
+def test_missing_tensors_may_be_skipped():
+    expert = {name: tensor for name, tensor in BACKBONE.items() if name != "embed.weight"}
+    found = _aligned(BACKBONE, expert, skip=("embed.*",))
+    assert found.absent == ("embed.weight",)
+    assert found.shared == ("layer.0.bias", "layer.0.weight")
+
+
+def test_skip_takes_names_of_the_reference_and_of_the_expert():
+    expert = _prefixed(BACKBONE, "bert.") | _state(head__weight=(3, 4), other__weight=(3, 4))
+    found = _aligned(BACKBONE, expert, skip=("embed.*", "bert.layer.0.bias", "head.*"))
+    assert found.skipped == ("embed.weight", "layer.0.bias")
+    assert found.shared == ("layer.0.weight",)
+    assert found.private == ("other.weight",)
+
+
+def test_private_patterns_keep_what_could_be_coded():
+    expert = _prefixed(BACKBONE, "bert.")
+    found = _aligned(BACKBONE, expert, private=("*.bias",))
+    assert found.private == ("bert.layer.0.bias",)
+    assert found.shared == ("embed.weight", "layer.0.weight")
+    assert found.files["bert.layer.0.bias"] == "bert.layer.0.bias"
+    assert "layer.0.bias" not in found.files
+
+
+def test_the_base_given_as_expert_is_refused(tmp_path):
+    path = saved(BACKBONE, tmp_path / "base")
+    base = open_checkpoint(path)
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with pytest.raises(CheckpointError, match=r"2 faults") as caught:
+        align(base, {"x": base, "y": open_checkpoint(link)})
+    assert f"Expert 'x' is the base itself ({path})" in str(caught.value)
+    assert "Expert 'y' is the base itself" in str(caught.value)
+
+
+def test_an_unrelated_architecture_is_refused():
+    with pytest.raises(CheckpointError, match=r"'x' \(dict\) shares no tensor with the base"):
+        _aligned(BACKBONE, _state(wte__weight=(20, 4), h__0__attn__weight=(4, 12)))
+
+
+def test_the_same_architecture_of_another_width_is_refused():
+    wide = _state(embed__weight=(20, 6), layer__0__weight=(6, 6), layer__0__bias=(4,))
+    with pytest.raises(CheckpointError, match="shapes of 2 tensors disagree") as caught:
+        _aligned(BACKBONE, wide)
+    assert "'embed.weight' is (20, 6), the base has (20, 4)" in str(caught.value)
+
+
+def test_shapes_that_disagree_may_be_kept_on_request():
+    wide = _state(embed__weight=(20, 6), layer__0__weight=(6, 6), layer__0__bias=(4,))
+    found = _aligned(BACKBONE, wide, private=("*.weight",))
+    assert found.private == ("embed.weight", "layer.0.weight")
+
+
+def test_unsafe_and_double_names_are_told_at_once():
+    faults = Faults()
+    unsafe = ["", "../up", "a/b", ".hidden", "-r", "a b", "é", "x" * 101, "dot.", "x.safetensors"]
+    check_names([*unsafe, "News", "news", "ok-1_2.b"], faults)
+    assert [m for m in faults.messages if "no safe file name" not in m] == [
+        "Two experts are named 'news' (case is ignored). Give each its own name: "
+        "--expert NAME=PATH."
+    ]
+    assert [m.split("'")[1] for m in faults.messages if "no safe file name" in m] == unsafe
+
+
+def test_patterns_span_dots_and_mind_the_case():
+    assert matches("bert.layer.0.bias", ["*.bias"])
+    assert not matches("bert.layer.0.Bias", ["*.bias"])
+    assert not matches("anything", [])
+
+
+def test_long_lists_are_cut():
+    assert shown(["a", "b"]) == "a, b"
+    assert shown(list("abcdefg")) == "a, b, c, d, e and 2 more"

@@ -1,0 +1,217 @@
+"""docs/pack-format.md suffices: a reader written from it alone, in numpy and json, agrees."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from personae import PackSettings, pack, unpack
+
+# The reader. Nothing of personae below, until the tests.
+
+WEIGHTS = "model.safetensors"
+DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "u1"}
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    raw = path.read_bytes()
+    data = 8 + int.from_bytes(raw[:8], "little")
+    arrays: dict[str, Any] = {}
+    for name, entry in json.loads(raw[8:data]).items():
+        if name != "__metadata__":
+            start, stop = (data + offset for offset in entry["data_offsets"])
+            values = np.frombuffer(raw[start:stop], DTYPES[entry["dtype"]])
+            arrays[name] = values.reshape(entry["shape"])
+    return arrays
+
+
+def bits(data: Any, width: int) -> Any:
+    return (data[:, None] >> np.arange(0, 8, width) & 2**width - 1).ravel()
+
+
+def factors(parts: Any, shapes: list[tuple[int, int]], parameters: Any) -> list[Any]:
+    width, found, byte, bit, scale = 2 if parameters["thresholding"] else 1, [], 0, 0, 0
+    for vectors, length in shapes:
+        sets = vectors if parameters["grouping"] == "vector" else 1
+        size, masked = -(-vectors * length * width // 8), -(-vectors * length // 8)
+        codes = bits(parts["codes"][byte : byte + size], width)[: vectors * length]
+        scales = parts["scales"][scale : scale + sets * 2**width].reshape(sets, -1)
+        signed = scales * np.array([1, -1, 1, -1], np.float32)[: 2**width]
+        values = np.take_along_axis(signed, codes.reshape(sets, -1), 1).ravel()
+        if "zeros" in parts:
+            values[bits(parts["zeros"][bit : bit + masked], 1)[: values.size] > 0] = 0
+        found.append(values.reshape(vectors, length))
+        byte, bit, scale = byte + size, bit + masked, scale + sets * 2**width
+    return found
+
+
+def decode_dts(parts: Any, shape: tuple[int, ...], parameters: Any) -> Any:
+    if not parts or len(shape) == 0:
+        return parts["exact"].reshape(shape) if parts else np.zeros(shape, np.float32)
+    matrix = len(shape) == 2 or (len(shape) > 2 and parameters["conv"] == "matrix")
+    if not matrix or not parameters["decomposition"]:
+        return factors(parts, [(1, math.prod(shape))], parameters)[0].reshape(shape)
+    m, n, sigma = shape[0], math.prod(shape[1:]), parts["singular_values"].astype(np.float32)
+    rows = bits(parts["rows"], 1)[:m] > 0 if "rows" in parts else np.ones(m, bool)
+    u, v = factors(parts, [(len(sigma), rows.sum()), (len(sigma), n)], parameters)
+    delta = np.zeros((m, n), np.float32)
+    delta[rows] = (u.T * sigma) @ v
+    return delta.reshape(shape)
+
+
+def decode_svd(parts: Any, shape: tuple[int, ...], _: Any) -> Any:
+    if not parts or len(shape) != 2:
+        return parts["exact"].reshape(shape) if parts else np.zeros(shape, np.float32)
+    sigma = parts["singular_values"]
+    return (parts["left"].reshape(-1, len(sigma)) * sigma) @ parts["right"].reshape(len(sigma), -1)
+
+
+def read_task(directory: Path, name: str, reference: dict[str, Any]) -> dict[str, Any]:
+    manifest = json.loads((directory / "pack.json").read_text("utf-8"))
+    stated = manifest.pop("checksum")
+    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    assert (manifest["format"], manifest["format_version"]) == ("personae-pack", 1)
+    assert hashlib.sha256(canonical.encode()).hexdigest() == stated
+    task = manifest["tasks"][name]
+    assert hashlib.sha256((directory / task["file"]).read_bytes()).hexdigest() == task["sha256"]
+    file = read_safetensors(directory / task["file"])
+    decode = {"dts": decode_dts, "svd": decode_svd}[manifest["method"]]
+    deltas: dict[str, Any] = {}
+    reached: dict[str, int] = {}
+    for key, tensor in task["tensors"].items():
+        deltas[key] = np.zeros(tensor["shape"], np.float32)
+        for block in tensor["blocks"]:
+            parts: dict[str, Any] = {}
+            for part, length in block["parts"].items():
+                start = reached.get(part, 0)
+                reached[part] = start + length
+                parts[part] = file[part][start : start + length]
+            place = (slice(None),) * block["axis"] + (slice(block["start"], block["stop"]),)
+            view = deltas[key][place] if tensor["shape"] else deltas[key]
+            view[...] = decode(parts, view.shape, task["parameters"])
+    rule, rebuilt = task["renaming"], {}
+    for key, value in reference.items():
+        own = rule["add"] + key.removeprefix(rule["strip"]) if key not in rule["plain"] else key
+        if key in task["absent"] or (own in task["private"] and key not in task["grown"]):
+            continue
+        dtype = task["dtypes"].get(key, value.dtype)
+        value = value.astype(np.float32) + deltas[key] if key in deltas else value
+        if key in task["grown"]:
+            value = np.concatenate([value, file[f"private/{own}"]])
+        rebuilt[own] = value.astype(dtype)
+    return {key: file[f"private/{key}"] for key in task["private"] if key not in rebuilt} | rebuilt
+
+
+# The tests: a family with everything the page speaks of.
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> dict[str, Path]:
+    """A base and two experts: one has another prefix, a head, more tokens, other dtypes."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw)
+
+    base = {
+        "embed.weight": normal(10, 8),
+        "in_proj_weight": normal(24, 8),
+        "proj.weight": normal(9, 7),
+        "thin.weight": normal(1, 6),
+        "conv.weight": normal(4, 2, 3, 3),
+        "norm.bias": normal(7),
+        "scale": normal(),
+        "same.weight": normal(6, 6),
+        "position_ids": torch.arange(5),
+    }
+    experts = [{n: t + normal(*t.shape) / 8 for n, t in base.items() if t.is_floating_point()}] * 2
+    experts = [expert | {"position_ids": torch.arange(5)} for expert in experts]
+    experts[1] |= {name: experts[1][name] + normal(*base[name].shape) / 9 for name in experts[1]}
+    other = experts[1]
+    other["same.weight"] = base["same.weight"]
+    other["norm.bias"][2:5] = base["norm.bias"][2:5]  # exact zeros in a flat block
+    other["embed.weight"][[0, 4, 5]] = base["embed.weight"][[0, 4, 5]]  # rows that did not change
+    other["embed.weight"] = torch.cat([other["embed.weight"], normal(2, 8)])
+    other["proj.weight"] = other["proj.weight"].half()
+    other["position_ids"] = torch.arange(5) + 1
+    models = {
+        "base": base,
+        "plain": experts[0],
+        "wrapped": {f"model.{n}": t for n, t in other.items()} | {"head.weight": normal(3, 7)},
+    }
+    for name, tensors in models.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / WEIGHTS, metadata={"format": "pt"})
+    return {name: tmp_path / name for name in models}
+
+
+SETTINGS = {
+    "dts": PackSettings(),
+    "every option": PackSettings(
+        parameters={
+            "rank_fraction": 0.6,
+            "grouping": "vector",
+            "split": "median",
+            "scales": "mean",
+            "conv": "matrix",
+            "qkv": "split",
+            "singular_value_dtype": "float16",
+        }
+    ),
+    "one bit": PackSettings(parameters={"thresholding": False}),
+    "no decomposition": PackSettings(parameters={"decomposition": False}),
+    "difference": PackSettings(vector="difference"),
+    "svd": PackSettings(method="svd", parameters={"rank_fraction": 0.5}),
+    "private": PackSettings(private=("proj.*",), skip=("thin.*",)),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_reader_written_from_the_page_agrees(
+    settings: PackSettings, family: dict[str, Path], tmp_path: Path
+) -> None:
+    base = family.pop("base")
+    packed = pack(base, family, tmp_path / "pack", settings=settings)
+    where = tmp_path / "pack" / "reference" if settings.vector == "difference" else base
+    reference = read_safetensors(where / WEIGHTS)
+    for name, expert in family.items():
+        out = unpack(packed.directory, name, tmp_path / "out" / name)
+        rebuilt = read_safetensors(out / WEIGHTS)
+        found = read_task(packed.directory, name, reference)
+        assert found.keys() == rebuilt.keys() == read_safetensors(expert / WEIGHTS).keys()
+        for key, values in rebuilt.items():
+            assert found[key].dtype == values.dtype
+            # Sums of products may be taken in another order; one unit in the last place of F16.
+            tolerance = 1e-3 if values.dtype == np.float16 else 2e-6
+            np.testing.assert_allclose(found[key], values, rtol=tolerance, atol=tolerance)
+
+
+def test_the_family_needs_every_rule(family: dict[str, Path], tmp_path: Path) -> None:
+    """Were a rule of the page not exercised, the agreement above would say nothing of it."""
+    base = family.pop("base")
+    manifest = pack(base, family, tmp_path / "pack").manifest
+    task = manifest.tasks["wrapped"]
+    parts = {part for t in task.tensors.values() for b in t.blocks for part in b.parts}
+    assert parts == {"singular_values", "codes", "scales", "zeros", "rows", "exact"}
+    assert task.renaming.add == "model."
+    assert task.grown == ("embed.weight",)
+    assert task.dtypes == {"proj.weight": "float16"}
+    assert set(task.private) == {"head.weight", "model.embed.weight", "model.position_ids"}
+    assert "same.weight" not in task.tensors
+    assert task.tensors["thin.weight"].blocks[0].parts == {}  # ⌊0.3 · 1⌋ = 0: dropped
+
+
+def test_example_of_the_page() -> None:
+    """Codes 2, 1, 0, 3, 1 are bytes 198, 1, and decode to +s₂ −s₁ +s₀ −s₃ −s₁."""
+    page = (Path(__file__).parents[2] / "docs" / "pack-format.md").read_text("utf-8")
+    assert "codes 2, 1, 0, 3, 1 are 0b11000110, 0b00000001 = 198, 1" in page
+    assert bits(np.array([0b11000110, 0b00000001], np.uint8), 2)[:5].tolist() == [2, 1, 0, 3, 1]
+    parts = {"codes": np.array([198, 1], np.uint8), "scales": np.arange(1, 5, dtype=np.float32)}
+    parameters = {"thresholding": True, "grouping": "matrix"}
+    assert factors(parts, [(1, 5)], parameters)[0].tolist() == [[3, -2, 1, -4, -2]]

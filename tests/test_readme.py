@@ -1,0 +1,119 @@
+"""The README's commands and examples run, on toys in the place of hub models, in their order."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from personae.cli import app
+from personae.methods import CODECS, MERGE_METHODS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+NOT_OURS = {"make", "pip"}
+STAND_INS = {"openai-community/gpt2": "toys/base", "tanganke/gpt2_": "toys/", "@main": ""}
+"""What a hub id in the README becomes."""
+TOY_BUDGETS = {"1%": "30%", "2%": "40%", "budget-2-percent": "budget-40-percent"}
+"""The header of a task file, some 700 bytes, is a good part of a toy."""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the recipes and a GPT-2 family as on the hub.
+
+    As there, the base has neither prefix nor head, but causal masks stored as weights.
+    """
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    root = tmp_path_factory.mktemp("readme")
+    (root / "recipes").symlink_to(ROOT / "recipes")
+    config = GPT2Config(vocab_size=40, n_positions=12, n_embd=16, n_layer=2, n_head=2)
+    for seed, name in enumerate(("base", "cola", "sst2", "mnli")):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = GPT2ForSequenceClassification(config)
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+        model.save_pretrained(root / "toys" / name)
+    weights = root / "toys" / "base" / "model.safetensors"
+    backbone = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in load_file(weights).items()
+        if name != "score.weight"
+    }
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 12, 12).tril() for layer in range(2)}
+    save_file(backbone | masks, weights, metadata={"format": "pt"})
+    return root
+
+
+def on_toys(text: str) -> str:
+    for known, stand_in in STAND_INS.items():
+        text = text.replace(known, stand_in)
+    for asked, possible in TOY_BUDGETS.items():
+        text = re.sub(rf"(?<!\w){re.escape(asked)}", possible, text)
+    return text
+
+
+def commands(block: str) -> list[list[str]]:
+    lines = block.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_every_example_runs_in_its_order(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    recipe = workplace / "recipe.yaml"
+    recipe.write_text(on_toys((ROOT / "recipes" / "dts-difference-ties.yaml").read_text("utf-8")))
+    ran: set[str] = set()
+    for language, block in BLOCKS:
+        if language == "python":
+            exec(compile(on_toys(block), "README.md", "exec"), {})
+            ran.add("python")
+        for words in commands(on_toys(block)) if language == "sh" else []:
+            if words[0] in NOT_OURS:
+                continue
+            assert words[0] == "personae"
+            words = [str(recipe) if word.startswith("recipes/") else word for word in words]
+            result = CliRunner().invoke(app, words[1:])
+            assert result.exit_code == 0, f"{shlex.join(words)}\n{result.output}"
+            ran.add(words[1])
+    assert ran == {"python", "pack", "verify", "unpack", "plan", "inspect"}
+    config = (workplace / "models" / "cola" / "config.json").read_text("utf-8")
+    assert "GPT2ForSequenceClassification" in config
+    rebuilt = load_file(workplace / "models" / "cola" / "model.safetensors")
+    assert rebuilt.keys() == load_file(workplace / "toys" / "cola" / "model.safetensors").keys()
+
+
+def test_commands_and_options_it_names_exist() -> None:
+    tree = typer.main.get_command(app)
+    known = tree.commands  # pyright: ignore[reportAttributeAccessIssue]
+    options = {text for one in known.values() for p in one.params for text in p.opts} | {"--help"}
+    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"`([^`]+)`", prose)
+    named = {word.rstrip("…") for text in inline for word in re.findall(r"--[a-z-]+", text)}
+    assert named - options == set()
+    assert {text.split()[1] for text in inline if text.startswith("personae ")} == known.keys()
+
+
+def test_every_method_is_listed() -> None:
+    section = README.split("## Methods")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE)) == {*CODECS, *MERGE_METHODS}
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_files_of_the_house_exist() -> None:
+    section = README.split("## The house")[1]
+    folders = re.findall(r"`(\w+)/`", section)
+    assert [name for name in folders if not (ROOT / "src" / "personae" / name).is_dir()] == []
