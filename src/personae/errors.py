@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_MOST_LISTED = 12
+
 
 class PersonaeError(Exception):
     """Base of every error this package raises on purpose; `exit_code` is the command's."""
@@ -69,4 +71,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known name `name` was probably meant to be, or list what is known."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}."
+    if close:
+        return f"Did you mean '{close[0]}'?"
+    rest = len(known) - _MOST_LISTED
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"Known: {', '.join(known[:_MOST_LISTED])}{more}."

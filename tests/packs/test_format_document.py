@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from safetensors.torch import save_file
 
 from personae import PackSettings, pack, unpack
@@ -205,6 +206,20 @@ def test_the_family_needs_every_rule(family: dict[str, Path], tmp_path: Path) ->
     assert set(task.private) == {"head.weight", "model.embed.weight", "model.position_ids"}
     assert "same.weight" not in task.tensors
     assert task.tensors["thin.weight"].blocks[0].parts == {}  # ⌊0.3 · 1⌋ = 0: dropped
+
+
+def test_fingerprints_are_what_the_page_says(family: dict[str, Path], tmp_path: Path) -> None:
+    base = family.pop("base")
+    manifest = pack(base, family, tmp_path / "pack").manifest
+    found = {"base": manifest.reference.fingerprint}
+    found |= {name: task.fingerprint for name, task in manifest.tasks.items()}
+    for name, directory in {"base": base, **family}.items():
+        lines = [
+            f"{key} {xxhash.xxh3_128_hexdigest(text.encode() + values.tobytes())}"
+            for key, values in sorted(read_safetensors(directory / WEIGHTS).items())
+            for text in [f"torch.{values.dtype} {values.shape}"]
+        ]
+        assert found[name] == "xxh3:" + xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
 
 def test_example_of_the_page() -> None:

@@ -79,6 +79,11 @@ class Alignment:
         return self.checkpoint.specs[self.files[name]]
 
     @property
+    def taken(self) -> tuple[str, ...]:
+        """Names of all that a pack takes from the expert: neither skipped nor absent."""
+        return (*self.shared, *self.buffers, *self.private)
+
+    @property
     def notes(self) -> list[str]:
         """What a person should be told about this alignment, a line each."""
         notes: list[str] = []

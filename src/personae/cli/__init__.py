@@ -48,10 +48,11 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"personae {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -37,6 +37,7 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False) -> None:
             name,
             console.size(task["bytes"]),
             console.size(task["private_bytes"]),
+            console.size(task["companion_bytes"]),
             console.percent(task["amr_percent"]["on_disk_native"]),
             console.percent(task["amr_percent"]["counted"]),
             f"{task['relative_error']:.4f}",
@@ -44,8 +45,9 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False) -> None:
         ]
         for name, task in described["tasks"].items()
     ]
-    columns = ["task", "file", "private", "AMR % disk", "AMR % counted", "error", "tensors"]
+    columns = ["task", "file", "private in it", "beside it", "AMR % disk", "AMR % counted", "error", "tensors"]
     console.table("", columns, rows)
+    console.out.print(f"pack.json: {console.size(described['manifest_bytes'])}", markup=False)
     for name, task in described["tasks"].items() if tensors else ():
         console.table(
             f"\n{name}",

@@ -36,15 +36,24 @@ def work_from(workers: int | None, memory: str | None, progress: Progress, devic
     Raises:
         RecipeError: if the memory bound is no size, or the device is not here.
     """
-    bound = None
-    if memory is not None:
-        try:
-            bound = int(parse_size(memory))
-        except ValueError as error:
-            raise RecipeError(f"--memory: {error}") from error
+    bound = bytes_of("--memory", memory)
     work = Work(workers=workers, memory=bound, device=device, progress=progress)
     assert work.torch_device
     return work
+
+
+def bytes_of(option: str, size: str | None) -> int | None:
+    """A size such as 2GiB in bytes.
+
+    Raises:
+        RecipeError: if the text is no size.
+    """
+    if size is None:
+        return None
+    try:
+        return int(parse_size(size))
+    except ValueError as error:
+        raise RecipeError(f"{option}: {error}") from error
 
 
 def named(pairs: list[str] | None, option: str) -> dict[str, str]:

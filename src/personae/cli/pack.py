@@ -63,7 +63,7 @@ def pack(
     overwrite: options.Overwrite = False,
     workers: options.Workers = None,
     memory: options.Memory = None,
-    device: options.Device = "auto",
+    device: options.Device = "cpu",
     json: options.Json = False,
 ) -> None:
     """Pack experts fine-tuned from one base: a small file each, from which each is rebuilt.
@@ -90,6 +90,7 @@ def pack(
     with console.progress() as progress:
         work = options.work_from(workers, memory, progress, device)
         if add:
+            _refuse_settings(asked, rank_fraction, budget, recipe)
             packs = [add_tasks(out, gathered.experts, base=gathered.base, work=work)]
         else:
             if gathered.base is None:
@@ -116,6 +117,20 @@ def _variants(
     if len(chosen) > 1:
         return {out / name: setting for name, setting in chosen.items()}
     return {out: next(iter(chosen.values()), settings)}
+
+
+def _refuse_settings(asked: dict[str, Any], *more: object) -> None:
+    """An existing pack keeps its codec, ranks and reference.
+
+    Raises:
+        RecipeError: if options would change them.
+    """
+    given = [key for key, value in asked.items() if value not in (None, {}, [])]
+    if given or any(more):
+        raise RecipeError(
+            "--add takes codec, ranks and reference from the pack: give --expert, --out and, if "
+            f"the reference has moved, --base. Also given: {', '.join(given) or 'ranks or recipe'}."
+        )
 
 
 def _remove(out: Path, names: list[str], json: bool) -> None:

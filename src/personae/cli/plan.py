@@ -12,7 +12,7 @@ from personae.errors import RecipeError
 from personae.execute.architecture import specs_of_architecture
 from personae.execute.family import open_family
 from personae.execute.plan import PackPlan, ShapesPlan, plan_pack, plan_shapes, specs_of_shapes
-from personae.recipe import PackRecipe, parse_size
+from personae.recipe import PackRecipe
 
 
 def plan(
@@ -101,7 +101,7 @@ def _plan_pack(recipe: PackRecipe, workers: int | None, memory: str | None, json
             "or --shapes FILE.json."
         )
     settings = recipe.settings
-    bound = None if memory is None else int(parse_size(memory))
+    bound = options.bytes_of("--memory", memory)
     with open_family(
         recipe.base, recipe.experts, skip=settings.skip, private=settings.private
     ) as family:

@@ -6,9 +6,7 @@ from typing import Annotated
 import typer
 
 from personae.cli import console, options
-from personae.errors import RecipeError
 from personae.execute import unpack as rebuilding
-from personae.recipe import parse_size
 
 
 def unpack(
@@ -23,10 +21,8 @@ def unpack(
     json: options.Json = False,
 ) -> None:
     """Rebuild one expert as a checkpoint directory that transformers loads."""
-    try:
-        shard_bytes = int(parse_size(shard_size))
-    except ValueError as error:
-        raise RecipeError(f"--shard-size: {error}") from error
+    shard_bytes = options.bytes_of("--shard-size", shard_size)
+    assert shard_bytes is not None
     with console.progress() as progress:
         written = rebuilding.unpack(
             pack,

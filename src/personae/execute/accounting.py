@@ -187,7 +187,12 @@ def _stored(codec: Codec, spec: TensorSpec, facts: TensorFacts) -> int:
         return 0
     shapes = block_shapes(codec, spec)
     bits = sum(codec.bits(shape).stored for shape in shapes)
-    if bits and facts.zero_rows:
+    if bits and facts.zero_rows and len(shapes) == 1:  # zero rows have a bit each and no codes
+        rows, columns = spec.shape
+        live = (rows - facts.zero_rows, columns)
+        rank = min(codec.rank(spec.shape), *live)
+        bits = codec.bits(live, rank).stored + 8 * math.ceil(rows / 8)
+    elif bits and facts.zero_rows:
         bits += 8 * sum(math.ceil(shape[0] / 8) for shape in shapes)
     if bits and facts.zero_columns:  # a bit for each code of both factors
         vectors = [(codec.rank(shape), sum(shape)) for shape in shapes]

@@ -1,5 +1,6 @@
 """Deltas of one expert against the reference, and what must be known of them before coding."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -106,12 +107,13 @@ def scan(deltas: Deltas, *, workers: int, memory: int | None, faults: Faults) ->
     Faults (NaN or Inf in a weight, an expert equal to the reference) are added to `faults`.
     """
     alignment = deltas.alignment
-    names = [*alignment.shared, *alignment.buffers, *alignment.private]
     tensors: dict[str, TensorFacts] = {}
     digests: dict[str, str] = {}
     differing: list[str] = []
     work = partial(_look, deltas)
-    for name, seen in pool.run(names, work, cost=deltas.cost, workers=workers, memory=memory):
+    for name, seen in pool.run(
+        alignment.taken, work, cost=deltas.cost, workers=workers, memory=memory
+    ):
         digests[alignment.files[name]] = seen.digest
         for fault in seen.faults:
             faults.add(fault)
@@ -119,7 +121,7 @@ def scan(deltas: Deltas, *, workers: int, memory: int | None, faults: Faults) ->
             tensors[name] = seen.facts
         if seen.differs:
             differing.append(name)
-    if not any(seen.changed for seen in tensors.values()):
+    if not alignment.private and not any(seen.changed for seen in tensors.values()):
         faults.add(
             f"Expert '{alignment.name}' is the base: all {len(tensors)} shared tensors are equal. "
             "Give the fine-tuned checkpoint."
@@ -156,8 +158,18 @@ def _look(deltas: Deltas, name: str) -> _Look:
     return seen
 
 
-def fingerprint(checkpoint: Checkpoint, *, workers: int, faults: Faults, label: str) -> str:
-    """Fingerprint of a checkpoint's weights; NaN and Inf in them are added to `faults`."""
+def fingerprint(
+    checkpoint: Checkpoint,
+    *,
+    workers: int,
+    faults: Faults,
+    label: str,
+    names: Sequence[str] | None = None,
+) -> str:
+    """Fingerprint of a checkpoint's weights, or of those of these names.
+
+    NaN and Inf in them are added to `faults`.
+    """
 
     def look(name: str) -> tuple[str, list[str]]:
         tensor = checkpoint.read(name)
@@ -165,7 +177,10 @@ def fingerprint(checkpoint: Checkpoint, *, workers: int, faults: Faults, label: 
 
     digests: dict[str, str] = {}
     for name, (digest, found) in pool.run(
-        list(checkpoint.specs), look, cost=lambda n: checkpoint.specs[n].nbytes, workers=workers
+        names or list(checkpoint.specs),
+        look,
+        cost=lambda n: checkpoint.specs[n].nbytes,
+        workers=workers,
     ):
         digests[name] = digest
         for fault in found:

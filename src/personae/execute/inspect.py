@@ -34,6 +34,7 @@ def inspect_pack(pack: Pack) -> dict[str, Any]:
         "path": str(pack.directory),
         "format_version": manifest.format_version,
         "tool_version": manifest.tool_version,
+        "manifest_bytes": (pack.directory / MANIFEST_NAME).stat().st_size,
         "method": manifest.method,
         "parameters": manifest.parameters,
         "budget": manifest.budget,

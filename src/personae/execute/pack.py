@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from personae.checkpoints import open_checkpoint
+from personae.checkpoints.adapter import Adapter
 from personae.checkpoints.family import Alignment, align, shown
-from personae.errors import CheckpointError, Faults, PackError
+from personae.errors import BudgetError, CheckpointError, Faults, PackError, RecipeError
 from personae.execute.accounting import counted_bits, largest_rank_fraction
 from personae.execute.deltas import Deltas, Facts, fingerprint, scan
 from personae.execute.encode import encode_expert
@@ -96,6 +97,10 @@ def pack_many(
             planned = plan_pack(family, settings, workers=work.workers, memory=work.memory)
             require_space(out, planned.bytes_out)
         scanned = _Scanned.of(family, work)
+        if first.vector == "task":  # else facts are known only once the reference is there
+            for settings in variants.values():
+                for name, facts in scanned.facts.items():
+                    _codec_for(settings, family, name, facts)
         with ExitStack() as stack:
             directories = [
                 stack.enter_context(output_directory(out, overwrite=overwrite, resumable=True))
@@ -137,7 +142,10 @@ def add_tasks(
     source = base or opened.reference_directory or manifest.reference.source
     settings = PackSettings(**manifest.settings)
     with open_family(source, experts, skip=settings.skip, private=settings.private) as family:
-        scanned = _Scanned.of(family, work)
+        from_base = manifest.reference.kind == "base"
+        if not from_base:
+            _refuse_adapters(family)
+        scanned = _Scanned.of(family, work, from_base)
         check_fingerprint(manifest.reference, scanned.reference, family.base.source)
         writer = PackWriter(opened.directory, manifest)
         _add_experts(family, scanned, [writer], [settings], work)
@@ -168,6 +176,22 @@ def check_fingerprint(reference: ReferenceRecord, found: str, source: str) -> No
             f"the pack was made from {reference.source} with {reference.fingerprint}. "
             "Give the right one with --base."
         )
+
+
+def _refuse_adapters(family: Family) -> None:
+    """An adapter was read as if it sat on the merged reference, but it was trained on the base.
+
+    Raises:
+        CheckpointError: naming every expert that is one.
+    """
+    faults = Faults()
+    for name, expert in family.experts.items():
+        if isinstance(expert.checkpoint, Adapter):
+            faults.add(
+                f"Expert '{name}' is an adapter, which a pack relative to a merged model cannot "
+                "take. Merge it into its base (PEFT: merge_and_unload) and add the result."
+            )
+    faults.raise_if_any(CheckpointError)
 
 
 @dataclass(frozen=True)
@@ -201,9 +225,17 @@ class _Scanned:
 
 
 def _check_alike(settings: Sequence[PackSettings]) -> None:
-    """Several packs share decompositions only if nothing but the rank differs."""
+    """Several packs share decompositions only if nothing but the rank differs.
+
+    Raises:
+        RecipeError: if something else does.
+    """
     stripped = [one.without_rank() for one in settings]
-    assert all(s == stripped[0] for s in stripped), "settings differ in more than the rank"
+    if any(one != stripped[0] for one in stripped):
+        raise RecipeError(
+            "Settings of packs made together differ in more than rank_fraction and budget. "
+            "Make these packs one by one."
+        )
 
 
 def _fill(
@@ -315,17 +347,24 @@ def _add_experts(
 
 
 def _codec_for(settings: PackSettings, family: Family, name: str, facts: Facts) -> Codec:
-    """The codec, at the largest rank the budget allows this expert."""
+    """The codec, at the largest rank the budget allows this expert.
+
+    Raises:
+        BudgetError: if it allows none.
+    """
     codec = settings.codec()
     if settings.budget is None:
         return codec
-    fraction = largest_rank_fraction(
-        codec,
-        family.shared_specs(name),
-        parse_size(settings.budget, percent=True),
-        settings.counting,
-        facts.tensors,
-    )
+    try:
+        fraction = largest_rank_fraction(
+            codec,
+            family.shared_specs(name),
+            parse_size(settings.budget, percent=True),
+            settings.counting,
+            facts.tensors,
+        )
+    except BudgetError as error:
+        raise BudgetError(f"Task '{name}': {error}") from error
     return codec.model_copy(update={"rank_fraction": fraction})
 
 

@@ -19,6 +19,7 @@ from personae.execute.pack import check_fingerprint
 from personae.execute.plan import check_output
 from personae.execute.work import Work
 from personae.methods import CODECS, Codec, build, lookup
+from personae.packs.fingerprint import sha256_file
 from personae.packs.manifest import TaskRecord
 from personae.packs.reader import Pack
 from personae.packs.task_file import TaskFile
@@ -171,7 +172,7 @@ def open_reference(pack: Pack, base: Any, work: Work) -> Checkpoint:
         ) from error
     faults = Faults()
     found = fingerprint(reference, workers=work.threads, faults=faults, label="The reference")
-    check_fingerprint(record, found, str(source))
+    check_fingerprint(record, found, reference.source)
     return reference
 
 
@@ -200,6 +201,11 @@ def _expert_names(record: TaskRecord, reference: Checkpoint) -> dict[str, str]:
 
 
 def _copy_companions(pack: Pack, task: str, reference: Checkpoint, out: Path) -> None:
+    """Copy the expert's small files from where they are.
+
+    Raises:
+        PackError: if one of the reference's is not what it was.
+    """
     for relative, companion in pack.task(task).companions.items():
         source = (
             pack.companion(task, relative)
@@ -208,6 +214,11 @@ def _copy_companions(pack: Pack, task: str, reference: Checkpoint, out: Path) ->
         )
         if source is None:  # the reference was given as bare weights this time
             continue
+        if sha256_file(source) != companion.sha256:
+            raise PackError(
+                f"{source} is not the one that '{task}' was packed with: it changed since. "
+                "Restore it, or give an unchanged copy with --base."
+            )
         target = out / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)

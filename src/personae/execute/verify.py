@@ -73,12 +73,13 @@ def verify(
         reference = open_reference(opened, base, work)
         for task, source in (against or {}).items():
             rebuilt = Rebuilt(opened, task, reference)
-            original = open_checkpoint(source, base=reference)
             manifest = opened.manifest
+            from_base = manifest.reference.kind == "base"  # an adapter sits on nothing else
+            original = open_checkpoint(source, base=reference if from_base else None)
             found = align(
                 reference, {task: original}, skip=manifest.skip, private=manifest.private
             )[task]
-            deltas = Deltas(found, reference, manifest.reference.kind == "base")
+            deltas = Deltas(found, reference, from_base)
             verified[task] = _compare(rebuilt, deltas, work, faults)
         reference.close()
     faults.raise_if_any(PackError)
@@ -106,7 +107,13 @@ def _compare(rebuilt: Rebuilt, deltas: Deltas, work: Work, faults: Faults) -> Ve
     measured = lost / energy if energy else 0.0
     recorded = rebuilt.record.relative_error
     label = f"Expert '{original.name}'"
-    found = fingerprint(original.checkpoint, workers=work.threads, faults=faults, label=label)
+    found = fingerprint(
+        original.checkpoint,
+        workers=work.threads,
+        faults=faults,
+        label=label,
+        names=[original.files[name] for name in original.taken],
+    )
     same = found == rebuilt.record.fingerprint
     if same and abs(measured - recorded) > _SLACK * max(recorded, 1e-6):
         faults.add(

@@ -5,12 +5,13 @@ Everything that lists, validates or documents methods reads this registry.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from torch import Tensor
 
 from personae._types import SVD, Parts, TensorSpec
@@ -160,12 +161,14 @@ def merge_method(
     def register(function: F) -> F:
         name = _file_name(function)
         fields: dict[str, Any] = {}
+        meanings = _argument_texts(function)
         for argument in inspect.signature(function).parameters.values():
             if argument.kind is not inspect.Parameter.KEYWORD_ONLY or argument.name == "statistics":
                 continue
             assert argument.annotation is not inspect.Parameter.empty, f"{name}: {argument.name}"
             default = ... if argument.default is inspect.Parameter.empty else argument.default
-            fields[argument.name] = (argument.annotation, default)
+            meaning = Field(default, description=meanings.get(argument.name))
+            fields[argument.name] = (argument.annotation, meaning)
         parameters = create_model(f"{name}_parameters", __base__=Parameters, **fields)
         _add(
             MERGE_METHODS,
@@ -223,6 +226,21 @@ def build(entry: MergeMethod | CodecEntry, settings: Mapping[str, Any]) -> Any:
 
 def _file_name(thing: Any) -> str:
     return thing.__module__.rsplit(".", 1)[-1]
+
+
+def _argument_texts(function: Callable[..., Any]) -> dict[str, str]:
+    """What the "Args:" of a Google docstring say of each argument."""
+    texts: dict[str, str] = {}
+    name = ""
+    section = (inspect.getdoc(function) or "").partition("\nArgs:\n")[2].split("\n\n")[0]
+    for line in section.splitlines():
+        started = re.match(r"    (\w+): (.*)", line)
+        if started:
+            name = started[1]
+            texts[name] = started[2]
+        elif name:
+            texts[name] += " " + line.strip()
+    return texts
 
 
 def _summary(thing: Any) -> str:

@@ -85,7 +85,7 @@ class PackWriter:
 
         Args:
             name: The task.
-            coded: Reference name to coded tensor, in the order to store them.
+            coded: Reference name to coded tensor.
             private: The expert's name to a tensor kept whole.
             companions: The expert's small files by relative name.
             reference_companions: The reference's; equal files are not stored twice.
@@ -98,9 +98,8 @@ class PackWriter:
             "reference": self.manifest.reference.fingerprint,
         }
         with atomic_file(file) as partial:
-            write_task_file(
-                partial, [p for c in coded.values() for p in c.parts], private, metadata
-            )
+            blocks = [parts for key in sorted(coded) for parts in coded[key].parts]
+            write_task_file(partial, blocks, private, metadata)
         record = TaskRecord(
             file=f"{TASKS}/{file.name}",
             sha256=sha256_file(file),

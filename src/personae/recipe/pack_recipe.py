@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from personae.errors import Faults, RecipeError, nearest
 from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, Parameters, build, lookup
@@ -35,7 +35,9 @@ class PackSettings(Strict):
     budget: str | None = Field(default=None, description="Size a task may cost: '1%' or '900KB'")
     counting: Counting = Field(default="on_disk_native", description="Rule a budget is counted by")
     vector: Vector = "task"
-    reference: str = Field(default="average", description="Merge method of a difference pack")
+    reference: str | None = Field(
+        default=None, description="Merge method of a difference pack; by default average"
+    )
     reference_parameters: dict[str, Any] = {}
     skip: tuple[str, ...] = Field(default=(), description="Patterns of tensors to leave out")
     private: tuple[str, ...] = Field(default=(), description="Patterns of tensors to keep whole")
@@ -46,6 +48,12 @@ class PackSettings(Strict):
         if value is not None:
             parse_size(str(value), percent=True)
         return None if value is None else str(value)
+
+    @model_validator(mode="after")
+    def _reference_is_used(self) -> "PackSettings":
+        if self.vector == "task" and (self.reference or self.reference_parameters):
+            raise ValueError("a merged reference needs vector: difference (--vector difference)")
+        return self
 
     def without_rank(self) -> "PackSettings":
         """The same without rank fraction and budget: what packs must share to share work."""
@@ -66,7 +74,7 @@ class PackSettings(Strict):
         Raises:
             MethodError: for an unknown method or parameter, or a value out of range.
         """
-        method = lookup(MERGE_METHODS, self.reference)
+        method = lookup(MERGE_METHODS, self.reference or "average")
         return method, build(method, self.reference_parameters)
 
 
@@ -84,7 +92,7 @@ class _Expert(Strict):
 
 
 class _Reference(Strict):
-    merge_method: str = "average"
+    merge_method: str | None = None
     parameters: dict[str, Any] = {}
 
 
@@ -160,7 +168,7 @@ def faults_of(error: ValidationError, model: type[BaseModel]) -> str:
             faults.add(f"'{place}' is missing.")
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            faults.add(f"{place} = {fault['input']!r}: {message}")
+            faults.add(f"{place} = {fault['input']!r}: {message}." if place else f"{message}.")
     return " ".join(faults.messages)
 
 
@@ -179,10 +187,10 @@ def parse_size(text: str, *, percent: bool = False) -> float | int:
         value = 0.0
     if value > 0 and unit == "%" and percent:
         return value / 100
-    if value > 0 and unit.upper() in _UNITS:
+    if unit.upper() in _UNITS and value * _UNITS[unit.upper()] >= 1:
         return int(value * _UNITS[unit.upper()])
     kinds = "'1%', '900KB' or '1.5MiB'" if percent else "'900MB' or '2GiB'"
-    raise ValueError(f"'{text}' is no size above zero. Write {kinds}.")
+    raise ValueError(f"'{text}' is no size of a byte or more. Write {kinds}.")
 
 
 def _named(models: list[_Expert], path: Path) -> dict[str, str]:

@@ -1,0 +1,165 @@
+"""Recipes: what is read, and every fault of a file in one error."""
+
+from pathlib import Path
+
+import pytest
+
+from personae.errors import RecipeError
+from personae.recipe import PackSettings, parse_size, read_recipe, settings_from
+
+WHOLE = """
+pack_method: svd
+base_model: some/base@main
+models:
+  - model: some/expert
+    name: news
+  - model: ./local/law/
+parameters:
+  rank_fraction: 0.25
+budget: 1%
+counting: counted
+vector: difference
+reference:
+  merge_method: ties
+  parameters: {density: 0.3}
+skip: ["visual.*"]
+private: [head.weight]
+"""
+
+
+def _read(tmp_path: Path, text: str):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return read_recipe(path)
+
+
+def test_everything_a_recipe_can_say(tmp_path):
+    recipe = _read(tmp_path, WHOLE)
+    assert recipe.base == "some/base@main"
+    assert recipe.experts == {"news": "some/expert", "law": "./local/law/"}
+    assert recipe.settings == PackSettings(
+        method="svd",
+        parameters={"rank_fraction": 0.25},
+        budget="1%",
+        counting="counted",
+        vector="difference",
+        reference="ties",
+        reference_parameters={"density": 0.3},
+        skip=("visual.*",),
+        private=("head.weight",),
+    )
+
+
+def test_what_is_not_said_has_its_default(tmp_path):
+    recipe = _read(tmp_path, "models: [{model: a/b}]")
+    assert (recipe.base, recipe.experts) == (None, {"b": "a/b"})
+    assert recipe.settings == PackSettings()
+
+
+def test_a_hub_revision_is_no_part_of_a_name(tmp_path):
+    assert _read(tmp_path, "models: [{model: org/name@v1}]").experts == {"name": "org/name@v1"}
+
+
+def test_all_faults_in_one_error(tmp_path):
+    text = """
+pack_methd: dts
+models:
+  - modle: a
+vector: sideways
+budget: lots
+counting: bytes
+reference: {merge_methd: ties}
+"""
+    with pytest.raises(RecipeError) as caught:
+        _read(tmp_path, text)
+    message = str(caught.value)
+    assert "recipe.yaml is wrong." in message
+    for fault in (
+        "Unknown key 'pack_methd'. Did you mean 'pack_method'?",
+        "'models.0.model' is missing.",
+        "Unknown key 'models.0.modle'. Did you mean 'model'?",
+        "vector = 'sideways': Input should be 'task' or 'difference'",
+        "budget = 'lots': 'lots' is no size above zero. Write '1%', '900KB' or '1.5MiB'.",
+        "counting = 'bytes': Input should be 'counted'",
+        "Unknown key 'reference.merge_methd'. Did you mean 'merge_method'?",
+    ):
+        assert fault in message
+
+
+def test_models_are_needed(tmp_path):
+    with pytest.raises(RecipeError, match="'models' is missing"):
+        _read(tmp_path, "base_model: a")
+
+
+@pytest.mark.parametrize("budget", ["0%", "-1%", "0.01", "0", "1 parsec", "%", "1%%"])
+def test_bad_budgets(tmp_path, budget):
+    with pytest.raises(RecipeError, match="is no size above zero"):
+        _read(tmp_path, f"models: [{{model: a}}]\nbudget: {budget!r}")
+    with pytest.raises(RecipeError, match="is no size above zero"):
+        settings_from({"budget": budget})
+
+
+def test_two_models_of_one_name(tmp_path):
+    with pytest.raises(RecipeError, match=r"two models named 'x'. Give each its own 'name'"):
+        _read(tmp_path, "models: [{model: a/x}, {model: b/x}, {model: c, name: y}]")
+
+
+@pytest.mark.parametrize("text", ["", "just words", "- a\n- b", "3"])
+def test_what_holds_no_settings(tmp_path, text):
+    with pytest.raises(RecipeError, match="holds no settings"):
+        _read(tmp_path, text)
+
+
+def test_what_is_no_yaml(tmp_path):
+    with pytest.raises(RecipeError, match="is no valid YAML"):
+        _read(tmp_path, "models: [")
+
+
+def test_yaml_that_would_build_objects_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="is no valid YAML"):
+        _read(tmp_path, "models: !!python/object/apply:os.system [true]")
+
+
+def test_keys_that_are_no_text(tmp_path):
+    with pytest.raises(RecipeError, match="Unknown key '1'"):
+        _read(tmp_path, "models: [{model: a}]\n1: 2")
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(RecipeError, match="none.yaml cannot be read: No such file"):
+        read_recipe(tmp_path / "none.yaml")
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(RecipeError, match="cannot be read|no valid YAML"):
+        read_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1%", 0.01),
+        ("0.5 %", 0.005),
+        ("900KB", 900_000),
+        ("1.5MiB", 3 * 2**19),
+        ("2gib", 2**31),
+        ("1_000", 1000),
+        ("7 B", 7),
+    ],
+)
+def test_sizes(text, size):
+    found = parse_size(text, percent=True)
+    assert found == size
+    assert type(found) is type(size)
+
+
+@pytest.mark.parametrize("text", ["1%", "", "KB", "-3MB", "1TB", "nan", "inf", "0.2B"])
+def test_what_is_no_number_of_bytes(text):
+    with pytest.raises(ValueError, match=r"is no size above zero. Write '900MB' or '2GiB'"):
+        parse_size(text)
+
+
+def test_unknown_options_suggest_the_nearest():
+    with pytest.raises(RecipeError, match=r"Unknown key 'metod'. Did you mean 'method'\?"):
+        settings_from({"metod": "dts"})
