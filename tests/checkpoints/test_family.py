@@ -83,9 +83,7 @@ def test_the_expert_adds_a_prefix_and_a_head():
     assert found.private == ("classifier.bias", "classifier.weight")
     assert "x: adds the prefix 'bert.' to the base's tensor names" in found.notes
     # (3·4 + 3) fp32 numbers are 60 bytes
-    assert (
-        "x: kept whole as private (60 bytes): classifier.bias, classifier.weight" in found.notes
-    )
+    assert "x: kept whole as private (60 bytes): classifier.bias, classifier.weight" in found.notes
 
 
 def test_the_expert_lacks_a_prefix_of_two_segments():

@@ -1,12 +1,13 @@
 """Difference vectors: packs relative to a merged model, which is a checkpoint inside the pack."""
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
+from oracle import assert_same, rebuilt
 
 from families import State, listing, saved, small_base, tuned
-from oracle import assert_same, rebuilt
 from personae.checkpoints import open_checkpoint
 from personae.errors import Faults, MethodError, PackError, PersonaeError
 from personae.execute.deltas import fingerprint
@@ -22,7 +23,7 @@ from toys import load
 CODEC = DTS(rank_fraction=0.5)
 
 
-def _settings(**more: object) -> PackSettings:
+def _settings(**more: Any) -> PackSettings:
     return PackSettings(parameters={"rank_fraction": 0.5}, vector="difference", **more)
 
 
@@ -42,7 +43,9 @@ def test_relative_to_the_average(tmp_path, dtype):
             continue
         vectors = torch.stack([e[name].float() - tensor.float() for e in experts.values()])
         mean = (tensor.float() + vectors.mean(dim=0)).to(dtype)
-        torch.testing.assert_close(merged[name], mean, rtol=1e-6 if dtype == torch.float32 else 0.01, atol=1e-7)
+        torch.testing.assert_close(
+            merged[name], mean, rtol=1e-6 if dtype == torch.float32 else 0.01, atol=1e-7
+        )
     # What is decoded is relative to the merged model as it stands on disk, rounding and all.
     for name, expert in experts.items():
         unpack(tmp_path / "p", name, tmp_path / name)
@@ -69,7 +72,9 @@ def test_relative_to_ties(tmp_path, reduce):
 
 def test_heads_stay_private_and_the_merged_model_has_none(tmp_path):
     base, experts = _family()
-    heads = {name: {"head.weight": torch.full((2 + n, 4), float(n))} for n, name in enumerate(experts)}
+    heads = {
+        name: {"head.weight": torch.full((2 + n, 4), float(n))} for n, name in enumerate(experts)
+    }
     with_heads = {name: state | heads[name] for name, state in experts.items()}
     pack(base, with_heads, tmp_path / "p", settings=_settings())
     assert set(load(tmp_path / "p/reference")) == set(base)

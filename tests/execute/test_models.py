@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import rebuilt
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from families import State
-from oracle import rebuilt
 from personae.errors import CheckpointError
 from personae.execute.pack import add_tasks, pack
 from personae.execute.unpack import unpack
@@ -85,7 +85,9 @@ def test_an_adapter_packed_exactly_is_what_merging_gives(bert, adapters, tmp_pat
         torch.testing.assert_close(tensor, adapters["query"][name], rtol=1e-5, atol=1e-6)
 
 
-def test_an_adapter_in_a_difference_pack_is_coded_where_the_others_changed(bert, adapters, tmp_path):
+def test_an_adapter_in_a_difference_pack_is_coded_where_the_others_changed(
+    bert, adapters, tmp_path
+):
     settings = FULL.model_copy(update={"vector": "difference"})
     experts = {name: str(bert.parent / name) for name in adapters}
     made = pack(str(bert), experts, tmp_path / "p", settings=settings)
@@ -181,7 +183,7 @@ def test_a_grown_vocabulary_round_trips(toy, tmp_path):
     assert found.keys() == own.keys()
     for key, tensor in found.items():
         assert torch.equal(tensor, expected[key]), key
-    again = kind.from_pretrained(tmp_path / "out")
+    again: Any = kind.from_pretrained(tmp_path / "out")
     assert again.get_input_embeddings().weight.shape == (45, 16)
     if toy is toy_gpt2:  # the tie is there again
         assert again.lm_head.weight.data_ptr() == again.transformer.wte.weight.data_ptr()

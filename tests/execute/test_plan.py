@@ -39,8 +39,13 @@ def test_the_figures_are_those_of_the_file_where_everything_changed(tmp_path):
     # 320 + 192 + 16 + 96 + 1 fp32 numbers and 6 of 8 bytes, thrice; and the head
     assert planned.bytes_in == 3 * (4 * 625 + 48) + 20
     written = sum(record.bytes for record in made.manifest.tasks.values())
-    assert written <= planned.bytes_out == sum(
-        task.coded.bytes + task.private_bytes + HEADER_BYTES for task in planned.tasks.values()
+    assert (
+        written
+        <= planned.bytes_out
+        == sum(
+            task.coded.bytes + task.coded.mask_bytes + task.private_bytes + HEADER_BYTES
+            for task in planned.tasks.values()
+        )
     )
     # Two workers on the two largest tensors, 320 and 192 elements of 32 bytes
     assert planned.peak_memory == 32 * (320 + 192)
@@ -144,14 +149,18 @@ def test_one_percent_of_a_published_model():
     assert planned.amr_percent["counted"] == pytest.approx(0.993, abs=0.0075)
     assert planned.amr_percent["counted"] <= 1
     assert planned.rank_fraction == pytest.approx(0.0690, abs=0.0007)
-    steps = sorted({j / w for w in {min(s) for s in shapes.values() if len(s) == 2} for j in range(1, w)})
+    steps = sorted(
+        {j / w for w in {min(s) for s in shapes.values() if len(s) == 2} for j in range(1, w)}
+    )
     later = next(step for step in steps if step > planned.rank_fraction)
     above = PackSettings(parameters={"rank_fraction": later})
     assert plan_shapes(specs_of_shapes(shapes), above).amr_percent["counted"] > 1
 
 
 def test_a_class_with_a_head_has_more_parameters(tmp_path):
-    GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10, num_labels=7).save_pretrained(tmp_path)
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10)
+    config.num_labels = 7
+    config.save_pretrained(tmp_path)
     bare = specs_of_architecture(tmp_path)
     headed = specs_of_architecture(tmp_path, "AutoModelForSequenceClassification")
     assert sum(s.numel for s in headed) - sum(s.numel for s in bare) == 7 * 8

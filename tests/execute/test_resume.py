@@ -169,7 +169,9 @@ def test_overwriting_keeps_the_old_until_the_new_is_whole(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pack(BASE, EXPERTS, tmp_path / "p", settings=half, overwrite=True, work=Work(progress=watch))
+        pack(
+            BASE, EXPERTS, tmp_path / "p", settings=half, overwrite=True, work=Work(progress=watch)
+        )
     assert listing(tmp_path / "p") == before
     made = pack(BASE, EXPERTS, tmp_path / "p", settings=half, overwrite=True)
     assert made.manifest.parameters == {"rank_fraction": 0.5}

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
+from oracle import assert_same, rebuilt
 
 from families import State, listing, saved, small_base, tuned
-from oracle import assert_same, rebuilt
 from personae.execute.pack import pack, pack_many
 from personae.execute.unpack import unpack
 from personae.execute.work import Work
@@ -55,7 +55,11 @@ def test_stacked_projections_coded_apart(tmp_path):
     assert_same(found, rebuilt(DTS(rank_fraction=0.5, qkv="split"), base, expert))
     record = json.loads((tmp_path / "p/pack.json").read_text())["tasks"]["x"]["tensors"]
     blocks = record["attn.c_attn.weight"]["blocks"]
-    assert [(b["axis"], b["start"], b["stop"]) for b in blocks] == [(1, 0, 8), (1, 8, 16), (1, 16, 24)]
+    assert [(b["axis"], b["start"], b["stop"]) for b in blocks] == [
+        (1, 0, 8),
+        (1, 8, 16),
+        (1, 16, 24),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +141,9 @@ def test_heads_and_grown_vocabularies_come_back_whole(tmp_path):
     base = small_base() | {"head.weight": torch.zeros(2, 4)}
     expert = tuned(small_base(), 1) | {"head.weight": torch.randn(5, 4), "head.bias": torch.ones(5)}
     extra = torch.randn(3, 16)
-    shared = rebuilt(DTS(rank_fraction=0.5), base, {n: t for n, t in expert.items() if n in small_base()})
+    shared = rebuilt(
+        DTS(rank_fraction=0.5), base, {n: t for n, t in expert.items() if n in small_base()}
+    )
     expert["embed.weight"] = torch.cat([expert["embed.weight"], extra])
     found = _there_and_back(base, expert, tmp_path)
     shared["embed.weight"] = torch.cat([shared["embed.weight"], extra])
@@ -214,10 +220,14 @@ def test_pickled_experts(tmp_path):
 
 
 def test_one_worker_and_three_write_the_same_bytes(tmp_path):
-    base = saved(small_base() | {f"h.{n}.weight": torch.randn(16, 16) for n in range(6)}, tmp_path / "b")
+    base = saved(
+        small_base() | {f"h.{n}.weight": torch.randn(16, 16) for n in range(6)}, tmp_path / "b"
+    )
     experts = {n: str(saved(tuned(load(base), s), tmp_path / n)) for s, n in enumerate("xyz", 1)}
     for workers in (1, 3):
-        pack(str(base), experts, tmp_path / f"p{workers}", settings=HALF, work=Work(workers=workers))
+        pack(
+            str(base), experts, tmp_path / f"p{workers}", settings=HALF, work=Work(workers=workers)
+        )
         unpack(tmp_path / f"p{workers}", "y", tmp_path / f"y{workers}", work=Work(workers=workers))
     assert listing(tmp_path / "p1") == listing(tmp_path / "p3")
     assert listing(tmp_path / "y1") == listing(tmp_path / "y3")
@@ -259,10 +269,15 @@ def test_a_sweep_decomposes_each_matrix_once(tmp_path, monkeypatch, method):
     ranks: list[int] = []
     decompose = codec.decompose
     monkeypatch.setattr(
-        codec, "decompose", lambda self, delta, rank: ranks.append(rank) or decompose(self, delta, rank)
+        codec,
+        "decompose",
+        lambda self, delta, rank: ranks.append(rank) or decompose(self, delta, rank),
     )
     base = small_base()
-    fractions = {tmp_path / f"{r}": PackSettings(method=method, parameters={"rank_fraction": r}) for r in (0.1, 0.3, 0.5)}
+    fractions = {
+        tmp_path / f"{r}": PackSettings(method=method, parameters={"rank_fraction": r})
+        for r in (0.1, 0.3, 0.5)
+    }
     pack_many(base, {"x": tuned(base, 1)}, fractions, work=Work(workers=1))
     # embed (20, 16) and layer (16, 12) at the largest fraction: 8 and 6 triplets
     assert sorted(ranks) == [6, 8]

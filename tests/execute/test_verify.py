@@ -47,7 +47,7 @@ def test_the_error_is_the_squared_distance_over_the_squared_delta(packed):
 def test_another_original_is_told_apart(packed):
     found = verify(packed, against={"x": EXPERTS["y"] | HEAD}, base=BASE)["x"]
     assert found.same_original is False
-    assert found.measured_error > 0.9  # random deltas have nothing in common
+    assert (found.measured_error or 0) > 0.9  # random deltas have nothing in common
 
 
 def test_the_original_is_known_again_though_tensors_were_skipped(tmp_path):

@@ -178,6 +178,21 @@ def test_exact_zeros_against_the_three_masks():
     assert parts["zeros"].numel() == 7  # ⌈50 / 8⌉
 
 
+def test_few_zeros_are_positions_and_decode_to_the_same():
+    u, vh = _normal(30, 4), _normal(4, 50)
+    u[7, 1] = 0  # Uᵀ is coded vector after vector: 1 · 30 + 7 = 37
+    vh[2, 49] = 0  # after the 120 of U: 120 + 2 · 50 + 49 = 269
+    svd = SVD(u, torch.tensor([4.0, 3.0, 2.0, 1.0]), vh)
+    codec = DTS(rank_fraction=4 / 30)
+    parts = codec.encode(u @ vh, svd)
+    assert parts["zero_positions"].tolist() == [37, 269]
+    assert parts["zero_positions"].dtype == torch.int32
+    assert "zeros" not in parts
+    left, right = (torch.from_numpy(_three_masks(f.numpy(), _rms)) for f in (u.T.contiguous(), vh))
+    expected = left.T @ (svd.singular_values[:, None] * right)
+    assert torch.equal(codec.decode(parts, (30, 50)), expected)
+
+
 # ---- properties (methods.md 10, no. 7) ----------------------------------------------------------
 
 

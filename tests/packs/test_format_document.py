@@ -17,7 +17,7 @@ from personae import PackSettings, pack, unpack
 # The reader. Nothing of personae below, until the tests.
 
 WEIGHTS = "model.safetensors"
-DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "u1"}
+DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def bits(data: Any, width: int) -> Any:
 
 def factors(parts: Any, shapes: list[tuple[int, int]], parameters: Any) -> list[Any]:
     width, found, byte, bit, scale = 2 if parameters["thresholding"] else 1, [], 0, 0, 0
+    first = 0
     for vectors, length in shapes:
         sets = vectors if parameters["grouping"] == "vector" else 1
         size, masked = -(-vectors * length * width // 8), -(-vectors * length // 8)
@@ -47,6 +48,10 @@ def factors(parts: Any, shapes: list[tuple[int, int]], parameters: Any) -> list[
         values = np.take_along_axis(signed, codes.reshape(sets, -1), 1).ravel()
         if "zeros" in parts:
             values[bits(parts["zeros"][bit : bit + masked], 1)[: values.size] > 0] = 0
+        if "zero_positions" in parts:
+            places = parts["zero_positions"] - first
+            values[places[(places >= 0) & (places < values.size)]] = 0
+        first += values.size
         found.append(values.reshape(vectors, length))
         byte, bit, scale = byte + size, bit + masked, scale + sets * 2**width
     return found
@@ -126,6 +131,7 @@ def family(tmp_path: Path) -> dict[str, Path]:
         "proj.weight": normal(9, 7),
         "thin.weight": normal(1, 6),
         "conv.weight": normal(4, 2, 3, 3),
+        "long.bias": normal(80),
         "norm.bias": normal(7),
         "scale": normal(),
         "same.weight": normal(6, 6),
@@ -137,6 +143,7 @@ def family(tmp_path: Path) -> dict[str, Path]:
     other = experts[1]
     other["same.weight"] = base["same.weight"]
     other["norm.bias"][2:5] = base["norm.bias"][2:5]  # exact zeros in a flat block
+    other["long.bias"][40] = base["long.bias"][40]  # a single one
     other["embed.weight"][[0, 4, 5]] = base["embed.weight"][[0, 4, 5]]  # rows that did not change
     other["embed.weight"] = torch.cat([other["embed.weight"], normal(2, 8)])
     other["proj.weight"] = other["proj.weight"].half()
@@ -199,7 +206,15 @@ def test_the_family_needs_every_rule(family: dict[str, Path], tmp_path: Path) ->
     manifest = pack(base, family, tmp_path / "pack").manifest
     task = manifest.tasks["wrapped"]
     parts = {part for t in task.tensors.values() for b in t.blocks for part in b.parts}
-    assert parts == {"singular_values", "codes", "scales", "zeros", "rows", "exact"}
+    assert parts == {
+        "singular_values",
+        "codes",
+        "scales",
+        "zeros",
+        "zero_positions",
+        "rows",
+        "exact",
+    }
     assert task.renaming.add == "model."
     assert task.grown == ("embed.weight",)
     assert task.dtypes == {"proj.weight": "float16"}

@@ -90,7 +90,7 @@ def test_a_flipped_byte_of_a_task_file_is_noticed(copied, position):
 def test_a_truncated_task_file_is_noticed(copied):
     file = copied / "tasks/news.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(PackError, match="Task 'news': .* is damaged"):
+    with pytest.raises(PackError, match=r"Task 'news': .* is damaged"):
         Pack(copied).open_task("news")
 
 
@@ -118,7 +118,9 @@ def test_one_task_file_may_be_away_while_another_is_used(copied, made, tmp_path)
 def test_a_sound_file_that_does_not_fit_its_record_is_refused(copied):
     record = Pack(copied).task("news")
     save_file({"codes": torch.zeros(3, dtype=torch.uint8)}, copied / record.file)
-    with pytest.raises(PackError, match=r"does not fit its record in pack.json: sections .*'codes': 3"):
+    with pytest.raises(
+        PackError, match=r"does not fit its record in pack.json: sections .*'codes': 3"
+    ):
         TaskFile(copied / record.file, record)
 
 
@@ -153,7 +155,7 @@ def test_a_newer_version_is_refused_before_anything_else(copied):
 
 def test_a_field_of_the_wrong_kind_is_refused(copied):
     _rewrite(copied / "pack.json", vector="sideways")
-    with pytest.raises(PackError, match="is malformed: (?s:.*)vector"):
+    with pytest.raises(PackError, match=r"is malformed: (?s:.*)vector"):
         Pack(copied)
 
 
@@ -180,7 +182,7 @@ def test_a_folder_without_pack_json_is_no_pack(tmp_path):
 def test_a_task_name_that_leads_out_of_the_pack_is_refused(copied, name):
     tasks = json.loads((copied / "pack.json").read_text())["tasks"]
     _rewrite(copied / "pack.json", tasks={name: tasks["news"]})
-    with pytest.raises(PackError, match="is malformed: (?s:.*)no safe task name"):
+    with pytest.raises(PackError, match=r"is malformed: (?s:.*)no safe task name"):
         Pack(copied)
 
 
@@ -190,10 +192,10 @@ def test_paths_that_lead_out_of_the_pack_are_refused(copied, path):
     kept = tasks["news"]["companions"]["config.json"]
     spoilt = tasks | {"news": tasks["news"] | {"companions": {path: kept}}}
     _rewrite(copied / "pack.json", tasks=spoilt)
-    with pytest.raises(PackError, match="is malformed: (?s:.*)leads out of the pack"):
+    with pytest.raises(PackError, match=r"is malformed: (?s:.*)leads out of the pack"):
         Pack(copied)
     _rewrite(copied / "pack.json", tasks=tasks | {"news": tasks["news"] | {"file": path}})
-    with pytest.raises(PackError, match="is malformed: (?s:.*)leads out of the pack"):
+    with pytest.raises(PackError, match=r"is malformed: (?s:.*)leads out of the pack"):
         Pack(copied)
 
 

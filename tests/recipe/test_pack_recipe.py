@@ -79,7 +79,7 @@ reference: {merge_methd: ties}
         "'models.0.model' is missing.",
         "Unknown key 'models.0.modle'. Did you mean 'model'?",
         "vector = 'sideways': Input should be 'task' or 'difference'",
-        "budget = 'lots': 'lots' is no size above zero. Write '1%', '900KB' or '1.5MiB'.",
+        "budget = 'lots': 'lots' is no size of a byte or more. Write '1%', '900KB' or '1.5MiB'.",
         "counting = 'bytes': Input should be 'counted'",
         "Unknown key 'reference.merge_methd'. Did you mean 'merge_method'?",
     ):
@@ -93,9 +93,9 @@ def test_models_are_needed(tmp_path):
 
 @pytest.mark.parametrize("budget", ["0%", "-1%", "0.01", "0", "1 parsec", "%", "1%%"])
 def test_bad_budgets(tmp_path, budget):
-    with pytest.raises(RecipeError, match="is no size above zero"):
+    with pytest.raises(RecipeError, match="is no size of a byte or more"):
         _read(tmp_path, f"models: [{{model: a}}]\nbudget: {budget!r}")
-    with pytest.raises(RecipeError, match="is no size above zero"):
+    with pytest.raises(RecipeError, match="is no size of a byte or more"):
         settings_from({"budget": budget})
 
 
@@ -111,28 +111,28 @@ def test_what_holds_no_settings(tmp_path, text):
 
 
 def test_what_is_no_yaml(tmp_path):
-    with pytest.raises(RecipeError, match="is no valid YAML"):
+    with pytest.raises(RecipeError, match=r"is no valid YAML"):
         _read(tmp_path, "models: [")
 
 
 def test_yaml_that_would_build_objects_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="is no valid YAML"):
+    with pytest.raises(RecipeError, match=r"is no valid YAML"):
         _read(tmp_path, "models: !!python/object/apply:os.system [true]")
 
 
 def test_keys_that_are_no_text(tmp_path):
-    with pytest.raises(RecipeError, match="Unknown key '1'"):
+    with pytest.raises(RecipeError, match="1 = 1: Keys should be strings"):
         _read(tmp_path, "models: [{model: a}]\n1: 2")
 
 
 def test_a_recipe_that_is_not_there(tmp_path):
-    with pytest.raises(RecipeError, match="none.yaml cannot be read: No such file"):
+    with pytest.raises(RecipeError, match=r"none.yaml cannot be read: No such file"):
         read_recipe(tmp_path / "none.yaml")
 
 
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(RecipeError, match="cannot be read|no valid YAML"):
+    with pytest.raises(RecipeError, match=r"cannot be read|no valid YAML"):
         read_recipe(tmp_path / "r.yaml")
 
 
@@ -156,7 +156,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["1%", "", "KB", "-3MB", "1TB", "nan", "inf", "0.2B"])
 def test_what_is_no_number_of_bytes(text):
-    with pytest.raises(ValueError, match=r"is no size above zero. Write '900MB' or '2GiB'"):
+    with pytest.raises(ValueError, match=r"is no size of a byte or more. Write '900MB' or '2GiB'"):
         parse_size(text)
 
 

@@ -45,7 +45,16 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False) -> None:
         ]
         for name, task in described["tasks"].items()
     ]
-    columns = ["task", "file", "private in it", "beside it", "AMR % disk", "AMR % counted", "error", "tensors"]
+    columns = [
+        "task",
+        "file",
+        "private in it",
+        "beside it",
+        "AMR % disk",
+        "AMR % counted",
+        "error",
+        "tensors",
+    ]
     console.table("", columns, rows)
     console.out.print(f"pack.json: {console.size(described['manifest_bytes'])}", markup=False)
     for name, task in described["tasks"].items() if tensors else ():

@@ -56,8 +56,8 @@ def bytes_of(option: str, size: str | None) -> int | None:
         raise RecipeError(f"{option}: {error}") from error
 
 
-def named(pairs: list[str] | None, option: str) -> dict[str, str]:
-    """`NAME=PATH` texts as a mapping, in order.
+def named(pairs: list[str] | None, option: str, form: str = "NAME=PATH") -> dict[str, str]:
+    """`NAME=PATH` texts (or of another `form`) as a mapping, in order.
 
     Raises:
         RecipeError: listing each text without '=' and each name given twice.
@@ -67,7 +67,7 @@ def named(pairs: list[str] | None, option: str) -> dict[str, str]:
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals or not name or not value:
-            faults.add(f"{option} {pair}: write NAME=PATH.")
+            faults.add(f"{option} {pair}: write {form}.")
         elif name in found:
             faults.add(f"{option}: two are named '{name}'. Give each its own name.")
         found[name] = value
@@ -76,8 +76,16 @@ def named(pairs: list[str] | None, option: str) -> dict[str, str]:
 
 
 def values(pairs: list[str] | None, option: str) -> dict[str, Any]:
-    """`KEY=VALUE` texts as typed values (numbers, true/false, words)."""
-    return {key: yaml.safe_load(value) for key, value in named(pairs, option).items()}
+    """`KEY=VALUE` texts as typed values (numbers, true/false, words).
+
+    Raises:
+        RecipeError: if a text has another form.
+    """
+    texts = named(pairs, option, "KEY=VALUE")
+    try:
+        return {key: yaml.safe_load(value) for key, value in texts.items()}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{option}: write a number, true, false or a word: {error}") from error
 
 
 def gather_recipe(

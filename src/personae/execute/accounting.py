@@ -70,6 +70,17 @@ def cost(
     return Bits(counted, lean, stored)
 
 
+def mask_bytes(codec: Codec, specs: Iterable[TensorSpec]) -> int:
+    """Bytes that deltas with exact zeros take beyond `cost` without facts, at most."""
+    total = 0
+    for shape, times in _block_shapes(codec, specs).items():
+        bits = codec.bits(shape)
+        if elements := bits.counted - bits.counted_lean:  # the mask that the lean rule spares
+            # One bit an element, each of two factors padded to a byte, and one bit a row.
+            total += times * (math.ceil(elements / 8) + 1 + math.ceil(shape[0] / 8))
+    return total
+
+
 def counted_bits(
     codec: Codec, specs: Iterable[TensorSpec], ranks: Mapping[str, Sequence[int | None]]
 ) -> tuple[int, int]:
@@ -194,7 +205,7 @@ def _stored(codec: Codec, spec: TensorSpec, facts: TensorFacts) -> int:
         bits = codec.bits(live, rank).stored + 8 * math.ceil(rows / 8)
     elif bits and facts.zero_rows:
         bits += 8 * sum(math.ceil(shape[0] / 8) for shape in shapes)
-    if bits and facts.zero_columns:  # a bit for each code of both factors
+    if bits and facts.zero_columns:  # at most a bit for each code of both factors
         vectors = [(codec.rank(shape), sum(shape)) for shape in shapes]
         bits += sum(rank * width + 16 for rank, width in vectors)
     if bits and facts.zeros:

@@ -18,6 +18,7 @@ from personae.execute.accounting import (
     amr_percent,
     cost,
     largest_rank_fraction,
+    mask_bytes,
 )
 from personae.execute.deltas import BYTES_PER_ELEMENT
 from personae.execute.family import Family
@@ -34,6 +35,7 @@ class ShapesPlan:
         tensors: Number of tensors coded.
         rank_fraction: The rank fraction, as asked or as the budget allows; None if not of DTS kind.
         bytes: Bytes of the coded parts if every tensor changed everywhere.
+        mask_bytes: Bytes more, at most, where deltas hold exact zeros.
         amr_percent: By rule; see `accounting.amr_percent`.
     """
 
@@ -41,6 +43,7 @@ class ShapesPlan:
     tensors: int
     rank_fraction: float | None
     bytes: int
+    mask_bytes: int
     amr_percent: dict[str, float]
 
 
@@ -106,6 +109,7 @@ def plan_shapes(specs: Iterable[TensorSpec], settings: PackSettings) -> ShapesPl
         tensors=len(floating),
         rank_fraction=getattr(codec, "rank_fraction", None),
         bytes=bits.stored // 8,
+        mask_bytes=mask_bytes(codec, floating),
         amr_percent=amr_percent(bits, whole),
     )
 
@@ -138,7 +142,9 @@ def plan_pack(
     peak = max(sum(heapq.nlargest(workers, costs)) for costs in stages)
     base_bytes = sum(spec.nbytes for spec in family.base.specs.values())
     merged = base_bytes if settings.vector == "difference" else 0
-    written = sum(t.coded.bytes + t.private_bytes + HEADER_BYTES for t in tasks.values())
+    written = sum(
+        t.coded.bytes + t.coded.mask_bytes + t.private_bytes + HEADER_BYTES for t in tasks.values()
+    )
     return PackPlan(
         tasks=tasks,
         bytes_in=base_bytes + sum(t.bytes_in for t in tasks.values()),

@@ -2,10 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from personae.errors import Faults, RecipeError, nearest
 from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, Parameters, build, lookup
@@ -27,12 +34,21 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _budget_reads(value: object) -> str | None:
+    if value is not None:
+        parse_size(str(value), percent=True)
+    return None if value is None else str(value)
+
+
+Budget = Annotated[str | None, BeforeValidator(_budget_reads)]
+
+
 class PackSettings(Strict):
     """How to pack, without which checkpoints."""
 
     method: str = Field(default="dts", description="Codec")
     parameters: dict[str, Any] = Field(default={}, description="The codec's parameters")
-    budget: str | None = Field(default=None, description="Size a task may cost: '1%' or '900KB'")
+    budget: Budget = Field(default=None, description="Size a task may cost: '1%' or '900KB'")
     counting: Counting = Field(default="on_disk_native", description="Rule a budget is counted by")
     vector: Vector = "task"
     reference: str | None = Field(
@@ -41,13 +57,6 @@ class PackSettings(Strict):
     reference_parameters: dict[str, Any] = {}
     skip: tuple[str, ...] = Field(default=(), description="Patterns of tensors to leave out")
     private: tuple[str, ...] = Field(default=(), description="Patterns of tensors to keep whole")
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _budget_reads(cls, value: object) -> str | None:
-        if value is not None:
-            parse_size(str(value), percent=True)
-        return None if value is None else str(value)
 
     @model_validator(mode="after")
     def _reference_is_used(self) -> "PackSettings":
@@ -101,12 +110,15 @@ class _File(Strict):
     base_model: str | None = None
     models: list[_Expert]
     parameters: dict[str, Any] = {}
-    budget: str | float | None = None
+    budget: Budget = None
     counting: Counting = "on_disk_native"
     vector: Vector = "task"
     reference: _Reference = _Reference()
     skip: list[str] = []
     private: list[str] = []
+
+
+_NESTED: dict[int | str, type[BaseModel]] = {"models": _Expert, "reference": _Reference}
 
 
 def read_recipe(path: Path) -> PackRecipe:
@@ -119,29 +131,26 @@ def read_recipe(path: Path) -> PackRecipe:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"The recipe {path} is no valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"The recipe {path} holds no settings; see recipes/ for examples.")
     try:
-        file = _File(**content)
-    except ValidationError as error:
-        raise RecipeError(f"The recipe {path} is wrong. {faults_of(error, _File)}") from error
-    return PackRecipe(
-        base=file.base_model,
-        experts=_named(file.models, path),
-        settings=PackSettings(
+        file = _File.model_validate(content)
+        settings = PackSettings(
             method=file.pack_method,
             parameters=file.parameters,
-            budget=None if file.budget is None else str(file.budget),
+            budget=file.budget,
             counting=file.counting,
             vector=file.vector,
             reference=file.reference.merge_method,
             reference_parameters=file.reference.parameters,
             skip=tuple(file.skip),
             private=tuple(file.private),
-        ),
-    )
+        )
+    except ValidationError as error:
+        raise RecipeError(f"The recipe {path} is wrong. {faults_of(error, _File)}") from error
+    return PackRecipe(base=file.base_model, experts=_named(file.models, path), settings=settings)
 
 
 def settings_from(options: Mapping[str, Any]) -> PackSettings:
@@ -162,12 +171,14 @@ def faults_of(error: ValidationError, model: type[BaseModel]) -> str:
     for fault in error.errors():
         place = ".".join(str(p) for p in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            known = model.model_fields if len(fault["loc"]) == 1 else ["model", "name"]
-            faults.add(f"Unknown key '{place}'. {nearest(str(fault['loc'][-1]), known)}")
+            outer, *inner = fault["loc"]
+            known = _NESTED.get(outer, model) if inner else model
+            hint = nearest(str([outer, *inner][-1]), known.model_fields)
+            faults.add(f"Unknown key '{place}'. {hint}")
         elif fault["type"] == "missing":
             faults.add(f"'{place}' is missing.")
         else:
-            message = fault["msg"].removeprefix("Value error, ")
+            message = fault["msg"].removeprefix("Value error, ").removesuffix(".")
             faults.add(f"{place} = {fault['input']!r}: {message}." if place else f"{message}.")
     return " ".join(faults.messages)
 

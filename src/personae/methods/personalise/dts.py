@@ -23,6 +23,7 @@ from personae.ops.levels import Levels, Split, dequantise, groups, quantise
 from personae.ops.parts import cut, part
 from personae.ops.rows import restore_rows, touched_rows
 from personae.ops.svd import truncated_svd
+from personae.ops.zeros import decode_zeros, encode_zeros
 
 _STACKED = {"in_proj_weight", "c_attn", "qkv", "qkv_proj", "Wqkv"}
 
@@ -41,7 +42,7 @@ class DTS(Codec):
         codes: uint8, those of U and then of Vᵀ, each vector after vector (so U by its columns),
             each factor padded to a byte.
         rows: one bit a row, set for the rows of U that have codes; only if some rows are zero.
-        zeros: one bit a code, padded like them, set for exact zeros; only if there are any.
+        zeros, or zero_positions: where exact zeros are, only if there are any (see `ops.zeros`).
         exact: fp32, [1], a scalar as it is.
 
     A zero delta, or one of rank 0, has no parts.
@@ -222,10 +223,7 @@ class DTS(Codec):
             scales.append(levels.scales.flatten())
             codes.append(pack(levels.codes.flatten(), self._width))
         parts = {"scales": torch.cat(scales), "codes": torch.cat(codes)}
-        if not all(factor.all() for factor in factors):
-            zeros = [pack((factor == 0).flatten().to(torch.uint8), 1) for factor in factors]
-            parts["zeros"] = torch.cat(zeros)
-        return parts
+        return parts | encode_zeros(factors)
 
     def _decode_factors(
         self, parts: Parts, shapes: Sequence[tuple[int, int]]
@@ -236,14 +234,12 @@ class DTS(Codec):
         per_set = groups(self._levels)
         scales = cut(parts, "scales", [per_set * number for number in sets])
         codes = cut(parts, "codes", [packed_size(count, self._width) for count in counts])
-        zeros = [None] * len(shapes)
-        if "zeros" in parts:
-            zeros = cut(parts, "zeros", [packed_size(count, 1) for count in counts])
+        zeros = decode_zeros(parts, counts)
         factors: list[Tensor] = []
         for n, (shape, count) in enumerate(zip(shapes, counts, strict=True)):
             code = unpack(codes[n], count, self._width).reshape(sets[n], -1)
             values = dequantise(Levels(code, scales[n].reshape(sets[n], per_set))).reshape(shape)
-            if (plane := zeros[n]) is not None:
-                values.masked_fill_(unpack(plane, count, 1).bool().reshape(shape), 0)
+            if (mask := zeros[n]) is not None:
+                values.masked_fill_(mask.reshape(shape), 0)
             factors.append(values)
         return factors

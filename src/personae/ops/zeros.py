@@ -1,0 +1,48 @@
+"""Exact zeros among coded values, whose codes have no room for them: a plane of bits, or positions.
+
+A solver now and then leaves one exact zero in a singular vector; a position costs 4 bytes there,
+where a plane would cost a bit for every value.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from personae._types import Parts
+from personae.ops.bits import pack, packed_size, unpack
+from personae.ops.parts import cut
+
+_POSITION_BYTES = 4
+_LAST_POSITION = torch.iinfo(torch.int32).max
+
+
+def encode_zeros(factors: Sequence[Float[Tensor, "..."]]) -> Parts:
+    """Say where exact zeros stand, by whichever takes fewer bytes; nothing if there are none.
+
+    Returns:
+        {}; or `zeros`, uint8: a bit a value, each factor padded to a byte; or `zero_positions`,
+        int32: ascending indices into the values of all factors, one after the other.
+    """
+    masks = [(factor == 0).flatten() for factor in factors]
+    count = sum(int(mask.count_nonzero()) for mask in masks)
+    if not count:
+        return {}
+    plane_bytes = sum(packed_size(len(mask), 1) for mask in masks)
+    values = sum(len(mask) for mask in masks)
+    if count * _POSITION_BYTES < plane_bytes and values <= _LAST_POSITION:
+        return {"zero_positions": torch.cat(masks).nonzero().flatten().to(torch.int32)}
+    return {"zeros": torch.cat([pack(mask.to(torch.uint8), 1) for mask in masks])}
+
+
+def decode_zeros(parts: Parts, counts: Sequence[int]) -> list[Bool[Tensor, " _"] | None]:
+    """Masks of the exact zeros of factors with so many values each; None for a factor without."""
+    if "zeros" in parts:
+        planes = cut(parts, "zeros", [packed_size(count, 1) for count in counts])
+        return [unpack(plane, count, 1).bool() for plane, count in zip(planes, counts, strict=True)]
+    if "zero_positions" not in parts:
+        return [None] * len(counts)
+    whole = torch.zeros(sum(counts), dtype=torch.bool)
+    whole[parts["zero_positions"].long()] = True
+    return list(whole.split(list(counts)))

@@ -1,0 +1,68 @@
+"""What importing loads: nothing heavy for the package, nothing optional for its core."""
+
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import personae
+
+SOURCE = Path(__file__).parents[1] / "src"
+OPTIONAL = ("transformers", "peft", "sklearn", "ray", "datasets", "accelerate")
+# What needs an extra says so where it is used; these are run by `personae demo` alone.
+EXTRA = ("personae.demo", "personae.evaluate", "personae.__main__")
+
+
+def _run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, personae; dir(personae); personae.__version__\n"
+        f"print([name for name in ('torch', 'pydantic', *{OPTIONAL}) if name in sys.modules])"
+    )
+    assert _run(code) == "[]"
+
+
+def test_every_core_module_imports_without_the_extras_and_leaves_cuda_alone():
+    found = [module.name for module in pkgutil.walk_packages(personae.__path__, "personae.")]
+    core = [name for name in found if not name.startswith(EXTRA)]
+    assert {"personae.cli.pack", "personae.execute.pack", "personae.ops.svd"} <= set(core)
+    code = f"""
+import importlib, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {OPTIONAL}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+for name in {core}:
+    importlib.import_module(name)
+import torch
+print(torch.cuda.is_initialized(), [n for n in {OPTIONAL} if n in sys.modules])
+"""
+    assert _run(code) == "False []"
+
+
+def test_every_public_name_is_there():
+    for name in personae.__all__:
+        assert getattr(personae, name) is not None, name
+    assert set(personae.__all__) <= set(dir(personae))
+    try:
+        personae.no_such_name  # noqa: B018
+    except AttributeError as error:
+        assert str(error) == "module 'personae' has no attribute 'no_such_name'"
+    else:
+        raise AssertionError("a name out of nowhere")
