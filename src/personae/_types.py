@@ -16,7 +16,7 @@ RankFraction = Annotated[float, Field(gt=0, le=1)]
 """Singular directions kept as a fraction of min(m, d), in (0, 1]: r of DTS."""
 
 Parts = dict[str, Tensor]
-"""What a codec stores for one tensor: part name to a 1-D tensor (uint8, int32, float16, float32)."""
+"""What a codec stores for one tensor: part name to a 1-D tensor (uint8, int32 or floating)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from personae.execute.accounting import (
     largest_rank_fraction,
     task_amr_percent,
 )
-from personae.execute.deltas import TensorFacts
 from personae.execute.pack import pack
 from personae.execute.plan import plan_shapes
+from personae.execute.scan import TensorFacts
 from personae.methods.personalise.dts import DTS
 from personae.recipe import COUNTING, PackSettings
 

@@ -10,8 +10,8 @@ from oracle import assert_same, rebuilt
 from families import State, listing, saved, small_base, tuned
 from personae.checkpoints import open_checkpoint
 from personae.errors import Faults, MethodError, PackError, PersonaeError
-from personae.execute.deltas import fingerprint
 from personae.execute.pack import add_tasks, pack
+from personae.execute.scan import fingerprint
 from personae.execute.unpack import unpack
 from personae.execute.verify import verify
 from personae.execute.work import Work

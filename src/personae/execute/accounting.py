@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from personae._types import TensorSpec
 from personae.errors import BudgetError, MethodError
-from personae.execute.deltas import TensorFacts
+from personae.execute.scan import TensorFacts
 from personae.methods import Bits, Codec
 from personae.packs.manifest import TaskRecord
 from personae.recipe import Counting
@@ -114,6 +114,7 @@ def largest_rank_fraction(
     budget: float | int,
     counting: Counting,
     facts: Mapping[str, TensorFacts] | None = None,
+    reserve: int = 0,
 ) -> float:
     """The largest rank fraction whose cost fits a budget (methods.md 6.3).
 
@@ -123,6 +124,7 @@ def largest_rank_fraction(
         budget: A fraction below 1 (of the model, by the rule), or a number of bytes.
         counting: The rule: a key of `amr_percent`.
         facts: What a scan found of one expert; None plans from headers.
+        reserve: Stored bits to keep free for what neither shapes nor facts foresee.
 
     Raises:
         MethodError: if the codec has no rank to choose.
@@ -137,7 +139,9 @@ def largest_rank_fraction(
     steps = sorted({j / width for width in widths for j in range(1, width + 1)})
 
     def size(fraction: float) -> float:
-        return _size(cost(_at(codec, fraction), specs, facts), whole, budget, counting)
+        bits = cost(_at(codec, fraction), specs, facts)
+        bits = bits._replace(stored=bits.stored + reserve)
+        return _size(bits, whole, budget, counting)
 
     if not steps or size(steps[0]) > budget:
         least = size(steps[0]) if steps else math.inf

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from personae._types import SVD, Parts
 from personae.execute import pool
-from personae.execute.deltas import Deltas, TensorFacts
+from personae.execute.deltas import Deltas
+from personae.execute.scan import TensorFacts
 from personae.execute.work import Progress
 from personae.methods import Block, Codec
 from personae.packs.writer import CodedTensor

@@ -9,11 +9,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personae._types import TensorSpec
+from personae.checkpoints import open_checkpoint
+from personae.checkpoints.family import align
+from personae.errors import CheckpointError, Faults, PackError
 from personae.execute import pool
 from personae.execute.deltas import BYTES_PER_ELEMENT, Deltas
 from personae.execute.family import Family
-from personae.execute.work import Progress
+from personae.execute.scan import fingerprint
+from personae.execute.work import Progress, Work
 from personae.methods import MergeMethod, Parameters
+from personae.packs.manifest import ReferenceRecord
+from personae.packs.writer import REFERENCE
+from personae.recipe import PackSettings
 from personae.writers import CheckpointWriter, output_directory
 
 
@@ -108,3 +115,65 @@ def gather(
             progress(f"measuring ({step.name})", done, len(stacks.names))
         statistics[step.name] = step.finish(state, parameters, statistics)
     return statistics
+
+
+def make_reference(
+    family: Family, base_fingerprint: str, settings: PackSettings, directory: Path, work: Work
+) -> ReferenceRecord:
+    """The record of the reference of a pack in `directory`; a merged one is written there first.
+
+    Raises:
+        CheckpointError: if the merged model holds values that are not finite.
+    """
+    base = family.base
+    if settings.vector == "task":
+        return ReferenceRecord(
+            kind="base",
+            source=base.source,
+            revision=base.revision,
+            fingerprint=base_fingerprint,
+        )
+    method, parameters = settings.merge()
+    write_merged_reference(
+        family,
+        method,
+        parameters,
+        directory / REFERENCE,
+        workers=work.threads,
+        memory=work.memory,
+        progress=work.progress,
+    )
+    faults = Faults()
+    merged = open_checkpoint(directory / REFERENCE)
+    found = fingerprint(merged, workers=work.threads, faults=faults, label="The merged reference")
+    merged.close()
+    faults.raise_if_any(CheckpointError)
+    return ReferenceRecord(
+        kind="merged",
+        source=REFERENCE,
+        fingerprint=found,
+        method=method.name,
+        method_parameters=parameters.model_dump(mode="json"),
+        experts=tuple(family.experts),
+    )
+
+
+def relative_to_merged(family: Family, directory: Path, settings: PackSettings) -> Family:
+    """The same experts, aligned with the merged reference as it stands on disk."""
+    merged = open_checkpoint(directory)
+    experts = {name: expert.checkpoint for name, expert in family.experts.items()}
+    return Family(merged, align(merged, experts, skip=settings.skip, private=settings.private))
+
+
+def check_fingerprint(reference: ReferenceRecord, found: str, source: str) -> None:
+    """Check that a checkpoint is the reference a pack was made from.
+
+    Raises:
+        PackError: if its weights are others.
+    """
+    if found != reference.fingerprint:
+        raise PackError(
+            f"{source} is not the reference this pack was made from: its fingerprint is {found}, "
+            f"the pack was made from {reference.source} with {reference.fingerprint}. "
+            "Give the right one with --base."
+        )

@@ -14,9 +14,10 @@ from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.family import Renaming
 from personae.errors import CheckpointError, Faults, PackError
 from personae.execute import pool
-from personae.execute.deltas import BYTES_PER_ELEMENT, fingerprint
-from personae.execute.pack import check_fingerprint
+from personae.execute.deltas import BYTES_PER_ELEMENT
 from personae.execute.plan import check_output
+from personae.execute.reference import check_fingerprint
+from personae.execute.scan import fingerprint
 from personae.execute.work import Work
 from personae.methods import CODECS, Codec, build, lookup
 from personae.packs.fingerprint import sha256_file

@@ -11,7 +11,8 @@ from personae.checkpoints import open_checkpoint
 from personae.checkpoints.family import align
 from personae.errors import Faults, PackError, nearest
 from personae.execute import pool
-from personae.execute.deltas import Deltas, fingerprint
+from personae.execute.deltas import Deltas
+from personae.execute.scan import fingerprint
 from personae.execute.unpack import Rebuilt, open_reference
 from personae.execute.work import Work
 from personae.packs.reader import Pack

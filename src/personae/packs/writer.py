@@ -41,6 +41,11 @@ class CodedTensor:
     energy: float
     relative_error: float
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its parts."""
+        return sum(v.numel() * v.itemsize for parts in self.parts for v in parts.values())
+
     def record(self) -> TensorRecord:
         """The manifest's record of this tensor."""
         return TensorRecord(
@@ -57,7 +62,7 @@ class CodedTensor:
                     self.blocks, self.parts, self.ranks, strict=True
                 )
             ),
-            bytes=sum(v.numel() * v.itemsize for parts in self.parts for v in parts.values()),
+            bytes=self.nbytes,
             energy=self.energy,
             relative_error=self.relative_error,
         )
