@@ -5,14 +5,8 @@ import torch
 
 from families import State, saved
 from personae.checkpoints import open_checkpoint
-from personae.checkpoints.family import (
-    Alignment,
-    Renaming,
-    align,
-    check_names,
-    matches,
-    shown,
-)
+from personae.checkpoints.family import Alignment, align
+from personae.checkpoints.naming import Renaming, check_names, matches, shown
 from personae.errors import CheckpointError, Faults
 
 
@@ -242,3 +236,15 @@ def test_patterns_span_dots_and_mind_the_case():
 def test_long_lists_are_cut():
     assert shown(["a", "b"]) == "a, b"
     assert shown(list("abcdefg")) == "a, b, c, d, e and 2 more"
+
+
+def test_causal_masks_of_old_checkpoints_may_be_absent():
+    base = BACKBONE | _state(h__0__attn__bias=(1, 1, 4, 4), h__0__attn__masked_bias=())
+    found = _aligned(base, BACKBONE)
+    assert found.absent == ("h.0.attn.bias", "h.0.attn.masked_bias")
+    assert found.shared == tuple(sorted(BACKBONE))
+
+
+def test_a_bias_that_is_no_mask_may_not():
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensor\(s\) of the base: h.0.attn.bias"):
+        _aligned(BACKBONE | _state(h__0__attn__bias=(4,)), BACKBONE)

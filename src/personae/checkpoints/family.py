@@ -5,43 +5,28 @@ Everything here is decided from headers. Names are matched after removing wrappe
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
+from personae.checkpoints.naming import (
+    Renaming,
+    find_renaming,
+    matches,
+    shown,
+    without_wrapper,
+    without_wrappers,
+)
 from personae.errors import CheckpointError, Faults
 
-_WRAPPERS = ("module", "_orig_mod")
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+Kind = Literal["shared", "grown", "buffer", "private", "skipped"]
+
 _VOCABULARY = re.compile(r"embed|wte|wpe|lm_head|shared\.weight|decoder\.weight")
-_MOST_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Renaming:
-    """How reference names become the expert's: one prefix added or removed.
-
-    Attributes:
-        add: Prefix put before a reference name.
-        strip: Prefix removed from a reference name.
-        plain: Reference names the rule does not apply to; the expert uses them as they are.
-        wrapper: Wrapper segments found in the expert's file and left out for good.
-    """
-
-    add: str = ""
-    strip: str = ""
-    plain: frozenset[str] = frozenset()
-    wrapper: str = ""
-
-    def expert_name(self, reference_name: str) -> str:
-        """The expert's name (without wrapper) of a reference tensor."""
-        if reference_name in self.plain:
-            return reference_name
-        return self.add + reference_name.removeprefix(self.strip)
+# Causal masks that old GPT-2 checkpoints hold as parameters; newer ones leave them out.
+_MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
 
 
 @dataclass(frozen=True)
@@ -102,40 +87,6 @@ class Alignment:
         return notes
 
 
-def shown(names: Sequence[str]) -> str:
-    """The first few names of a list, and how many there are in all."""
-    listed = ", ".join(names[:_MOST_SHOWN])
-    rest = len(names) - _MOST_SHOWN
-    return f"{listed} and {rest} more" if rest > 0 else listed
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a tensor name fits one of the shell-style patterns (`*` also spans dots)."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def is_safe_name(name: str) -> bool:
-    """Whether a task name is a file name on every system, apart from the task file of another."""
-    return bool(_SAFE_NAME.fullmatch(name)) and not name.endswith((".", ".safetensors"))
-
-
-def check_names(names: Iterable[str], faults: Faults) -> None:
-    """Add a fault for each task name that is taken twice or unsafe as a file name somewhere."""
-    seen = set[str]()
-    for name in names:
-        if not is_safe_name(name):
-            faults.add(
-                f"'{name}' is no safe file name for a task. Use letters, digits, '.', '_' and '-', "
-                "beginning with a letter or digit, at most 100 characters."
-            )
-        if name.lower() in seen:
-            faults.add(
-                f"Two experts are named '{name}' (case is ignored). Give each its own name: "
-                "--expert NAME=PATH."
-            )
-        seen.add(name.lower())
-
-
 def align(
     reference: Checkpoint,
     experts: Mapping[str, Checkpoint],
@@ -178,66 +129,76 @@ def _align_one(
     skip: Sequence[str],
     private_patterns: Sequence[str],
 ) -> Alignment:
-    plain_of, wrapper = _without_wrappers(expert.specs)
-    by_name = {plain: raw for raw, plain in plain_of.items()}
-    renaming = _renaming(reference.specs, by_name, wrapper)
+    plain_of, wrapper = without_wrappers(expert.specs)
+    unmatched = {plain: raw for raw, plain in plain_of.items()}
+    renaming = find_renaming(reference.specs, unmatched, wrapper)
     files: dict[str, str] = {}
-    shared: list[str] = []
-    grown: list[str] = []
-    buffers: list[str] = []
     absent: list[str] = []
-    skipped: list[str] = []
-    private: list[str] = []
+    kinds: dict[Kind, list[str]] = {
+        "shared": [],
+        "grown": [],
+        "buffer": [],
+        "private": [],
+        "skipped": [],
+    }
     for ref_name, spec in reference.specs.items():
         expert_name = renaming.expert_name(ref_name)
-        if expert_name not in by_name:
+        if expert_name not in unmatched:
             absent.append(ref_name)
             continue
-        own = expert.specs[by_name.pop(expert_name)]
-        files[ref_name] = own.name
-        if matches(ref_name, skip) or matches(expert_name, skip):
-            skipped.append(ref_name)
-        elif matches(ref_name, private_patterns) or matches(expert_name, private_patterns):
-            private.append(expert_name)
-        elif not spec.is_floating and not own.is_floating and spec.shape == own.shape:
-            buffers.append(ref_name)
-        elif spec.is_floating and own.is_floating and spec.shape == own.shape:
-            shared.append(ref_name)
-        elif _is_grown(spec, own):
-            shared.append(ref_name)
-            grown.append(ref_name)
-        else:
-            private.append(expert_name)
-        if private and private[-1] == expert_name:
-            files[expert_name] = files.pop(ref_name)
-    for expert_name, raw in by_name.items():
+        own = expert.specs[unmatched.pop(expert_name)]
+        kind = _kind(spec, own, (ref_name, expert_name), skip, private_patterns)
+        key = expert_name if kind == "private" else ref_name
+        kinds[kind].append(key)
+        files[key] = own.name
+    for expert_name, raw in unmatched.items():
         if not matches(expert_name, skip):
-            private.append(expert_name)
+            kinds["private"].append(expert_name)
             files[expert_name] = raw
     return Alignment(
         name=name,
         checkpoint=expert,
         files=files,
-        shared=tuple(sorted(shared)),
-        grown=tuple(grown),
-        buffers=tuple(buffers),
-        private=tuple(sorted(private)),
+        shared=tuple(sorted(kinds["shared"] + kinds["grown"])),
+        grown=tuple(kinds["grown"]),
+        buffers=tuple(kinds["buffer"]),
+        private=tuple(sorted(kinds["private"])),
         absent=tuple(absent),
-        skipped=tuple(skipped),
-        tied={_without(dropped): plain_of[kept] for dropped, kept in expert.tied.items()},
+        skipped=tuple(kinds["skipped"]),
+        tied={without_wrapper(dropped): plain_of[kept] for dropped, kept in expert.tied.items()},
         renaming=renaming,
     )
+
+
+def _kind(
+    spec: TensorSpec,
+    own: TensorSpec,
+    names: tuple[str, str],
+    skip: Sequence[str],
+    private: Sequence[str],
+) -> Kind:
+    """What becomes of a tensor that both have, as `spec` and `own`, under two names."""
+    if any(matches(name, skip) for name in names):
+        return "skipped"
+    if any(matches(name, private) for name in names) or spec.is_floating != own.is_floating:
+        return "private"
+    if spec.shape == own.shape:
+        return "shared" if spec.is_floating else "buffer"
+    return "grown" if _is_grown(spec, own) else "private"
 
 
 def _check(found: Alignment, reference: Checkpoint, allowed: Sequence[str], faults: Faults) -> None:
     if not found.shared:
         faults.add(
             f"Expert '{found.name}' ({found.checkpoint.source}) shares no tensor with the base "
-            f"({reference.source}). Was it fine-tuned from it?"
+            f"({reference.source}) that 'skip' and 'private' leave to code. Was it fine-tuned "
+            "from it?"
         )
         return
     lacking = [
-        n for n in found.absent if reference.specs[n].is_floating and not matches(n, allowed)
+        n
+        for n in found.absent
+        if reference.specs[n].is_floating and not matches(n, allowed) and not _is_mask(reference, n)
     ]
     if lacking:
         first = reference.specs[lacking[0]]
@@ -269,6 +230,10 @@ def _reference_name(expert_name: str, found: Alignment, reference: Checkpoint) -
     return ""
 
 
+def _is_mask(reference: Checkpoint, name: str) -> bool:
+    return _MASK.search(name) is not None and len(reference.specs[name].shape) in (0, 4)
+
+
 def _is_grown(spec: TensorSpec, own: TensorSpec) -> bool:
     """A vocabulary matrix with more rows than the reference's, as when tokens were added.
 
@@ -289,51 +254,3 @@ def _same_place(reference: Checkpoint, expert: Checkpoint) -> bool:
         return True
     a, b = Path(reference.source), Path(expert.source)
     return a.exists() and b.exists() and a.resolve() == b.resolve()
-
-
-def _without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], str]:
-    """Raw name to name without wrapper segments, and which wrapper was found."""
-    names = list(names)
-    plain = {name: _without(name) for name in names}
-    found = {s for name in names for n, s in enumerate(name.split(".")) if _is_wrapper(s, n)}
-    if len(set(plain.values())) < len(names):  # removing would merge two tensors: leave names alone
-        return {name: name for name in names}, ""
-    return plain, ".".join(w for w in _WRAPPERS if w in found)
-
-
-def _without(name: str) -> str:
-    return ".".join(s for n, s in enumerate(name.split(".")) if not _is_wrapper(s, n))
-
-
-def _is_wrapper(segment: str, position: int) -> bool:
-    # torch.compile may wrap any submodule; DataParallel only the root.
-    return segment == "_orig_mod" or (segment == "module" and position <= 1)
-
-
-def _renaming(
-    reference: Mapping[str, TensorSpec], expert: Mapping[str, str], wrapper: str
-) -> Renaming:
-    """The one prefix that makes most names agree; none if names agree as they are."""
-    adds, strips = Counter[str](), Counter[str]()
-    for long_names, short_names, counter in (
-        (expert, reference, adds),
-        (reference, expert, strips),
-    ):
-        for name in long_names:
-            segments = name.split(".")
-            for cut in range(1, min(3, len(segments) - 1) + 1):
-                if ".".join(segments[cut:]) in short_names:
-                    counter[".".join(segments[:cut]) + "."] += 1
-    as_is = sum(name in expert for name in reference)
-    best_add = max(adds.items(), key=lambda item: (item[1], item[0]), default=("", 0))
-    best_strip = max(strips.items(), key=lambda item: (item[1], item[0]), default=("", 0))
-    add = strip = ""
-    if best_add[1] > max(as_is, best_strip[1]):
-        add = best_add[0]
-    elif best_strip[1] > as_is:
-        strip = best_strip[0]
-    rule = Renaming(add=add, strip=strip)
-    plain = frozenset(
-        name for name in reference if rule.expert_name(name) not in expert and name in expert
-    )
-    return Renaming(add=add, strip=strip, plain=plain, wrapper=wrapper)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from personae._types import TensorSpec
-from personae.checkpoints.family import matches
+from personae.checkpoints.naming import matches
 from personae.errors import RecipeError
 
 

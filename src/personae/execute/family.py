@@ -7,7 +7,8 @@ from typing import Any
 
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
-from personae.checkpoints.family import Alignment, align, check_names
+from personae.checkpoints.family import Alignment, align
+from personae.checkpoints.naming import check_names
 from personae.errors import CheckpointError, Faults, RecipeError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from personae.checkpoints.adapter import Adapter
-from personae.checkpoints.family import shown
+from personae.checkpoints.naming import shown
 from personae.errors import CheckpointError, Faults, PackError, RecipeError
 from personae.execute.family import Family, open_family
 from personae.execute.plan import check_output, plan_pack

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from personae._types import TensorSpec
-from personae.checkpoints.family import matches
+from personae.checkpoints.naming import matches
 from personae.errors import BudgetError, OutputError
 from personae.execute import pool
 from personae.execute.accounting import (

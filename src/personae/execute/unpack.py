@@ -11,7 +11,7 @@ from torch import Tensor
 
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
-from personae.checkpoints.family import Renaming
+from personae.checkpoints.naming import Renaming
 from personae.errors import CheckpointError, Faults, PackError
 from personae.execute import pool
 from personae.execute.deltas import BYTES_PER_ELEMENT

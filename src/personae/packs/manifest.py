@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from personae._version import __version__
-from personae.checkpoints.family import is_safe_name
+from personae.checkpoints.naming import is_safe_name
 from personae.errors import PackError
 
 FORMAT = "personae-pack"

@@ -1,0 +1,120 @@
+"""Names: of tasks, and of tensors under wrappers, prefixes and patterns."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from personae._types import TensorSpec
+from personae.errors import Faults
+
+_WRAPPERS = ("module", "_orig_mod")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_MOST_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """How reference names become the expert's: one prefix added or removed.
+
+    Attributes:
+        add: Prefix put before a reference name.
+        strip: Prefix removed from a reference name.
+        plain: Reference names the rule does not apply to; the expert uses them as they are.
+        wrapper: Wrapper segments found in the expert's file and left out for good.
+    """
+
+    add: str = ""
+    strip: str = ""
+    plain: frozenset[str] = frozenset()
+    wrapper: str = ""
+
+    def expert_name(self, reference_name: str) -> str:
+        """The expert's name (without wrapper) of a reference tensor."""
+        if reference_name in self.plain:
+            return reference_name
+        return self.add + reference_name.removeprefix(self.strip)
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first few names of a list, and how many there are in all."""
+    listed = ", ".join(names[:_MOST_SHOWN])
+    rest = len(names) - _MOST_SHOWN
+    return f"{listed} and {rest} more" if rest > 0 else listed
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a tensor name fits one of the shell-style patterns (`*` also spans dots)."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a task name is a file name on every system, apart from the task file of another."""
+    return bool(_SAFE_NAME.fullmatch(name)) and not name.endswith((".", ".safetensors"))
+
+
+def check_names(names: Iterable[str], faults: Faults) -> None:
+    """Add a fault for each task name that is taken twice or unsafe as a file name somewhere."""
+    seen = set[str]()
+    for name in names:
+        if not is_safe_name(name):
+            faults.add(
+                f"'{name}' is no safe file name for a task. Use letters, digits, '.', '_' and '-', "
+                "beginning with a letter or digit, at most 100 characters."
+            )
+        if name.lower() in seen:
+            faults.add(
+                f"Two experts are named '{name}' (case is ignored). Give each its own name: "
+                "--expert NAME=PATH."
+            )
+        seen.add(name.lower())
+
+
+def without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], str]:
+    """Raw name to name without wrapper segments, and which wrapper was found."""
+    names = list(names)
+    plain = {name: without_wrapper(name) for name in names}
+    found = {s for name in names for n, s in enumerate(name.split(".")) if _is_wrapper(s, n)}
+    if len(set(plain.values())) < len(names):  # removing would merge two tensors: leave names alone
+        return {name: name for name in names}, ""
+    return plain, ".".join(w for w in _WRAPPERS if w in found)
+
+
+def without_wrapper(name: str) -> str:
+    """A tensor name without wrapper segments."""
+    return ".".join(s for n, s in enumerate(name.split(".")) if not _is_wrapper(s, n))
+
+
+def _is_wrapper(segment: str, position: int) -> bool:
+    # torch.compile may wrap any submodule; DataParallel only the root.
+    return segment == "_orig_mod" or (segment == "module" and position <= 1)
+
+
+def find_renaming(
+    reference: Mapping[str, TensorSpec], expert: Mapping[str, str], wrapper: str
+) -> Renaming:
+    """The one prefix that makes most names agree; none if names agree as they are."""
+    adds, strips = Counter[str](), Counter[str]()
+    for long_names, short_names, counter in (
+        (expert, reference, adds),
+        (reference, expert, strips),
+    ):
+        for name in long_names:
+            segments = name.split(".")
+            for cut in range(1, min(3, len(segments) - 1) + 1):
+                if ".".join(segments[cut:]) in short_names:
+                    counter[".".join(segments[:cut]) + "."] += 1
+    as_is = sum(name in expert for name in reference)
+    best_add = max(adds.items(), key=lambda item: (item[1], item[0]), default=("", 0))
+    best_strip = max(strips.items(), key=lambda item: (item[1], item[0]), default=("", 0))
+    add = strip = ""
+    if best_add[1] > max(as_is, best_strip[1]):
+        add = best_add[0]
+    elif best_strip[1] > as_is:
+        strip = best_strip[0]
+    rule = Renaming(add=add, strip=strip)
+    plain = frozenset(
+        name for name in reference if rule.expert_name(name) not in expert and name in expert
+    )
+    return Renaming(add=add, strip=strip, plain=plain, wrapper=wrapper)
