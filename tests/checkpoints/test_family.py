@@ -109,7 +109,7 @@ def test_a_head_of_another_shape_is_private():
     found = _aligned(base, {**BACKBONE, **_state(score__weight=(5, 4))})
     assert found.private == ("score.weight",)
     assert found.grown == ()  # more rows, but by its name no vocabulary
-    assert found.spec("score.weight").shape == (5, 4)
+    assert found.private_spec("score.weight").shape == (5, 4)
 
 
 @pytest.mark.parametrize("name", ["embed.weight", "wte.weight", "lm_head.weight", "shared.weight"])
@@ -183,7 +183,7 @@ def test_private_patterns_keep_what_could_be_coded():
     found = _aligned(BACKBONE, expert, private=("*.bias",))
     assert found.private == ("bert.layer.0.bias",)
     assert found.shared == ("embed.weight", "layer.0.weight")
-    assert found.files["bert.layer.0.bias"] == "bert.layer.0.bias"
+    assert found.private_files == {"bert.layer.0.bias": "bert.layer.0.bias"}
     assert "layer.0.bias" not in found.files
 
 
@@ -248,3 +248,95 @@ def test_causal_masks_of_old_checkpoints_may_be_absent():
 def test_a_bias_that_is_no_mask_may_not():
     with pytest.raises(CheckpointError, match=r"lacks 1 tensor\(s\) of the base: h.0.attn.bias"):
         _aligned(BACKBONE | _state(h__0__attn__bias=(4,)), BACKBONE)
+
+
+def test_a_head_may_be_called_like_a_tensor_of_the_base():
+    base = BACKBONE | _state(norm__weight=(4,))
+    expert = _prefixed(base, "backbone.") | _state(norm__weight=(7,))
+    found = _aligned(base, expert)
+    assert found.files["norm.weight"] == "backbone.norm.weight"
+    assert found.private_files == {"norm.weight": "norm.weight"}
+    assert found.spec("norm.weight").shape == (4,)
+    assert found.private_spec("norm.weight").shape == (7,)
+    assert found.taken == {
+        "backbone.embed.weight": "embed.weight",
+        "backbone.layer.0.bias": "layer.0.bias",
+        "backbone.layer.0.weight": "layer.0.weight",
+        "backbone.norm.weight": "norm.weight",
+        "norm.weight": None,
+    }
+
+
+@pytest.mark.parametrize("name", ["encoder.module.weight", "layers.0._orig_mod.weight"])
+@pytest.mark.parametrize("prefix", ["", "module.", "bert."])
+def test_wrappers_that_the_base_has_too_stay(name, prefix):
+    base = BACKBONE | {name: torch.zeros(4, 4)}
+    found = _aligned(base, _prefixed(base, prefix))
+    assert found.shared == tuple(sorted(base))
+    assert found.private == ()
+    assert found.renaming.add == ("bert." if prefix == "bert." else "")
+    assert found.files[name] == prefix + name
+    assert bool(found.notes) == bool(prefix)
+
+
+def test_wrappers_of_the_base_alone_are_given_to_the_expert():
+    base = {n.replace("layer.0.", "layer.0._orig_mod."): t for n, t in BACKBONE.items()}
+    found = _aligned(base, dict(BACKBONE))
+    assert found.shared == tuple(sorted(base))
+    assert found.files["layer.0._orig_mod.bias"] == "layer.0.bias"
+    assert found.renaming == Renaming()
+    assert found.notes == [
+        "x: stored under the base's names: layer.0.bias as layer.0._orig_mod.bias, "
+        "layer.0.weight as layer.0._orig_mod.weight"
+    ]
+
+
+def test_running_statistics_are_buffers():
+    numbers = _state(bn__running_mean=(4,), bn__running_var=(4,), bn__weight=(4,))
+    found = _aligned(BACKBONE | numbers, BACKBONE | numbers)
+    assert found.buffers == ("bn.running_mean", "bn.running_var")
+    assert found.shared == tuple(sorted([*BACKBONE, "bn.weight"]))
+
+
+def _tied(state: State, dropped: str, kept: str) -> State:
+    return state | {dropped: state[kept]}
+
+
+def test_ties_to_tensors_left_out_are_dropped():
+    expert = _tied(BACKBONE | _state(a__head=(3, 4)), "b.head", "a.head")
+    assert _aligned(BACKBONE, expert).tied == {"b.head": "a.head"}
+    assert _aligned(BACKBONE, expert, skip=("a.head",)).tied == {}
+
+
+def test_ties_to_a_tensor_skipped_but_rebuilt_stay():
+    expert = _tied(BACKBONE, "lm_head.weight", "embed.weight")
+    found = _aligned(BACKBONE, expert, skip=("embed.weight",))
+    assert found.skipped == ("embed.weight",)
+    assert found.tied == {"lm_head.weight": "embed.weight"}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "transformer."])
+def test_a_tied_tensor_kept_under_its_other_name_is_found(prefix):
+    """The expert keeps 'a_head.weight' and drops the name that the base knows it by."""
+    expert = _prefixed(BACKBONE, prefix)
+    kept = "module.a_head.weight" if prefix == "module." else "a_head.weight"
+    expert = {kept: expert[prefix + "embed.weight"]} | expert
+    opened = open_checkpoint(expert)
+    assert opened.tied == {prefix + "embed.weight": kept}
+    found = align(open_checkpoint(BACKBONE), {"x": opened})["x"]
+    assert found.shared == tuple(sorted(BACKBONE))
+    assert found.files["embed.weight"] == kept
+    assert found.private == found.absent == ()
+    plain = prefix.removeprefix("module.") + "embed.weight"
+    assert found.tied == {"a_head.weight": plain}
+    assert f"x: stored under the base's names: {kept} as {plain}" in found.notes
+
+
+def test_a_tied_tensor_whose_kept_name_the_base_has_too_is_absent():
+    """The base holds both apart; what the expert ties is rebuilt once."""
+    base = BACKBONE | _state(a_head__weight=(20, 4))
+    expert = {"a_head.weight": BACKBONE["embed.weight"]} | BACKBONE
+    found = _aligned(base, expert)
+    assert found.absent == ("embed.weight",)
+    assert found.shared == ("a_head.weight", "layer.0.bias", "layer.0.weight")
+    assert found.tied == {"embed.weight": "a_head.weight"}

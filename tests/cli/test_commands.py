@@ -155,7 +155,7 @@ def test_plan_of_a_family(work):
     made = facts("inspect p")["tasks"]["news"]
     assert planned["tasks"]["news"]["coded"]["bytes"] == made["coded_bytes"]
     assert planned["tasks"]["news"]["private_bytes"] == made["private_bytes"]
-    assert planned["peak_memory"] == 32 * 320
+    assert planned["peak_memory"] > 32 * (320 + 16 * 16)
     assert made["bytes"] <= planned["bytes_out"]
     assert "reads 5.3 KB" in " ".join(done("plan --base base --expert news=news").split())
 
@@ -193,6 +193,7 @@ def test_methods():
 def test_progress_is_plain_lines_away_from_a_terminal(work):
     result = CliRunner().invoke(app, PACK.split())
     assert result.stderr.splitlines() == [
+        "news: kept whole as private (192 bytes): head.weight",
         "reading the family: 2 done",
         "packing news: 5 done",
         "packing law: 5 done",
@@ -257,7 +258,7 @@ def test_an_interrupt_exits_130_and_the_same_command_goes_on(work):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "Interrupted. The same command goes on where it stopped." in err
+    assert "Interrupted" in err and "The same command goes on where it stopped." in err
     assert "Traceback" not in err
     assert not (work / "p").exists()
     kept = first.read_bytes()

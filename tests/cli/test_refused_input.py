@@ -100,7 +100,7 @@ def test_shapes_that_disagree(work):
 def test_an_expert_that_is_the_base(work):
     shutil.copytree(work / "base", work / "copy")
     refused(_pack("x=base"), "Expert 'x' is the base itself (base)")
-    refused(_pack("x=copy"), "Expert 'x' is the base: all 5 shared tensors are equal")
+    refused(_pack("x=copy"), "Expert 'x' equals the base: all 5 shared tensors are the same")
 
 
 def test_two_experts_of_one_name(work):
@@ -182,7 +182,7 @@ def test_a_rank_fraction_out_of_range(work, fraction, limit):
         ("--device gpu", "Unknown device 'gpu'. Give auto, cpu, cuda or cuda:N."),
         ("--workers 0", "--workers"),
         ("--memory much", "--memory: 'much' is no size"),
-        ("--memory 1KB", "The largest tensor needs 10,240 bytes of memory, the bound is 1,000"),
+        ("--memory 1KB", "The largest tensor needs 18,432 bytes of memory, the bound is 1,000"),
     ],
 )
 def test_options_that_cannot_be(work, more, message):
@@ -207,7 +207,7 @@ def test_plan_with_a_memory_bound_that_cannot_be(work, command):
         ("inspect gone", "gone: no such file or directory"),
         ("methods dtss", "Unknown method 'dtss'. Did you mean 'dts'?"),
         ("pack --out pack --remove law", "has no task 'law'"),
-        ("pack --out pack --add --base base --expert news=law", "already has task(s) news"),
+        ("pack --out pack --add --base base --expert news=law", "already has a task 'news'"),
         ("verify pack --against law=law", "has no task 'law'"),
         ("verify pack --against law", "--against law: write NAME=PATH"),
         ("packs", "No such command 'packs'"),

@@ -155,7 +155,7 @@ def test_a_merge_method_that_cannot_be_is_refused_before_any_work(tmp_path, sett
 
 def test_a_memory_bound_too_small_for_merging_is_refused_before_any_work(tmp_path):
     base, experts = _family()
-    # Packing needs 32 bytes an element, merging three experts 16 · 3 more: 320 · 80 = 25,600.
-    with pytest.raises(PersonaeError, match=r"The largest tensor needs 25,600 bytes"):
-        pack(base, experts, tmp_path / "p", settings=_settings(), work=Work(memory=320 * 32))
+    # Packing 20 x 16 needs 32 · (320 + 16²) = 18,432, merging three experts 16 · 3 · 320 more.
+    with pytest.raises(PersonaeError, match=r"The largest tensor needs 33,792 bytes"):
+        pack(base, experts, tmp_path / "p", settings=_settings(), work=Work(memory=18_432))
     assert list(tmp_path.iterdir()) == []

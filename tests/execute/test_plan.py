@@ -14,7 +14,7 @@ from personae.execute.accounting import HEADER_BYTES
 from personae.execute.architecture import specs_of_architecture
 from personae.execute.family import open_family
 from personae.execute.pack import pack
-from personae.execute.plan import plan_pack, plan_shapes, specs_of_shapes
+from personae.execute.plan import RECORD_BYTES, plan_pack, plan_shapes, specs_of_shapes
 from personae.recipe import PackSettings
 
 DATA = Path(__file__).parents[1] / "data"
@@ -43,12 +43,18 @@ def test_the_figures_are_those_of_the_file_where_everything_changed(tmp_path):
         written
         <= planned.bytes_out
         == sum(
-            task.coded.bytes + task.coded.mask_bytes + task.private_bytes + HEADER_BYTES
+            task.coded.bytes
+            + task.coded.mask_bytes
+            + task.private_bytes
+            + HEADER_BYTES
+            + RECORD_BYTES * task.coded.tensors
             for task in planned.tasks.values()
         )
     )
-    # Two workers on the two largest tensors, 320 and 192 elements of 32 bytes
-    assert planned.peak_memory == 32 * (320 + 192)
+    # Two workers on the two largest tensors, 20 x 16 and 16 x 12: 32 bytes an element, and of the
+    # square of the small side. Beside them twice the parts of the larger task, that with the head.
+    held = 2 * (planned.tasks["x"].coded.bytes + planned.tasks["x"].coded.mask_bytes + 20)
+    assert planned.peak_memory == 32 * (320 + 16 * 16) + 32 * (192 + 12 * 12) + held
 
 
 @pytest.mark.parametrize("vector", ["task", "difference"])
@@ -74,16 +80,21 @@ def test_nothing_written_exceeds_the_plan(tmp_path, vector):
 def test_a_bound_on_memory_is_a_bound_on_the_plan(tmp_path):
     base = small_base()
     with open_family(base, {"x": tuned(base, 1)}) as family:
-        assert plan_pack(family, HALF, workers=8).peak_memory == 32 * (2500 // 4 + 6)
-        assert plan_pack(family, HALF, workers=8, memory=11_000).peak_memory == 11_000
-        with pytest.raises(BudgetError, match=r"largest tensor needs 10,240 bytes .* is 9,000"):
+        free = plan_pack(family, HALF, workers=8).peak_memory
+        one = plan_pack(family, HALF, workers=1).peak_memory  # 32 · (320 + 16²) = 18,432
+        bounded = plan_pack(family, HALF, workers=8, memory=19_000).peak_memory
+        assert bounded == one + 19_000 - 18_432 < free
+        with pytest.raises(BudgetError, match=r"largest tensor needs 18,432 bytes .* is 9,000"):
             plan_pack(family, HALF, workers=1, memory=9_000)
 
 
 def test_a_large_private_tensor_is_in_the_memory_planned():
     base = small_base()
     with open_family(base, {"x": tuned(base, 1) | {"head": torch.ones(1000)}}) as family:
-        assert plan_pack(family, HALF, workers=1).peak_memory == 32 * 1000
+        planned = plan_pack(family, HALF, workers=1)
+    coded = planned.tasks["x"].coded
+    held = 2 * (coded.bytes + coded.mask_bytes + 4000)
+    assert planned.peak_memory == 32 * 1000 + held
 
 
 def test_a_plan_reads_no_weight(tmp_path):

@@ -64,7 +64,7 @@ def test_experts_equal_to_the_base_in_values_are_told_with_other_faults(tmp_path
     bad["scale"] = torch.tensor(math.nan)
     with pytest.raises(CheckpointError, match="2 faults") as caught:
         pack(BASE, {"same": same, "bad": bad}, tmp_path / "p")
-    assert "Expert 'same' is the base: all 5 shared tensors are equal" in str(caught.value)
+    assert "Expert 'same' equals the base: all 5 shared tensors are the same" in str(caught.value)
     assert "Expert 'bad': tensor 'scale' holds 1" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -113,16 +113,16 @@ def test_settings_that_cannot_be(tmp_path, settings, message):
 
 
 def test_a_memory_bound_below_the_largest_tensor_names_what_it_takes(tmp_path):
-    # embed.weight: 20 · 16 elements of 32 bytes
+    # embed.weight: 20 · 16 elements and the square of 16, of 32 bytes
     with pytest.raises(BudgetError) as caught:
         pack(BASE, {"x": tuned(BASE, 1)}, tmp_path / "p", work=Work(memory=10_000))
     assert str(caught.value) == (
-        "The largest tensor needs 10,240 bytes of memory, the bound is 10,000. "
+        "The largest tensor needs 18,432 bytes of memory, the bound is 10,000. "
         "Give --memory 1MiB or more."
     )
     assert list(tmp_path.iterdir()) == []
-    pack(BASE, {"x": tuned(BASE, 1)}, tmp_path / "p", work=Work(memory=10_240))
-    with pytest.raises(BudgetError, match=r"The largest tensor needs 5,120 bytes"):
+    pack(BASE, {"x": tuned(BASE, 1)}, tmp_path / "p", work=Work(memory=18_432))
+    with pytest.raises(BudgetError, match=r"The largest tensor needs 18,432 bytes"):
         unpack(tmp_path / "p", "x", tmp_path / "x", base=BASE, work=Work(memory=5_000))
     assert not (tmp_path / "x").exists()
 

@@ -237,7 +237,7 @@ def test_a_memory_bound_changes_no_byte(tmp_path):
     base = small_base()
     expert = tuned(base, 1)
     pack(base, {"x": expert}, tmp_path / "p")
-    pack(base, {"x": expert}, tmp_path / "q", work=Work(workers=3, memory=20 * 16 * 32))
+    pack(base, {"x": expert}, tmp_path / "q", work=Work(workers=3, memory=18_432))
     assert listing(tmp_path / "p") == listing(tmp_path / "q")
 
 

@@ -8,14 +8,14 @@ from personae.errors import RecipeError
 from personae.recipe import PackSettings, parse_size, read_recipe, settings_from
 
 WHOLE = """
-pack_method: svd
+pack_method: dts
 base_model: some/base@main
 models:
   - model: some/expert
     name: news
   - model: ./local/law/
 parameters:
-  rank_fraction: 0.25
+  qkv: split
 budget: 1%
 counting: counted
 vector: difference
@@ -38,8 +38,8 @@ def test_everything_a_recipe_can_say(tmp_path):
     assert recipe.base == "some/base@main"
     assert recipe.experts == {"news": "some/expert", "law": "./local/law/"}
     assert recipe.settings == PackSettings(
-        method="svd",
-        parameters={"rank_fraction": 0.25},
+        method="dts",
+        parameters={"qkv": "split"},
         budget="1%",
         counting="counted",
         vector="difference",

@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from personae._types import TensorSpec
@@ -71,14 +71,42 @@ def check_names(names: Iterable[str], faults: Faults) -> None:
         seen.add(name.lower())
 
 
-def without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], str]:
-    """Raw name to name without wrapper segments, and which wrapper was found."""
-    names = list(names)
-    plain = {name: without_wrapper(name) for name in names}
+def find_names(
+    reference: Mapping[str, TensorSpec], expert: Collection[str]
+) -> tuple[Callable[[str], str], Renaming]:
+    """How the expert's names are to be read so that most of the reference is found in them.
+
+    Tried in this order: as they are, without wrappers, and without wrappers where the reference
+    has them too (they then take the reference's). A prefix that is a wrapper counts as worse.
+
+    Returns:
+        Raw name to name without wrapper, and the renaming from reference names to the latter.
+    """
+    wrapped = {without_wrapper(name): name for name in reference}
+
+    def as_is(name: str) -> str:
+        return name
+
+    def like_reference(name: str) -> str:
+        return wrapped.get(without_wrapper(name), without_wrapper(name))
+
+    best, best_score = (as_is, Renaming()), (-1, False)
+    for plain in (as_is, without_wrapper, like_reference):
+        names = {plain(name) for name in expert}
+        if len(names) < len(expert):  # it would merge two tensors
+            continue
+        rule = _find_renaming(reference, names)
+        matched = sum(rule.expert_name(name) in names for name in reference)
+        score = (matched, without_wrapper(rule.add + "x") == rule.add + "x")
+        if score > best_score:
+            wrapper = _wrappers(expert) if plain is without_wrapper else ""
+            best, best_score = (plain, replace(rule, wrapper=wrapper)), score
+    return best
+
+
+def _wrappers(names: Iterable[str]) -> str:
     found = {s for name in names for n, s in enumerate(name.split(".")) if _is_wrapper(s, n)}
-    if len(set(plain.values())) < len(names):  # removing would merge two tensors: leave names alone
-        return {name: name for name in names}, ""
-    return plain, ".".join(w for w in _WRAPPERS if w in found)
+    return ".".join(w for w in _WRAPPERS if w in found)
 
 
 def without_wrapper(name: str) -> str:
@@ -91,9 +119,7 @@ def _is_wrapper(segment: str, position: int) -> bool:
     return segment == "_orig_mod" or (segment == "module" and position <= 1)
 
 
-def find_renaming(
-    reference: Mapping[str, TensorSpec], expert: Mapping[str, str], wrapper: str
-) -> Renaming:
+def _find_renaming(reference: Mapping[str, TensorSpec], expert: Collection[str]) -> Renaming:
     """The one prefix that makes most names agree; none if names agree as they are."""
     adds, strips = Counter[str](), Counter[str]()
     for long_names, short_names, counter in (
@@ -117,4 +143,4 @@ def find_renaming(
     plain = frozenset(
         name for name in reference if rule.expert_name(name) not in expert and name in expert
     )
-    return Renaming(add=add, strip=strip, plain=plain, wrapper=wrapper)
+    return Renaming(add=add, strip=strip, plain=plain)

@@ -42,7 +42,9 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             err.print(f"error: {error}", markup=False, soft_wrap=True)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            err.print("Interrupted. The same command goes on where it stopped.", markup=False)
+            err.print("Interrupted; nothing half-done was kept under a final name.", markup=False)
+            if command is pack.pack:
+                err.print("The same command goes on where it stopped.", markup=False)
             raise typer.Exit(_INTERRUPTED) from error
 
     return run

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from personae.execute.work import Progress as Report
 
-out = Console(highlight=False, soft_wrap=False)
+# Away from a terminal there is no width to fit: a name is never folded in a pipe.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True, highlight=False)
 
 

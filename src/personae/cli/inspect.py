@@ -40,23 +40,27 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False) -> None:
             console.size(task["companion_bytes"]),
             console.percent(task["amr_percent"]["on_disk_native"]),
             console.percent(task["amr_percent"]["counted"]),
+            "-" if task["rank_fraction"] is None else f"{task['rank_fraction']:.3f}",
             f"{task['relative_error']:.4f}",
-            str(len(task["tensors"])),
         ]
         for name, task in described["tasks"].items()
     ]
     columns = [
         "task",
         "file",
-        "private in it",
-        "beside it",
+        "private",
+        "small files",
         "AMR % disk",
-        "AMR % counted",
+        "counted",
+        "rank",
         "error",
-        "tensors",
     ]
     console.table("", columns, rows)
-    console.out.print(f"pack.json: {console.size(described['manifest_bytes'])}", markup=False)
+    console.out.print(
+        f"file holds private; beside it small files; pack.json: "
+        f"{console.size(described['manifest_bytes'])}",
+        markup=False,
+    )
     for name, task in described["tasks"].items() if tensors else ():
         console.table(
             f"\n{name}",

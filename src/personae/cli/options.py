@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from personae.cli import console
 from personae.errors import Faults, RecipeError
 from personae.execute.work import Progress, Work
 from personae.recipe import PackRecipe, PackSettings, parse_size, read_recipe, settings_from
@@ -37,7 +38,7 @@ def work_from(workers: int | None, memory: str | None, progress: Progress, devic
         RecipeError: if the memory bound is no size, or the device is not here.
     """
     bound = bytes_of("--memory", memory)
-    work = Work(workers=workers, memory=bound, device=device, progress=progress)
+    work = Work(workers=workers, memory=bound, device=device, progress=progress, note=console.note)
     assert work.torch_device
     return work
 

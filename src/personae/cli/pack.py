@@ -74,6 +74,8 @@ def pack(
     if out is None:
         raise RecipeError("Say where the pack goes: --out DIR.")
     if remove:
+        if experts or base or recipe or add:
+            raise RecipeError("--remove takes --out alone. Add and remove in two commands.")
         _remove(out, remove, json)
         return
     asked: dict[str, Any] = {
@@ -113,7 +115,7 @@ def _variants(
     chosen = {f"rank-fraction-{fraction:g}": at(fraction) for fraction in fractions}
     for size in budgets:
         name = f"budget-{size.replace('%', '-percent')}"
-        chosen[name] = settings_from(settings.model_dump() | {"budget": size})
+        chosen[name] = settings_from(settings.without_rank().model_dump() | {"budget": size})
     if len(chosen) > 1:
         return {out / name: setting for name, setting in chosen.items()}
     return {out: next(iter(chosen.values()), settings)}

@@ -40,6 +40,10 @@ def plan(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the codec; repeatable."),
     ] = None,
+    reference_set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A parameter of the merge method; repeatable."),
+    ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Pattern of tensors to leave out; repeatable.")
     ] = None,
@@ -52,6 +56,8 @@ def plan(
 ) -> None:
     """Plan a pack without reading a weight: faults, ranks, bytes, memory, AMR."""
     parameters = options.values(set_, "--set")
+    if rank_fraction is not None and budget is not None:
+        raise RecipeError("A budget sets the rank: give --budget or --rank-fraction, not both.")
     if rank_fraction is not None:
         parameters["rank_fraction"] = rank_fraction
     asked: dict[str, Any] = {
@@ -61,6 +67,7 @@ def plan(
         "counting": counting,
         "vector": vector,
         "reference": reference,
+        "reference_parameters": options.values(reference_set, "--reference-set"),
         "skip": skip,
         "private": private,
     }
@@ -76,7 +83,9 @@ def _plan_shapes(
 ) -> None:
     if architecture and shapes:
         raise RecipeError("Give --architecture or --shapes, not both.")
-    skip = recipe.settings.skip
+    if recipe.experts or recipe.base:
+        raise RecipeError("--architecture and --shapes plan without checkpoints: leave out --base.")
+    skip = (*recipe.settings.skip, *recipe.settings.private)  # neither is coded
     if architecture:
         specs = specs_of_architecture(architecture, model_class, skip)
     else:

@@ -49,7 +49,7 @@ def amr_percent(bits: Bits, whole: Denominator) -> dict[str, float]:
 
 
 def cost(
-    codec: Codec, specs: Iterable[TensorSpec], facts: Mapping[str, TensorFacts] | None = None
+    codec: Codec, specs: Sequence[TensorSpec], facts: Mapping[str, TensorFacts] | None = None
 ) -> Bits:
     """Bits of coding these tensors.
 
@@ -130,21 +130,23 @@ def largest_rank_fraction(
         MethodError: if the codec has no rank to choose.
         BudgetError: if even the smallest rank exceeds the budget, naming the smallest that fits.
     """
-    specs = [spec for spec in specs if spec.is_floating]
+    floating = [spec for spec in specs if spec.is_floating]
     if "rank_fraction" not in type(codec).model_fields:
         raise MethodError(f"{type(codec).__name__} has no rank_fraction that a budget could set.")
-    whole = Denominator.of(specs)
-    shapes = [s for s in _block_shapes(codec, specs) if _at(codec, 1.0).rank(s)]
+    whole = Denominator.of(floating)
+    shapes = [s for s in _block_shapes(codec, floating) if _at(codec, 1.0).rank(s)]
     widths = {_at(codec, 1.0).rank(shape) for shape in shapes}
     steps = sorted({j / width for width in widths for j in range(1, width + 1)})
 
     def size(fraction: float) -> float:
-        bits = cost(_at(codec, fraction), specs, facts)
+        bits = cost(_at(codec, fraction), floating, facts)
         bits = bits._replace(stored=bits.stored + reserve)
         return _size(bits, whole, budget, counting)
 
-    if not steps or size(steps[0]) > budget:
-        least = size(steps[0]) if steps else math.inf
+    if not steps:  # nothing to decompose: the cost is what it is
+        steps = [codec.model_dump()["rank_fraction"]]
+    if size(steps[0]) > budget:
+        least = size(steps[0])
         raise BudgetError(
             f"The budget of {_written(budget)} cannot be met: the smallest pack of this family "
             f"costs {_written(least, budget)} counted as '{counting}'. Give that much or more, "
@@ -171,7 +173,7 @@ def is_fraction(budget: float | int) -> bool:
 
 def _written(size: float | int, like: float | int | None = None) -> str:
     if is_fraction(size if like is None else like):
-        return f"{100 * size:.3f} %"
+        return f"{math.ceil(1e5 * size) / 1e3:g} %"
     return f"{math.ceil(size):,} bytes"
 
 

@@ -1,15 +1,24 @@
 """Deltas of one expert against the reference, one tensor at a time."""
 
+import math
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
 from personae.checkpoints import Checkpoint
-from personae.checkpoints.family import Alignment
+from personae.checkpoints.alignment import Alignment
 
-BYTES_PER_ELEMENT = 32
-"""Working memory of one coded element: two reads, the delta, its decomposition, its decoding."""
+
+def working_bytes(shape: tuple[int, ...]) -> int:
+    """Peak bytes of coding or decoding one tensor.
+
+    32 an element (two reads, the delta, its scaled copy, its decoding), and 32 an element of the
+    square of the small side (the Gram matrix or basis, and what is computed on it).
+    """
+    numel = math.prod(shape)
+    small = min(shape[0], numel // max(shape[0], 1)) if len(shape) > 1 else 0
+    return 32 * (numel + small * small)
 
 
 @dataclass(frozen=True)
@@ -52,4 +61,4 @@ class Deltas:
 
     def cost(self, name: str) -> int:
         """Peak bytes of working on one tensor."""
-        return self.alignment.spec(name).numel * BYTES_PER_ELEMENT
+        return working_bytes(self.alignment.spec(name).shape)

@@ -8,7 +8,7 @@ from typing import Any
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.family import Alignment, align
-from personae.checkpoints.naming import check_names
+from personae.checkpoints.naming import check_names, matches
 from personae.errors import CheckpointError, Faults, RecipeError
 
 
@@ -19,15 +19,31 @@ class Family:
     Attributes:
         base: The base model.
         experts: Task name to the expert aligned with the base, in the order given.
+        patterns: What was to be skipped or kept whole.
     """
 
     base: Checkpoint
     experts: dict[str, Alignment]
+    patterns: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
         """What a person should be told about the alignment."""
-        return [note for expert in self.experts.values() for note in expert.notes]
+        notes = [note for expert in self.experts.values() for note in expert.notes]
+        names = set(self.base.specs).union(
+            *(expert.checkpoint.specs for expert in self.experts.values())
+        )
+        for pattern in self.patterns:
+            if not any(matches(name, [pattern]) for name in names):
+                notes.append(f"the pattern '{pattern}' matches no tensor; '*' stands for any text")
+        for name, expert in self.experts.items():
+            if (
+                expert.private
+                and "config.json" in self.base.companions
+                and "config.json" not in expert.checkpoint.companions
+            ):
+                notes.append(f"{name}: has no config.json; rebuilt, it will have the base's")
+        return notes
 
     def shared_specs(self, name: str) -> list[TensorSpec]:
         """Headers of the tensors to be coded for one expert."""
@@ -82,7 +98,8 @@ def open_family(
             opened[name] = expert
     faults.raise_if_any(CheckpointError)
     assert reference is not None
-    return Family(reference, align(reference, opened, skip=skip, private=private))
+    aligned = align(reference, opened, skip=skip, private=private)
+    return Family(reference, aligned, (*skip, *private))
 
 
 def _open(label: str, source: Any, base: Checkpoint | None, faults: Faults) -> Checkpoint | None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from personae.checkpoints.adapter import Adapter
-from personae.checkpoints.naming import shown
 from personae.errors import CheckpointError, Faults, PackError, RecipeError
 from personae.execute.family import Family, open_family
 from personae.execute.plan import check_output, plan_pack
@@ -18,7 +17,7 @@ from personae.packs.manifest import Manifest
 from personae.packs.reader import Pack
 from personae.packs.writer import REFERENCE, PackWriter, end_resume, resume
 from personae.recipe import PackSettings
-from personae.writers import output_directory, require_space
+from personae.writers import locked, output_directory, require_space
 
 
 def pack(
@@ -77,11 +76,16 @@ def pack_many(
     variants = {Path(out).absolute(): settings for out, settings in outs.items()}
     _check_alike(list(variants.values()))
     for out in variants:
-        check_output(out, overwrite)
+        check_output(out, overwrite, inputs=[base, *experts.values()])
     first = next(iter(variants.values()))
     with open_family(base, experts, skip=first.skip, private=first.private) as family:
+        for text in family.notes:
+            work.note(text)
         for out, settings in variants.items():
-            planned = plan_pack(family, settings, workers=work.workers, memory=work.memory)
+            # What a task vector leaves unchanged is free, which headers cannot tell: a budget on
+            # task vectors is judged after a look at the weights.
+            told = settings if settings.vector == "difference" else settings.without_budget()
+            planned = plan_pack(family, told, workers=work.workers, memory=work.memory)
             require_space(out, planned.bytes_out)
         scanned = Scanned.of(family, work)
         if first.vector == "task":  # else facts are known only once the reference is there
@@ -117,25 +121,19 @@ def add_tasks(
         CheckpointError: if an expert cannot be read or does not fit.
     """
     work = work or Work()
-    opened = Pack(Path(pack_directory))
-    manifest = opened.manifest
-    there = {name.lower() for name in manifest.tasks}  # file names may ignore case
-    taken = [name for name in experts if name.lower() in there]
-    if taken:
-        raise PackError(
-            f"{pack_directory} already has task(s) {shown(taken)}. "
-            "Remove them first, or give the new ones other names."
-        )
-    source = base or opened.reference_directory or manifest.reference.source
-    settings = PackSettings(**manifest.settings)
-    with open_family(source, experts, skip=settings.skip, private=settings.private) as family:
-        from_base = manifest.reference.kind == "base"
-        if not from_base:
-            _refuse_adapters(family)
-        scanned = Scanned.of(family, work, from_base)
-        check_fingerprint(manifest.reference, scanned.reference, family.base.source)
-        writer = PackWriter(opened.directory, manifest)
-        add_experts(family, scanned, [writer], [settings], work)
+    with locked(Pack(Path(pack_directory)).directory):
+        opened = Pack(Path(pack_directory))  # as it is now that nobody else changes it
+        manifest = opened.manifest
+        settings = PackSettings(**manifest.settings)
+        source = opened.reference_source(base)
+        with open_family(source, experts, skip=settings.skip, private=settings.private) as family:
+            from_base = manifest.reference.kind == "base"
+            if not from_base:
+                _refuse_adapters(family)
+            scanned = Scanned.of(family, work, from_base)
+            check_fingerprint(manifest.reference, scanned.reference, family.base.source)
+            _refuse_taken(opened, scanned)
+            add_experts(family, scanned, [PackWriter(opened.directory, manifest)], [settings], work)
     return Pack(opened.directory)
 
 
@@ -145,10 +143,29 @@ def remove_task(pack_directory: str | Path, name: str) -> Pack:
     Raises:
         PackError: if the directory is no pack or has no such task.
     """
-    opened = Pack(Path(pack_directory))
-    opened.task(name)
-    PackWriter(opened.directory, opened.manifest).remove_task(name)
+    with locked(Pack(Path(pack_directory)).directory):
+        opened = Pack(Path(pack_directory))
+        opened.task(name)
+        PackWriter(opened.directory, opened.manifest).remove_task(name)
     return Pack(opened.directory)
+
+
+def _refuse_taken(pack: Pack, scanned: Scanned) -> None:
+    """A task of that name may stand only if it is the same expert: an interrupted run, repeated.
+
+    Raises:
+        PackError: naming every task that is another expert.
+    """
+    faults = Faults()
+    there = {name.lower(): name for name in pack.manifest.tasks}  # file names may ignore case
+    for name, facts in scanned.facts.items():
+        taken = there.get(name.lower())
+        if taken and (taken != name or pack.manifest.tasks[taken].fingerprint != facts.fingerprint):
+            faults.add(
+                f"{pack.directory} already has a task '{taken}'. Remove it first, or give the new "
+                "one another name."
+            )
+    faults.raise_if_any(PackError)
 
 
 def _refuse_adapters(family: Family) -> None:
@@ -195,7 +212,7 @@ def _fill(
         identity = {
             "settings": setting.model_dump(mode="json"),
             "base": scanned.reference,
-            "experts": experts,
+            "experts": list(experts.items()),
         }
         manifest = resume(directory, identity)
         if manifest is None:

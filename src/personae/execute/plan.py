@@ -20,10 +20,16 @@ from personae.execute.accounting import (
     largest_rank_fraction,
     mask_bytes,
 )
-from personae.execute.deltas import BYTES_PER_ELEMENT
+from personae.execute.deltas import working_bytes
 from personae.execute.family import Family
 from personae.methods import Codec
 from personae.recipe import PackSettings, parse_size
+
+_OUTPUTS = ("pack.json", "*/pack.json", "*.safetensors", "pytorch_model*.bin")
+"""What tells that a directory may be replaced on request: nothing else is."""
+
+RECORD_BYTES = 600
+"""What a tensor's record takes in pack.json, about."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,9 @@ class PackPlan:
     Attributes:
         tasks: By task name.
         bytes_in: Bytes read: reference and experts.
-        bytes_out: Bytes written, at most.
-        peak_memory: Bytes of working memory, at most, with this number of workers.
+        bytes_out: Bytes written, at most, without small files (configuration, tokenizer).
+        peak_memory: Bytes of working memory with this number of workers: the tensors worked on,
+            which `memory` bounds, and the finished parts of one task.
         workers: Number of workers.
         notes: What a person should know: prefixes, private tensors.
     """
@@ -143,30 +150,61 @@ def plan_pack(
     base_bytes = sum(spec.nbytes for spec in family.base.specs.values())
     merged = base_bytes if settings.vector == "difference" else 0
     written = sum(
-        t.coded.bytes + t.coded.mask_bytes + t.private_bytes + HEADER_BYTES for t in tasks.values()
+        t.coded.bytes
+        + t.coded.mask_bytes
+        + t.private_bytes
+        + HEADER_BYTES
+        + RECORD_BYTES * t.coded.tensors
+        for t in tasks.values()
     )
+    # One task's parts are together until its file is written: as tensors, and as the file's bytes.
+    held = 2 * max(t.coded.bytes + t.coded.mask_bytes + t.private_bytes for t in tasks.values())
     return PackPlan(
         tasks=tasks,
         bytes_in=base_bytes + sum(t.bytes_in for t in tasks.values()),
         bytes_out=written + merged,
-        peak_memory=peak if memory is None else min(peak, memory),
+        peak_memory=held + (peak if memory is None else min(peak, memory)),
         workers=workers,
         notes=family.notes,
     )
 
 
-def check_output(out: Path, overwrite: bool) -> None:
-    """Refuse an output that exists, before any work.
+def check_output(out: Path, overwrite: bool, inputs: Sequence[Any] = ()) -> None:
+    """Refuse an output that exists, or that would replace what is read, before any work.
+
+    Args:
+        out: The output directory, absolute.
+        overwrite: Whether a directory that holds something may be replaced.
+        inputs: Sources of the run; those that are no local path do not matter.
 
     Raises:
-        OutputError: if `out` is a file, or a directory that holds something.
+        OutputError: if `out` is a file, a directory that holds something, or is, contains or lies
+            inside an input.
     """
+    for source in inputs:
+        if not isinstance(source, str | Path) or not Path(source).exists():
+            continue
+        read, written = Path(source).resolve(), out.resolve()
+        if read == written or read in written.parents or written in read.parents:
+            raise OutputError(
+                f"'{out}' and the input '{source}' overlap: writing one would harm the other. "
+                "Choose an output beside it."
+            )
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise OutputError(
             f"'{out}' exists and is not empty. Choose another name, or give --overwrite."
         )
     if out.exists() and not out.is_dir():
         raise OutputError(f"'{out}' is a file. Choose another name.")
+    if (
+        out.is_dir()
+        and any(out.iterdir())
+        and not any(any(out.glob(pattern)) for pattern in _OUTPUTS)
+    ):
+        raise OutputError(
+            f"'{out}' holds neither a pack nor a model, so it is not replaced. Choose another "
+            "name, or empty it by hand."
+        )
 
 
 def _plan_task(family: Family, name: str, settings: PackSettings) -> TaskPlan:
@@ -182,7 +220,7 @@ def _plan_task(family: Family, name: str, settings: PackSettings) -> TaskPlan:
     )
     return TaskPlan(
         coded=coded,
-        private_bytes=extra + sum(expert.spec(n).nbytes for n in expert.private),
+        private_bytes=extra + sum(expert.private_spec(n).nbytes for n in expert.private),
         private=(*expert.private, *expert.grown),
         bytes_in=sum(spec.nbytes for spec in expert.checkpoint.specs.values()),
     )
@@ -190,13 +228,11 @@ def _plan_task(family: Family, name: str, settings: PackSettings) -> TaskPlan:
 
 def _item_costs(family: Family, settings: PackSettings) -> Sequence[Sequence[int]]:
     """Working memory of each item of each stage: the base's tensors, then every expert's."""
-    factor = BYTES_PER_ELEMENT
-    if settings.vector == "difference":
-        factor += 16 * len(family.experts)
+    stacked = 16 * len(family.experts) if settings.vector == "difference" else 0
     checkpoints = [expert.checkpoint for expert in family.experts.values()]
     return [
-        [spec.numel * factor for spec in family.base.specs.values()],
-        *([s.numel * BYTES_PER_ELEMENT for s in c.specs.values()] for c in checkpoints),
+        [working_bytes(s.shape) + stacked * s.numel for s in family.base.specs.values()],
+        *([working_bytes(s.shape) for s in c.specs.values()] for c in checkpoints),
     ]
 
 

@@ -72,10 +72,12 @@ def run(
                 under_way[pool.submit(work, held)] = held
                 held = next(waiting, None)
             done, _ = wait(under_way, return_when=FIRST_COMPLETED)
-            for future in done:
+            while done:  # emptied, so that no result outlives the caller's use of it
+                future = done.pop()
                 item = under_way.pop(future)
-                used -= cost(item)
                 yield item, future.result()
+                used -= cost(item)
+                del future
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from personae.checkpoints import open_checkpoint
 from personae.checkpoints.family import align
 from personae.errors import CheckpointError, Faults, PackError
 from personae.execute import pool
-from personae.execute.deltas import BYTES_PER_ELEMENT, Deltas
+from personae.execute.deltas import Deltas, working_bytes
 from personae.execute.family import Family
-from personae.execute.scan import fingerprint
+from personae.execute.scan import fingerprint, uncoded
 from personae.execute.work import Progress, Work
 from personae.methods import MergeMethod, Parameters
 from personae.packs.manifest import ReferenceRecord
@@ -88,7 +88,7 @@ class TaskVectors:
     def cost(self, item: TensorSpec | str) -> int:
         """Peak bytes of merging one tensor."""
         spec = self._specs[item] if isinstance(item, str) else item
-        return spec.numel * (4 * 4 * len(self._deltas) + BYTES_PER_ELEMENT)
+        return 16 * spec.numel * len(self._deltas) + working_bytes(spec.shape)
 
     @property
     def experts(self) -> int:
@@ -145,7 +145,13 @@ def make_reference(
     )
     faults = Faults()
     merged = open_checkpoint(directory / REFERENCE)
-    found = fingerprint(merged, workers=work.threads, faults=faults, label="The merged reference")
+    found = fingerprint(
+        merged,
+        workers=work.threads,
+        faults=faults,
+        label="The merged reference",
+        unchecked=uncoded(family),
+    )
     merged.close()
     faults.raise_if_any(CheckpointError)
     return ReferenceRecord(

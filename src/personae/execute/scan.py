@@ -1,6 +1,6 @@
 """A first look at every weight: is it finite, did it change, which zeros, whose model is it?"""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from personae.checkpoints import Checkpoint
 from personae.errors import CheckpointError, Faults
 from personae.execute import pool
-from personae.execute.deltas import Deltas
+from personae.execute.deltas import Deltas, working_bytes
 from personae.execute.family import Family
 from personae.execute.work import Work
 from personae.packs.fingerprint import combine, tensor_digest
@@ -39,7 +39,7 @@ class Facts:
 
     Attributes:
         tensors: By reference name, for every shared tensor.
-        differing_buffers: Integer tensors (reference names) the expert has with other values.
+        differing_buffers: Buffers (reference names) the expert has with other values.
         fingerprint: Of the expert's own weights.
     """
 
@@ -65,40 +65,58 @@ def scan(deltas: Deltas, *, workers: int, memory: int | None, faults: Faults) ->
     tensors: dict[str, TensorFacts] = {}
     digests: dict[str, str] = {}
     differing: list[str] = []
-    work = partial(_look, deltas)
-    for name, seen in pool.run(
-        alignment.taken, work, cost=deltas.cost, workers=workers, memory=memory
-    ):
-        digests[alignment.files[name]] = seen.digest
+    taken = alignment.taken
+    results = pool.run(
+        list(taken),
+        partial(_look, deltas, taken),
+        cost=lambda raw: working_bytes(alignment.checkpoint.specs[raw].shape),
+        workers=workers,
+        memory=memory,
+    )
+    for raw, seen in results:
+        digests[raw] = seen.digest
         for fault in seen.faults:
             faults.add(fault)
-        if seen.facts is not None:
+        name = taken[raw]
+        if name is not None and seen.facts is not None:
             tensors[name] = seen.facts
-        if seen.differs:
+        if name is not None and seen.differs:
             differing.append(name)
-    if not alignment.private and not any(seen.changed for seen in tensors.values()):
-        faults.add(
-            f"Expert '{alignment.name}' is the base: all {len(tensors)} shared tensors are equal. "
-            "Give the fine-tuned checkpoint."
-        )
+    of_its_own = alignment.private or alignment.grown or differing
+    if not of_its_own and not any(seen.changed for seen in tensors.values()):
+        faults.add(_says_equal(deltas, len(tensors)))
     return Facts(tensors, tuple(sorted(differing)), combine(digests))
 
 
-def _look(deltas: Deltas, name: str) -> _Look:
-    alignment = deltas.alignment
-    raw = alignment.checkpoint.read(alignment.files[name])
+def _says_equal(deltas: Deltas, count: int) -> str:
+    name = deltas.alignment.name
+    if deltas.from_base:
+        return (
+            f"Expert '{name}' equals the base: all {count} shared tensors are the same. "
+            "Give the fine-tuned checkpoint."
+        )
+    return (
+        f"Expert '{name}' equals the merged reference, as a single expert does its average: all "
+        f"{count} shared tensors are the same. Pack it with task vectors (vector 'task')."
+    )
+
+
+def _look(deltas: Deltas, taken: Mapping[str, str | None], raw_name: str) -> _Look:
+    alignment, name = deltas.alignment, taken[raw_name]
+    raw = alignment.checkpoint.read(raw_name)
     seen = _Look(digest=tensor_digest(raw))
+    if name is None:
+        seen.faults = _not_finite(f"Expert '{alignment.name}'", raw_name, raw)
+        return seen
     if name in alignment.buffers:
         reference = deltas.reference.read(name)
         seen.differs = raw.dtype != reference.dtype or not torch.equal(raw, reference)
-        return seen
-    if name not in alignment.shared:
-        seen.faults = _not_finite(f"Expert '{alignment.name}'", alignment.files[name], raw)
+        seen.faults = _not_finite(f"Expert '{alignment.name}'", raw_name, raw)
         return seen
     if deltas.unchanged(name):
         seen.facts = TensorFacts(changed=False)
         return seen
-    seen.faults = _not_finite(f"Expert '{alignment.name}'", alignment.files[name], raw)
+    seen.faults = _not_finite(f"Expert '{alignment.name}'", raw_name, raw)
     delta = deltas.read(name)
     if delta.ndim == 2:
         rows, columns = delta.any(dim=1), delta.any(dim=0)
@@ -120,15 +138,17 @@ def fingerprint(
     faults: Faults,
     label: str,
     names: Sequence[str] | None = None,
+    unchecked: Collection[str] = (),
 ) -> str:
     """Fingerprint of a checkpoint's weights, or of those of these names.
 
-    NaN and Inf in them are added to `faults`.
+    NaN and Inf in them are added to `faults`, but for the tensors named in `unchecked`.
     """
 
     def look(name: str) -> tuple[str, list[str]]:
         tensor = checkpoint.read(name)
-        return tensor_digest(tensor), _not_finite(label, name, tensor)
+        found = [] if name in unchecked else _not_finite(label, name, tensor)
+        return tensor_digest(tensor), found
 
     digests: dict[str, str] = {}
     for name, (digest, found) in pool.run(
@@ -141,6 +161,12 @@ def fingerprint(
         for fault in found:
             faults.add(fault)
     return combine(digests)
+
+
+def uncoded(family: Family) -> set[str]:
+    """Tensors of the reference that no expert is coded against: they need not be finite."""
+    coded = {name for expert in family.experts.values() for name in expert.shared}
+    return set(family.base.specs) - coded
 
 
 def _not_finite(label: str, name: str, tensor: Tensor) -> list[str]:
@@ -173,7 +199,13 @@ class Scanned:
             CheckpointError: naming every weight that is not finite, and experts equal to the base.
         """
         faults = Faults()
-        found = fingerprint(family.base, workers=work.threads, faults=faults, label="The base")
+        found = fingerprint(
+            family.base,
+            workers=work.threads,
+            faults=faults,
+            label="The base",
+            unchecked=uncoded(family),
+        )
         facts: dict[str, Facts] = {}
         for done, (name, expert) in enumerate(family.experts.items(), 1):
             facts[name] = scan(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from personae.checkpoints.family import Alignment
+from personae.checkpoints.naming import shown
 from personae.errors import BudgetError
 from personae.execute.accounting import cost, counted_bits, largest_rank_fraction
 from personae.execute.deltas import Deltas
@@ -48,6 +49,12 @@ def add_experts(
         for writer, codec, tensors, wanted in zip(writers, codecs, coded, due, strict=True):
             if wanted:
                 _write_task(writer, codec, family, expert, facts, tensors)
+                dropped = [key for key, tensor in tensors.items() if not tensor.nbytes]
+                if dropped:
+                    work.note(
+                        f"{name}: rank 0 at rank fraction {codec.model_dump()['rank_fraction']:.3g}"
+                        f", so left as in the reference: {shown(dropped)}"
+                    )
         expert.checkpoint.close()
 
 
@@ -162,7 +169,7 @@ def _write_task(
 def _private(expert: Alignment, family: Family, facts: Facts) -> dict[str, Tensor]:
     """What is kept whole: private tensors, extra rows of grown ones, buffers with other values."""
     checkpoint = expert.checkpoint
-    whole = {name: checkpoint.read(expert.files[name]) for name in expert.private}
+    whole = {name: checkpoint.read(raw) for name, raw in expert.private_files.items()}
     for name in expert.grown:
         rows, own = family.base.specs[name].shape[0], expert.spec(name)
         extra = checkpoint.read_rows(expert.files[name], rows, own.shape[0])

@@ -14,7 +14,7 @@ from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.naming import Renaming
 from personae.errors import CheckpointError, Faults, PackError
 from personae.execute import pool
-from personae.execute.deltas import BYTES_PER_ELEMENT
+from personae.execute.deltas import working_bytes
 from personae.execute.plan import check_output
 from personae.execute.reference import check_fingerprint
 from personae.execute.scan import fingerprint
@@ -73,6 +73,8 @@ class Rebuilt:
         tensor = self.reference.read(ref_name)
         if ref_name in self.record.tensors:
             tensor = tensor.float() + self.delta(ref_name)
+            if self.specs[name].dtype == torch.float16:  # coding may overshoot what fp16 can hold
+                tensor.clamp_(torch.finfo(torch.float16).min, torch.finfo(torch.float16).max)
         if ref_name in self.record.grown:
             tensor = torch.cat([tensor, self._file.private(name)])  # to the wider of both dtypes
         return tensor
@@ -134,7 +136,7 @@ def unpack(
     out = Path(out).absolute()
     opened = Pack(Path(pack))
     opened.task(task)
-    check_output(out, overwrite)
+    check_output(out, overwrite, inputs=[opened.directory, opened.reference_source(base)])
     reference = open_reference(opened, base, work)
     rebuilt = Rebuilt(opened, task, reference)
     specs = list(rebuilt.specs.values())
@@ -160,12 +162,8 @@ def open_reference(pack: Pack, base: Any, work: Work) -> Checkpoint:
     Raises:
         PackError: if it is not found, or its weights are others.
     """
-    record = pack.manifest.reference
-    source = base or pack.reference_directory or record.source
-    if base is None and record.kind == "base" and record.revision:
-        source = f"{record.source.split('@')[0]}@{record.revision}"
     try:
-        reference = open_checkpoint(source)
+        reference = open_checkpoint(pack.reference_source(base))
     except CheckpointError as error:
         raise PackError(
             f"The reference of {pack.directory} cannot be opened: {error} "
@@ -173,7 +171,7 @@ def open_reference(pack: Pack, base: Any, work: Work) -> Checkpoint:
         ) from error
     faults = Faults()
     found = fingerprint(reference, workers=work.threads, faults=faults, label="The reference")
-    check_fingerprint(record, found, reference.source)
+    check_fingerprint(pack.manifest.reference, found, reference.source)
     return reference
 
 
@@ -182,7 +180,7 @@ def _write(rebuilt: Rebuilt, writer: CheckpointWriter, spec: TensorSpec) -> None
 
 
 def _cost(spec: TensorSpec) -> int:
-    return spec.numel * BYTES_PER_ELEMENT // 2
+    return working_bytes(spec.shape)
 
 
 def _expert_names(record: TaskRecord, reference: Checkpoint) -> dict[str, str]:
@@ -213,8 +211,13 @@ def _copy_companions(pack: Pack, task: str, reference: Checkpoint, out: Path) ->
             if companion.stored_in == "task"
             else reference.companions.get(relative)
         )
-        if source is None:  # the reference was given as bare weights this time
-            continue
+        if source is None and not reference.companions:
+            continue  # bare weights were given this time: the caller has no such files to copy
+        if source is None:
+            raise PackError(
+                f"{reference.source} has no '{relative}', which '{task}' shares with it. "
+                "Restore it, or give a complete copy with --base."
+            )
         if sha256_file(source) != companion.sha256:
             raise PackError(
                 f"{source} is not the one that '{task}' was packed with: it changed since. "

@@ -9,7 +9,7 @@ import torch
 
 from personae.checkpoints import open_checkpoint
 from personae.checkpoints.family import align
-from personae.errors import Faults, PackError, nearest
+from personae.errors import Faults, PackError, WorkError, nearest
 from personae.execute import pool
 from personae.execute.deltas import Deltas
 from personae.execute.scan import fingerprint
@@ -55,7 +55,8 @@ def verify(
         Task name to what was found.
 
     Raises:
-        PackError: listing every damaged or missing file, a foreign reference, and every task
+        PackError: listing every damaged or missing file; a foreign reference.
+        WorkError: listing every task whose original is another model than the one packed, or
             whose measured error is not the recorded one.
     """
     work = work or Work()
@@ -83,7 +84,7 @@ def verify(
             deltas = Deltas(found, reference, from_base)
             verified[task] = _compare(rebuilt, deltas, work, faults)
         reference.close()
-    faults.raise_if_any(PackError)
+    faults.raise_if_any(WorkError)
     return verified
 
 
@@ -113,16 +114,22 @@ def _compare(rebuilt: Rebuilt, deltas: Deltas, work: Work, faults: Faults) -> Ve
         workers=work.threads,
         faults=faults,
         label=label,
-        names=[original.files[name] for name in original.taken],
+        names=list(original.taken),
     )
     same = found == rebuilt.record.fingerprint
+    if not same:
+        faults.add(
+            f"Task '{original.name}': {original.checkpoint.source} is not the model that was "
+            f"packed: its fingerprint is {found}, the packed one's {rebuilt.record.fingerprint}. "
+            f"Its relative error is {measured:.4g}, recorded is {recorded:.4g}."
+        )
     if same and abs(measured - recorded) > _SLACK * max(recorded, 1e-6):
         faults.add(
             f"Task '{original.name}': rebuilt with relative error {measured:.6g}, recorded is "
             f"{recorded:.6g}. Pack the task again and report this."
         )
-    for name in original.private:
+    for name, raw in original.private_files.items():
         kept = rebuilt.read(name)
-        if same and not torch.equal(kept, original.checkpoint.read(original.files[name])):
+        if same and not torch.equal(kept, original.checkpoint.read(raw)):
             faults.add(f"Task '{original.name}': private tensor '{name}' is not the original's.")
     return Verified(recorded, measured, same)

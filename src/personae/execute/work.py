@@ -16,6 +16,10 @@ def silent(_stage: str, _done: int, _total: int) -> None:
     """Nobody watches."""
 
 
+def _ignored(_text: str) -> None:
+    """Nobody reads."""
+
+
 @dataclass(frozen=True)
 class Work:
     """How to work.
@@ -23,14 +27,16 @@ class Work:
     Attributes:
         workers: Tensors worked on at once; None for one a core.
         memory: Bound in bytes on the working memory; None for no bound.
-        device: Where decompositions and decoding run: `auto`, `cpu`, `cuda` or `cuda:i`.
+        device: Where decompositions run: `auto`, `cpu`, `cuda` or `cuda:i`.
         progress: Told how far the work is.
+        note: Told, a line each, what a person should know: prefixes, private tensors.
     """
 
     workers: int | None = None
     memory: int | None = None
     device: str = "cpu"
     progress: Progress = silent
+    note: Callable[[str], None] = _ignored
 
     @property
     def threads(self) -> int:

@@ -1,6 +1,7 @@
 """Reads packs: nothing is decoded before its checksum holds."""
 
 from pathlib import Path
+from typing import Any
 
 from personae.errors import Faults, PackError, nearest
 from personae.packs.fingerprint import sha256_file
@@ -69,6 +70,17 @@ class Pack:
     def companion(self, task: str, relative: str) -> Path:
         """Where a companion file that the task stores itself lies."""
         return self.directory / TASKS / task / relative
+
+    def reference_source(self, base: Any = None) -> Any:
+        """Where the reference is: as told, in the pack, or as recorded, at its hub commit."""
+        record = self.manifest.reference
+        if base is not None:
+            return base
+        if self.reference_directory is not None:
+            return self.reference_directory
+        if record.revision:
+            return f"{record.source.split('@')[0]}@{record.revision}"
+        return record.source
 
     @property
     def reference_directory(self) -> Path | None:

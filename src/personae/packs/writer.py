@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from personae._types import Parts
+from personae._version import __version__
 from personae.packs.fingerprint import sha256_file
 from personae.packs.manifest import (
     MANIFEST_NAME,
@@ -165,7 +166,7 @@ def resume(directory: Path, identity: Mapping[str, Any]) -> Manifest | None:
         The manifest so far, or None to begin anew.
     """
     note = directory / _IDENTITY
-    wanted = json.dumps(identity, sort_keys=True)
+    wanted = json.dumps({"tool_version": __version__, **identity})  # in order: experts have one
     if note.exists() and note.read_text(encoding="utf-8") == wanted:
         return parse_manifest(directory / MANIFEST_NAME) if _begun(directory) else None
     for child in directory.iterdir():

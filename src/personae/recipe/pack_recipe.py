@@ -59,6 +59,12 @@ class PackSettings(Strict):
     private: tuple[str, ...] = Field(default=(), description="Patterns of tensors to keep whole")
 
     @model_validator(mode="after")
+    def _one_rank(self) -> "PackSettings":
+        if self.budget is not None and "rank_fraction" in self.parameters:
+            raise ValueError("a budget sets the rank: give budget or rank_fraction, not both")
+        return self
+
+    @model_validator(mode="after")
     def _reference_is_used(self) -> "PackSettings":
         if self.vector == "task" and (self.reference or self.reference_parameters):
             raise ValueError("a merged reference needs vector: difference (--vector difference)")
@@ -68,6 +74,10 @@ class PackSettings(Strict):
         """The same without rank fraction and budget: what packs must share to share work."""
         parameters = {k: v for k, v in self.parameters.items() if k != "rank_fraction"}
         return self.model_copy(update={"budget": None, "parameters": parameters})
+
+    def without_budget(self) -> "PackSettings":
+        """The same at the codec's own rank."""
+        return self.model_copy(update={"budget": None})
 
     def codec(self) -> Codec:
         """The codec with its parameters, validated.

@@ -135,6 +135,28 @@ def output_directory(
         os.close(lock)
 
 
+@contextmanager
+def locked(directory: Path) -> Generator[None, None, None]:
+    """Hold an existing directory for changes, against other runs that do the same.
+
+    Raises:
+        OutputError: if a living run holds it.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"Another run is changing '{directory}'. Wait for it, then run this again."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def _refuse(path: Path, overwrite: bool) -> None:
     """Say before any work what could not be replaced after it.
 
@@ -199,9 +221,9 @@ def _empty(directory: Path, pattern: str) -> None:
     """Remove what matches at any depth: everything, or the files `atomic_file` had begun."""
     for place in sorted(directory.rglob(pattern), reverse=True):  # children before parents
         if place.is_dir() and not place.is_symlink():
-            place.rmdir()
+            shutil.rmtree(place)
         else:
-            place.unlink()
+            place.unlink(missing_ok=True)
 
 
 def _sync_all(directory: Path) -> None:

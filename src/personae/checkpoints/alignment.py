@@ -1,0 +1,90 @@
+"""One expert matched with a reference: what is shared, kept whole, skipped, absent."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from personae._types import TensorSpec
+from personae.checkpoints._protocol import Checkpoint
+from personae.checkpoints.naming import Renaming, shown, without_wrapper
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """One expert against the reference.
+
+    Attributes:
+        name: The task's name.
+        checkpoint: The expert.
+        files: Reference name to the name in the expert's own file, of all that both have and is
+            not private.
+        private_files: Expert name (without wrapper) to the name in its own file, of tensors kept
+            whole, in sorted order. Apart from `files`: an expert's own tensor may be called like
+            another one of the reference.
+        shared: Reference names of floating tensors to be coded, in sorted order.
+        grown: Those of `shared` of which the expert has more rows (a grown vocabulary).
+        buffers: Reference names of tensors both have and no arithmetic suits: integers, and the
+            running statistics of batch normalisation.
+        absent: Reference names the expert lacks (skipped, integer, or tied to one it has).
+        skipped: Reference names left as in the reference on request.
+        tied: Dropped name to kept name, without wrappers, where the kept one is in the pack.
+        renaming: The rule from reference names to expert names.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    files: Mapping[str, str]
+    private_files: Mapping[str, str]
+    shared: tuple[str, ...]
+    grown: tuple[str, ...]
+    buffers: tuple[str, ...]
+    absent: tuple[str, ...]
+    skipped: tuple[str, ...]
+    tied: Mapping[str, str]
+    renaming: Renaming
+
+    @property
+    def private(self) -> tuple[str, ...]:
+        """Expert names (without wrapper) of tensors kept whole."""
+        return tuple(self.private_files)
+
+    @property
+    def taken(self) -> dict[str, str | None]:
+        """All that a pack takes, neither skipped nor absent: own file name to reference name.
+
+        The reference name is None where the tensor is private.
+        """
+        answering = {self.files[name]: name for name in (*self.shared, *self.buffers)}
+        return answering | dict.fromkeys(self.private_files.values())
+
+    def spec(self, name: str) -> TensorSpec:
+        """What the expert's header says of the tensor that answers to this reference name."""
+        return self.checkpoint.specs[self.files[name]]
+
+    def private_spec(self, name: str) -> TensorSpec:
+        """What the expert's header says of the private tensor of this expert name."""
+        return self.checkpoint.specs[self.private_files[name]]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should be told about this alignment, a line each."""
+        notes: list[str] = []
+        rule = self.renaming
+        if rule.wrapper:
+            notes.append(f"{self.name}: wrapper '{rule.wrapper}.' removed from tensor names")
+        if rule.add or rule.strip:
+            verb, prefix = ("adds", rule.add) if rule.add else ("lacks", rule.strip)
+            notes.append(f"{self.name}: {verb} the prefix '{prefix}' to the base's tensor names")
+        given = [
+            f"{own} as {new}"
+            for name, own in self.files.items()
+            if without_wrapper(own) != (new := rule.expert_name(name)) != own
+        ]
+        if given:
+            notes.append(f"{self.name}: stored under the base's names: {shown(given)}")
+        if self.private:
+            size = sum(self.private_spec(n).nbytes for n in self.private)
+            listed = shown(self.private)
+            notes.append(f"{self.name}: kept whole as private ({size:,} bytes): {listed}")
+        if self.grown:
+            notes.append(f"{self.name}: extra rows kept whole as private: {shown(self.grown)}")
+        return notes

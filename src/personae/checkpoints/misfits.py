@@ -1,0 +1,72 @@
+"""Experts that do not fit the reference they were aligned with."""
+
+import re
+from collections.abc import Sequence
+
+from personae.checkpoints._protocol import Checkpoint
+from personae.checkpoints.alignment import Alignment
+from personae.checkpoints.naming import matches, shown
+from personae.errors import Faults
+
+# Causal masks that old GPT-2 checkpoints hold as parameters; newer ones leave them out.
+_MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
+
+
+def check_fit(
+    found: Alignment, reference: Checkpoint, allowed: Sequence[str], faults: Faults
+) -> None:
+    """Add a fault for an expert that lacks tensors of the reference, or is of another shape.
+
+    Args:
+        found: The expert, aligned.
+        reference: What it was aligned with.
+        allowed: Patterns of names that may be absent or of another shape.
+        faults: Where faults are added.
+    """
+    if not found.shared:
+        faults.add(
+            f"Expert '{found.name}' ({found.checkpoint.source}) shares no tensor with the base "
+            f"({reference.source}) that 'skip' and 'private' leave to code. Was it fine-tuned "
+            "from it?"
+        )
+        return
+    lacking = [
+        n
+        for n in found.absent
+        if reference.specs[n].is_floating
+        and not matches(n, allowed)
+        and not _is_mask(reference, n)
+        and found.renaming.expert_name(n) not in found.tied
+    ]
+    if lacking:
+        first = reference.specs[lacking[0]]
+        faults.add(
+            f"Expert '{found.name}' lacks {len(lacking)} tensor(s) of the base: {shown(lacking)} "
+            f"(base: '{first.name}' of shape {first.shape}). Was '{found.name}' fine-tuned from "
+            "the base? To leave them out, add them to 'skip'."
+        )
+    odd = [
+        n for n in found.private if not matches(n, allowed) and _reference_name(n, found, reference)
+    ]
+    coded = sum(reference.specs[n].numel for n in found.shared)
+    if sum(found.private_spec(n).numel for n in odd) > coded:
+        n = odd[0]
+        faults.add(
+            f"Expert '{found.name}': the shapes of {len(odd)} tensors disagree with the base, "
+            f"more than half of the model: '{n}' is {found.private_spec(n).shape}, the base has "
+            f"{reference.specs[_reference_name(n, found, reference)].shape}. "
+            "Give the base it was fine-tuned from, or name them in 'private' to keep them whole."
+        )
+
+
+def _reference_name(expert_name: str, found: Alignment, reference: Checkpoint) -> str:
+    """The reference tensor a private tensor answers to, or '' if only the expert has it."""
+    rule = found.renaming
+    for name in (expert_name.removeprefix(rule.add), rule.strip + expert_name, expert_name):
+        if name in reference.specs and rule.expert_name(name) == expert_name:
+            return name
+    return ""
+
+
+def _is_mask(reference: Checkpoint, name: str) -> bool:
+    return _MASK.search(name) is not None and len(reference.specs[name].shape) in (0, 4)
