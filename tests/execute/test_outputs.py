@@ -1,0 +1,110 @@
+"""What an output may replace, and what other runs may do meanwhile."""
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from families import listing, saved, small_base, tuned
+from personae.errors import OutputError
+from personae.execute.pack import add_tasks, pack, remove_task
+from personae.execute.unpack import unpack
+from personae.execute.work import Work
+from personae.recipe import PackSettings
+
+BASE = small_base()
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Path:
+    saved(BASE, tmp_path / "models/base")
+    saved(tuned(BASE, 1), tmp_path / "models/x")
+    saved(tuned(BASE, 2), tmp_path / "models/y")
+    return tmp_path
+
+
+def _pack(root: Path, out: str, **options) -> None:
+    pack(root / "models/base", {"x": root / "models/x"}, root / out, **options)
+
+
+@pytest.mark.parametrize("out", ["models/base", "models/x", "models", "models/base/inner"])
+def test_an_output_never_overlaps_an_input(family, out):
+    before = listing(family)
+    with pytest.raises(OutputError, match="overlap: writing one would harm the other"):
+        _pack(family, out, overwrite=True)
+    assert listing(family) == before
+
+
+def test_unpacking_spares_the_pack_and_its_reference(family):
+    _pack(family, "p")
+    before = listing(family)
+    for out in ("p", "p/inner", "models/base", "models"):
+        with pytest.raises(OutputError, match="overlap"):
+            unpack(family / "p", "x", family / out, overwrite=True)
+    assert listing(family) == before
+
+
+def test_overwrite_replaces_packs_and_models_and_nothing_else(family):
+    (family / "papers").mkdir()
+    (family / "papers/thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="holds neither a pack nor a model"):
+        _pack(family, "papers", overwrite=True)
+    assert (family / "papers/thesis.txt").read_text() == "years of work"
+    _pack(family, "p")
+    unpack(family / "p", "x", family / "rebuilt")
+    _pack(family, "rebuilt", overwrite=True)
+    assert (family / "rebuilt/pack.json").exists()
+
+
+def test_a_pack_under_change_is_not_changed_by_another_run(family):
+    _pack(family, "p")
+    before = listing(family)
+    handle = os.open(family / "p", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(OutputError, match="Another run is changing"):
+            add_tasks(family / "p", {"y": family / "models/y"})
+        with pytest.raises(OutputError, match="Another run is changing"):
+            remove_task(family / "p", "x")
+    finally:
+        os.close(handle)
+    assert listing(family) == before
+    assert list(add_tasks(family / "p", {"y": family / "models/y"}).manifest.tasks) == ["x", "y"]
+
+
+def test_a_run_killed_while_it_merged_is_taken_up(family):
+    """What SIGKILL leaves: the reference half written, in its own hidden directory."""
+    stale = family / ".p.partial/.reference.partial"
+    stale.mkdir(parents=True)
+    (stale / "model.safetensors").write_bytes(b"half")
+    experts = {name: family / "models" / name for name in "xy"}
+    settings = PackSettings(vector="difference")
+    pack(family / "models/base", experts, family / "p", settings=settings)
+    pack(family / "models/base", experts, family / "q", settings=settings)
+    assert listing(family / "p") == listing(family / "q")
+
+
+def test_experts_in_another_order_are_another_pack(family, monkeypatch):
+    """The order of experts is part of a merged reference, so it is of what may be resumed."""
+    experts = {name: family / "models" / name for name in "xy"}
+    settings = PackSettings(vector="difference")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("personae.execute.pack.add_experts", killed)
+        pack(family / "models/base", experts, family / "p", settings=settings)
+    turned = dict(reversed(experts.items()))
+    found = pack(family / "models/base", turned, family / "p", settings=settings)
+    assert found.manifest.reference.experts == ("y", "x")
+
+
+def test_a_pattern_that_matches_nothing_is_told(family):
+    told: list[str] = []
+    settings = PackSettings(skip=("embed",), private=("scale",))
+    _pack(family, "p", settings=settings, work=Work(note=told.append))
+    assert [text for text in told if "pattern" in text] == [
+        "the pattern 'embed' matches no tensor; '*' stands for any text"
+    ]
