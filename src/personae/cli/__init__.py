@@ -66,7 +66,7 @@ def _root(  # pyright: ignore[reportUnusedFunction]
         ),
     ] = False,
 ) -> None:
-    """Many fine-tuned models in the space of one: merge them, or pack them."""
+    """Many fine-tuned models in the space of one: pack a family, rebuild any of it on demand."""
 
 
 for _command in (

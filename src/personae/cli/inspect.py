@@ -1,10 +1,12 @@
 """personae inspect: what a checkpoint or pack holds."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from personae.cli import console, options
+from personae.errors import RecipeError
 from personae.execute import inspect as inspection
 
 
@@ -14,6 +16,11 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Show what a checkpoint or pack holds, from headers: sizes, ranks, errors."""
+    swept = sorted(found.parent for found in Path(path).glob("*/pack.json"))
+    if swept and not (Path(path) / "pack.json").exists():  # what a sweep of ranks has left
+        raise RecipeError(
+            f"{path} holds {len(swept)} packs; inspect one of them: {', '.join(map(str, swept))}."
+        )
     described = inspection.inspect(path)
     if json:
         console.facts(described)

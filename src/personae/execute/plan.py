@@ -157,7 +157,7 @@ def plan_pack(
         + RECORD_BYTES * t.coded.tensors
         for t in tasks.values()
     )
-    # One task's parts are together until its file is written: as tensors, and as the file's bytes.
+    # One task's parts are together until its file is written: each, and joined into sections.
     held = 2 * max(t.coded.bytes + t.coded.mask_bytes + t.private_bytes for t in tasks.values())
     return PackPlan(
         tasks=tasks,

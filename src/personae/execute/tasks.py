@@ -18,6 +18,9 @@ from personae.packs.manifest import RenamingRecord
 from personae.packs.writer import CodedTensor, PackWriter, dtype_name
 from personae.recipe import PackSettings, parse_size
 
+_SLACK_BITS = 8 * 192
+"""What `HEADER_BYTES` leaves beside any usual header, enough for a few isolated zeros."""
+
 
 def add_experts(
     family: Family,
@@ -42,6 +45,7 @@ def add_experts(
         facts = scanned.facts[name]
         due = [name not in writer.manifest.tasks for writer in writers]
         if not any(due):
+            work.note(f"{name}: done by an earlier run")
             continue
         from_base = writers[0].manifest.reference.kind == "base"
         deltas = Deltas(expert, family.base, from_base)
@@ -90,7 +94,7 @@ def _encode_within_budgets(
             for codec, tensors in zip(codecs, coded, strict=True)
         ]
         held = [
-            setting.budget is None or bits <= room
+            setting.budget is None or bits <= room + _SLACK_BITS
             for setting, bits, room in zip(settings, excess, spare, strict=True)
         ]
         if all(held):

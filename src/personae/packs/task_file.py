@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from personae._types import Parts
-from personae.errors import PackError
+from personae.errors import OutputError, PackError
 from personae.packs.manifest import FORMAT, FORMAT_VERSION, BlockRecord, TaskRecord
 
 PRIVATE = "private/"
@@ -32,6 +32,9 @@ def write_task_file(
         blocks: Parts of each coded block; a part name has one dtype throughout.
         private: The expert's name to the whole tensor (or its extra rows).
         metadata: What a stranger who finds the file should know (task, codec, reference).
+
+    Raises:
+        OutputError: if the disk is full or refuses.
     """
     gathered: dict[str, list[Tensor]] = {}
     for parts in blocks:
@@ -41,8 +44,15 @@ def write_task_file(
     whole = {PRIVATE + name: tensor.contiguous() for name, tensor in private.items()}
     # One metadata key: the safetensors library writes several in random order.
     about = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **metadata})
-    # As bytes: the library's own file is private to its owner, and its errors name no cause.
-    path.write_bytes(save({**sections, **whole}, metadata={FORMAT: about}))
+    path.touch()
+    mode = path.stat().st_mode  # the library's own file would be private to its owner
+    try:
+        save_file({**sections, **whole}, path, metadata={FORMAT: about})
+    except SafetensorError as error:
+        raise OutputError(
+            f"Cannot write '{path}': {error}. Free some space, or write to another disk."
+        ) from error
+    path.chmod(mode)
 
 
 class TaskFile:

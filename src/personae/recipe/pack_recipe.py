@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from personae.errors import Faults, RecipeError, nearest
+from personae.errors import Faults, MethodError, RecipeError, nearest
 from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, Parameters, build, lookup
 
 Vector = Literal["task", "difference"]
@@ -85,6 +85,11 @@ class PackSettings(Strict):
         Raises:
             MethodError: for an unknown codec or parameter, or a value out of range.
         """
+        if self.method in MERGE_METHODS:
+            raise MethodError(
+                f"'{self.method}' merges models, it does not code them. To pack against a model "
+                f"merged by it: vector: difference, reference: {self.method}."
+            )
         return build(lookup(CODECS, self.method), self.parameters)
 
     def merge(self) -> tuple[MergeMethod, Parameters]:
