@@ -15,7 +15,6 @@ from personae.ops.select import (
     count_high,
     count_low,
     find_bin,
-    keep_largest,
     kept_count,
     kth_magnitude,
     magnitude,
@@ -52,43 +51,13 @@ def test_kth_magnitude_is_what_sorting_finds(vector: torch.Tensor, data: st.Data
     assert tied == k - sum(other > value for other in ordered)
 
 
-@given(vectors | tied_vectors, st.sampled_from([0.1, 0.5, 0.9, 1.0]))
-def test_keep_largest_keeps_the_first_of_a_stable_sort(vector: torch.Tensor, density: float):
-    order = torch.sort(vector.abs(), descending=True, stable=True).indices
-    expected = torch.zeros_like(vector)
-    kept = order[: kept_count(len(vector), density)]
-    expected[kept] = vector[kept]
-    assert torch.equal(keep_largest(vector, density), expected)
-
-
-def test_keep_largest_hand_worked():
-    # 6 entries, density 0.5: keep 3. Magnitudes 2 2 5 0 2 1: the 5 and the first two 2s.
-    tensor = torch.tensor([[2.0, -2.0, 5.0], [0.0, 2.0, 1.0]])
-    expected = torch.tensor([[2.0, -2.0, 5.0], [0.0, 0.0, 0.0]])
-    before = tensor.clone()
-    assert torch.equal(keep_largest(tensor, 0.5), expected)
-    assert torch.equal(tensor, before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_chunks_do_not_show(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     tensor = torch.randn(50, 21, generator=torch.Generator().manual_seed(0)).to(dtype).T
-    whole = keep_largest(tensor, 0.3)
+    whole = kth_magnitude(tensor, 315)
     monkeypatch.setattr("personae.ops.select._CHUNK", 17)
-    assert torch.equal(keep_largest(tensor, 0.3), whole)
-    assert whole.dtype == dtype
-    assert int((whole != 0).sum()) == 315
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
-def test_scalars_and_empty_tensors(shape: tuple[int, ...]):
-    tensor = torch.ones(shape)
-    assert torch.equal(keep_largest(tensor, 0.2), tensor)
-
-
-def test_zero_stays_zero():
-    sparse = torch.tensor([0.0, 3.0, 0.0, -0.0])
-    assert torch.equal(keep_largest(sparse, 0.75), torch.tensor([0.0, 3.0, 0.0, 0.0]))
+    assert kth_magnitude(tensor, 315) == whole
+    assert whole[0] == tensor.abs().flatten().sort(descending=True).values[314]
 
 
 @given(st.lists(vectors, min_size=1, max_size=4), st.randoms(use_true_random=False), st.data())

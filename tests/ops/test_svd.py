@@ -1,7 +1,5 @@
 """Truncated SVD against torch.linalg.svd in fp64."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +9,7 @@ from torch import Tensor
 from personae._types import SVD
 from personae.errors import MethodError
 from personae.ops import svd as module
-from personae.ops.svd import Solver, fix_signs, product_svd, truncated_svd
+from personae.ops.svd import Solver, fix_signs, truncated_svd
 
 SOLVERS: list[Solver] = ["auto", "randomised", "gram", "full"]
 SHAPES = [(64, 64), (48, 160), (160, 48), (1, 7), (7, 1)]
@@ -235,28 +233,6 @@ def test_half_precision_in_single_out() -> None:
     assert {part.dtype for part in truncated_svd(gaussian(6, 8).bfloat16(), 3)} == {torch.float32}
 
 
-@pytest.mark.parametrize(("out", "inner", "into"), [(30, 4, 50), (50, 4, 30), (5, 8, 6)])
-def test_product_equals_the_dense_product(out: int, inner: int, into: int) -> None:
-    left, right = gaussian(out, inner), gaussian(inner, into, seed=2)
-    ours = product_svd(left, right, 8)
-    dense = truncated_svd(left @ right, 8, solver="full")
-    assert len(ours.singular_values) == min(out, inner, into)
-    for part, expected in zip(ours, dense, strict=True):
-        torch.testing.assert_close(part, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_product_of_zero_factor_has_rank_zero() -> None:
-    # LoRA starts with B = 0: an adapter saved before training.
-    svd = product_svd(torch.zeros(9, 4), gaussian(4, 5), 4)
-    assert svd.u.shape == (9, 0) and svd.vh.shape == (0, 5)
-
-
-def test_product_keeps_small_values_that_the_dense_fp32_product_blurs() -> None:
-    left = torch.diag(torch.tensor([1.0, 1e-6]))
-    svd = product_svd(left, torch.diag(torch.tensor([1.0, 1e-6])), 2, rank_tolerance=1e-15)
-    torch.testing.assert_close(svd.singular_values, torch.tensor([1.0, 1e-12]), rtol=1e-6, atol=0)
-
-
 @given(
     st.integers(1, 6),
     st.integers(1, 6),
@@ -273,7 +249,6 @@ def test_integer_matrices(out: int, into: int, entries: list[int], rank: int, so
     torch.testing.assert_close(svd.singular_values, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("function", [truncated_svd, lambda m, r: product_svd(m, m.T, r)])
-def test_negative_rank_is_refused(function: Callable[[Tensor, int], SVD]) -> None:
+def test_negative_rank_is_refused() -> None:
     with pytest.raises(MethodError, match=r"rank is -1, expected 0 or more"):
-        function(gaussian(3, 4), -1)
+        truncated_svd(gaussian(3, 4), -1)

@@ -88,6 +88,8 @@ def pack(
         "skip": skip,
         "private": private,
     }
+    if budget and "rank_fraction" in asked["parameters"]:
+        raise RecipeError("A budget sets the rank: give budget or rank_fraction, not both.")
     gathered = options.gather_recipe(recipe, base, experts, asked)
     with console.progress() as progress:
         work = options.work_from(workers, memory, progress, device)

@@ -6,6 +6,7 @@ Everything that lists, validates or documents methods reads this registry.
 
 import inspect
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -45,7 +46,7 @@ class Bits(NamedTuple):
     stored: int
 
 
-class Codec(Parameters):
+class Codec(Parameters, ABC):
     """A lossy code for deltas; its fields are its parameters. Subclasses are pure and frozen.
 
     A codec sees one tensor (or block of one) at a time. A decomposition asked for at a larger rank
@@ -56,22 +57,27 @@ class Codec(Parameters):
         """Slices of this tensor to be coded apart; by default the whole tensor is one block."""
         return (Block(0, 0, spec.shape[0]),) if spec.shape else ()
 
+    @abstractmethod
     def rank(self, shape: tuple[int, ...]) -> int:
         """Rank wanted of a decomposition of a delta of this shape; 0 if it needs none."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def decompose(self, delta: Float[Tensor, "..."], rank: int) -> SVD:
         """Truncated SVD of the delta, seen as a matrix, at this rank or its numerical rank."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def encode(self, delta: Float[Tensor, "..."], svd: SVD | None = None) -> Parts:
         """Code a delta (fp32). `svd`, if given, has at least `rank(delta.shape)` triplets."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def decode(self, parts: Parts, shape: tuple[int, ...]) -> Float[Tensor, "..."]:
         """Rebuild the delta (fp32, of this shape) from its parts alone."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
         """Size of the code of a delta of this shape without exact zeros.
 
@@ -79,7 +85,7 @@ class Codec(Parameters):
             shape: Shape of the tensor or block.
             rank: Rank stored; by default `rank(shape)`, that of a delta of full rank.
         """
-        raise NotImplementedError
+        ...
 
 
 class Pass(NamedTuple):

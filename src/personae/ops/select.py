@@ -68,28 +68,6 @@ def kth_magnitude(tensor: Float[Tensor, "..."], k: int) -> tuple[float, int]:
     return magnitude(high, low), tied
 
 
-def keep_largest(tensor: Float[Tensor, "*shape"], density: float) -> Float[Tensor, "*shape"]:
-    """Keep exactly `kept_count` entries of largest magnitude; the others become 0.
-
-    Of entries that tie for the last places, those first in index order are kept.
-
-    Args:
-        tensor: Values, fp32 or narrower; the result has their dtype.
-        density: Fraction kept, in (0, 1].
-    """
-    if not tensor.numel():
-        return tensor.clone()
-    threshold, tied = kth_magnitude(tensor, kept_count(tensor.numel(), density))
-    values = tensor.reshape(-1)
-    result = torch.zeros_like(values)
-    for chunk, target in zip(values.split(_CHUNK), result.split(_CHUNK), strict=True):
-        equal = chunk.abs() == threshold
-        kept = (chunk.abs() > threshold) | (equal & (equal.cumsum(0) <= tied))
-        target[kept] = chunk[kept]
-        tied -= min(tied, int(equal.sum()))
-    return result.reshape(tensor.shape)
-
-
 def _magnitude_bits(tensor: Float[Tensor, "..."]) -> Iterator[Int32[Tensor, " chunk"]]:
     """The 31 magnitude bits as integers, a chunk at a time so that no full copy is made."""
     assert tensor.dtype.itemsize <= 4, "magnitudes are selected in fp32"

@@ -91,40 +91,6 @@ def truncated_svd(
     return _finish(SVD(u, values * peak, vh), matrix.shape, rank_tolerance, signs)
 
 
-def product_svd(
-    left: Float[Tensor, "out inner"],
-    right: Float[Tensor, "inner in"],
-    rank: int,
-    *,
-    rank_tolerance: float | None = None,
-    signs: Signs = "largest_positive",
-) -> SVD:
-    """The leading singular triplets of `left @ right` (a LoRA delta) without forming the product.
-
-    left = Q₁R₁ and rightᵀ = Q₂R₂ give left·right = Q₁ (R₁R₂ᵀ) Q₂ᵀ: the exact SVD of a small core.
-
-    Args:
-        left: LoRA's B, scaling included. Computed in fp64: R₁R₂ᵀ multiplies both conditionings.
-        right: LoRA's A.
-        rank: Triplets wanted, at least 0.
-        rank_tolerance: As in `truncated_svd`.
-        signs: As in `truncated_svd`.
-
-    Returns:
-        Factors in fp32; at most min(rank, inner, out, in) of them.
-
-    Raises:
-        MethodError: If `rank` is negative.
-    """
-    if rank < 0:
-        raise MethodError(f"product_svd: rank is {rank}, expected 0 or more.")
-    q_left, r_left = torch.linalg.qr(left.detach().double())
-    q_right, r_right = torch.linalg.qr(right.detach().double().T)
-    core = _full(r_left @ r_right.T, rank)
-    found = SVD(q_left @ core.u, core.singular_values, core.vh @ q_right.T)
-    return _finish(found, (left.shape[0], right.shape[1]), rank_tolerance, signs)
-
-
 def fix_signs(svd: SVD) -> SVD:
     """Flip triplets: each left vector's entry of largest magnitude (ties: the first) is positive.
 
