@@ -56,16 +56,16 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False) -> None:
         "task",
         "file",
         "private",
-        "small files",
-        "AMR % disk",
+        "beside",
+        "AMR %",
         "counted",
         "rank",
         "error",
     ]
     console.table("", columns, rows)
     console.out.print(
-        f"file holds private; beside it small files; pack.json: "
-        f"{console.size(described['manifest_bytes'])}",
+        "private: in the file, kept whole; beside: configuration, tokenizer; AMR %: on disk; "
+        f"pack.json: {console.size(described['manifest_bytes'])}",
         markup=False,
     )
     for name, task in described["tasks"].items() if tensors else ():
