@@ -253,7 +253,11 @@ def test_an_interrupt_exits_130_and_the_same_command_goes_on(work):
     process = _start(*PACK.split(), "--workers", "1", prelude=SLOW)
     deadline = time.monotonic() + 60
     first = work / ".p.partial/tasks/news.safetensors"
-    while not first.exists() and time.monotonic() < deadline:
+    manifest = work / ".p.partial/pack.json"
+    # A task is done once pack.json lists it; its file is there a moment earlier.
+    while time.monotonic() < deadline:
+        if manifest.exists() and "news" in json.loads(manifest.read_text())["tasks"]:
+            break
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
