@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def scan(deltas: Deltas, *, workers: int, memory: int | None, faults: Faults) ->
         workers=workers,
         memory=memory,
     )
-    for raw, seen in results:
+    for raw, seen in sorted(results, key=itemgetter(0)):  # faults in an order of their own
         digests[raw] = seen.digest
         for fault in seen.faults:
             faults.add(fault)
@@ -151,12 +152,13 @@ def fingerprint(
         return tensor_digest(tensor), found
 
     digests: dict[str, str] = {}
-    for name, (digest, found) in pool.run(
+    results = pool.run(
         names or list(checkpoint.specs),
         look,
         cost=lambda n: checkpoint.specs[n].nbytes,
         workers=workers,
-    ):
+    )
+    for name, (digest, found) in sorted(results, key=itemgetter(0)):
         digests[name] = digest
         for fault in found:
             faults.add(fault)

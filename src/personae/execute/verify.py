@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,15 @@ def _compare(rebuilt: Rebuilt, deltas: Deltas, work: Work, faults: Faults) -> Ve
             float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in (error, delta)
         )
 
-    lost = energy = 0.0
+    lost, energy = list[float](), list[float]()  # summed exactly: they come in any order
     results = pool.run(
         original.shared, measure, cost=deltas.cost, workers=work.threads, memory=work.memory
     )
     for done, (_, (error, norm)) in enumerate(results, 1):
-        lost, energy = lost + error, energy + norm
+        lost.append(error)
+        energy.append(norm)
         work.progress(f"comparing {original.name}", done, len(original.shared))
-    measured = lost / energy if energy else 0.0
+    measured = fsum(lost) / fsum(energy) if any(energy) else 0.0
     recorded = rebuilt.record.relative_error
     label = f"Expert '{original.name}'"
     found = fingerprint(
