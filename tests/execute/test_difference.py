@@ -15,7 +15,7 @@ from personae.execute.scan import fingerprint
 from personae.execute.unpack import unpack
 from personae.execute.verify import verify
 from personae.execute.work import Work
-from personae.methods.merge.ties import ties
+from personae.methods import MERGE_METHODS, build
 from personae.methods.personalise.dts import DTS
 from personae.recipe import PackSettings
 from toys import load
@@ -65,7 +65,9 @@ def test_relative_to_ties(tmp_path, reduce):
     pack(base, experts, tmp_path / "p", settings=settings)
     merged = load(tmp_path / "p/reference")
     vectors = torch.stack([e["layer.weight"] - base["layer.weight"] for e in experts.values()])
-    assert torch.equal(merged["layer.weight"], base["layer.weight"] + ties(vectors, **parameters))
+    method = MERGE_METHODS["ties"]
+    expected = method.merge(vectors, build(method, parameters))
+    assert torch.equal(merged["layer.weight"], base["layer.weight"] + expected)
     unpack(tmp_path / "p", "y", tmp_path / "y")
     assert_same(load(tmp_path / "y"), rebuilt(CODEC, merged, experts["y"]))
 

@@ -5,19 +5,20 @@ from typing import Any
 
 from torch import Tensor
 
-from personae.methods import MERGE_METHODS, build, lookup
+from personae.methods import MERGE_METHODS, MergeMethod, Site, build, lookup
 
 
 def merge_model(
-    name: str, model: Sequence[Tensor], settings: Mapping[str, Any] | None = None
+    method: str | MergeMethod,
+    model: Sequence[Tensor] | Mapping[str, Tensor],
+    settings: Mapping[str, Any] | None = None,
 ) -> list[Tensor]:
-    """Merge a model given as stacked task vectors, one stack for each tensor."""
-    method = lookup(MERGE_METHODS, name)
+    """Merge a model given as stacked task vectors, one stack for each tensor, named or not."""
+    method = lookup(MERGE_METHODS, method) if isinstance(method, str) else method
     parameters = build(method, settings or {})
-    statistics: dict[str, Tensor] = {}
-    for step in method.passes(parameters):
-        state = step.start(len(model[0]))
-        for task_vectors in model:
-            state = step.update(state, task_vectors, parameters, statistics)
-        statistics[step.name] = step.finish(state, parameters, statistics)
-    return [method.merge(task_vectors, parameters, statistics) for task_vectors in model]
+    named = model if isinstance(model, Mapping) else {f"{n}.weight": t for n, t in enumerate(model)}
+    stacks = [(Site(name, tuple(stack.shape[1:])), stack) for name, stack in named.items()]
+    if getattr(parameters, "scope", "model") == "tensor":
+        return [method.merge(stack, parameters, site=site) for site, stack in stacks]
+    statistics = method.statistics(stacks, parameters)
+    return [method.merge(stack, parameters, statistics, site) for site, stack in stacks]

@@ -13,9 +13,14 @@ from peft.utils import merge_utils
 
 from personae.errors import MethodError
 from personae.methods import MERGE_METHODS, build, lookup
-from personae.methods.merge.ties import ties
 
 Model = list[torch.Tensor]
+
+
+def ties(task_vectors: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """TIES on one tensor alone."""
+    return merge_model("ties", [task_vectors], settings)[0]
+
 
 shapes = st.lists(st.lists(st.integers(1, 4), max_size=3).map(tuple), min_size=1, max_size=4)
 
@@ -77,7 +82,7 @@ def test_hand_worked_three_experts():
         "max": [-6.0, 3.0, 2.0, 0.0],
     }
     for reduce, values in expected.items():
-        merged = ties(task_vectors, density=0.5, scope="tensor", reduce=reduce)  # pyright: ignore
+        merged = ties(task_vectors, density=0.5, scope="tensor", reduce=reduce)
         assert torch.equal(merged, torch.tensor(values))
 
 
@@ -167,7 +172,7 @@ def test_against_peft(elect: str, theirs: str, density: float):
     """
     generator = torch.Generator().manual_seed(3)
     task_vectors = torch.randn(3, 40, 25, generator=generator)
-    merged = ties(task_vectors, density=density, scope="tensor", elect=elect)  # pyright: ignore
+    merged = ties(task_vectors, density=density, scope="tensor", elect=elect)
     expected = merge_utils.ties(list(task_vectors), torch.ones(3), density, theirs)  # pyright: ignore
     decided = torch.ones_like(merged, dtype=torch.bool)
     if elect == "count":

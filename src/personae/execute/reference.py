@@ -1,7 +1,7 @@
 """The merged model a difference pack is relative to, streamed to disk tensor by tensor."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from personae.execute.deltas import Deltas, working_bytes
 from personae.execute.family import Family
 from personae.execute.scan import fingerprint, uncoded
 from personae.execute.work import Progress, Work
-from personae.methods import MergeMethod, Parameters
+from personae.methods import MergeMethod, Parameters, Site, Statistics
 from personae.packs.manifest import ReferenceRecord
 from personae.packs.writer import REFERENCE
 from personae.recipe import PackSettings
@@ -54,7 +54,12 @@ def write_merged_reference(
     def merged(spec: TensorSpec) -> None:
         tensor = family.base.read(spec.name)
         if spec.name in stacks.names:
-            vector = method.merge(stacks.read(spec.name), parameters, statistics)
+            vector = method.merge(
+                stacks.read(spec.name),
+                parameters,
+                statistics or None,
+                Site(spec.name, spec.shape),
+            )
             tensor = tensor.float() + vector
         writer.write(spec.name, tensor)
 
@@ -103,18 +108,25 @@ def gather(
     workers: int,
     memory: int | None,
     progress: Progress,
-) -> Mapping[str, Tensor]:
-    """Run a method's streaming passes; returns its whole-model statistics by name."""
-    statistics: dict[str, Tensor] = {}
-    for step in method.passes(parameters):
-        state = step.start(stacks.experts)
-        read: Callable[[str], Tensor] = stacks.read
-        stream = pool.run(stacks.names, read, cost=stacks.cost, workers=workers, memory=memory)
-        for done, (_, vectors) in enumerate(stream, 1):
-            state = step.update(state, vectors, parameters, statistics)
-            progress(f"measuring ({step.name})", done, len(stacks.names))
-        statistics[step.name] = step.finish(state, parameters, statistics)
-    return statistics
+) -> Statistics:
+    """Take a method's looks at the whole model."""
+    if method.gather is None or getattr(parameters, "scope", "model") == "tensor":
+        return {}
+    looks = method.gather(parameters, stacks.experts)
+    try:
+        measure = next(looks)
+        while True:
+            read: Callable[[str], Tensor] = stacks.read
+            total: Tensor | None = None
+            stream = pool.run(stacks.names, read, cost=stacks.cost, workers=workers, memory=memory)
+            for done, (name, vectors) in enumerate(stream, 1):
+                site = Site(name, tuple(vectors.shape[1:]))
+                share = measure.tally(vectors, parameters, site)
+                total = share if total is None else total + share
+                progress(f"measuring ({measure.name})", done, len(stacks.names))
+            measure = looks.send(total if total is not None else torch.zeros(()))
+    except StopIteration as done:
+        return done.value
 
 
 def make_reference(

@@ -3,35 +3,44 @@
 import importlib
 import pkgutil
 
-from personae.methods import merge, personalise
+from personae.methods import merge, mergekit, personalise
+from personae.methods._codec import Bits, Codec
+from personae.methods._merge import Gathering, Measure, MergeMethod, Statistics
+from personae.methods._parameters import Parameters
 from personae.methods._registry import (
+    ALIASES,
     CODECS,
     MERGE_METHODS,
-    Bits,
-    Block,
-    Codec,
+    MERGEKIT_METHODS,
+    METHODS_BY_CONVENTIONS,
     CodecEntry,
-    MergeMethod,
-    Parameters,
-    Pass,
+    Conventions,
     build,
     lookup,
 )
+from personae.methods._site import Block, Site
 
-for _package in (merge, personalise):
+for _package in (merge, mergekit, personalise):
     for _module in pkgutil.iter_modules(_package.__path__):
         importlib.import_module(f"{_package.__name__}.{_module.name}")
 
 __all__ = [
+    "ALIASES",
     "CODECS",
+    "MERGEKIT_METHODS",
     "MERGE_METHODS",
+    "METHODS_BY_CONVENTIONS",
     "Bits",
     "Block",
     "Codec",
     "CodecEntry",
+    "Conventions",
+    "Gathering",
+    "Measure",
     "MergeMethod",
     "Parameters",
-    "Pass",
+    "Site",
+    "Statistics",
     "build",
     "lookup",
 ]

@@ -6,134 +6,21 @@ Everything that lists, validates or documents methods reads this registry.
 
 import inspect
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
-from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import Field, ValidationError, create_model
 from torch import Tensor
 
-from personae._types import SVD, Parts, TensorSpec
 from personae.errors import Faults, MethodError, nearest
+from personae.methods._codec import Codec
+from personae.methods._merge import Gathering, MergeMethod, Side
+from personae.methods._parameters import Parameters
+from personae.methods._site import Site
 
-
-class Parameters(BaseModel):
-    """Typed, frozen parameters of a method; unknown names are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Block(NamedTuple):
-    """A slice of one tensor that is coded on its own: `start:stop` along `axis`."""
-
-    axis: int
-    start: int
-    stop: int
-
-
-class Bits(NamedTuple):
-    """What one tensor costs in a task file, before looking at its values.
-
-    counted: bits by the papers' rule (methods.md 3.1: DTS masks at 3 bits an element).
-    counted_lean: the same rule with the fewest bits that carry the code (2 for DTS).
-    stored: bits this tool writes: codes with their padding, scales and singular values.
-    """
-
-    counted: int
-    counted_lean: int
-    stored: int
-
-
-class Codec(Parameters, ABC):
-    """A lossy code for deltas; its fields are its parameters. Subclasses are pure and frozen.
-
-    A codec sees one tensor (or block of one) at a time. A decomposition asked for at a larger rank
-    serves every smaller one, so that a sweep over ranks pays for one.
-    """
-
-    def blocks(self, spec: TensorSpec) -> tuple[Block, ...]:
-        """Slices of this tensor to be coded apart; by default the whole tensor is one block."""
-        return (Block(0, 0, spec.shape[0]),) if spec.shape else ()
-
-    @abstractmethod
-    def rank(self, shape: tuple[int, ...]) -> int:
-        """Rank wanted of a decomposition of a delta of this shape; 0 if it needs none."""
-        ...
-
-    @abstractmethod
-    def decompose(self, delta: Float[Tensor, "..."], rank: int) -> SVD:
-        """Truncated SVD of the delta, seen as a matrix, at this rank or its numerical rank."""
-        ...
-
-    @abstractmethod
-    def encode(self, delta: Float[Tensor, "..."], svd: SVD | None = None) -> Parts:
-        """Code a delta (fp32). `svd`, if given, has at least `rank(delta.shape)` triplets."""
-        ...
-
-    @abstractmethod
-    def decode(self, parts: Parts, shape: tuple[int, ...]) -> Float[Tensor, "..."]:
-        """Rebuild the delta (fp32, of this shape) from its parts alone."""
-        ...
-
-    @abstractmethod
-    def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
-        """Size of the code of a delta of this shape without exact zeros.
-
-        Args:
-            shape: Shape of the tensor or block.
-            rank: Rank stored; by default `rank(shape)`, that of a delta of full rank.
-        """
-        ...
-
-
-class Pass(NamedTuple):
-    """One streaming pass that gathers a whole-model statistic before a method runs.
-
-    `update(state, task_vectors, parameters, statistics)` is called once for each tensor, in any
-    order, and must be exact under reordering (integer counts). Statistics of earlier passes are
-    in `statistics` by name; `finish(state, parameters, statistics)` gives this one's value.
-    """
-
-    name: str
-    start: Callable[[int], Tensor]
-    update: Callable[[Tensor, Tensor, Parameters, Mapping[str, Tensor]], Tensor]
-    finish: Callable[[Tensor, Parameters, Mapping[str, Tensor]], Tensor]
-
-
-def _no_passes(_: Parameters) -> tuple[Pass, ...]:
-    """Most methods look at one tensor at a time."""
-    return ()
-
-
-@dataclass(frozen=True)
-class MergeMethod:
-    """A registered static method: `merge(task_vectors, parameters)` on one tensor at a time."""
-
-    name: str
-    summary: str
-    paper: str
-    parameters: type[Parameters]
-    order_free: bool
-    function: Callable[..., Tensor]
-    passes: Callable[[Parameters], tuple[Pass, ...]] = field(default=_no_passes)
-
-    def merge(
-        self,
-        task_vectors: Float[Tensor, "expert *shape"],
-        parameters: Parameters,
-        statistics: Mapping[str, Tensor] | None = None,
-    ) -> Float[Tensor, "*shape"]:
-        """Apply the method to the stacked task vectors of one tensor.
-
-        Returns:
-            The merged task vector, fp32, on the device of the input.
-        """
-        settings = dict(parameters)
-        if self.passes(parameters):
-            settings["statistics"] = statistics
-        return self.function(task_vectors, **settings)
+Conventions = Literal["personae", "mergekit"]
+"""Whose algorithm a name means, where two codes use one name for two."""
 
 
 @dataclass(frozen=True)
@@ -147,42 +34,89 @@ class CodecEntry:
 
 
 MERGE_METHODS: dict[str, MergeMethod] = {}
+MERGEKIT_METHODS: dict[str, MergeMethod] = {}
+METHODS_BY_CONVENTIONS: dict[Conventions, dict[str, MergeMethod]] = {
+    "personae": MERGE_METHODS,
+    "mergekit": MERGEKIT_METHODS,
+}
+ALIASES: dict[str, str] = {}
 CODECS: dict[str, CodecEntry] = {}
+
+_GIVEN = {"statistics", "site"}
 
 C = TypeVar("C", bound=type[Codec])
 F = TypeVar("F", bound=Callable[..., Tensor])
+
+
+def everywhere(_: Any, __: Site) -> bool:
+    """Entry-wise on every tensor."""
+    return True
+
+
+def not_linear(_: Any, site: Site) -> bool:
+    """Entry-wise on all but the weights of linear layers."""
+    return site.kind != "linear"
+
+
+def _never(_: Any, __: Site) -> Side:
+    return "none"
 
 
 def merge_method(
     *,
     paper: str,
     order_free: bool,
-    passes: Callable[[Any], tuple[Pass, ...]] = _no_passes,
+    entrywise: Callable[[Any, Site], bool],
+    gather: Callable[[Any, int], Gathering] | None = None,
+    equivariant: Callable[[Any, Site], Side] = _never,
+    needs: Literal["deltas", "base", "adapters"] = "deltas",
+    degenerates: str = "",
+    bytes_per_entry: int = 16,
+    aliases: Sequence[str] = (),
+    conventions: Conventions = "personae",
 ) -> Callable[[F], F]:
     """Register a static method; its keyword-only arguments become its typed parameters.
 
-    A function whose `passes(parameters)` may be non-empty also takes a keyword-only `statistics`.
+    `statistics` and `site` among them are no parameters: the method is given them as it runs.
+    The other arguments are as in `MergeMethod`; `aliases` are further names in recipes.
     """
 
     def register(function: F) -> F:
         name = _file_name(function)
-        fields: dict[str, Any] = {}
-        meanings = _argument_texts(function)
-        for argument in inspect.signature(function).parameters.values():
-            if argument.kind is not inspect.Parameter.KEYWORD_ONLY or argument.name == "statistics":
-                continue
-            assert argument.annotation is not inspect.Parameter.empty, f"{name}: {argument.name}"
-            default = ... if argument.default is inspect.Parameter.empty else argument.default
-            meaning = Field(default, description=meanings.get(argument.name))
-            fields[argument.name] = (argument.annotation, meaning)
-        parameters = create_model(f"{name}_parameters", __base__=Parameters, **fields)
-        _add(
-            MERGE_METHODS,
-            MergeMethod(name, _summary(function), paper, parameters, order_free, function, passes),
+        registry = METHODS_BY_CONVENTIONS[conventions]
+        method = MergeMethod(
+            name=name,
+            summary=_summary(function),
+            paper=paper,
+            parameters=_parameters_of(function, name),
+            function=function,
+            order_free=order_free,
+            gather=gather,
+            entrywise=entrywise,
+            equivariant=equivariant,
+            needs=needs,
+            degenerates=degenerates,
+            bytes_per_entry=bytes_per_entry,
         )
+        _add(registry, method)
+        for alias in aliases:
+            ALIASES[alias] = name
         return function
 
     return register
+
+
+def _parameters_of(function: Callable[..., Tensor], name: str) -> type[Parameters]:
+    fields: dict[str, Any] = {}
+    meanings = _argument_texts(function)
+    for argument in inspect.signature(function).parameters.values():
+        if argument.kind is not inspect.Parameter.KEYWORD_ONLY or argument.name in _GIVEN:
+            continue
+        assert argument.annotation is not inspect.Parameter.empty, f"{name}: {argument.name}"
+        default = ... if argument.default is inspect.Parameter.empty else argument.default
+        meaning = Field(default, description=meanings.get(argument.name))
+        fields[argument.name] = (argument.annotation, meaning)
+    return create_model(f"{name}_parameters", __base__=Parameters, **fields)
 
 
 def codec(*, paper: str) -> Callable[[C], C]:
@@ -199,11 +133,13 @@ Entry = TypeVar("Entry", bound=MergeMethod | CodecEntry)
 
 
 def lookup(registry: Mapping[str, Entry], name: str) -> Entry:
-    """Find an entry by name.
+    """Find an entry by its name or an alias.
 
     Raises:
         MethodError: if no such name is registered; the text suggests the nearest.
     """
+    if name not in registry:
+        name = ALIASES.get(name, name)
     if name not in registry:
         raise MethodError(f"Unknown method '{name}'. {nearest(name, registry)}")
     return registry[name]

@@ -6,7 +6,7 @@ first. Entries without a winner become 0 if the model as a whole has none either
 Votes are summed in fp64, so that the order of experts cannot flip a sign.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from personae._types import Density
-from personae.methods._registry import Pass, merge_method
+from personae.methods._merge import Gathering, Measure, Statistics
+from personae.methods._registry import everywhere, merge_method
+from personae.methods._site import Site
 from personae.ops.select import (
     HIGH_BINS,
     LOW_BINS,
@@ -23,27 +25,35 @@ from personae.ops.select import (
     count_low,
     find_bin,
     kept_count,
-    kth_magnitude,
     magnitude,
 )
 
 _BLOCK = 1 << 16  # entries of each expert worked on at once: small enough for the cache
 
-Statistics = Mapping[str, Tensor]
+
+def _gather(parameters: Any, experts: int) -> Gathering:
+    """Three looks: two find each expert's threshold by counting, one the majority sign."""
+    counts = yield Measure("bins", lambda vectors, _, __: _each(_count_high, vectors))
+    k = kept_count(int(counts[0].sum()), parameters.density)
+    bins = [find_bin(of_expert, k) for of_expert in counts]
+
+    def count_low_bits(vectors: Tensor, _: Any, __: Site) -> Tensor:
+        highs = [high for high, _ in bins]
+        return torch.stack([_count_low(v, h) for v, h in zip(vectors, highs, strict=True)])
+
+    lows = yield Measure("thresholds", count_low_bits)
+    found = zip(lows, bins, strict=True)
+    thresholds = torch.tensor([magnitude(h, find_bin(low, rank)[0]) for low, (h, rank) in found])
+
+    def vote(vectors: Tensor, _: Any, __: Site) -> Tensor:
+        return _majority_votes(vectors, thresholds, parameters.elect)
+
+    majority = yield Measure("majority", vote)
+    assert experts == len(thresholds)
+    return {"thresholds": thresholds, "majority": majority.sign()}
 
 
-def _passes(parameters: Any) -> tuple[Pass, ...]:
-    """Three rounds over the model: two find each expert's threshold, one the majority sign."""
-    if parameters.scope == "tensor":
-        return ()
-    return (
-        Pass("bins", _start_bins, _update_bins, _finish_bins),
-        Pass("thresholds", _start_thresholds, _update_thresholds, _finish_thresholds),
-        Pass("majority", _start_majority, _update_majority, _finish_majority),
-    )
-
-
-@merge_method(paper="arXiv:2306.01708", order_free=True, passes=_passes)
+@merge_method(paper="arXiv:2306.01708", order_free=True, entrywise=everywhere, gather=_gather)
 def ties(
     task_vectors: Float[Tensor, "expert *shape"],
     *,
@@ -67,14 +77,12 @@ def ties(
         reduce: Mean, sum or largest magnitude of the entries that agree.
         elect: Whether experts vote with their magnitudes (as in the paper) or one vote each.
         scale: Multiplier on the result (λ in the paper).
-        statistics: For `scope="model"`: `thresholds` (expert,), fp32, and `majority` (), int64.
+        statistics: `thresholds` (expert,), fp32, and `majority` (), int64, over the scope.
 
     Returns:
         The merged task vector, fp32; entries that no expert keeps are 0.
     """
-    if scope == "tensor":
-        statistics = _tensor_statistics(task_vectors, density, elect)
-    assert statistics is not None, "ties over the whole model needs its statistics"
+    assert statistics is not None, "ties needs its thresholds"
     thresholds = statistics["thresholds"]
     majority = float(statistics["majority"])
     merged = torch.empty_like(task_vectors[0], memory_format=torch.contiguous_format)
@@ -132,64 +140,17 @@ def _majority_votes(
     return votes
 
 
-def _tensor_statistics(
-    task_vectors: Float[Tensor, "expert *shape"], density: float, elect: str
-) -> Statistics:
-    """The same statistics as the passes gather, of one tensor alone."""
-    k = kept_count(task_vectors[0].numel(), density)
-    found = [kth_magnitude(vector, k)[0] if k else 0.0 for vector in task_vectors]
-    thresholds = torch.tensor(found, dtype=torch.float32)
-    majority = _majority_votes(task_vectors, thresholds, elect).sign()
-    return {"thresholds": thresholds, "majority": majority}
+def _each(count: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+    return torch.stack([count(vector) for vector in vectors])
 
 
-def _start_bins(experts: int) -> Int64[Tensor, "expert 65536"]:
-    return torch.zeros(experts, HIGH_BINS, dtype=torch.int64)
+def _count_high(vector: Tensor) -> Int64[Tensor, "65536"]:
+    counts = torch.zeros(HIGH_BINS, dtype=torch.int64, device=vector.device)
+    count_high(counts, vector)
+    return counts
 
 
-def _update_bins(state: Tensor, task_vectors: Tensor, _: Any, __: Statistics) -> Tensor:
-    state = state.to(task_vectors.device)
-    for counts, vector in zip(state, task_vectors, strict=True):
-        count_high(counts, vector)
-    return state
-
-
-def _finish_bins(state: Tensor, parameters: Any, _: Statistics) -> Int64[Tensor, "expert 2"]:
-    """The bin of each expert's k-th largest magnitude, and its rank in that bin."""
-    k = kept_count(int(state[0].sum()), parameters.density)
-    return torch.tensor([find_bin(counts, k) for counts in state.cpu()])
-
-
-def _start_thresholds(experts: int) -> Int64[Tensor, "expert 32768"]:
-    return torch.zeros(experts, LOW_BINS, dtype=torch.int64)
-
-
-def _update_thresholds(
-    state: Tensor, task_vectors: Tensor, _: Any, statistics: Statistics
-) -> Tensor:
-    state = state.to(task_vectors.device)
-    highs = statistics["bins"][:, 0].tolist()
-    for counts, vector, high in zip(state, task_vectors, highs, strict=True):
-        count_low(counts, vector, high)
-    return state
-
-
-def _finish_thresholds(state: Tensor, _: Any, statistics: Statistics) -> Float[Tensor, " expert"]:
-    bins = statistics["bins"].tolist()
-    found = zip(state.cpu(), bins, strict=True)
-    return torch.tensor([magnitude(high, find_bin(low, rank)[0]) for low, (high, rank) in found])
-
-
-def _start_majority(_: int) -> Int64[Tensor, ""]:
-    return torch.zeros((), dtype=torch.int64)
-
-
-def _update_majority(
-    state: Tensor, task_vectors: Tensor, parameters: Any, statistics: Statistics
-) -> Tensor:
-    votes = _majority_votes(task_vectors, statistics["thresholds"], parameters.elect)
-    return state.to(task_vectors.device) + votes
-
-
-def _finish_majority(state: Tensor, _: Any, __: Statistics) -> Int64[Tensor, ""]:
-    return state.sign()
+def _count_low(vector: Tensor, high: int) -> Int64[Tensor, "32768"]:
+    counts = torch.zeros(LOW_BINS, dtype=torch.int64, device=vector.device)
+    count_low(counts, vector, high)
+    return counts

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from personae._types import SVD, Parts, RankFraction, TensorSpec
 from personae.errors import MethodError
-from personae.methods._registry import Bits, Block, Codec, codec
+from personae.methods._codec import Bits, Codec
+from personae.methods._registry import codec
+from personae.methods._site import Block, stacked_qkv
 from personae.ops.bits import Width, pack, packed_size, unpack
 from personae.ops.levels import Levels, Split, dequantise, groups, quantise
 from personae.ops.parts import cut, part
 from personae.ops.rows import restore_rows, touched_rows
 from personae.ops.svd import truncated_svd
 from personae.ops.zeros import decode_zeros, encode_zeros
-
-_STACKED = {"in_proj_weight", "c_attn", "qkv", "qkv_proj", "Wqkv"}
 
 
 @codec(paper="arXiv:2512.01461")
@@ -87,17 +87,10 @@ class DTS(Codec):
     def blocks(self, spec: TensorSpec) -> tuple[Block, ...]:
         """Three blocks for a fused Q, K, V weight if `qkv` is "split", else the whole tensor.
 
-        Fused weights are known by name (`in_proj_weight`, `c_attn`, `qkv`, `qkv_proj`, `Wqkv`) and
-        by one dimension being three times the other: rows, or columns for the transposed Conv1D
-        of GPT-2. `query_key_value` (GPT-NeoX, BLOOM, Falcon) interleaves heads and stays whole;
-        so do grouped-query layouts. Any split decodes right; it only decides what shares a basis.
+        See `Site.stacked_qkv`. Any split decodes right; it only decides what shares a basis.
         """
-        if self.qkv == "split" and len(spec.shape) == 2 and _STACKED & {*spec.name.split(".")}:
-            out_width, in_width = spec.shape
-            for axis, width, other in ((0, out_width, in_width), (1, in_width, out_width)):
-                if width == 3 * other:
-                    return tuple(Block(axis, n * other, (n + 1) * other) for n in range(3))
-        return super().blocks(spec)
+        fused = stacked_qkv(spec.name, spec.shape) if self.qkv == "split" else ()
+        return fused or super().blocks(spec)
 
     def rank(self, shape: tuple[int, ...]) -> int:
         """`⌊rank_fraction · min(m, d)⌋`; 0 for what is coded without a decomposition.

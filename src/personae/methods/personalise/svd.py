@@ -14,7 +14,8 @@ from torch import Tensor
 
 from personae import _types
 from personae._types import Parts, RankFraction
-from personae.methods._registry import Bits, Codec, codec
+from personae.methods._codec import Bits, Codec
+from personae.methods._registry import codec
 from personae.ops.parts import cut, part
 from personae.ops.rows import restore_rows, touched_rows
 from personae.ops.svd import truncated_svd

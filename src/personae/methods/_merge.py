@@ -1,0 +1,172 @@
+"""A static method: the task vectors of one tensor to one, after looks at the whole model."""
+
+import inspect
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from personae.methods._parameters import Parameters
+from personae.methods._site import Site
+
+Statistics = Mapping[str, Tensor]
+"""What a method has to know beyond the entries it is given, by name."""
+
+Side = Literal["none", "left", "right", "both"]
+
+
+def _everywhere(_: Any, __: Site) -> bool:
+    return True
+
+
+class Measure(NamedTuple):
+    """One look at the tensors a statistic is about.
+
+    Attributes:
+        name: What is measured, for progress and records.
+        tally: `tally(task_vectors, parameters, site)`, the share of the entries given; shares are
+            summed over all tensors, and over blocks of rows where the method is entry-wise.
+            int64, or floating (then summed in the order of tensors and rows).
+        applies: Whether a tensor is looked at.
+        sample: Looks at about one row in so many, spread over all tensors: enough for a guess.
+    """
+
+    name: str
+    tally: Callable[[Tensor, Any, Site], Tensor]
+    applies: Callable[[Any, Site], bool] = _everywhere
+    sample: int = 1
+
+
+Gathering = Generator[Measure, Tensor, Statistics]
+"""Yields what to measure, is sent the sum over all tensors, returns the statistics."""
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """A registered static method; what it computes is `merge`.
+
+    Attributes:
+        name: Its name in recipes.
+        summary: One line.
+        paper: Where it is from.
+        parameters: Their model.
+        function: `function(task_vectors, **parameters)`. If it takes `statistics` or `site`, it is
+            given them.
+        order_free: Whether the order of experts does not matter (beyond rounding).
+        gather: `gather(parameters, experts)`, the looks it takes before it runs: over the whole
+            model, or over each tensor alone if its parameter `scope` is "tensor".
+        entrywise: `entrywise(parameters, site)`: whether an entry of the result depends on that
+            entry of the task vectors and the statistics alone, so that rows can be cut apart.
+        equivariant: `equivariant(parameters, site)`: whether turning all task vectors (matrices)
+            by one orthogonal matrix from this side turns the result. Adapters are then merged as
+            small matrices, exactly.
+        needs: "deltas": task vectors, or difference vectors where there is no base. "base": task
+            vectors alone. "adapters": task vectors of LoRA adapters.
+        degenerates: On difference vectors, what it amounts to; empty if to nothing simpler.
+        bytes_per_entry: Peak working memory, in bytes an entry of the stack, itself included.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    parameters: type[Parameters]
+    function: Callable[..., Tensor]
+    order_free: bool
+    gather: Callable[[Any, int], Gathering] | None
+    entrywise: Callable[[Any, Site], bool]
+    equivariant: Callable[[Any, Site], Side]
+    needs: Literal["deltas", "base", "adapters"]
+    degenerates: str
+    bytes_per_entry: int
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        parameters: Parameters,
+        statistics: Statistics | None = None,
+        site: Site | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """Apply the method to the stacked task vectors of one tensor, or of rows of it.
+
+        Args:
+            task_vectors: One an expert, in recipe order; fp32.
+            parameters: As `build` made them.
+            statistics: What the method's looks told; by default they look at these alone.
+            site: Which tensor, and which rows; by default a nameless one.
+
+        Returns:
+            The merged task vector, fp32, on the device of the input.
+        """
+        site = site or Site("", tuple(task_vectors.shape[1:]))
+        given: dict[str, Any] = {}
+        if "site" in self._takes:
+            given["site"] = site
+        if "statistics" in self._takes:
+            given["statistics"] = (
+                self.statistics([(site, task_vectors)], parameters)
+                if statistics is None
+                else statistics
+            )
+        return self.function(task_vectors, **dict(parameters), **given)
+
+    def merge_factors(
+        self,
+        factors: Sequence[tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]],
+        parameters: Parameters,
+        statistics: Statistics | None = None,
+        site: Site | None = None,
+    ) -> Float[Tensor, "out in"]:
+        """The same for matrices given as exact factors, one pair an expert.
+
+        Where the method is `equivariant`, what it sees are the task vectors in orthonormal bases
+        of all left and right factors: matrices of Σ ranks rows or columns, or both.
+        """
+        site = site or Site("", (factors[0][0].shape[0], factors[0][1].shape[1]))
+        side = self.equivariant(parameters, site)
+        lefts, rights = [left for left, _ in factors], [right for _, right in factors]
+        basis = cobasis = None
+        if side in ("left", "both") and sum(a.shape[1] for a in lefts) < site.shape[0]:
+            basis = _basis(torch.cat(lefts, dim=1))
+            lefts = [basis.T @ left for left in lefts]
+        if side in ("right", "both") and sum(b.shape[0] for b in rights) < site.shape[1]:
+            cobasis = _basis(torch.cat(rights).T)
+            rights = [right @ cobasis for right in rights]
+        stack = torch.stack([a @ b for a, b in zip(lefts, rights, strict=True)])
+        merged = self.merge(stack, parameters, statistics, site)
+        merged = merged if basis is None else basis @ merged
+        return merged if cobasis is None else merged @ cobasis.T
+
+    def statistics(
+        self, stacks: Iterable[tuple[Site, Float[Tensor, "expert ..."]]], parameters: Parameters
+    ) -> Statistics:
+        """What the method's looks tell of tensors that are all in memory."""
+        if self.gather is None:
+            return {}
+        model = list(stacks)
+        looks = self.gather(parameters, len(model[0][1]))
+        try:
+            measure = next(looks)
+            while True:
+                shares = [
+                    measure.tally(vectors, parameters, site)
+                    for site, vectors in model
+                    if measure.applies(parameters, site)
+                ]
+                measure = looks.send(sum(shares[1:], shares[0]) if shares else torch.zeros(()))
+        except StopIteration as done:
+            return done.value
+
+    @cached_property
+    def _takes(self) -> set[str]:
+        return set(inspect.signature(self.function).parameters)
+
+
+def _basis(columns: Float[Tensor, "long short"]) -> Float[Tensor, "long short"]:
+    """Orthonormal basis of the span of columns: their left singular vectors, signs fixed."""
+    u, _, _ = torch.linalg.svd(columns.double(), full_matrices=False)
+    first = u.abs().argmax(dim=0)
+    return (u * u.gather(0, first[None]).sign()).float()

@@ -1,0 +1,39 @@
+"""Typed parameters of a method, and values that differ from expert to expert."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from personae.errors import Faults
+
+
+class Parameters(BaseModel):
+    """Typed, frozen parameters of a method; unknown names are refused.
+
+    A parameter that takes a tuple takes one value an expert, in recipe order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def check_experts(self, experts: int, faults: Faults) -> None:
+        """Add a fault for each parameter whose values are not one an expert."""
+        for name, value in self:
+            if isinstance(value, tuple) and len(value) != experts:
+                faults.add(
+                    f"{name} has {len(value)} values for {experts} experts. "
+                    "Give one an expert, or a single one for all."
+                )
+
+
+def per_expert(
+    value: float | tuple[float, ...], task_vectors: Float[Tensor, "expert ..."]
+) -> Float[Tensor, "expert ..."]:
+    """One value for each expert, shaped to be multiplied with the stacked task vectors."""
+    experts = len(task_vectors)
+    values: Any = value if isinstance(value, tuple) else (value,) * experts
+    assert len(values) == experts, f"{len(values)} values for {experts} experts"
+    shape = (experts, *[1] * (task_vectors.ndim - 1))
+    return torch.tensor(values, dtype=torch.float32, device=task_vectors.device).reshape(shape)

@@ -1,0 +1,79 @@
+"""Where a method is: which tensor it is given, of which class, and which entries of it."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+TensorClass = Literal["linear", "embedding", "conv", "vector", "scalar"]
+"""Classes that methods tell apart (methods.md 0.2): weights of linear layers, other tables of two
+axes, three axes and more, one axis, none."""
+
+_EMBEDDING = re.compile(
+    r"embed|wte|wpe|lm_head|(^|\.)shared\.weight|relative_attention_bias|decoder\.weight"
+    r"|(^|\.)(text_projection|visual_projection|proj)(\.weight)?$"
+)
+# CLIP's `proj`, beside which lies no layer; `attn.proj.weight` and the like are linear layers.
+_LAYER_PROJECTION = re.compile(r"\.\w*(attn|attention|mlp)\w*\.proj\.weight$")
+_STACKED = {"in_proj_weight", "c_attn", "qkv", "qkv_proj", "Wqkv"}
+
+
+class Block(NamedTuple):
+    """A slice of one tensor that is worked on by itself: `start:stop` along `axis`."""
+
+    axis: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """The tensor a method is given, or the rows of it.
+
+    Attributes:
+        name: The reference's name of the tensor.
+        shape: Shape of the whole tensor.
+        start: Flat index, in the whole tensor, of the first entry given. Not 0 only for methods
+            that are entry-wise there.
+        transposed: Whether a matrix is stored (in, out), as GPT-2's Conv1D is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int = 0
+    transposed: bool = False
+
+    @property
+    def kind(self) -> TensorClass:
+        """The class of the tensor."""
+        return tensor_class(self.name, self.shape)
+
+    def stacked_qkv(self) -> tuple[Block, ...]:
+        """Three blocks for a fused Q, K, V weight, none for any other tensor.
+
+        Fused weights are known by name (`in_proj_weight`, `c_attn`, `qkv`, `qkv_proj`, `Wqkv`) and
+        by one dimension being three times the other: rows, or columns for the transposed Conv1D
+        of GPT-2. `query_key_value` (GPT-NeoX, BLOOM, Falcon) interleaves heads and stays whole;
+        so do grouped-query layouts.
+        """
+        return stacked_qkv(self.name, self.shape)
+
+
+def stacked_qkv(name: str, shape: tuple[int, ...]) -> tuple[Block, ...]:
+    """See `Site.stacked_qkv`."""
+    if len(shape) != 2 or not _STACKED & {*name.split(".")}:
+        return ()
+    for axis, width, other in ((0, *shape), (1, *reversed(shape))):
+        if width == 3 * other:
+            return tuple(Block(axis, n * other, (n + 1) * other) for n in range(3))
+    return ()
+
+
+def tensor_class(name: str, shape: tuple[int, ...]) -> TensorClass:
+    """The class of a tensor, by its name and shape."""
+    if len(shape) < 2:
+        return "vector" if shape else "scalar"
+    if len(shape) > 2:
+        return "conv"
+    if _EMBEDDING.search(name) and not _LAYER_PROJECTION.search(name):
+        return "embedding"
+    return "linear"

@@ -1,0 +1,1 @@
+"""What mergekit means by names that mean another algorithm here (`conventions: mergekit`)."""
