@@ -67,6 +67,8 @@ class MergeMethod:
         needs: "deltas": task vectors, or difference vectors where there is no base. "base": task
             vectors alone. "adapters": task vectors of LoRA adapters.
         degenerates: On difference vectors, what it amounts to; empty if to nothing simpler.
+        model_wide: Parameters that `gather` reads: while it looks at the whole model, they cannot
+            differ from tensor to tensor.
         bytes_per_entry: Peak working memory, in bytes an entry of the stack, itself included.
     """
 
@@ -81,6 +83,7 @@ class MergeMethod:
     equivariant: Callable[[Any, Site], Side]
     needs: Literal["deltas", "base", "adapters"]
     degenerates: str
+    model_wide: tuple[str, ...]
     bytes_per_entry: int
 
     def merge(

@@ -71,6 +71,7 @@ def merge_method(
     equivariant: Callable[[Any, Site], Side] = _never,
     needs: Literal["deltas", "base", "adapters"] = "deltas",
     degenerates: str = "",
+    model_wide: tuple[str, ...] = (),
     bytes_per_entry: int = 16,
     aliases: Sequence[str] = (),
     conventions: Conventions = "personae",
@@ -96,6 +97,7 @@ def merge_method(
             equivariant=equivariant,
             needs=needs,
             degenerates=degenerates,
+            model_wide=model_wide,
             bytes_per_entry=bytes_per_entry,
         )
         _add(registry, method)

@@ -53,7 +53,13 @@ def _gather(parameters: Any, experts: int) -> Gathering:
     return {"thresholds": thresholds, "majority": majority.sign()}
 
 
-@merge_method(paper="arXiv:2306.01708", order_free=True, entrywise=everywhere, gather=_gather)
+@merge_method(
+    paper="arXiv:2306.01708",
+    order_free=True,
+    entrywise=everywhere,
+    gather=_gather,
+    model_wide=("density", "scope", "elect"),
+)
 def ties(
     task_vectors: Float[Tensor, "expert *shape"],
     *,
