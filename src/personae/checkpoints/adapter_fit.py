@@ -3,10 +3,10 @@
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from itertools import takewhile
 
 from personae._types import TensorSpec
 from personae.errors import Faults
+from personae.ops.layout import stored_in_out
 
 
 def find_rename(
@@ -74,28 +74,5 @@ def is_transposed(
     if embedding:
         return True if transposed else None
     if plain and transposed:
-        return _stored_in_out(name, specs, fan_in_fan_out)
+        return stored_in_out(name, specs, fan_in_fan_out)
     return transposed if plain or transposed else None
-
-
-def _stored_in_out(name: str, specs: Mapping[str, TensorSpec], otherwise: bool) -> bool:
-    """Whether a square weight is (in, out), as its nearest relative with an oblong weight is.
-
-    Nearest is the one whose name has the longest start in common; its bias, of length out, tells
-    the layout. Without any such relative the answer is `otherwise`.
-    """
-    best, answer = 0, otherwise
-    for other, spec in specs.items():
-        bias = specs.get(re.sub(r"weight$", "bias", other))
-        if len(spec.shape) != 2 or spec.shape[0] == spec.shape[1] or bias is None:
-            continue
-        common = _common_parts(name, other)
-        if common > best and bias.shape[0] in spec.shape:
-            best, answer = common, bias.shape[0] == spec.shape[1]
-    return answer
-
-
-def _common_parts(name: str, other: str) -> int:
-    """Count the leading dotted parts two names share."""
-    same = (a == b for a, b in zip(name.split("."), other.split("."), strict=False))
-    return sum(takewhile(bool, same))

@@ -30,6 +30,7 @@ def align(
     *,
     skip: Sequence[str] = (),
     private: Sequence[str] = (),
+    lenient: bool = False,
 ) -> dict[str, Alignment]:
     """Match every expert with the reference, by names and shapes from headers.
 
@@ -38,6 +39,7 @@ def align(
         experts: Task name to checkpoint.
         skip: Patterns of reference or expert names to leave out of the pack.
         private: Patterns of names to keep whole although they could be coded.
+        lenient: Whether an expert may lack tensors of the reference.
 
     Raises:
         CheckpointError: naming, for every expert at once, tensors it lacks, and experts that are
@@ -53,7 +55,7 @@ def align(
             )
             continue
         found = _align_one(name, reference, checkpoint, skip, private)
-        check_fit(found, reference, (*skip, *private), faults)
+        check_fit(found, reference, ("*",) if lenient else (*skip, *private), faults)
         aligned[name] = found
     faults.raise_if_any(CheckpointError)
     return aligned

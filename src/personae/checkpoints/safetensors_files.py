@@ -1,12 +1,16 @@
 """Safetensors, one file or many: headers at opening, bytes by position afterwards.
 
-Nothing is mapped and no file stays open: each read opens its file, seeks and fills one fresh
-tensor. Memory is then exactly the tensors the caller holds, and any number of threads may read.
+Nothing is mapped: each read fills one fresh tensor from its place in the file. Memory is then
+exactly the tensors the caller holds, and any number of threads may read. A few files stay open
+from their first read until `close`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+import os
+import threading
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +24,8 @@ from personae.checkpoints.specs import by_name, check_rows, no_such_tensor
 from personae.errors import CheckpointError, Faults
 
 _HEADERS_AT_ONCE = 8
+_KEPT_OPEN = 16
+_MOST_AT_ONCE = 1 << 30  # a system call moves at most 2 GiB
 
 
 class SafetensorsFiles:
@@ -57,6 +63,8 @@ class SafetensorsFiles:
             for name, begin in header.begins.items()
         }
         self._locate = locate
+        self._open: dict[str, tuple[int, int]] = {}
+        self._opening = threading.Lock()
 
     def read(self, name: str) -> Shaped[Tensor, "..."]:
         """Return one tensor; see `Checkpoint.read`.
@@ -86,7 +94,15 @@ class SafetensorsFiles:
         return False
 
     def close(self) -> None:
-        """Do nothing: no file is held open."""
+        """Close what is open. Reading opens it again."""
+        with self._opening:
+            for handle, _ in self._open.values():
+                os.close(handle)
+            self._open.clear()
+
+    def __del__(self) -> None:
+        """Close what is open."""
+        self.close()
 
     def _spec(self, name: str) -> TensorSpec:
         return self.specs.get(name) or no_such_tensor(self.source, name, self.specs)
@@ -95,19 +111,35 @@ class SafetensorsFiles:
         file, begin = self._places[spec.name]
         tensor = torch.empty(shape, dtype=spec.dtype)
         left = tensor.reshape(-1).view(torch.uint8).numpy().data
-        with self._locate(file).open("rb", buffering=0) as raw:
-            header_bytes = int.from_bytes(raw.read(LENGTH_BYTES), "little")
-            raw.seek(LENGTH_BYTES + header_bytes + begin + skip)
+        with self._handle(file) as (handle, data_start):
+            offset = data_start + begin + skip
             while len(left) > 0:
-                # One system call moves at most 2 GiB, so a large tensor takes several.
-                count = raw.readinto(left)
+                count = os.preadv(handle, [left[:_MOST_AT_ONCE]], offset)
                 if not count:
                     raise CheckpointError(
                         f"{self.source}: {file} ended inside '{spec.name}', so it was changed or "
                         "cut short after it was opened. Run again with the complete file."
                     )
-                left = left[count:]
+                left, offset = left[count:], offset + count
         return tensor
+
+    @contextmanager
+    def _handle(self, file: str) -> Generator[tuple[int, int]]:
+        """An open file and where its values start; the first few files stay open."""
+        kept = self._open.get(file)
+        if kept is not None:
+            yield kept
+            return
+        handle = os.open(self._locate(file), os.O_RDONLY)
+        opened = handle, LENGTH_BYTES + int.from_bytes(os.pread(handle, LENGTH_BYTES, 0), "little")
+        with self._opening:
+            if len(self._open) < _KEPT_OPEN and file not in self._open:
+                self._open[file] = kept = opened
+        try:
+            yield opened
+        finally:
+            if kept is None:
+                os.close(handle)
 
 
 def open_safetensors(folder: Folder, file: str) -> SafetensorsFiles:

@@ -8,6 +8,7 @@ from typing import Any
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.family import Alignment, align
+from personae.checkpoints.mean import MeanOf
 from personae.checkpoints.naming import check_names, matches
 from personae.errors import CheckpointError, Faults, RecipeError
 
@@ -17,14 +18,16 @@ class Family:
     """A base and its experts, opened and aligned.
 
     Attributes:
-        base: The base model.
+        base: The base model, or the average of the experts where there is none.
         experts: Task name to the expert aligned with the base, in the order given.
         patterns: What was to be skipped or kept whole.
+        has_base: Whether `base` is a model of its own.
     """
 
     base: Checkpoint
     experts: dict[str, Alignment]
     patterns: tuple[str, ...] = ()
+    has_base: bool = True
 
     @property
     def notes(self) -> list[str]:
@@ -76,7 +79,8 @@ def open_family(
     """Open every checkpoint (headers only) and align it with the base.
 
     Args:
-        base: Path, hub id, module or mapping of the base model.
+        base: Path, hub id, module or mapping of the base model. None: the experts' average takes
+            its place, over the tensors that all have in one shape.
         experts: Task name to path, hub id, module or mapping.
         skip: Patterns of tensor names to leave out.
         private: Patterns of tensor names to keep whole.
@@ -87,19 +91,31 @@ def open_family(
             every expert that does not fit the base.
     """
     if not experts:
-        raise RecipeError("There is no expert to pack. Give at least one: --expert NAME=PATH.")
+        raise RecipeError("There is no expert. Give at least one: --expert NAME=PATH.")
     faults = Faults()
     check_names(experts, faults)
     opened: dict[str, Checkpoint] = {}
-    reference = _open("The base", base, None, faults)
+    reference = None if base is None else _open("The base", base, None, faults)
     for name, source in experts.items():
         expert = _open(f"Expert '{name}'", source, reference, faults)
         if expert is not None:
             opened[name] = expert
     faults.raise_if_any(CheckpointError)
-    assert reference is not None
+    patterns = (*skip, *private)
+    if reference is None:
+        reference = _average(opened, skip)
     aligned = align(reference, opened, skip=skip, private=private)
-    return Family(reference, aligned, (*skip, *private))
+    return Family(reference, aligned, patterns, has_base=base is not None)
+
+
+def _average(experts: Mapping[str, Checkpoint], skip: Sequence[str]) -> MeanOf:
+    """The average of the experts, aligned with the first of them.
+
+    Raises:
+        CheckpointError: if an expert does not fit the first.
+    """
+    (_, first), *others = experts.items()
+    return MeanOf(first, list(align(first, dict(others), skip=skip, lenient=True).values()))
 
 
 def _open(label: str, source: Any, base: Checkpoint | None, faults: Faults) -> Checkpoint | None:
