@@ -9,23 +9,26 @@ if TYPE_CHECKING:
     from personae.checkpoints import open_checkpoint
     from personae.errors import PersonaeError
     from personae.execute.inspect import inspect
+    from personae.execute.merge import merge
     from personae.execute.pack import add_tasks, pack, pack_many, remove_task
     from personae.execute.plan import plan_pack, plan_shapes
     from personae.execute.unpack import unpack
     from personae.execute.verify import verify
     from personae.execute.work import Work
     from personae.methods import CODECS, MERGE_METHODS
-    from personae.recipe import PackSettings
+    from personae.recipe import MergeSettings, PackSettings
 
 # Names are looked up when first used: `import personae` alone costs nothing.
 _HOMES = {
     "CODECS": "methods",
     "MERGE_METHODS": "methods",
+    "MergeSettings": "recipe",
     "PackSettings": "recipe",
     "PersonaeError": "errors",
     "Work": "execute.work",
     "add_tasks": "execute.pack",
     "inspect": "execute.inspect",
+    "merge": "execute.merge",
     "open_checkpoint": "checkpoints",
     "pack": "execute.pack",
     "pack_many": "execute.pack",
@@ -39,12 +42,14 @@ _HOMES = {
 __all__ = [
     "CODECS",
     "MERGE_METHODS",
+    "MergeSettings",
     "PackSettings",
     "PersonaeError",
     "Work",
     "__version__",
     "add_tasks",
     "inspect",
+    "merge",
     "open_checkpoint",
     "pack",
     "pack_many",

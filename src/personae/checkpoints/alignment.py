@@ -66,7 +66,19 @@ class Alignment:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should be told about this alignment, a line each."""
+        """What a person who packs should be told about this alignment, a line each."""
+        notes = self.naming_notes
+        if self.private:
+            size = sum(self.private_spec(n).nbytes for n in self.private)
+            listed = shown(self.private)
+            notes.append(f"{self.name}: kept whole as private ({size:,} bytes): {listed}")
+        if self.grown:
+            notes.append(f"{self.name}: extra rows kept whole as private: {shown(self.grown)}")
+        return notes
+
+    @property
+    def naming_notes(self) -> list[str]:
+        """How the expert's names were matched, where they are not the reference's."""
         notes: list[str] = []
         rule = self.renaming
         if rule.wrapper:
@@ -81,10 +93,4 @@ class Alignment:
         ]
         if given:
             notes.append(f"{self.name}: stored under the base's names: {shown(given)}")
-        if self.private:
-            size = sum(self.private_spec(n).nbytes for n in self.private)
-            listed = shown(self.private)
-            notes.append(f"{self.name}: kept whole as private ({size:,} bytes): {listed}")
-        if self.grown:
-            notes.append(f"{self.name}: extra rows kept whole as private: {shown(self.grown)}")
         return notes

@@ -46,7 +46,7 @@ def check_fit(
             "the base? To leave them out, add them to 'skip'."
         )
     odd = [
-        n for n in found.private if not matches(n, allowed) and _reference_name(n, found, reference)
+        n for n in found.private if not matches(n, allowed) and reference_name(n, found, reference)
     ]
     coded = sum(reference.specs[n].numel for n in found.shared)
     if sum(found.private_spec(n).numel for n in odd) > coded:
@@ -54,12 +54,12 @@ def check_fit(
         faults.add(
             f"Expert '{found.name}': the shapes of {len(odd)} tensors disagree with the base, "
             f"more than half of the model: '{n}' is {found.private_spec(n).shape}, the base has "
-            f"{reference.specs[_reference_name(n, found, reference)].shape}. "
+            f"{reference.specs[reference_name(n, found, reference)].shape}. "
             "Give the base it was fine-tuned from, or name them in 'private' to keep them whole."
         )
 
 
-def _reference_name(expert_name: str, found: Alignment, reference: Checkpoint) -> str:
+def reference_name(expert_name: str, found: Alignment, reference: Checkpoint) -> str:
     """The reference tensor a private tensor answers to, or '' if only the expert has it."""
     rule = found.renaming
     for name in (expert_name.removeprefix(rule.add), rule.strip + expert_name, expert_name):

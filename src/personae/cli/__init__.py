@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from personae import __version__
-from personae.cli import demo, inspect, methods, pack, plan, unpack, verify
+from personae.cli import demo, inspect, merge, methods, pack, plan, unpack, verify
 from personae.cli.console import err
 from personae.errors import PersonaeError
 
@@ -43,7 +43,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             err.print("Interrupted; nothing half-done was kept under a final name.", markup=False)
-            if command is pack.pack:
+            if command in (merge.merge, pack.pack):
                 err.print("The same command goes on where it stopped.", markup=False)
             raise typer.Exit(_INTERRUPTED) from error
 
@@ -66,10 +66,11 @@ def _root(  # pyright: ignore[reportUnusedFunction]
         ),
     ] = False,
 ) -> None:
-    """Many fine-tuned models in the space of one: pack a family, rebuild any of it on demand."""
+    """Many fine-tuned models in the space of one: merge a family, or pack it and rebuild any."""
 
 
 for _command in (
+    merge.merge,
     pack.pack,
     unpack.unpack,
     plan.plan,

@@ -43,8 +43,9 @@ def run(
     cost: Callable[[Item], int],
     workers: int,
     memory: int | None = None,
+    in_order: bool = False,
 ) -> Iterator[tuple[Item, Result]]:
-    """Apply `work` to every item, largest first, and yield results as they finish.
+    """Apply `work` to every item, and yield results as they finish.
 
     Args:
         items: What to work on; independent of each other.
@@ -52,13 +53,14 @@ def run(
         cost: Peak bytes one item needs while it is worked on.
         workers: Items worked on at the same time, at most.
         memory: Bound in bytes on the summed cost of items under way; None for no bound.
+        in_order: Begins items in the order given, as reading a disk wants; else largest first,
+            so that all workers end at about the same time.
 
     Raises:
         BudgetError: if one item alone exceeds the bound.
     """
-    order = sorted(items, key=cost, reverse=True)  # stable: ties keep their order
-    if order:
-        check_memory(cost(order[0]), memory, "The largest tensor")
+    order = list(items) if in_order else sorted(items, key=cost, reverse=True)  # stable
+    check_memory(max(map(cost, order), default=0), memory, "The largest tensor")
     waiting = iter(order)
     held = next(waiting, None)
     under_way: dict[Future[Result], Item] = {}

@@ -1,132 +1,42 @@
 """The merged model a difference pack is relative to, streamed to disk tensor by tensor."""
 
-import shutil
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from personae._types import TensorSpec
 from personae.checkpoints import open_checkpoint
 from personae.checkpoints.family import align
 from personae.errors import CheckpointError, Faults, PackError
-from personae.execute import pool
-from personae.execute.deltas import Deltas, working_bytes
 from personae.execute.family import Family
+from personae.execute.merge import SHARD_BYTES, copy_companions, run
+from personae.execute.merge_plan import job_of
 from personae.execute.scan import fingerprint, uncoded
-from personae.execute.work import Progress, Work
-from personae.methods import MergeMethod, Parameters, Site, Statistics
+from personae.execute.work import Work
+from personae.methods import MergeMethod, Parameters
 from personae.packs.manifest import ReferenceRecord
 from personae.packs.writer import REFERENCE
 from personae.recipe import PackSettings
-from personae.writers import CheckpointWriter, output_directory
+from personae.writers import Journal, output_directory
 
 
 def write_merged_reference(
-    family: Family,
-    method: MergeMethod,
-    parameters: Parameters,
-    directory: Path,
-    *,
-    workers: int,
-    memory: int | None,
-    progress: Progress,
+    family: Family, method: MergeMethod, parameters: Parameters, directory: Path, work: Work
 ) -> None:
     """Merge the tensors all experts share with the base; the others stay the base's.
-
-    Deltas are formed and merged in fp32; the result is cast once, to the base's dtype.
 
     Args:
         family: Base and experts.
         method: Static merge method.
         parameters: Its parameters.
-        directory: Where the checkpoint is written; replaced if it exists.
-        workers: Tensors worked on at once.
-        memory: Bound in bytes on their working memory.
-        progress: Told after each tensor.
+        directory: Where the checkpoint is written, in the base's dtypes; replaced if it exists.
+        work: Workers, memory bound, progress.
     """
-    stacks = TaskVectors(family)
-    statistics = gather(method, parameters, stacks, workers, memory, progress)
-    specs = list(family.base.specs.values())
-
-    def merged(spec: TensorSpec) -> None:
-        tensor = family.base.read(spec.name)
-        if spec.name in stacks.names:
-            vector = method.merge(
-                stacks.read(spec.name),
-                parameters,
-                statistics or None,
-                Site(spec.name, spec.shape),
-            )
-            tensor = tensor.float() + vector
-        writer.write(spec.name, tensor)
-
-    with (
-        output_directory(directory, overwrite=True) as partial,
-        CheckpointWriter(partial, specs, tied=family.base.tied) as writer,
-    ):
-        for done, _ in enumerate(
-            pool.run(specs, merged, cost=stacks.cost, workers=workers, memory=memory), 1
-        ):
-            progress(f"merging the reference ({method.name})", done, len(specs))
-        for relative, path in family.base.companions.items():
-            (partial / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, partial / relative)
-
-
-class TaskVectors:
-    """The task vectors of all experts, stacked in recipe order, one tensor at a time."""
-
-    def __init__(self, family: Family) -> None:
-        """Take the tensors every expert shares with the base in full."""
-        self._deltas = [Deltas(expert, family.base, True) for expert in family.experts.values()]
-        shared = [set(d.alignment.shared) for d in self._deltas]
-        self.names: Sequence[str] = sorted(set[str].intersection(*shared))
-        self._specs = family.base.specs
-
-    def read(self, name: str) -> Float[Tensor, "expert ..."]:
-        """The task vectors of one tensor, fp32."""
-        return torch.stack([deltas.read(name) for deltas in self._deltas])
-
-    def cost(self, item: TensorSpec | str) -> int:
-        """Peak bytes of merging one tensor."""
-        spec = self._specs[item] if isinstance(item, str) else item
-        return 16 * spec.numel * len(self._deltas) + working_bytes(spec.shape)
-
-    @property
-    def experts(self) -> int:
-        """Number of experts."""
-        return len(self._deltas)
-
-
-def gather(
-    method: MergeMethod,
-    parameters: Parameters,
-    stacks: TaskVectors,
-    workers: int,
-    memory: int | None,
-    progress: Progress,
-) -> Statistics:
-    """Take a method's looks at the whole model."""
-    if method.gather is None or getattr(parameters, "scope", "model") == "tensor":
-        return {}
-    looks = method.gather(parameters, stacks.experts)
-    try:
-        measure = next(looks)
-        while True:
-            read: Callable[[str], Tensor] = stacks.read
-            total: Tensor | None = None
-            stream = pool.run(stacks.names, read, cost=stacks.cost, workers=workers, memory=memory)
-            for done, (name, vectors) in enumerate(stream, 1):
-                site = Site(name, tuple(vectors.shape[1:]))
-                share = measure.tally(vectors, parameters, site)
-                total = share if total is None else total + share
-                progress(f"measuring ({measure.name})", done, len(stacks.names))
-            measure = looks.send(total if total is not None else torch.zeros(()))
-    except StopIteration as done:
-        return done.value
+    job = job_of(family, method, lambda _: parameters)
+    with output_directory(directory, overwrite=True) as partial:
+        journal = Journal(partial, {})
+        try:
+            run(job, partial, journal, work, SHARD_BYTES)
+            copy_companions(family.base, partial)
+        finally:
+            journal.close(complete=True)
 
 
 def make_reference(
@@ -146,15 +56,7 @@ def make_reference(
             fingerprint=base_fingerprint,
         )
     method, parameters = settings.merge()
-    write_merged_reference(
-        family,
-        method,
-        parameters,
-        directory / REFERENCE,
-        workers=work.threads,
-        memory=work.memory,
-        progress=work.progress,
-    )
+    write_merged_reference(family, method, parameters, directory / REFERENCE, work)
     faults = Faults()
     merged = open_checkpoint(directory / REFERENCE)
     found = fingerprint(

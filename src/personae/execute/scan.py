@@ -107,17 +107,17 @@ def _look(deltas: Deltas, taken: Mapping[str, str | None], raw_name: str) -> _Lo
     raw = alignment.checkpoint.read(raw_name)
     seen = _Look(digest=tensor_digest(raw))
     if name is None:
-        seen.faults = _not_finite(f"Expert '{alignment.name}'", raw_name, raw)
+        seen.faults = not_finite(f"Expert '{alignment.name}'", raw_name, raw)
         return seen
     if name in alignment.buffers:
         reference = deltas.reference.read(name)
         seen.differs = raw.dtype != reference.dtype or not torch.equal(raw, reference)
-        seen.faults = _not_finite(f"Expert '{alignment.name}'", raw_name, raw)
+        seen.faults = not_finite(f"Expert '{alignment.name}'", raw_name, raw)
         return seen
     if deltas.unchanged(name):
         seen.facts = TensorFacts(changed=False)
         return seen
-    seen.faults = _not_finite(f"Expert '{alignment.name}'", raw_name, raw)
+    seen.faults = not_finite(f"Expert '{alignment.name}'", raw_name, raw)
     delta = deltas.read(name)
     if delta.ndim == 2:
         rows, columns = delta.any(dim=1), delta.any(dim=0)
@@ -148,7 +148,7 @@ def fingerprint(
 
     def look(name: str) -> tuple[str, list[str]]:
         tensor = checkpoint.read(name)
-        found = [] if name in unchecked else _not_finite(label, name, tensor)
+        found = [] if name in unchecked else not_finite(label, name, tensor)
         return tensor_digest(tensor), found
 
     digests: dict[str, str] = {}
@@ -171,7 +171,8 @@ def uncoded(family: Family) -> set[str]:
     return set(family.base.specs) - coded
 
 
-def _not_finite(label: str, name: str, tensor: Tensor) -> list[str]:
+def not_finite(label: str, name: str, tensor: Tensor) -> list[str]:
+    """A text if the tensor holds NaN or Inf, else none; `label` says whose it is."""
     if not tensor.is_floating_point() or not tensor.numel():
         return []
     # One reduction tells: a sum is finite only if every term is (fp64 keeps sums from overflowing).

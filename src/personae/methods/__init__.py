@@ -5,7 +5,7 @@ import pkgutil
 
 from personae.methods import merge, mergekit, personalise
 from personae.methods._codec import Bits, Codec
-from personae.methods._merge import Gathering, Measure, MergeMethod, Statistics
+from personae.methods._merge import Factors, Gathering, Measure, MergeMethod, Statistics
 from personae.methods._parameters import Parameters
 from personae.methods._registry import (
     ALIASES,
@@ -35,6 +35,7 @@ __all__ = [
     "Codec",
     "CodecEntry",
     "Conventions",
+    "Factors",
     "Gathering",
     "Measure",
     "MergeMethod",

@@ -17,6 +17,8 @@ Statistics = Mapping[str, Tensor]
 """What a method has to know beyond the entries it is given, by name."""
 
 Side = Literal["none", "left", "right", "both"]
+Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]
+"""Exact low-rank factors of one expert's task vector, left @ right."""
 
 
 def _everywhere(_: Any, __: Site) -> bool:
@@ -67,6 +69,7 @@ class MergeMethod:
         needs: "deltas": task vectors, or difference vectors where there is no base. "base": task
             vectors alone. "adapters": task vectors of LoRA adapters.
         degenerates: On difference vectors, what it amounts to; empty if to nothing simpler.
+        looks: How many looks it usually takes.
         model_wide: Parameters that `gather` reads: while it looks at the whole model, they cannot
             differ from tensor to tensor.
         bytes_per_entry: Peak working memory, in bytes an entry of the stack, itself included.
@@ -83,6 +86,7 @@ class MergeMethod:
     equivariant: Callable[[Any, Site], Side]
     needs: Literal["deltas", "base", "adapters"]
     degenerates: str
+    looks: int
     model_wide: tuple[str, ...]
     bytes_per_entry: int
 
@@ -116,19 +120,33 @@ class MergeMethod:
             )
         return self.function(task_vectors, **dict(parameters), **given)
 
+    def scope_of(self, parameters: Parameters) -> Literal["model", "tensor"]:
+        """Whether its looks are at the whole model, or at each tensor alone."""
+        return getattr(parameters, "scope", "model")
+
     def merge_factors(
         self,
-        factors: Sequence[tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]],
+        factors: Sequence[Factors],
         parameters: Parameters,
         statistics: Statistics | None = None,
         site: Site | None = None,
     ) -> Float[Tensor, "out in"]:
-        """The same for matrices given as exact factors, one pair an expert.
-
-        Where the method is `equivariant`, what it sees are the task vectors in orthonormal bases
-        of all left and right factors: matrices of Σ ranks rows or columns, or both.
-        """
+        """The same for the matrices of LoRA experts, one pair of exact factors an expert."""
         site = site or Site("", (factors[0][0].shape[0], factors[0][1].shape[1]))
+        stack, expand = self.in_bases(factors, parameters, site)
+        return expand(self.merge(stack, parameters, statistics, site))
+
+    def in_bases(
+        self, factors: Sequence[Factors], parameters: Parameters, site: Site
+    ) -> tuple[Float[Tensor, "expert _ _"], Callable[[Tensor], Tensor]]:
+        """What the method is given of task vectors that are known as exact factors.
+
+        Where it is `equivariant`, these are the task vectors in orthonormal bases of all left and
+        right factors: matrices of Σ ranks rows or columns, or both. Elsewhere they are dense.
+
+        Returns:
+            The stack, and what turns its merged matrix into the merged task vector.
+        """
         side = self.equivariant(parameters, site)
         lefts, rights = [left for left, _ in factors], [right for _, right in factors]
         basis = cobasis = None
@@ -138,10 +156,12 @@ class MergeMethod:
         if side in ("right", "both") and sum(b.shape[0] for b in rights) < site.shape[1]:
             cobasis = _basis(torch.cat(rights).T)
             rights = [right @ cobasis for right in rights]
-        stack = torch.stack([a @ b for a, b in zip(lefts, rights, strict=True)])
-        merged = self.merge(stack, parameters, statistics, site)
-        merged = merged if basis is None else basis @ merged
-        return merged if cobasis is None else merged @ cobasis.T
+
+        def expand(merged: Tensor) -> Tensor:
+            merged = merged if basis is None else basis @ merged
+            return merged if cobasis is None else merged @ cobasis.T
+
+        return torch.stack([a @ b for a, b in zip(lefts, rights, strict=True)]), expand
 
     def statistics(
         self, stacks: Iterable[tuple[Site, Float[Tensor, "expert ..."]]], parameters: Parameters

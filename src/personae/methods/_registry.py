@@ -71,6 +71,7 @@ def merge_method(
     equivariant: Callable[[Any, Site], Side] = _never,
     needs: Literal["deltas", "base", "adapters"] = "deltas",
     degenerates: str = "",
+    looks: int = 0,
     model_wide: tuple[str, ...] = (),
     bytes_per_entry: int = 16,
     aliases: Sequence[str] = (),
@@ -97,6 +98,7 @@ def merge_method(
             equivariant=equivariant,
             needs=needs,
             degenerates=degenerates,
+            looks=looks,
             model_wide=model_wide,
             bytes_per_entry=bytes_per_entry,
         )

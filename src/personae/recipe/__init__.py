@@ -1,5 +1,8 @@
 """Recipes: YAML to frozen, validated settings. Opens no checkpoint."""
 
+from personae.recipe._merge_reading import read_merge_recipe, recipe_kind
+from personae.recipe._values import count_layers
+from personae.recipe.merge_recipe import MergeRecipe, MergeSettings
 from personae.recipe.pack_recipe import (
     COUNTING,
     Counting,
@@ -14,10 +17,15 @@ from personae.recipe.pack_recipe import (
 __all__ = [
     "COUNTING",
     "Counting",
+    "MergeRecipe",
+    "MergeSettings",
     "PackRecipe",
     "PackSettings",
     "Vector",
+    "count_layers",
     "parse_size",
+    "read_merge_recipe",
     "read_recipe",
+    "recipe_kind",
     "settings_from",
 ]

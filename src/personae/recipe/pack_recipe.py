@@ -14,8 +14,9 @@ from pydantic import (
     model_validator,
 )
 
-from personae.errors import Faults, MethodError, RecipeError, nearest
+from personae.errors import Faults, MethodError, RecipeError
 from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, Parameters, build, lookup
+from personae.recipe._faults import faults_in
 
 Vector = Literal["task", "difference"]
 Counting = Literal["counted", "counted_lean", "on_disk_fp32", "on_disk_native"]
@@ -133,7 +134,7 @@ class _File(Strict):
     private: list[str] = []
 
 
-_NESTED: dict[int | str, type[BaseModel]] = {"models": _Expert, "reference": _Reference}
+_NESTED: dict[str, type[BaseModel]] = {"models": _Expert, "reference": _Reference}
 
 
 def read_recipe(path: Path) -> PackRecipe:
@@ -183,18 +184,8 @@ def settings_from(options: Mapping[str, Any]) -> PackSettings:
 def faults_of(error: ValidationError, model: type[BaseModel]) -> str:
     """Every fault of a validation, a sentence each, with the nearest name for unknown keys."""
     faults = Faults()
-    for fault in error.errors():
-        place = ".".join(str(p) for p in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            outer, *inner = fault["loc"]
-            known = _NESTED.get(outer, model) if inner else model
-            hint = nearest(str([outer, *inner][-1]), known.model_fields)
-            faults.add(f"Unknown key '{place}'. {hint}")
-        elif fault["type"] == "missing":
-            faults.add(f"'{place}' is missing.")
-        else:
-            message = fault["msg"].removeprefix("Value error, ").removesuffix(".")
-            faults.add(f"{place} = {fault['input']!r}: {message}." if place else f"{message}.")
+    for fault in faults_in(error, model, _NESTED):
+        faults.add(fault.text)
     return " ".join(faults.messages)
 
 

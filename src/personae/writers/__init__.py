@@ -8,9 +8,11 @@ from personae.writers.atomic import (
     require_space,
 )
 from personae.writers.checkpoint import CheckpointWriter
+from personae.writers.journal import Journal
 
 __all__ = [
     "CheckpointWriter",
+    "Journal",
     "atomic_file",
     "locked",
     "output_directory",

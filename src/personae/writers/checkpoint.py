@@ -67,6 +67,7 @@ class CheckpointWriter:
         *,
         shard_bytes: int = 5_000_000_000,
         tied: Mapping[str, str] | None = None,
+        again: bool = False,
     ) -> None:
         """Write the headers and reserve the files.
 
@@ -76,6 +77,8 @@ class CheckpointWriter:
             shard_bytes: Most bytes of values in one file; a larger tensor gets its own file.
             tied: Dropped name to the kept name (one of `specs`) it shares storage with; noted in
                 the header of the file that holds the kept one, as safetensors does.
+            again: Goes on with the files that an earlier run of the same specs may have reserved;
+                `mark` says what it wrote.
 
         Raises:
             OutputError: if the disk lacks the space or refuses.
@@ -86,22 +89,32 @@ class CheckpointWriter:
         self.files = [directory / _file_name(n, len(shards)) for n in range(len(shards))]
         self._handles: list[BinaryIO] = []
         self._places: dict[str, _Place] = {}
-        require_space(directory, sum(spec.nbytes for spec in ordered))
+        if not (again and all(path.exists() for path in self.files)):
+            require_space(directory, sum(spec.nbytes for spec in ordered))
         for path, shard in zip(self.files, shards, strict=True):
-            self._reserve(path, shard, tied or {})
+            self._reserve(path, shard, tied or {}, again)
         assert len(self._places) == len(ordered), "two specs of one name"
         assert self._places.keys() >= set((tied or {}).values()), "a tied name without its kept one"
 
-    def _reserve(self, path: Path, shard: list[TensorSpec], tied: Mapping[str, str]) -> None:
+    def _reserve(
+        self, path: Path, shard: list[TensorSpec], tied: Mapping[str, str], again: bool
+    ) -> None:
         """Write one file's header and give the file its full length."""
         header, offsets, size = _layout(shard, tied)
         with output_errors(path):
-            file = path.open("xb", buffering=0)
+            file = path.open("r+b" if again and path.exists() else "xb", buffering=0)
             self._handles.append(file)
             _write_at(file, header, 0)
             os.ftruncate(file.fileno(), size)
         for spec in shard:
             self._places[spec.name] = _Place(spec, file, offsets[spec.name], [])
+
+    def mark(self, name: str, start: int, stop: int) -> None:
+        """Note rows `start:stop` (of a scalar: 0:1) as written by an earlier run."""
+        place = self._places[name]
+        rows = place.spec.shape[0] if place.spec.shape else 1
+        row_bytes = place.spec.nbytes // max(rows, 1)
+        place.written.append((start * row_bytes, stop * row_bytes))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one whole tensor, cast to the dtype of its spec (to nearest, ties to even).

@@ -58,6 +58,7 @@ def _gather(parameters: Any, experts: int) -> Gathering:
     order_free=True,
     entrywise=everywhere,
     gather=_gather,
+    looks=3,
     model_wide=("density", "scope", "elect"),
 )
 def ties(

@@ -1,0 +1,49 @@
+"""personae merge: one checkpoint out of many, from a recipe."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from personae.cli import console, options
+from personae.execute.merge import SHARD_BYTES
+from personae.execute.merge import merge as run_merge
+from personae.recipe import read_merge_recipe
+
+
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="A merge recipe (YAML, mergekit's shape).")],
+    out: Annotated[Path, typer.Argument(help="Directory of the merged checkpoint.")],
+    overwrite: options.Overwrite = False,
+    shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most bytes in one weight file [5GB].")
+    ] = None,
+    workers: options.Workers = None,
+    memory: options.Memory = None,
+    device: options.Device = "cpu",
+    json: options.Json = False,
+) -> None:
+    """Merge experts into one ordinary checkpoint, tensor by tensor in bounded memory."""
+    read = read_merge_recipe(recipe)
+    for text in read.notes:
+        console.note(text)
+    shard_bytes = options.bytes_of("--shard-size", shard_size) or SHARD_BYTES
+    with console.progress() as progress:
+        work = options.work_from(workers, memory, progress, device)
+        written = run_merge(
+            read.base,
+            read.experts,
+            out,
+            settings=read.settings,
+            overwrite=overwrite,
+            shard_bytes=shard_bytes,
+            work=work,
+        )
+    files = [path for path in sorted(written.rglob("*")) if path.is_file()]
+    nbytes = sum(path.stat().st_size for path in files)
+    if json:
+        names = [path.relative_to(written).as_posix() for path in files]
+        facts = {"path": str(written), "method": read.settings.method, "bytes": nbytes}
+        console.facts(facts | {"files": names})
+    else:
+        console.out.print(f"{out}: {console.size(nbytes)} in {len(files)} files", markup=False)

@@ -1,0 +1,135 @@
+"""Takes a method's looks at a whole family, or at one tensor of it, before it merges."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from personae.errors import CheckpointError, Faults
+from personae.execute import pool
+from personae.execute.stream import Piece, Stacks, Unit
+from personae.execute.work import Work
+from personae.methods import Measure, MergeMethod, Parameters, Statistics
+
+ParametersOf = Callable[[str], Parameters]
+"""The parameters of a method for the tensor of this reference name."""
+
+
+def gather_model(
+    method: MergeMethod,
+    parameters_of: ParametersOf,
+    stacks: Stacks,
+    units: Sequence[Unit],
+    cost: Callable[[Unit], int],
+    work: Work,
+) -> Statistics:
+    """Look at the whole family; what is not finite is refused by the first full look.
+
+    Args:
+        method: A method with looks.
+        parameters_of: Its parameters.
+        stacks: The task vectors.
+        units: What to look at, in a fixed order.
+        cost: Peak bytes of one unit.
+        work: Workers, memory bound, progress.
+
+    Raises:
+        CheckpointError: naming every weight that is not finite.
+    """
+    assert method.gather is not None
+    looks = method.gather(parameters_of(""), stacks.experts)
+    try:
+        measure = next(looks)
+        while True:
+            measure = looks.send(_look(measure, parameters_of, stacks, units, cost, work))
+    except StopIteration as done:
+        return done.value
+
+
+def gather_tensor(
+    method: MergeMethod, parameters: Parameters, stacks: Stacks, pieces: Sequence[Piece]
+) -> Statistics:
+    """Look at one tensor alone, given as its pieces."""
+    assert method.gather is not None
+    looks = method.gather(parameters, stacks.experts)
+    try:
+        measure = next(looks)
+        while True:
+            shares = [_share(measure, parameters, stacks, piece) for piece in pieces]
+            measure = looks.send(sum(shares[1:], shares[0]))
+    except StopIteration as done:
+        return done.value
+
+
+def _look(
+    measure: Measure,
+    parameters_of: ParametersOf,
+    stacks: Stacks,
+    units: Sequence[Unit],
+    cost: Callable[[Unit], int],
+    work: Work,
+) -> Tensor:
+    """The sum of one measure over all units; floating shares are summed in the units' order."""
+    faults = Faults()
+    total: Tensor | None = None
+    waiting: dict[int, Tensor] = {}
+    results = pool.run(
+        units,
+        partial(_share_of_unit, measure, parameters_of, stacks),
+        cost=cost,
+        workers=work.threads,
+        memory=work.memory,
+        in_order=True,
+    )
+    for done, (unit, (share, found)) in enumerate(results, 1):
+        for fault in found:
+            faults.add(fault)
+        if share is not None and share.is_floating_point():
+            waiting[unit.number] = share
+        elif share is not None:
+            total = share if total is None else total.add_(share)
+        work.progress(f"measuring {measure.name}", done, len(units))
+    faults.raise_if_any(CheckpointError)
+    for _, share in sorted(waiting.items()):
+        total = share if total is None else total + share
+    return torch.zeros(()) if total is None else total
+
+
+def _share_of_unit(
+    measure: Measure, parameters_of: ParametersOf, stacks: Stacks, unit: Unit
+) -> tuple[Tensor | None, list[str]]:
+    total: Tensor | None = None
+    faults: list[str] = []
+    for piece in _looked_at(measure, parameters_of, stacks, unit.pieces):
+        stack, _ = stacks.read(piece)
+        if measure.sample == 1:
+            faults += stacks.faults(stack, piece)
+        if faults:
+            continue
+        share = measure.tally(stack, parameters_of(piece.spec.name), stacks.site(piece))
+        total = share if total is None else total + share
+    return total, faults
+
+
+def _looked_at(
+    measure: Measure, parameters_of: ParametersOf, stacks: Stacks, pieces: Sequence[Piece]
+) -> Iterator[Piece]:
+    for piece in pieces:
+        if measure.applies(parameters_of(piece.spec.name), stacks.site(piece)):
+            yield _sampled(piece, measure.sample)
+
+
+def _share(measure: Measure, parameters: Parameters, stacks: Stacks, piece: Piece) -> Tensor:
+    part = _sampled(piece, measure.sample)
+    return measure.tally(stacks.read(part)[0], parameters, stacks.site(part))
+
+
+def _sampled(piece: Piece, sample: int) -> Piece:
+    """One row in `sample` of a piece, from its middle, and at least one."""
+    rows = piece.stop - piece.start
+    wanted = max(1, rows // sample)
+    if wanted == rows or not piece.spec.shape:
+        return piece
+    start = piece.start + (rows - wanted) // 2
+    return Piece(piece.spec, start, start + wanted)

@@ -1,0 +1,245 @@
+"""Merges a family into one ordinary checkpoint, streamed through bounded memory."""
+
+import shutil
+import uuid
+from collections.abc import Mapping
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from personae.checkpoints import Checkpoint
+from personae.errors import CheckpointError, Faults, OutputError, PersonaeError
+from personae.execute import pool
+from personae.execute.family import open_family
+from personae.execute.gather import gather_model, gather_tensor
+from personae.execute.merge_plan import MergeJob, plan_job, prepare
+from personae.execute.plan import check_output
+from personae.execute.stream import Piece, Unit
+from personae.execute.work import Work
+from personae.methods import Statistics
+from personae.recipe import MergeSettings
+from personae.writers import (
+    CheckpointWriter,
+    Journal,
+    atomic_file,
+    output_directory,
+    require_space,
+)
+
+SHARD_BYTES = 5_000_000_000
+_STATISTICS = "statistics.safetensors"
+
+
+def merge(
+    base: Any,
+    experts: Mapping[str, Any],
+    out: str | Path,
+    *,
+    settings: MergeSettings | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    work: Work | None = None,
+) -> Path:
+    """Merge a family into one checkpoint directory.
+
+    Args:
+        base: Path, hub id, module or state dict of the base; None for difference vectors, which
+            are relative to the experts' average.
+        experts: Name to path, hub id, module or state dict of the expert, in recipe order.
+        out: Directory to write; must not exist, or be empty.
+        settings: Method, parameters, dtype; by default the average.
+        overwrite: Replace `out` if it exists.
+        shard_bytes: Most bytes in one weight file.
+        work: Workers, memory bound, device, progress.
+
+    Returns:
+        The directory written.
+
+    Raises:
+        PersonaeError: for anything wrong with the input, all faults at once, before work starts
+            (but for values that are not finite, which only reading finds).
+    """
+    settings, work = settings or MergeSettings(), work or Work()
+    out = Path(out).absolute()
+    if base is None:
+        settings = settings.model_copy(update={"vector": "difference"})
+    check_output(out, overwrite, inputs=[base, *experts.values()])
+    with open_family(base, experts, skip=settings.skip) as family:
+        job = prepare(family, settings)
+        plan = plan_job(job, settings, work)
+        for text in plan.notes:
+            work.note(text)
+        require_space(out, plan.bytes_out)
+        with output_directory(out, overwrite=overwrite, resumable=True) as directory:
+            identity = {
+                "settings": settings.model_dump(mode="json"),
+                "shard_bytes": shard_bytes,
+                "base": _weights_of(family.base) if family.has_base else None,
+                "experts": [_weights_of(e.checkpoint) for e in family.experts.values()],
+            }
+            journal = Journal(directory, identity)
+            try:
+                run(job, directory, journal, work, shard_bytes)
+                copy_companions(family.base, directory)
+            except PersonaeError as error:
+                journal.close(complete=False)
+                if not isinstance(error, OutputError):  # the same inputs will not do better
+                    _clear(directory)
+                raise
+            except BaseException:
+                journal.close(complete=False)
+                raise
+            (directory / _STATISTICS).unlink(missing_ok=True)
+            journal.close(complete=True)
+    return out
+
+
+def run(job: MergeJob, directory: Path, journal: Journal, work: Work, shard_bytes: int) -> None:
+    """Write the weights of a merge into a directory, but for units that the journal has as done.
+
+    Raises:
+        CheckpointError: naming every weight that is not finite.
+        OutputError: if the disk refuses.
+    """
+    statistics = _statistics(job, directory, work)
+    faults = Faults()
+    with CheckpointWriter(
+        directory, job.specs, shard_bytes=shard_bytes, tied=job.family.base.tied, again=True
+    ) as writer:
+        due = [unit for unit in job.units if unit.number not in journal.done]
+        for unit in job.units:
+            for piece in unit.pieces if unit.number in journal.done else ():
+                writer.mark(piece.spec.name, piece.start, piece.stop)
+        results = pool.run(
+            due,
+            partial(_merge_unit, job, statistics, writer, work.torch_device),
+            cost=job.cost,
+            workers=work.threads,
+            memory=work.memory,
+            in_order=True,
+        )
+        for done, (unit, found) in enumerate(results, 1 + len(job.units) - len(due)):
+            for fault in found:
+                faults.add(fault)
+            if not found:
+                journal.add(unit.number)
+            work.progress(f"merging ({job.method.name})", done, len(job.units))
+        faults.raise_if_any(CheckpointError)
+
+
+def copy_companions(reference: Checkpoint, directory: Path) -> None:
+    """Copy the reference's small files: configuration, tokenizer, generation settings."""
+    for relative, path in reference.companions.items():
+        target = directory / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _statistics(job: MergeJob, directory: Path, work: Work) -> Statistics | None:
+    """What the looks at the whole model tell; from an earlier run of the same merge, if any."""
+    if job.method.gather is None or job.per_tensor:
+        return None
+    path = directory / _STATISTICS
+    if path.exists():
+        return safetensors.torch.load_file(path)
+    found = gather_model(job.method, job.parameters_of, job.stacks, job.looked_at, job.cost, work)
+    with atomic_file(path) as part:
+        safetensors.torch.save_file(
+            {name: tensor.contiguous() for name, tensor in found.items()}, part
+        )
+    return found
+
+
+def _merge_unit(
+    job: MergeJob,
+    statistics: Statistics | None,
+    writer: CheckpointWriter,
+    device: torch.device,
+    unit: Unit,
+) -> list[str]:
+    """Merge and write one unit; returns what is wrong with its weights, and writes nothing then."""
+    faults: list[str] = []
+    for spec, group in groupby(unit.pieces, key=lambda piece: piece.spec):
+        pieces = list(group)
+        if spec.name not in job.merged:
+            for piece in pieces:
+                _put(writer, piece, job.stacks.reference(piece))
+            continue
+        own = statistics
+        if job.per_tensor:
+            parameters = job.parameters_of(spec.name)
+            own = gather_tensor(job.method, parameters, job.stacks, pieces)
+        for piece in pieces:
+            merged, found = (
+                _merge_whole(job, own, piece, device)
+                if unit.whole
+                else _merge_rows(job, own, piece)
+            )
+            faults += found
+            if not found:
+                _put(writer, piece, merged)
+    return faults
+
+
+def _merge_rows(
+    job: MergeJob, statistics: Statistics | None, piece: Piece
+) -> tuple[Tensor, list[str]]:
+    """Rows of the result: reference plus merged deltas, fp32."""
+    stack, reference = job.stacks.read(piece)
+    faults = job.stacks.faults(stack, piece)
+    if faults:
+        return reference, faults
+    parameters, site = job.parameters_of(piece.spec.name), job.stacks.site(piece)
+    return job.method.merge(stack, parameters, statistics, site) + reference, []
+
+
+def _merge_whole(
+    job: MergeJob, statistics: Statistics | None, piece: Piece, device: torch.device
+) -> tuple[Tensor, list[str]]:
+    """A matrix of the result; adapters enter as factors, where the method allows it."""
+    parameters, site = job.parameters_of(piece.spec.name), job.stacks.site(piece)
+    factors = job.stacks.factors(piece.spec.name)
+    if factors is None:
+        stack, reference = job.stacks.read(piece)
+        expand = None
+    else:
+        stack, expand = job.method.in_bases(factors, parameters, site)
+        reference = job.stacks.reference(piece).float()
+    faults = job.stacks.faults(stack, piece)
+    if faults:
+        return reference, faults
+    merged = job.method.merge(stack.to(device), parameters, statistics, site).cpu()
+    return (merged if expand is None else expand(merged)) + reference, []
+
+
+def _put(writer: CheckpointWriter, piece: Piece, value: Tensor) -> None:
+    if piece.is_whole:
+        writer.write(piece.spec.name, value)
+    else:
+        writer.write_rows(piece.spec.name, piece.start, value)
+
+
+def _weights_of(checkpoint: Checkpoint) -> list[Any]:
+    """What tells that a model is the one an interrupted run read, without reading it."""
+    path = Path(checkpoint.source).expanduser()
+    if path.exists():
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        return [str(path.resolve()), [_stamp(file) for file in files]]
+    if checkpoint.revision is not None:
+        return [checkpoint.source, checkpoint.revision]
+    return [uuid.uuid4().hex]  # a model in memory: nothing tells
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    status = file.stat()
+    return file.name, status.st_size, status.st_mtime_ns
+
+
+def _clear(directory: Path) -> None:
+    for child in directory.iterdir():
+        shutil.rmtree(child) if child.is_dir() else child.unlink()

@@ -1,0 +1,282 @@
+"""What a merge will do, from headers alone: which tensors, cut how, and every fault they tell."""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from personae._types import TensorSpec
+from personae.checkpoints.adapter import Adapter
+from personae.checkpoints.alignment import Alignment
+from personae.checkpoints.mean import MeanOf
+from personae.checkpoints.misfits import reference_name
+from personae.checkpoints.naming import matches, shown
+from personae.errors import CheckpointError, Faults
+from personae.execute import pool
+from personae.execute.family import Family
+from personae.execute.gather import ParametersOf
+from personae.execute.stream import Piece, Stacks, Unit, units
+from personae.execute.work import Work
+from personae.methods import MergeMethod
+from personae.recipe import MergeSettings, count_layers
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """A merge, ready to run.
+
+    Attributes:
+        family: Base and experts.
+        method: What is done.
+        parameters_of: Its parameters, by tensor.
+        merged: Names of the tensors merged; all others are the reference's own.
+        specs: Every tensor of the result, sorted by name, in its own dtype.
+        stacks: The task vectors.
+        units: The work, in order.
+        per_tensor: Whether the method's looks are at each tensor alone.
+    """
+
+    family: Family
+    method: MergeMethod
+    parameters_of: ParametersOf
+    merged: frozenset[str]
+    specs: Sequence[TensorSpec]
+    stacks: Stacks
+    units: Sequence[Unit]
+    per_tensor: bool
+
+    @property
+    def looked_at(self) -> list[Unit]:
+        """The units of merged tensors, for looks at the whole model."""
+        kept = [
+            replace(unit, pieces=tuple(p for p in unit.pieces if p.spec.name in self.merged))
+            for unit in self.units
+        ]
+        return [unit for unit in kept if unit.pieces]
+
+    def cost(self, unit: Unit) -> int:
+        """Peak bytes of one unit."""
+        costs = [self._piece_cost(piece, unit.whole) for piece in unit.pieces]
+        return max(costs)
+
+    def _piece_cost(self, piece: Piece, undivided: bool) -> int:
+        if piece.spec.name not in self.merged:
+            return 8 * piece.numel
+        return self.stacks.working_bytes(piece, self.method.bytes_per_entry, undivided)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge takes.
+
+    Attributes:
+        method: Its name.
+        vector: Whether it merges task vectors, or difference vectors where there is no base.
+        merged: Number of tensors merged.
+        copied: Names of the tensors that stay as in the base.
+        parameters: Floating parameters of the result.
+        looks: How often the experts are looked at before they are merged, usually.
+        bytes_in: Bytes of base and experts.
+        bytes_read: Bytes read in all: once to merge, and for each look.
+        bytes_out: Bytes of the result's weights.
+        peak_memory: Bytes of working memory with this number of workers.
+        largest: Bytes of memory of the largest item: the least that `--memory` can be.
+        workers: Number of workers.
+        items: Number of work items.
+        notes: What a person should know.
+    """
+
+    method: str
+    vector: str
+    merged: int
+    copied: tuple[str, ...]
+    parameters: int
+    looks: int
+    bytes_in: int
+    bytes_read: int
+    bytes_out: int
+    peak_memory: int
+    largest: int
+    workers: int
+    items: int
+    notes: list[str] = field(default_factory=list[str])
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def prepare(family: Family, settings: MergeSettings) -> MergeJob:
+    """Work out a merge from headers.
+
+    Args:
+        family: Base and experts, opened and aligned.
+        settings: What to do.
+
+    Raises:
+        MethodError: for a method or parameter that cannot be.
+        CheckpointError: naming everything in the headers that does not fit.
+    """
+    settings.check(list(family.experts))
+    faults = Faults()
+    for name, expert in family.experts.items():
+        _check_shapes(name, expert, family, faults)
+        _check_dtypes(name, expert, family, settings, faults)
+    if not family.has_base:
+        _check_average(family, settings, faults)
+    _check_adapters(family, settings.merge_method(), faults)
+    faults.raise_if_any(CheckpointError)
+    layers = count_layers(family.base.specs)
+    experts = len(family.experts)
+
+    def parameters_of(name: str) -> Any:
+        return settings.for_tensor(name, layers=layers, experts=experts)
+
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    return job_of(family, settings.merge_method(), parameters_of, settings.only, dtype)
+
+
+def job_of(
+    family: Family,
+    method: MergeMethod,
+    parameters_of: ParametersOf,
+    only: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+) -> MergeJob:
+    """A merge of a family that is known to fit; see `MergeJob`."""
+    stacks = Stacks(family)
+    specs = list(family.base.specs.values())
+    merged = frozenset(
+        name
+        for name in stacks.names
+        if family.base.specs[name].numel and (not only or matches(name, only))
+    )
+    per_tensor = method.gather is not None and method.scope_of(parameters_of("")) == "tensor"
+
+    def undivided(spec: TensorSpec) -> bool:
+        site = stacks.site(Piece(spec, 0, 0))
+        return spec.name in merged and not method.entrywise(parameters_of(spec.name), site)
+
+    return MergeJob(
+        family=family,
+        method=method,
+        parameters_of=parameters_of,
+        merged=merged,
+        specs=[
+            replace(spec, dtype=dtype) if dtype is not None and spec.is_floating else spec
+            for spec in specs
+        ],
+        stacks=stacks,
+        units=units(specs, undivided, together=per_tensor),
+        per_tensor=per_tensor,
+    )
+
+
+def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
+    """What a job takes, from headers.
+
+    Raises:
+        BudgetError: if the memory bound is below the largest item.
+    """
+    costs = [job.cost(unit) for unit in job.units]
+    pool.check_memory(max(costs, default=0), work.memory, "The largest tensor")
+    peak = sum(heapq.nlargest(work.threads, costs))
+    family = job.family
+    own = [family.base] if family.has_base else []
+    checkpoints = [*own, *(expert.checkpoint for expert in family.experts.values())]
+    bytes_in = sum(spec.nbytes for c in checkpoints for spec in c.specs.values())
+    return MergePlan(
+        method=job.method.name,
+        vector="task" if family.has_base else "difference",
+        merged=len(job.merged),
+        copied=tuple(spec.name for spec in job.specs if spec.name not in job.merged),
+        parameters=sum(spec.numel for spec in job.specs if spec.is_floating),
+        looks=job.method.looks,
+        bytes_in=bytes_in,
+        bytes_read=bytes_in * (1 + job.method.looks),
+        bytes_out=sum(spec.nbytes for spec in job.specs),
+        peak_memory=peak if work.memory is None else min(peak, work.memory),
+        largest=max(costs, default=0),
+        workers=work.threads,
+        items=len(job.units),
+        notes=_notes(job, settings),
+    )
+
+
+def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
+    notes: list[str] = []
+    family = job.family
+    for name, expert in family.experts.items():
+        notes += expert.naming_notes
+        if expert.private:
+            notes.append(f"{name}: not in the base, so not merged: {shown(expert.private)}")
+    for pattern in settings.unmatched(family.base.specs):
+        notes.append(f"{pattern} matches no tensor; '*' stands for any text")
+    left = [s.name for s in job.specs if s.is_floating and s.name not in job.merged]
+    if left:
+        notes.append(f"left as in the base: {shown(left)}")
+    return notes
+
+
+def _check_shapes(name: str, expert: Alignment, family: Family, faults: Faults) -> None:
+    if not family.has_base:
+        return
+    specs = family.base.specs
+    odd = [(own, reference_name(own, expert, family.base)) for own in expert.private]
+    for own, known in odd:
+        if known:
+            faults.add(
+                f"Expert '{name}': tensor '{own}' is {expert.private_spec(own).shape}, the base "
+                f"has {specs[known].shape}. Tensors of two shapes cannot be merged: leave it as "
+                f"in the base with skip: ['{known}']."
+            )
+    for grown in expert.grown:
+        faults.add(
+            f"Expert '{name}': '{grown}' has {expert.spec(grown).shape[0]} rows, the base "
+            f"{specs[grown].shape[0]}. Say whose vocabulary the result has: tokenizer_source."
+        )
+
+
+def _check_dtypes(
+    name: str, expert: Alignment, family: Family, settings: MergeSettings, faults: Faults
+) -> None:
+    """Experts of another dtype can be merged, once it is said what shall come out."""
+    if settings.dtype is not None or isinstance(expert.checkpoint, Adapter):
+        return
+    for shared in expert.shared:
+        found, wanted = expert.spec(shared).dtype, family.base.specs[shared].dtype
+        if found != wanted:
+            faults.add(
+                f"Expert '{name}': '{shared}' is {_plain(found)}, the base's is {_plain(wanted)}. "
+                f"Say what comes out: dtype: {_plain(wanted)}."
+            )
+            return
+
+
+def _check_average(family: Family, settings: MergeSettings, faults: Faults) -> None:
+    """Without a base, what the experts do not share in one shape has nothing to stay as."""
+    assert isinstance(family.base, MeanOf)
+    for name, expert in family.experts.items():
+        odd = [own for own in expert.private if not matches(own, settings.skip)]
+        if odd:
+            faults.add(
+                f"Expert '{name}': {len(odd)} tensor(s) are not in every expert in one shape: "
+                f"{shown(odd)}. Leave them as in the first with 'skip', or give a base."
+            )
+
+
+def _check_adapters(family: Family, method: MergeMethod, faults: Faults) -> None:
+    if method.needs != "adapters":
+        return
+    for name, expert in family.experts.items():
+        if not isinstance(expert.checkpoint, Adapter):
+            faults.add(
+                f"Expert '{name}' is no LoRA adapter, and {method.name} merges only those. "
+                "Give its adapter directory, or another method (knots, tsv_m)."
+            )
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

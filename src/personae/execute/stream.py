@@ -1,0 +1,217 @@
+"""How a family streams through a merge: tensors cut into rows, and their task vectors, stacked.
+
+A `Piece` is what is held at once: a whole tensor, or a block of its rows where the method lets
+rows be cut apart. A `Unit` is what one worker does at a time: pieces enough that handing them out
+costs nothing beside the work. Both follow from headers and method alone, never from workers.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from personae._types import TensorSpec
+from personae.checkpoints import Checkpoint
+from personae.execute.deltas import Deltas, working_bytes
+from personae.execute.family import Family
+from personae.execute.scan import not_finite
+from personae.methods import Factors, Site
+from personae.ops.layout import transposed_weights
+
+PIECE_ENTRIES = 1 << 18
+"""Entries of one expert in a block of rows: the stack of a few experts stays near the cache."""
+UNIT_ENTRIES = 1 << 21
+"""Entries of the pieces of one unit, about: some ten milliseconds of work."""
+UNIT_PIECES = 256
+"""Pieces of one unit, at most: of tiny tensors the number is the work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows `start:stop` of one tensor; a scalar is its one row."""
+
+    spec: TensorSpec
+    start: int
+    stop: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the tensor."""
+        return not self.spec.shape or (self.start, self.stop) == (0, self.spec.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the rows."""
+        return (self.stop - self.start, *self.spec.shape[1:]) if self.spec.shape else ()
+
+    @property
+    def numel(self) -> int:
+        """Entries of one expert."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Pieces that one worker works through, in order.
+
+    Attributes:
+        number: Its place among the units of a run.
+        pieces: At least one.
+        whole: Whether its one piece is a tensor given whole to a method that needs it so.
+    """
+
+    number: int
+    pieces: tuple[Piece, ...]
+    whole: bool
+
+    @property
+    def largest(self) -> Piece:
+        """The piece of most entries."""
+        return max(self.pieces, key=lambda piece: piece.numel)
+
+
+def whole(spec: TensorSpec) -> Piece:
+    """All of a tensor as one piece."""
+    return Piece(spec, 0, spec.shape[0] if spec.shape else 1)
+
+
+def rows_of(spec: TensorSpec) -> Iterator[Piece]:
+    """A tensor as blocks of rows of at most `PIECE_ENTRIES` entries, and at least one row."""
+    if not spec.shape or spec.numel <= PIECE_ENTRIES:
+        yield whole(spec)
+        return
+    rows = max(1, PIECE_ENTRIES * spec.shape[0] // spec.numel)
+    for start in range(0, spec.shape[0], rows):
+        yield Piece(spec, start, min(start + rows, spec.shape[0]))
+
+
+def units(
+    specs: Iterable[TensorSpec], undivided: Callable[[TensorSpec], bool], together: bool
+) -> list[Unit]:
+    """Cut tensors into units: first those given whole, largest first, then the others in order.
+
+    Args:
+        specs: Tensors in the order of their names, which is about their order on disk.
+        undivided: Whether a tensor must be given whole.
+        together: Whether all rows of a tensor go to one unit, as statistics of it alone need.
+    """
+    streamed: list[tuple[Piece, ...]] = []
+    entire: list[Piece] = []
+    batch: list[Piece] = []
+    held = 0
+    for spec in specs:
+        if undivided(spec):
+            entire.append(whole(spec))
+            continue
+        for piece in rows_of(spec):
+            is_full = held + piece.numel > UNIT_ENTRIES or len(batch) == UNIT_PIECES
+            if batch and is_full and not (together and batch[-1].spec is spec):
+                streamed.append(tuple(batch))
+                batch, held = [], 0
+            batch.append(piece)
+            held += piece.numel
+    if batch:
+        streamed.append(tuple(batch))
+    entire.sort(key=lambda piece: piece.numel, reverse=True)
+    if together:  # units differ in size: the large ones first, so that workers end together
+        streamed.sort(key=lambda pieces: sum(p.numel for p in pieces), reverse=True)
+    cut = [*(((piece,), True) for piece in entire), *((pieces, False) for pieces in streamed)]
+    return [Unit(number, pieces, is_whole) for number, (pieces, is_whole) in enumerate(cut)]
+
+
+class Stacks:
+    """The task vectors of a family (difference vectors where it has no base), piece by piece.
+
+    Attributes:
+        names: Reference names of the tensors that every expert has in full, sorted.
+        experts: Number of experts.
+    """
+
+    def __init__(self, family: Family) -> None:
+        """Take the tensors every expert shares with the reference."""
+        self._family = family
+        self._reference = family.base
+        self._deltas = [Deltas(e, family.base, family.has_base) for e in family.experts.values()]
+        shared = [{*e.shared} - {*e.grown} for e in family.experts.values()]
+        self.names: Sequence[str] = sorted(set[str].intersection(*shared))
+        self.experts = len(self._deltas)
+        self._transposed = transposed_weights(family.base.specs)
+
+    def site(self, piece: Piece) -> Site:
+        """Where a piece is."""
+        spec = piece.spec
+        start = piece.start * (spec.numel // spec.shape[0]) if piece.start else 0
+        return Site(spec.name, spec.shape, start, spec.name in self._transposed)
+
+    def read(self, piece: Piece) -> tuple[Float[Tensor, "expert ..."], Float[Tensor, "..."]]:
+        """The stacked deltas of a piece, and the reference's values; fp32."""
+        stack = torch.empty((self.experts, *piece.shape))
+        if not self._family.has_base:
+            for place, deltas in zip(stack, self._deltas, strict=True):
+                place.copy_(self._expert(deltas, piece))
+            reference = stack.mean(dim=0)
+            return stack.sub_(reference), reference
+        reference = _rows(self._reference, piece.spec.name, piece).float()
+        for place, deltas in zip(stack, self._deltas, strict=True):
+            factors = deltas.factors(piece.spec.name)
+            if factors is not None:
+                torch.mm(factors[0][piece.start : piece.stop], factors[1], out=place)
+            elif deltas.unchanged(piece.spec.name):
+                place.zero_()
+            else:
+                place.copy_(self._expert(deltas, piece)).sub_(reference)
+        return stack, reference
+
+    def factors(self, name: str) -> list[Factors] | None:
+        """The task vectors of a matrix as exact factors, if every expert is an adapter there.
+
+        An adapter that leaves the matrix alone has factors of rank 0.
+        """
+        spec = self._reference.specs[name]
+        if len(spec.shape) != 2:
+            return None
+        found: list[Factors] = []
+        for deltas in self._deltas:
+            factors = deltas.factors(name)
+            if factors is None and deltas.unchanged(name):
+                factors = torch.zeros(spec.shape[0], 0), torch.zeros(0, spec.shape[1])
+            if factors is None:
+                return None
+            found.append(factors)
+        return found if any(left.shape[1] for left, _ in found) else None
+
+    def reference(self, piece: Piece) -> Tensor:
+        """The reference's own values, of its own dtype."""
+        return _rows(self._reference, piece.spec.name, piece)
+
+    def faults(self, stack: Float[Tensor, "expert ..."], piece: Piece) -> list[str]:
+        """What is not finite in a piece, told of base and experts; usually nothing."""
+        # One reduction tells: a sum is finite only if every term is.
+        if not stack.numel() or math.isfinite(float(stack.sum())):
+            return []
+        name, found = piece.spec.name, list[str]()
+        if self._family.has_base:
+            found += not_finite("The base", name, self._reference.read(name))
+        for deltas in self._deltas:
+            raw = deltas.alignment.files[name]
+            tensor = deltas.alignment.checkpoint.read(raw)
+            found += not_finite(f"Expert '{deltas.alignment.name}'", raw, tensor)
+        return found
+
+    def working_bytes(self, piece: Piece, bytes_per_entry: int, undivided: bool) -> int:
+        """Peak bytes of merging a piece: read, stacked, worked on, cast and written."""
+        stacked = bytes_per_entry * self.experts * piece.numel
+        return stacked + (working_bytes(piece.shape) if undivided else 24 * piece.numel)
+
+    def _expert(self, deltas: Deltas, piece: Piece) -> Tensor:
+        alignment = deltas.alignment
+        return _rows(alignment.checkpoint, alignment.files[piece.spec.name], piece)
+
+
+def _rows(checkpoint: Checkpoint, name: str, piece: Piece) -> Tensor:
+    if piece.is_whole:
+        return checkpoint.read(name)
+    return checkpoint.read_rows(name, piece.start, piece.stop)

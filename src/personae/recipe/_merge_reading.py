@@ -1,0 +1,191 @@
+"""From a file to a merge recipe: all faults at once, each with its line."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from personae.errors import MethodError
+from personae.methods import Conventions, MergeMethod
+from personae.recipe._faults import Fault, Place
+from personae.recipe._merge_file import (
+    Family,
+    MergeFile,
+    family_of,
+    method_fault,
+    native,
+    tokenizer_of,
+    validated,
+)
+from personae.recipe._yaml import read_document
+from personae.recipe.merge_recipe import MergeRecipe, MergeSettings, find_method
+
+# What it gives does not depend on what the deltas are taken from.
+_NEEDS_NO_REFERENCE = ("average", "linear")
+
+
+@dataclass
+class _Reading:
+    """Settings read under one convention, with what there is to say of them."""
+
+    settings: MergeSettings | None = None
+    faults: list[Fault] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def recipe_kind(path: str | Path) -> Literal["merge", "pack"]:
+    """Whether a recipe merges (it has `merge_method`) or packs.
+
+    Raises:
+        RecipeError: if the file cannot be read, or says both.
+    """
+    document = read_document(Path(path))
+    if "merge_method" in document.content and "pack_method" in document.content:
+        fault = Fault(("pack_method",), "A recipe merges or packs: keep one of both methods.")
+        raise document.refusal([fault])
+    return "merge" if "merge_method" in document.content else "pack"
+
+
+def read_merge_recipe(path: str | Path) -> MergeRecipe:
+    """Read and validate a merge recipe; opens no checkpoint.
+
+    A recipe that says nothing of `conventions`, and that only mergekit's method of that name can
+    follow, gets that one, with a note.
+
+    Raises:
+        RecipeError: listing every fault of the file, each with its line.
+    """
+    document = read_document(Path(path))
+    file, faults = validated(document.content)
+    faults += document.faults
+    if file is None:
+        raise document.refusal(faults)
+    family = family_of(file, faults)
+    reading = _read(file, family)
+    if faults or reading.faults or reading.settings is None:
+        if not file.models and faults:  # said already: the models are elsewhere, or wrong
+            reading.faults = [f for f in reading.faults if f.place != ("models",)]
+        raise document.refusal(faults + reading.faults)
+    return MergeRecipe(
+        base=family.base,
+        experts=family.experts,
+        settings=reading.settings,
+        text=document.text,
+        remarks=tuple(reading.remarks),
+    )
+
+
+def _read(file: MergeFile, family: Family) -> _Reading:
+    ours = _read_as(file, family, file.conventions or "personae")
+    if not ours.faults or file.conventions == "mergekit":
+        return ours
+    theirs = _read_as(file, family, "mergekit")
+    if theirs.faults or theirs.settings is None or _same_method(file.merge_method):
+        return ours
+    if file.conventions is None:
+        why = "; ".join(fault.text for fault in ours.faults)
+        theirs.remarks.append(
+            f"{file.merge_method} is mergekit's (conventions: mergekit), as this package's "
+            f"cannot follow the recipe: {why}"
+        )
+        return theirs
+    return _Reading(
+        None,
+        [Fault(p, f"{text} mergekit's can: conventions: mergekit.") for p, text in ours.faults],
+    )
+
+
+def _same_method(name: str) -> bool:
+    return find_method(name, "personae") is find_method(name, "mergekit")
+
+
+def _read_as(file: MergeFile, family: Family, conventions: Conventions) -> _Reading:
+    """The settings a file means under these conventions."""
+    reading = _Reading()
+    try:
+        method = find_method(file.merge_method, conventions)
+    except MethodError as error:
+        reading.faults.append(method_fault(file.merge_method, str(error)))
+        return reading
+    places: dict[Place, Place] = {("method",): ("merge_method",), ("experts",): ("models",)}
+    if file.tokenizer:
+        places["tokenizer_source",] = ("tokenizer", "source")
+    common = _native(file.parameters, method, ("parameters",), ("parameters",), places, reading)
+    owns = [
+        _native(
+            file.models[n].parameters,
+            method,
+            ("expert_parameters", expert),
+            ("models", n, "parameters"),
+            places,
+            reading,
+        )
+        for expert, n in enumerate(family.entries)
+    ]
+    reading.settings = settings = MergeSettings(
+        method=method.name,
+        conventions=conventions,
+        parameters=common,
+        expert_parameters=tuple(owns) if any(owns) else (),
+        dtype=file.out_dtype or file.dtype,
+        tokenizer_source=tokenizer_of(file, family),
+        skip=tuple(file.skip),
+        only=tuple(file.only),
+        vector=file.vector or _vector(file, method),
+    )
+    reading.faults += _base_faults(file, settings, method)
+    if file.dtype and file.out_dtype and file.dtype != file.out_dtype:
+        reading.remarks.append(f"dtype: {file.dtype} is not used: sums are in float32 here.")
+    for fault in settings.faults(list(family.experts)):
+        reading.faults.append(Fault(_in_file(fault.place, places), fault.text))
+    return reading
+
+
+def _native(
+    given: dict[str, Any],
+    method: MergeMethod,
+    place: Place,
+    file_place: Place,
+    places: dict[Place, Place],
+    reading: _Reading,
+) -> dict[str, Any]:
+    """Parameters by this package's names; notes where in the file each stands."""
+    found: dict[str, Any] = {}
+    places[place] = file_place
+    for name, value in given.items():
+        own_name, own_value, remark = native(name, value, method)
+        if remark and remark not in reading.remarks:
+            reading.remarks.append(remark)
+        if not own_name:
+            continue
+        if own_name in found:
+            text = f"{own_name} is given twice, as '{name}' too. Keep one."
+            reading.faults.append(Fault((*file_place, name), text))
+        places[*place, own_name] = (*file_place, name)
+        found[own_name] = own_value
+    return found
+
+
+def _vector(file: MergeFile, method: MergeMethod) -> Literal["task", "difference"]:
+    no_base = file.base_model is None and method.name in _NEEDS_NO_REFERENCE
+    return "difference" if no_base else "task"
+
+
+def _base_faults(file: MergeFile, settings: MergeSettings, method: MergeMethod) -> Sequence[Fault]:
+    if file.base_model is not None and settings.vector == "difference":
+        text = "Differences are from the experts' average: leave base_model out, or vector."
+        return (Fault(("vector",), text),)
+    if file.base_model is not None or settings.vector == "difference":
+        return ()
+    text = f"{method.name} needs 'base_model', what the models were fine-tuned from."
+    if method.needs == "deltas":
+        text += " Without one, 'vector: difference' merges their differences from the average."
+    return (Fault(("merge_method",), text),)
+
+
+def _in_file(place: Place, places: dict[Place, Place]) -> Place:
+    """Where in the file a place in the settings is."""
+    for length in range(len(place), 0, -1):
+        if place[:length] in places:
+            return places[place[:length]]
+    return place

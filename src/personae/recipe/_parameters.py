@@ -1,0 +1,193 @@
+"""A merge method's parameters as a recipe gives them: checked without a tensor, built for one."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, get_args, get_origin
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from personae.errors import MethodError, nearest
+from personae.methods import MergeMethod
+from personae.recipe._faults import Fault
+from personae.recipe._values import (
+    MISSING,
+    always,
+    evaluate,
+    fault_in,
+    is_gradient,
+    position,
+    scalars_of,
+    varies,
+)
+
+
+@dataclass(frozen=True)
+class GivenParameters:
+    """What is said of a method's parameters, for all experts and for each.
+
+    Attributes:
+        method: The method.
+        common: Parameter to value, for all experts.
+        own: The same for each expert, which goes before; empty if nothing is said of any.
+    """
+
+    method: MergeMethod
+    common: Mapping[str, Any]
+    own: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """All parameters of which something is said."""
+        return sorted({*self.common, *(name for own in self.own for name in own)})
+
+    @cached_property
+    def per_expert(self) -> frozenset[str]:
+        """The method's parameters that take a value an expert."""
+        fields = self.method.parameters.model_fields
+        return frozenset(n for n, field in fields.items() if _takes_tuple(field.annotation))
+
+    def said_of(self, name: str) -> list[Any]:
+        """All values a parameter is given, in the recipe or for an expert."""
+        sources = (self.common, *self.own)
+        return [source[name] for source in sources if name in source]
+
+    def at(self, name: str, layers: int, experts: int) -> dict[str, Any]:
+        """The scalar each parameter has at one tensor, or a tuple of one an expert.
+
+        What no filter fits is not in it; there the method's default holds.
+
+        Raises:
+            MethodError: if some experts have no value and the method no default.
+        """
+        t = position(name, layers)
+        found: dict[str, Any] = {}
+        for parameter in self.names:
+            common = evaluate(self.common.get(parameter, MISSING), name, t)
+            owns = [evaluate(own.get(parameter, MISSING), name, t) for own in self.own]
+            values = [common if own is MISSING else own for own in owns] or [common] * experts
+            given = [value for value in values if value is not MISSING]
+            if given and all(value == given[0] for value in given) and len(given) == len(values):
+                found[parameter] = given[0]
+            elif given:
+                found[parameter] = tuple(values)
+        for parameter, value in found.items():
+            if isinstance(value, tuple) and MISSING in value:
+                found[parameter] = self._filled(parameter, value, name)
+        return found
+
+    def _filled(self, parameter: str, values: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+        """With the method's default for experts of which no filter fits.
+
+        Raises:
+            MethodError: if the method has none.
+        """
+        field = self.method.parameters.model_fields.get(parameter)
+        if field is None or field.is_required():
+            raise MethodError(
+                f"No filter of {parameter} fits '{name}', and {self.method.name} has no default. "
+                "Add an entry without a filter."
+            )
+        return tuple(field.default if value is MISSING else value for value in values)
+
+    def faults(self, experts: Sequence[str]) -> Iterator[Fault]:
+        """Every fault that needs no tensor, placed in `parameters` and `expert_parameters`."""
+        fields = self.method.parameters.model_fields
+        if self.own and len(self.own) != len(experts):
+            text = f"Parameters are given for {len(self.own)} experts, but there are {len(experts)}"
+            yield Fault(("expert_parameters",), f"{text}. Give each its own, or none.")
+            return
+        sound = True
+        for source, place in self._sources():
+            for name, value in source.items():
+                for text in self._value_faults(name, value):
+                    sound = False
+                    yield Fault((*place, name), text)
+        for name, field in fields.items():
+            if field.is_required() and not self.said_of(name):
+                yield Fault(("parameters",), f"{self.method.name} needs '{name}'.")
+        if sound:
+            yield from self._spread_faults(experts)
+            yield from self._model_wide_faults()
+
+    def _sources(self) -> Iterator[tuple[Mapping[str, Any], tuple[str | int, ...]]]:
+        yield self.common, ("parameters",)
+        for n, own in enumerate(self.own):
+            yield own, ("expert_parameters", n)
+
+    def _value_faults(self, name: str, value: Any) -> Iterator[str]:
+        fields = self.method.parameters.model_fields
+        if name not in fields:
+            known = nearest(name, fields) if fields else "It has none."
+            yield f"{self.method.name} has no parameter '{name}'. {known}"
+            return
+        wrong = fault_in(value)
+        if wrong:
+            yield f"{name} = {value!r}: {wrong}."
+            return
+        adapter: TypeAdapter[Any] = TypeAdapter(
+            fields[name].rebuild_annotation(), config=ConfigDict(allow_inf_nan=False)
+        )
+        for scalar in _probes(value):
+            try:
+                adapter.validate_python(scalar)
+            except ValidationError as error:
+                message = error.errors()[0]["msg"].removesuffix(".")
+                yield f"{self.method.name}: {name} = {scalar!r}: {message}."
+
+    def _spread_faults(self, experts: Sequence[str]) -> Iterator[Fault]:
+        """What is said of some experts alone, or differs where it must not."""
+        for name in self.names:
+            having = [n for n, own in enumerate(self.own) if name in own]
+            if not having:
+                continue
+            place = ("expert_parameters", having[0], name)
+            if name not in self.common and len(having) < len(experts):
+                without = next(expert for n, expert in enumerate(experts) if n not in having)
+                yield Fault(
+                    place,
+                    f"{name} is given for {len(having)} of {len(experts)} experts, not for "
+                    f"'{without}'. Give it for each, or one for all under 'parameters'.",
+                )
+            values = [own.get(name, self.common.get(name)) for own in self.own]
+            if name not in self.per_expert and any(value != values[0] for value in values):
+                yield Fault(
+                    place,
+                    f"{self.method.name} takes one {name} for all experts. "
+                    "Give it under 'parameters'.",
+                )
+
+    def _model_wide_faults(self) -> Iterator[Fault]:
+        """What differs from tensor to tensor although a look at the whole model needs it."""
+        scopes = {scalar for value in self.said_of("scope") for scalar in scalars_of(value)}
+        covered = all(always(value) for value in self.said_of("scope"))
+        if scopes == {"tensor"} and covered:
+            return
+        for source, place in self._sources():
+            for name in self.method.model_wide:
+                if name in source and varies(source[name]):
+                    hint = ""
+                    if "scope" in self.method.parameters.model_fields:
+                        hint = ", or 'scope: tensor'"
+                    yield Fault(
+                        (*place, name),
+                        f"{self.method.name} looks at the whole model, so {name} cannot differ "
+                        f"from tensor to tensor. Give one value{hint}.",
+                    )
+
+
+def _probes(value: Any) -> list[Any]:
+    """Scalars to validate: those of the value, and what lies between those of a gradient."""
+    found = list(scalars_of(value))
+    gradients = [value] if is_gradient(value) else []
+    if isinstance(value, list | dict) and not gradients:
+        entries = [value] if isinstance(value, dict) else value
+        gradients = [entry["value"] for entry in entries if is_gradient(entry["value"])]
+    for points in gradients:
+        found += [a + (b - a) / 3 for a, b in pairwise(points) if a != b]
+    return list({repr(scalar): scalar for scalar in found}.values())
+
+
+def _takes_tuple(annotation: Any) -> bool:
+    return get_origin(annotation) is tuple or any(map(_takes_tuple, get_args(annotation)))

@@ -1,0 +1,93 @@
+"""YAML with line numbers: what a recipe says, and where it says it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from personae.errors import RecipeError
+from personae.recipe._faults import Fault, Place
+
+
+@dataclass(frozen=True)
+class Document:
+    """A recipe's content, with the line of everything in it.
+
+    Attributes:
+        path: The file.
+        text: All of it.
+        content: The mapping in it.
+        lines: Place to line, counted from 1.
+        faults: Keys that are there twice.
+    """
+
+    path: Path
+    text: str
+    content: dict[str, Any]
+    lines: Mapping[Place, int]
+    faults: tuple[Fault, ...]
+
+    def line(self, place: Place) -> int | None:
+        """The line of a place, or of the nearest one around it that has one."""
+        while place and place not in self.lines:
+            place = place[:-1]
+        return self.lines.get(place)
+
+    def refusal(self, faults: list[Fault]) -> RecipeError:
+        """One error that lists faults in the order of the file, each with its line."""
+        by_line = sorted(((self.line(f.place) or 0), f.text) for f in faults)
+        texts = [f"line {line}: {text}" if line else text for line, text in by_line]
+        texts = list(dict.fromkeys(texts))
+        listed = "\n".join(f"  {n}. {text}" for n, text in enumerate(texts, 1))
+        if len(texts) == 1:
+            return RecipeError(f"The recipe {self.path} is wrong. {texts[0].capitalize()}")
+        return RecipeError(f"The recipe {self.path} is wrong in {len(texts)} places:\n{listed}")
+
+
+def read_document(path: Path) -> Document:
+    """Read a YAML mapping.
+
+    Raises:
+        RecipeError: if the file cannot be read, is no YAML, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} is no valid YAML: {error}") from error
+    if not isinstance(content, dict) or node is None:
+        raise RecipeError(f"The recipe {path} holds no settings; see recipes/ for examples.")
+    lines: dict[Place, int] = {}
+    faults: list[Fault] = []
+    _walk(node, (), lines, faults, set())
+    return Document(path, text, content, lines, tuple(faults))
+
+
+def _walk(
+    node: yaml.Node, place: Place, lines: dict[Place, int], faults: list[Fault], seen: set[int]
+) -> None:
+    """Note the lines of all that is in a node, once: an alias has the lines of its anchor's."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for n, item in enumerate(node.value):
+            lines[*place, n] = item.start_mark.line + 1
+            _walk(item, (*place, n), lines, faults, seen)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*place, str(key.value))
+            line = key.start_mark.line + 1
+            if inner in lines:
+                text = f"'{'.'.join(map(str, inner))}' is there twice, in line {lines[inner]} too."
+                # Placed by a key of its own: the line of the second one.
+                lines[*inner, "again"] = line
+                faults.append(Fault((*inner, "again"), f"{text} Keep one."))
+                continue
+            lines[inner] = line
+            _walk(value, inner, lines, faults, seen)

@@ -1,0 +1,205 @@
+"""How models shall be merged: method, parameters, what comes out. YAML in mergekit's shape."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+from pydantic import Field
+
+from personae.checkpoints.naming import matches
+from personae.errors import Faults, MethodError, RecipeError, nearest
+from personae.methods import (
+    METHODS_BY_CONVENTIONS,
+    Conventions,
+    MergeMethod,
+    Parameters,
+    build,
+    lookup,
+)
+from personae.recipe._faults import Fault
+from personae.recipe._parameters import GivenParameters
+from personae.recipe._values import filters_of, fits, is_gradient
+from personae.recipe.pack_recipe import Strict, Vector
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class MergeSettings(Strict):
+    """How to merge, without which checkpoints.
+
+    A parameter is a scalar; or a list of numbers, a gradient over the layers; or a list of
+    `{filter, value}`, whose first entry that fits a tensor's name counts.
+    """
+
+    method: str = Field(default="average", description="Merge method")
+    conventions: Conventions = Field(
+        default="personae", description="Whose algorithm a name means, where mergekit's differs"
+    )
+    parameters: dict[str, Any] = Field(default={}, description="The method's parameters")
+    expert_parameters: tuple[dict[str, Any], ...] = Field(
+        default=(), description="The same for each expert, in their order; these go before"
+    )
+    dtype: Dtype | None = Field(default=None, description="What comes out; by default the base's")
+    tokenizer_source: str | None = Field(
+        default=None, description="Vocabulary that comes out: 'base', 'union' or an expert's name"
+    )
+    skip: tuple[str, ...] = Field(default=(), description="Patterns of tensors left as in the base")
+    only: tuple[str, ...] = Field(default=(), description="Patterns of tensors merged, if not all")
+    vector: Vector = "task"
+
+    def merge_method(self) -> MergeMethod:
+        """The method of this name under these conventions.
+
+        Raises:
+            MethodError: if there is none; the text suggests the nearest.
+        """
+        return find_method(self.method, self.conventions)
+
+    def for_tensor(self, name: str, layers: int, experts: int) -> Parameters:
+        """The method's parameters at one tensor; the same object wherever they are the same.
+
+        Args:
+            name: The tensor's.
+            layers: How many layers the model has, as `count_layers` tells.
+            experts: How many experts are merged.
+
+        Raises:
+            MethodError: naming every fault at once.
+        """
+        values = self._parameters().at(name, layers, experts)
+        return _build(self.method, self.conventions, experts, tuple(values.items()))
+
+    def check(self, experts: Sequence[str]) -> None:
+        """Find every fault that can be known without a tensor.
+
+        Args:
+            experts: Their names, in order.
+
+        Raises:
+            RecipeError: naming them all.
+        """
+        faults = Faults()
+        for fault in self.faults(experts):
+            faults.add(fault.text)
+        faults.raise_if_any(RecipeError)
+
+    def faults(self, experts: Sequence[str]) -> list[Fault]:
+        """Every fault that `check` would raise, each with its place in these settings."""
+        faults: list[Fault] = []
+        if not experts:
+            faults.append(Fault(("experts",), "There is no expert to merge. Give at least one."))
+        known = ("base", "union", *experts)
+        if self.tokenizer_source is not None and self.tokenizer_source not in known:
+            text = f"There is no vocabulary '{self.tokenizer_source}'. "
+            hint = nearest(self.tokenizer_source, known)
+            faults.append(Fault(("tokenizer_source",), text + hint))
+        try:
+            method = self.merge_method()
+        except MethodError as error:
+            return [*faults, Fault(("method",), str(error))]
+        if self.vector == "difference":
+            faults += _base_faults(method, self.tokenizer_source)
+        return [*faults, *self._parameters().faults(experts)]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should be told about these settings, a line each."""
+        method = self.merge_method()
+        notes: list[str] = []
+        if self.vector == "difference" and method.degenerates:
+            notes.append(f"Without a base, {method.name} amounts to {method.degenerates}.")
+        for name, value in self.parameters.items():
+            if name in self._parameters().per_expert and is_gradient(value):
+                notes.append(
+                    f"{name} = {value} is read as a gradient from the first layer to the last. "
+                    "Values for each expert go under its model."
+                )
+        return notes
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Patterns and filters that fit none of these tensor names, each with where it stands."""
+        names = list(names)
+        patterns = [("skip", p) for p in self.skip] + [("only", p) for p in self.only]
+        found = [
+            f"{place}: {pattern}"
+            for place, pattern in patterns
+            if not any(matches(name, (pattern,)) for name in names)
+        ]
+        for source in (self.parameters, *self.expert_parameters):
+            for parameter, value in source.items():
+                found += [
+                    f"{parameter}: {pattern}"
+                    for pattern in filters_of(value)
+                    if not any(fits(pattern, name) for name in names)
+                ]
+        return list(dict.fromkeys(found))
+
+    def _parameters(self) -> GivenParameters:
+        return GivenParameters(self.merge_method(), self.parameters, self.expert_parameters)
+
+
+class MergeRecipe(Strict):
+    """A family and how to merge it, as read from YAML.
+
+    Attributes:
+        base: Where the base is; None for difference vectors.
+        experts: Name to where it is, in order.
+        settings: How to merge them.
+        text: The file as it was read.
+        remarks: What was read otherwise than it stands there, a line each.
+    """
+
+    base: str | None
+    experts: dict[str, str]
+    settings: MergeSettings
+    text: str
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should be told, a line each."""
+        return [*self.remarks, *self.settings.notes]
+
+
+def methods_under(conventions: Conventions) -> Mapping[str, MergeMethod]:
+    """Every method under these conventions: theirs, and of ours what they do not have."""
+    return {**METHODS_BY_CONVENTIONS["personae"], **METHODS_BY_CONVENTIONS[conventions]}
+
+
+def find_method(name: str, conventions: Conventions) -> MergeMethod:
+    """The merge method of this name.
+
+    Raises:
+        MethodError: if there is none; the text suggests the nearest.
+    """
+    return lookup(methods_under(conventions), name)
+
+
+@lru_cache(maxsize=4096)
+def _build(
+    method: str, conventions: Conventions, experts: int, values: tuple[tuple[str, Any], ...]
+) -> Parameters:
+    """A method's validated parameters, made once for all tensors at which they are the same.
+
+    Raises:
+        MethodError: naming every fault, tuples that are not one an expert among them.
+    """
+    built: Parameters = build(find_method(method, conventions), dict(values))
+    faults = Faults()
+    built.check_experts(experts, faults)
+    faults.raise_if_any(MethodError)
+    return built
+
+
+def _base_faults(method: MergeMethod, tokenizer_source: str | None) -> list[Fault]:
+    faults: list[Fault] = []
+    if method.needs == "base":
+        text = f"{method.name} needs a base. Give base_model, without vector: difference."
+        faults.append(Fault(("vector",), text))
+    if method.needs == "adapters":
+        text = f"{method.name} merges LoRA adapters, which need their base. Give base_model."
+        faults.append(Fault(("vector",), text))
+    if tokenizer_source == "base":
+        text = "There is no base whose vocabulary could come out. Name an expert, or 'union'."
+        faults.append(Fault(("tokenizer_source",), text))
+    return faults

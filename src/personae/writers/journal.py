@@ -1,0 +1,71 @@
+"""Which steps of a run are done: kept in its unfinished output, so that a killed run goes on.
+
+Steps are numbered by what is to be done, so the note also says what the numbers mean: the
+*identity* of inputs, settings and tool. Another identity begins anew.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from personae._version import __version__
+from personae.writers.atomic import output_errors
+
+_FILE = ".journal"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Journal:
+    """The steps of a run that are done.
+
+    Attributes:
+        done: Numbers of the steps done by this run and those before it.
+        directory: Where the run writes; what is in it belongs to the run.
+    """
+
+    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
+        """Go on with what an earlier run of this identity left, or clear the directory.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        self.directory = directory
+        self.done: set[int] = set()
+        path = directory / _FILE
+        # What was written but not yet on disk is lost with a machine, not with a process.
+        boot = _BOOT.read_text("ascii").strip() if _BOOT.exists() else ""
+        wanted = json.dumps({"tool_version": __version__, "boot": boot, **identity})
+        found, _, steps = _read(path).partition("\n")
+        with output_errors(path):
+            if found == wanted:
+                whole, _, _ = steps.rpartition("\n")  # a line cut short was never finished
+                self.done = {int(line) for line in whole.split()}
+            else:
+                _clear(directory)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            lines = [wanted, *map(str, sorted(self.done))]
+            os.write(self._file, ("\n".join(lines) + "\n").encode())
+
+    def add(self, step: int) -> None:
+        """Note a step as done: all it wrote must have been handed to the system."""
+        self.done.add(step)
+        with output_errors(self.directory / _FILE):
+            os.write(self._file, f"{step}\n".encode())
+
+    def close(self, complete: bool) -> None:
+        """Release the note; a complete run no longer needs it."""
+        os.close(self._file)
+        if complete:
+            (self.directory / _FILE).unlink()
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _clear(directory: Path) -> None:
+    for child in directory.iterdir():
+        shutil.rmtree(child) if child.is_dir() else child.unlink()
