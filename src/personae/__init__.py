@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from personae.errors import PersonaeError
     from personae.execute.inspect import inspect
     from personae.execute.merge import merge
+    from personae.execute.merge_plan import plan_merge
     from personae.execute.pack import add_tasks, pack, pack_many, remove_task
     from personae.execute.plan import plan_pack, plan_shapes
     from personae.execute.unpack import unpack
@@ -32,6 +33,7 @@ _HOMES = {
     "open_checkpoint": "checkpoints",
     "pack": "execute.pack",
     "pack_many": "execute.pack",
+    "plan_merge": "execute.merge_plan",
     "plan_pack": "execute.plan",
     "plan_shapes": "execute.plan",
     "remove_task": "execute.pack",
@@ -53,6 +55,7 @@ __all__ = [
     "open_checkpoint",
     "pack",
     "pack_many",
+    "plan_merge",
     "plan_pack",
     "plan_shapes",
     "remove_task",

@@ -15,9 +15,11 @@ def _state(**shapes: tuple[int, ...]) -> State:
     return {name.replace("__", "."): torch.zeros(shape) for name, shape in shapes.items()}
 
 
-def _aligned(base: State, expert: State, **options: tuple[str, ...]) -> Alignment:
-    found = align(open_checkpoint(base), {"x": open_checkpoint(expert)}, **options)
-    return found["x"]
+def _aligned(
+    base: State, expert: State, skip: tuple[str, ...] = (), private: tuple[str, ...] = ()
+) -> Alignment:
+    experts = {"x": open_checkpoint(expert)}
+    return align(open_checkpoint(base), experts, skip=skip, private=private)["x"]
 
 
 BACKBONE = _state(embed__weight=(20, 4), layer__0__weight=(4, 4), layer__0__bias=(4,))

@@ -11,12 +11,14 @@ from personae.cli import console, options
 from personae.errors import RecipeError
 from personae.execute.architecture import specs_of_architecture
 from personae.execute.family import open_family
+from personae.execute.merge_plan import plan_merge
 from personae.execute.plan import PackPlan, ShapesPlan, plan_pack, plan_shapes, specs_of_shapes
-from personae.recipe import PackRecipe
+from personae.execute.work import Work
+from personae.recipe import PackRecipe, read_merge_recipe, recipe_kind
 
 
 def plan(
-    recipe: Annotated[Path | None, typer.Argument(help="A pack recipe.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="A merge or pack recipe.")] = None,
     base: options.Base = None,
     experts: options.Experts = None,
     architecture: Annotated[
@@ -54,7 +56,10 @@ def plan(
     memory: options.Memory = None,
     json: options.Json = False,
 ) -> None:
-    """Plan a pack without reading a weight: faults, ranks, bytes, memory, AMR."""
+    """Plan a merge or a pack without reading a weight: faults, bytes, memory, ranks, AMR."""
+    if recipe is not None and recipe_kind(recipe) == "merge":
+        _plan_merge(recipe, workers, memory, json)
+        return
     parameters = options.values(set_, "--set")
     if rank_fraction is not None and budget is not None:
         raise RecipeError("A budget sets the rank: give --budget or --rank-fraction, not both.")
@@ -119,6 +124,27 @@ def _plan_pack(recipe: PackRecipe, workers: int | None, memory: str | None, json
         console.facts(planned.to_json())
         return
     _print_plan(planned)
+
+
+def _plan_merge(recipe: Path, workers: int | None, memory: str | None, json: bool) -> None:
+    read = read_merge_recipe(recipe)
+    work = Work(workers=workers, memory=options.bytes_of("--memory", memory))
+    planned = plan_merge(read.base, read.experts, read.settings, work)
+    if json:
+        console.facts(planned.to_json())
+        return
+    size = console.size
+    console.out.print(
+        f"{planned.method} on {planned.vector} vectors: {planned.merged} tensors merged, "
+        f"{len(planned.copied)} as in the base; {planned.parameters:,} parameters\n"
+        f"reads {size(planned.bytes_in)} ({size(planned.bytes_read)} in all, with "
+        f"{planned.looks} looks before), writes {size(planned.bytes_out)}\n"
+        f"working memory at most {size(planned.peak_memory)} with {planned.workers} worker(s) on "
+        f"{planned.items} items, the largest {size(planned.largest)}",
+        markup=False,
+    )
+    for text in (*read.notes, *planned.notes):
+        console.note(text)
 
 
 def _print_plan(planned: PackPlan) -> None:

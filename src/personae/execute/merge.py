@@ -17,7 +17,7 @@ from personae.errors import CheckpointError, Faults, OutputError, PersonaeError
 from personae.execute import pool
 from personae.execute.family import open_family
 from personae.execute.gather import gather_model, gather_tensor
-from personae.execute.merge_plan import MergeJob, plan_job, prepare
+from personae.execute.merge_plan import MergeJob, plan_job, prepare, settings_for
 from personae.execute.plan import check_output
 from personae.execute.stream import Piece, Unit
 from personae.execute.work import Work
@@ -66,8 +66,7 @@ def merge(
     """
     settings, work = settings or MergeSettings(), work or Work()
     out = Path(out).absolute()
-    if base is None:
-        settings = settings.model_copy(update={"vector": "difference"})
+    settings = settings_for(base, settings)
     check_output(out, overwrite, inputs=[base, *experts.values()])
     with open_family(base, experts, skip=settings.skip) as family:
         job = prepare(family, settings)

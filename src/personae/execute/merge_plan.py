@@ -1,7 +1,7 @@
 """What a merge will do, from headers alone: which tensors, cut how, and every fault they tell."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from personae.checkpoints.misfits import reference_name
 from personae.checkpoints.naming import matches, shown
 from personae.errors import CheckpointError, Faults
 from personae.execute import pool
-from personae.execute.family import Family
+from personae.execute.family import Family, open_family
 from personae.execute.gather import ParametersOf
 from personae.execute.stream import Piece, Stacks, Unit, units
 from personae.execute.work import Work
@@ -106,6 +106,30 @@ class MergePlan:
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
+
+
+def plan_merge(
+    base: Any, experts: Mapping[str, Any], settings: MergeSettings, work: Work | None = None
+) -> MergePlan:
+    """Plan a merge from headers: every fault they tell, items, bytes, peak memory.
+
+    Args:
+        base: As for `merge`.
+        experts: As for `merge`.
+        settings: As for `merge`.
+        work: Workers and memory bound.
+
+    Raises:
+        PersonaeError: for anything wrong that headers tell, all faults at once.
+    """
+    settings = settings_for(base, settings)
+    with open_family(base, experts, skip=settings.skip) as family:
+        return plan_job(prepare(family, settings), settings, work or Work())
+
+
+def settings_for(base: Any, settings: MergeSettings) -> MergeSettings:
+    """The settings, which without a base are about difference vectors."""
+    return settings if base is not None else settings.model_copy(update={"vector": "difference"})
 
 
 def prepare(family: Family, settings: MergeSettings) -> MergeJob:
