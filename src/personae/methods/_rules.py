@@ -1,7 +1,6 @@
 """Methods inside methods: a registered one applied to what another makes of the task vectors."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +10,8 @@ from personae.methods._parameters import Parameters
 from personae.methods._registry import MERGE_METHODS, build, lookup
 from personae.methods._site import Site
 
-View = Callable[[Tensor, Any, Site], Tensor]
-"""`view(task_vectors, parameters, site)`: what the inner method is given instead."""
+View = Callable[[Tensor, Any, Site], tuple[Tensor, Site]]
+"""`view(task_vectors, parameters, site)`: what the inner method is given instead, and where."""
 
 
 class Rule:
@@ -23,8 +22,8 @@ class Rule:
         self._method: MergeMethod = lookup(MERGE_METHODS, name)
         self._parameters: Parameters = build(self._method, settings)
 
-    def gather(self, experts: int, view: View) -> Gathering:
-        """The method's own looks, at what `view` makes of the task vectors."""
+    def gather(self, experts: int, view: View | None = None) -> Gathering:
+        """The method's own looks, at what `view` makes of the task vectors, or at themselves."""
         if self._method.gather is None:
             return {}
         looks = self._method.gather(self._parameters, experts)
@@ -36,17 +35,25 @@ class Rule:
             return done.value
 
     def merge(self, seen: Tensor, statistics: Statistics | None, site: Site) -> Tensor:
-        """Merge what `view` made of the task vectors of this site."""
-        site = replace(site, shape=tuple(seen.shape[1:]))
+        """Merge what a view made of the task vectors; without statistics, by looks at it alone."""
         return self._method.merge(seen, self._parameters, statistics, site)
 
-    def _through(self, view: View, measure: Measure) -> Measure:
+    def _through(self, view: View | None, measure: Measure) -> Measure:
+        """The measure, with the method's own parameters, of what is seen."""
+
         def tally(vectors: Tensor, outer: Any, site: Site) -> Tensor:
-            seen = view(vectors, outer, site)
-            site = replace(site, shape=tuple(seen.shape[1:]))
-            return measure.tally(seen, self._parameters, site)
+            if view is not None:  # a sample is one of the rows seen: the view needs all there are
+                vectors, site = view(vectors, outer, site)
+                vectors = every(measure.sample, vectors)
+            return measure.tally(vectors, self._parameters, site)
 
         def applies(_: Any, site: Site) -> bool:
             return measure.applies(self._parameters, site)
 
-        return measure._replace(tally=tally, applies=applies)
+        sample = measure.sample if view is None else 1
+        return measure._replace(tally=tally, applies=applies, sample=sample)
+
+
+def every(sample: int, task_vectors: Tensor) -> Tensor:
+    """One row in so many; the first at least."""
+    return task_vectors[:, ::sample] if sample > 1 and task_vectors.ndim > 1 else task_vectors

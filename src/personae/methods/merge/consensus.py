@@ -27,7 +27,7 @@ def _gather(parameters: Any, experts: int) -> Gathering:
     """What TIES looks for, if the multi-task vector is that of TIES."""
     if parameters.multi_task == "sum":
         return {}
-    return (yield from _ties(parameters.density).gather(experts, lambda vectors, _, __: vectors))
+    return (yield from _ties(parameters.density).gather(experts))
 
 
 def _ties(density: float) -> Rule:
