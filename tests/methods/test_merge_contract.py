@@ -82,7 +82,13 @@ def test_factors_merge_as_their_products_do(name: str, shape: tuple[int, int], t
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
 
 
-COPIES = [("average", {}, 0), ("ties", {"density": 1.0}, 0), ("cart", {}, 0)]
+COPIES = [
+    ("average", {}, 0),
+    ("cart", {}, 0),
+    ("core_space", {"rule": "ties", "density": 1.0}, 1e-4),
+    ("knots", {"density": 1.0}, 1e-4),
+    ("ties", {"density": 1.0}, 0),
+]
 
 
 @pytest.mark.parametrize(("name", "settings", "tolerance"), COPIES)
