@@ -12,6 +12,7 @@ from torch import Tensor
 
 from personae.methods._parameters import Parameters
 from personae.methods._site import Site
+from personae.ops.bases import joint_basis
 
 Statistics = Mapping[str, Tensor]
 """What a method has to know beyond the entries it is given, by name."""
@@ -151,10 +152,10 @@ class MergeMethod:
         lefts, rights = [left for left, _ in factors], [right for _, right in factors]
         basis = cobasis = None
         if side in ("left", "both") and sum(a.shape[1] for a in lefts) < site.shape[0]:
-            basis = _basis(torch.cat(lefts, dim=1))
+            basis = joint_basis(lefts)[0].float()
             lefts = [basis.T @ left for left in lefts]
         if side in ("right", "both") and sum(b.shape[0] for b in rights) < site.shape[1]:
-            cobasis = _basis(torch.cat(rights).T)
+            cobasis = joint_basis([right.T for right in rights])[0].float()
             rights = [right @ cobasis for right in rights]
 
         def expand(merged: Tensor) -> Tensor:
@@ -186,10 +187,3 @@ class MergeMethod:
     @cached_property
     def _takes(self) -> set[str]:
         return set(inspect.signature(self.function).parameters)
-
-
-def _basis(columns: Float[Tensor, "long short"]) -> Float[Tensor, "long short"]:
-    """Orthonormal basis of the span of columns: their left singular vectors, signs fixed."""
-    u, _, _ = torch.linalg.svd(columns.double(), full_matrices=False)
-    first = u.abs().argmax(dim=0)
-    return (u * u.gather(0, first[None]).sign()).float()

@@ -1,0 +1,51 @@
+"""Iso-C (Marczak et al. 2025): the sum of the task vectors with a flat spectrum.
+
+Departs from the paper where that leaves the choice to rounding: of a sum without full rank (as of
+adapters) only the directions it has get the common singular value, their mean; the paper's mean is
+over min(m, d) values, and its decomposition fills what is missing with arbitrary directions. The
+nuclear norm is that of the sum either way.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from personae.methods._matrices import Tensors, from_both_sides, is_matrix, not_matrix
+from personae.methods._registry import merge_method
+from personae.methods._site import Site
+from personae.ops.polar import polar_factor, sum_tolerance
+
+
+@merge_method(
+    paper="arXiv:2502.04959",
+    order_free=True,
+    entrywise=not_matrix,
+    equivariant=from_both_sides,
+    degenerates="weight averaging: the sum is 0 there, up to rounding",
+    bytes_per_entry=40,
+)
+def iso_c(
+    task_vectors: Float[Tensor, "expert *shape"],
+    *,
+    tensors: Tensors = "matrices",
+    scale: float = 1.0,
+    site: Site,
+) -> Float[Tensor, "*shape"]:
+    """Give all singular directions of the sum one value, their mean; average other tensors.
+
+    Σ_n τ_n = U Σ Vᵀ becomes scale · mean(σ) · U Vᵀ.
+
+    Args:
+        task_vectors: One task vector per expert, stacked in recipe order; fp32.
+        tensors: Which tensors are merged so; the rest is averaged.
+        scale: Multiplier on the result, averages included (α in the paper, tuned up to 3).
+        site: Which tensor.
+
+    Returns:
+        The merged task vector, fp32.
+    """
+    if not is_matrix(tensors, site):
+        return scale * task_vectors.mean(dim=0)
+    total = task_vectors.sum(dim=0, dtype=torch.float64)
+    factor, values = polar_factor(total, sum_tolerance(task_vectors))
+    return factor * (scale * float(values.mean())) if len(values) else factor

@@ -1,0 +1,88 @@
+"""Iso-CTS (Marczak et al. 2025): common directions of all tasks, some of each task, one value.
+
+Departs from the paper where that leaves the choice to rounding, as Iso-C does: directions that the
+sum, or what it leaves of a task, has not got are not filled with arbitrary ones. Merging adapters,
+the sum often spans all that the tasks have; then nothing is left for single tasks, and the result
+is that of Iso-C.
+"""
+
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from personae.methods._matrices import Tensors, from_both_sides, is_matrix, not_matrix
+from personae.methods._registry import merge_method
+from personae.methods._site import Site
+from personae.ops.bases import joint_basis
+from personae.ops.polar import WHITENING_TOLERANCE, polar_factor, sum_tolerance
+from personae.ops.svd import truncated_svd
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@merge_method(
+    paper="arXiv:2502.04959",
+    order_free=True,
+    entrywise=not_matrix,
+    equivariant=from_both_sides,
+    needs="base",
+    bytes_per_entry=40,
+)
+def iso_cts(
+    task_vectors: Float[Tensor, "expert *shape"],
+    *,
+    common_fraction: Fraction = 0.8,
+    tensors: Tensors = "matrices",
+    scale: float = 1.0,
+    site: Site,
+) -> Float[Tensor, "*shape"]:
+    """Give common and task-specific directions one singular value; average other tensors.
+
+    Of min(m, d) directions, the k leading ones of the sum are the common space. Each expert adds
+    the (min(m, d) − k) / N leading ones of what the common space leaves of it, τ_n − U_k U_kᵀ τ_n.
+    Both sides' vectors are made orthonormal (polar factors); all get the mean of the values.
+    k = common_fraction · min(m, d), moved to the nearest number that leaves a multiple of N.
+
+    On difference vectors, whose sum is 0, there would be no common space: a base is needed.
+
+    Args:
+        task_vectors: One task vector per expert, stacked in recipe order; fp32.
+        common_fraction: Share of the directions that is common.
+        tensors: Which tensors are merged so; the rest is averaged.
+        scale: Multiplier on the result, averages included (α in the paper, tuned up to 3).
+        site: Which tensor; numbers of directions follow from the shape of the whole tensor.
+
+    Returns:
+        The merged task vector, fp32.
+    """
+    if not is_matrix(tensors, site):
+        return scale * task_vectors.mean(dim=0)
+    common, specific = shares(min(site.shape), len(task_vectors), common_fraction)
+    tolerance = sum_tolerance(task_vectors)
+    total = task_vectors.sum(dim=0, dtype=torch.float64)
+    basis, values = joint_basis([total])
+    common = min(common, int((values > tolerance).sum()))
+    basis, values = basis[:, :common], values[:common]
+    lefts, sizes, rights = [basis.float()], [values.float()], [(basis.T @ total).float()]
+    rights[0] /= sizes[0][:, None]
+    for matrix in task_vectors:
+        image = basis.T @ matrix.double()
+        u, singular_values, vh = truncated_svd(matrix.double().sub_(basis @ image), specific)
+        found = singular_values > tolerance
+        lefts.append(u[:, found])
+        sizes.append(singular_values[found])
+        rights.append(vh[found])
+    left, _ = polar_factor(torch.cat(lefts, dim=1), WHITENING_TOLERANCE)
+    right, _ = polar_factor(torch.cat(rights), WHITENING_TOLERANCE)
+    flat = torch.cat(sizes)
+    return (left @ right) * (scale * float(flat.mean()) if len(flat) else 0.0)
+
+
+def shares(directions: int, experts: int, common_fraction: float) -> tuple[int, int]:
+    """Directions of the common space, and of each expert: together all there are."""
+    rest = directions - int(common_fraction * directions + 1e-9)
+    each = min(round(rest / experts), directions // experts)
+    return directions - each * experts, each

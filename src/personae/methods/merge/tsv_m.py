@@ -1,0 +1,60 @@
+"""TSV-Merge (Gargiulo et al. 2024): the leading singular vectors of each task, made orthogonal.
+
+Every expert is given an equal share of a matrix's directions; those of all experts are moved as
+little as possible to be orthonormal (whitening), so that tasks no longer overlap.
+
+Departs from the original code where that leaves the choice to rounding. Directions that experts
+share are whitened within the span they have, as copies of one expert should, and never completed
+by arbitrary ones. Directions beneath the numerical rank of an expert are not taken. A matrix with
+fewer rows or columns than there are experts has no direction for each: it is averaged, where the
+code would leave it at the base.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from personae.methods._matrices import Tensors, from_both_sides, is_matrix, not_matrix
+from personae.methods._registry import merge_method
+from personae.methods._site import Site
+from personae.ops.polar import WHITENING_TOLERANCE, polar_factor
+from personae.ops.svd import truncated_svd
+
+
+@merge_method(
+    paper="arXiv:2412.00081",
+    order_free=True,
+    entrywise=not_matrix,
+    equivariant=from_both_sides,
+    bytes_per_entry=32,
+)
+def tsv_m(
+    task_vectors: Float[Tensor, "expert *shape"],
+    *,
+    tensors: Tensors = "matrices",
+    scale: float = 1.0,
+    site: Site,
+) -> Float[Tensor, "*shape"]:
+    """Merge the whitened leading singular vectors of all experts; average other tensors.
+
+    Of each task vector U Σ Vᵀ the k = ⌊min(m, d) / N⌋ leading triplets are taken. With those of
+    all experts side by side, Ũ = [U_1 … U_N] and Ṽ alike, the result is scale · U⊥ Σ̃ V⊥ᵀ, where
+    U⊥ and V⊥ are the polar factors of Ũ and Ṽ.
+
+    Args:
+        task_vectors: One task vector per expert, stacked in recipe order; fp32.
+        tensors: Which tensors are merged so; the rest is averaged.
+        scale: Multiplier on the result, averages included (α in the paper).
+        site: Which tensor; k follows from the shape of the whole tensor.
+
+    Returns:
+        The merged task vector, fp32.
+    """
+    rank = min(site.shape, default=0) // len(task_vectors)
+    if rank == 0 or not is_matrix(tensors, site):
+        return scale * task_vectors.mean(dim=0)
+    parts = [truncated_svd(matrix, rank) for matrix in task_vectors]
+    left, _ = polar_factor(torch.cat([u for u, _, _ in parts], dim=1), WHITENING_TOLERANCE)
+    right, _ = polar_factor(torch.cat([vh for _, _, vh in parts]), WHITENING_TOLERANCE)
+    values = torch.cat([singular_values for _, singular_values, _ in parts])
+    return (left * (scale * values)) @ right

@@ -1,0 +1,50 @@
+"""The orthogonal part of a matrix, over its numerical range alone."""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+WHITENING_TOLERANCE = 1e-3
+"""For singular vectors side by side, which fp32 gives to about this: closer ones are the same."""
+
+_ROUNDING = 8 * torch.finfo(torch.float32).eps
+
+
+def sum_tolerance(matrices: Iterable[Float[Tensor, "out in"]]) -> float:
+    """What singular values of a sum of fp32 matrices may amount to by rounding alone."""
+    return _ROUNDING * sum(float(matrix.norm()) for matrix in matrices)
+
+
+def polar_factor(
+    matrix: Float[Tensor, "out in"], tolerance: float
+) -> tuple[Float[Tensor, "out in"], Float[Tensor, " rank"]]:
+    """The polar factor U Vᵀ of a matrix U Σ Vᵀ, over singular values above the tolerance.
+
+    Of a matrix of full rank it is the nearest with orthonormal rows or columns (the solution of
+    the orthogonal Procrustes problem). Otherwise it is a partial isometry: directions that the
+    matrix has not got stay 0, where a full decomposition would fill them with arbitrary ones.
+
+    Computed in fp64 from the Gram matrix of the smaller side, whose squares lose singular values
+    beneath about 1e-7 of the largest: no less than what fp32 entries leave uncertain.
+
+    Args:
+        matrix: Any floating dtype, finite.
+        tolerance: Singular values up to this one count as 0.
+
+    Returns:
+        The factor and the singular values kept, descending; fp32.
+    """
+    small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    peak = float(matrix.abs().max()) if matrix.numel() else 0.0
+    if peak == 0:
+        return torch.zeros_like(matrix, dtype=torch.float32), matrix.new_zeros(0).float()
+    small = small.double() / peak  # squares of tiny entries would vanish
+    energies, vectors = torch.linalg.eigh(small @ small.T)
+    values = energies.clamp(min=0).sqrt()
+    kept = values * peak > tolerance
+    values, vectors = values[kept], vectors[:, kept]
+    factor = ((vectors / values) @ (vectors.T @ small)).float()
+    factor = factor if matrix.shape[0] <= matrix.shape[1] else factor.T
+    return factor, (values * peak).flip(0).float()
