@@ -130,6 +130,18 @@ def test_verify(work):
     assert "every checksum holds" in done("verify p")
 
 
+def test_the_device_that_is_here_anyway(work):
+    done(f"{PACK} --device cpu")
+    done(PACK.replace("--out p", "--out auto") + " --device auto")
+    assert "news rebuilt" in done("unpack p -t news -o a --device auto")
+    assert "news rebuilt" in done("unpack p -t news -o b --device cpu")
+    verified = facts("verify auto --against news=news --base base --device auto")
+    assert verified["news"]["same_original"] is True
+    if not torch.cuda.is_available():
+        assert listing(work / "auto") == listing(work / "p")
+        assert listing(work / "a") == listing(work / "b")
+
+
 def test_adding_and_removing_tasks(work):
     done("pack --base base --expert news=news --out p")
     done(PACK.replace("--out p", "--out both"))

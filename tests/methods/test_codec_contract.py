@@ -5,6 +5,7 @@ import torch
 
 from personae._types import SVD, Parts
 from personae.methods import CODECS, Codec
+from pretend_device import DEVICE, PretendDevice
 
 MATRICES = [(80, 100), (300, 70), (70, 300), (1, 50), (50, 1)]
 SHAPES = [(), (1,), (7,), *MATRICES, (6, 3, 2, 2), (4, 5, 9)]
@@ -156,6 +157,24 @@ def test_bits_at_the_default_rank(name: str):
     codec = _codec(name)
     for shape in SHAPES:
         assert codec.bits(shape, rank=codec.rank(shape)) == codec.bits(shape)
+
+
+@each_shape
+def test_computes_on_the_device_of_its_input(name: str, shape: tuple[int, ...]):
+    codec, delta = _codec(name), _delta(shape)
+    if delta.ndim == 2:
+        delta[0] = 0
+    elif delta.ndim:
+        delta.view(-1)[0] = 0
+    parts = codec.encode(delta)
+    with PretendDevice():
+        there = codec.encode(delta.to(DEVICE))
+        decoded = codec.decode(there, shape)
+        assert all(part.device == DEVICE for part in there.values())
+        assert not there or decoded.device == DEVICE  # without parts nothing says where
+        there, decoded = {part: tensor.cpu() for part, tensor in there.items()}, decoded.cpu()
+    assert _same(there, parts)
+    assert torch.equal(decoded, codec.decode(parts, shape))
 
 
 def test_an_entry_can_be_listed(name: str):

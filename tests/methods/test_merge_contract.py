@@ -6,6 +6,7 @@ from gather import merge_model
 from matrices import adapters, products
 
 from personae.methods import MERGE_METHODS, Site, build
+from pretend_device import DEVICE, PretendDevice
 
 SHAPES = [(4, 6), (5,), (), (2, 3, 2, 2), (6, 4)]
 names = pytest.mark.parametrize("name", sorted(MERGE_METHODS))
@@ -51,6 +52,15 @@ def test_one_tensor_or_one_expert_of_zeros_is_finite(name: str):
 def test_same_bytes_on_a_rerun(name: str):
     first, again = merge_model(name, model()), merge_model(name, model())
     assert [t.numpy().tobytes() for t in first] == [t.numpy().tobytes() for t in again]
+
+
+@names
+def test_computes_on_the_device_of_its_input(name: str):
+    expected = merge_model(name, model())
+    with PretendDevice():
+        merged = merge_model(name, [stack.to(DEVICE) for stack in model()])
+        assert {tensor.device for tensor in merged} == {DEVICE}
+        assert all(map(torch.equal, [tensor.cpu() for tensor in merged], expected))
 
 
 @names

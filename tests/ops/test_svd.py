@@ -10,6 +10,7 @@ from personae._types import SVD
 from personae.errors import MethodError
 from personae.ops import svd as module
 from personae.ops.svd import Solver, fix_signs, truncated_svd
+from pretend_device import DEVICE, PretendDevice
 
 SOLVERS: list[Solver] = ["auto", "randomised", "gram", "full"]
 SHAPES = [(64, 64), (48, 160), (160, 48), (1, 7), (7, 1)]
@@ -247,6 +248,16 @@ def test_integer_matrices(out: int, into: int, entries: list[int], rank: int, so
     assert len(svd.singular_values) == min(rank, true_rank)
     expected = torch.linalg.svdvals(matrix.double())[: min(rank, true_rank)].float()
     torch.testing.assert_close(svd.singular_values, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_computes_on_the_device_of_the_matrix(solver: Solver) -> None:
+    matrix = gaussian(300, 280)
+    with PretendDevice():
+        there = truncated_svd(matrix.to(DEVICE), 20, solver=solver)
+        assert {part.device for part in there} == {DEVICE}
+        there = SVD(*(part.cpu() for part in there))
+    assert all(map(torch.equal, there, truncated_svd(matrix, 20, solver=solver)))
 
 
 def test_negative_rank_is_refused() -> None:

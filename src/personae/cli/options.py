@@ -26,7 +26,12 @@ Workers = Annotated[
 Memory = Annotated[
     str | None, typer.Option("--memory", metavar="SIZE", help="Bound on working memory, as 2GiB.")
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda[:i].")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", help="auto, cpu or cuda[:i]; a GPU's results may differ in the last bits."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 

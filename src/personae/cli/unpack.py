@@ -18,6 +18,7 @@ def unpack(
     overwrite: options.Overwrite = False,
     workers: options.Workers = None,
     memory: options.Memory = None,
+    device: options.Device = "cpu",
     json: options.Json = False,
 ) -> None:
     """Rebuild one expert as a checkpoint directory that transformers loads."""
@@ -31,7 +32,7 @@ def unpack(
             base=base,
             overwrite=overwrite,
             shard_bytes=shard_bytes,
-            work=options.work_from(workers, memory, progress, "cpu"),
+            work=options.work_from(workers, memory, progress, device),
         )
     if json:
         console.facts({"task": task, "path": str(written)})

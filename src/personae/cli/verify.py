@@ -19,6 +19,7 @@ def verify(
     base: options.Base = None,
     workers: options.Workers = None,
     memory: options.Memory = None,
+    device: options.Device = "cpu",
     json: options.Json = False,
 ) -> None:
     """Check a pack's checksums and, given originals, what is rebuilt against them."""
@@ -27,7 +28,7 @@ def verify(
             pack,
             against=options.named(against, "--against"),
             base=base,
-            work=options.work_from(workers, memory, progress, "cpu"),
+            work=options.work_from(workers, memory, progress, device),
         )
     if json:
         console.facts({name: asdict(found) for name, found in verified.items()})

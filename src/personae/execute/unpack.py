@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from personae._types import TensorSpec
+from personae._types import Parts, TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.naming import Renaming
 from personae.errors import CheckpointError, Faults, PackError
@@ -26,6 +26,8 @@ from personae.packs.reader import Pack
 from personae.packs.task_file import TaskFile
 from personae.writers import CheckpointWriter, output_directory, require_space
 
+_CPU = torch.device("cpu")
+
 
 class Rebuilt:
     """One expert as its pack tells it: specs from records, tensors decoded on demand.
@@ -36,14 +38,19 @@ class Rebuilt:
         reference: What the task is relative to.
     """
 
-    def __init__(self, pack: Pack, task: str, reference: Checkpoint) -> None:
-        """Check the task's files and lay out its tensors; decodes nothing.
+    def __init__(
+        self, pack: Pack, task: str, reference: Checkpoint, device: torch.device = _CPU
+    ) -> None:
+        """Check the task's files and lay out its tensors; decodes nothing yet.
+
+        Tensors will be decoded on `device` and come back to the CPU.
 
         Raises:
             PackError: if the task is unknown, or its files are damaged or do not fit.
         """
         self.record = pack.task(task)
         self.reference = reference
+        self._device = device
         self._file = pack.open_task(task)
         entry = lookup(CODECS, pack.manifest.method)
         self._codec: Codec = build(entry, self.record.parameters)
@@ -83,26 +90,33 @@ class Rebuilt:
         """The decoded delta of one reference tensor, fp32; zeros if it is unchanged."""
         if ref_name not in self.record.tensors:
             return torch.zeros(self.reference.specs[ref_name].shape)
-        return decode(self._codec, self._file, ref_name)
+        return decode(self._codec, self._file, ref_name, self._device)
 
 
-def decode(codec: Codec, file: TaskFile, name: str) -> Tensor:
-    """The decoded delta of one tensor, fp32, of the reference's shape."""
+def decode(codec: Codec, file: TaskFile, name: str, device: torch.device = _CPU) -> Tensor:
+    """The delta of one tensor, decoded on `device`: fp32, of the reference's shape, on the CPU."""
     record = file.record.tensors[name]
     shape = record.shape
     if not shape:
         ((_, parts),) = file.blocks(name)
-        return codec.decode(parts, shape)
+        return _decode_block(codec, parts, shape, device)
     delta: Tensor | None = None
     for block, parts in file.blocks(name):
         length = block.stop - block.start
-        share = codec.decode(parts, (*shape[: block.axis], length, *shape[block.axis + 1 :]))
+        cut = (*shape[: block.axis], length, *shape[block.axis + 1 :])
+        share = _decode_block(codec, parts, cut, device)
         if length == shape[block.axis]:
             return share
         delta = torch.zeros(shape) if delta is None else delta
         delta.narrow(block.axis, block.start, length).copy_(share)
     assert delta is not None
     return delta
+
+
+def _decode_block(
+    codec: Codec, parts: Parts, shape: tuple[int, ...], device: torch.device
+) -> Tensor:
+    return codec.decode({name: part.to(device) for name, part in parts.items()}, shape).cpu()
 
 
 def unpack(
@@ -124,7 +138,7 @@ def unpack(
         base: Where the reference is, if not where the pack says.
         overwrite: Replace `out` if it exists.
         shard_bytes: Most bytes in one weight file.
-        work: Workers, memory bound, progress.
+        work: Workers, memory bound, device of the decoding, progress.
 
     Returns:
         The directory written.
@@ -133,12 +147,13 @@ def unpack(
         PersonaeError: if the pack, its reference or the output is not what it should be.
     """
     work = work or Work()
+    device = work.torch_device
     out = Path(out).absolute()
     opened = Pack(Path(pack))
     opened.task(task)
     check_output(out, overwrite, inputs=[opened.directory, opened.reference_source(base)])
     reference = open_reference(opened, base, work)
-    rebuilt = Rebuilt(opened, task, reference)
+    rebuilt = Rebuilt(opened, task, reference, device)
     specs = list(rebuilt.specs.values())
     require_space(out, sum(spec.nbytes for spec in specs))
     with (

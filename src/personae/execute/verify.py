@@ -50,7 +50,7 @@ def verify(
         pack: The pack's directory.
         against: Task name to the original checkpoint.
         base: Where the reference is, if not where the pack says.
-        work: Workers, memory bound, progress.
+        work: Workers, memory bound, device of the decoding, progress.
 
     Returns:
         Task name to what was found.
@@ -61,6 +61,7 @@ def verify(
             whose measured error is not the recorded one.
     """
     work = work or Work()
+    device = work.torch_device
     opened = Pack(Path(pack))
     faults = Faults()
     for task in opened.manifest.tasks:
@@ -75,7 +76,7 @@ def verify(
     if against or base is not None or opened.reference_directory is not None:
         reference = open_reference(opened, base, work)
         for task, source in (against or {}).items():
-            rebuilt = Rebuilt(opened, task, reference)
+            rebuilt = Rebuilt(opened, task, reference, device)
             manifest = opened.manifest
             from_base = manifest.reference.kind == "base"  # an adapter sits on nothing else
             original = open_checkpoint(source, base=reference if from_base else None)

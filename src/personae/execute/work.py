@@ -1,4 +1,8 @@
-"""How to work: workers, memory, device, progress. Workers and memory never change a byte."""
+"""How to work: workers, memory, device, progress.
+
+Workers and memory never change a byte. A device sums in an order of its own, so that the last bits
+of what it computes may differ from the CPU's.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +30,10 @@ class Work:
 
     Attributes:
         workers: Tensors worked on at once; None for one a core.
-        memory: Bound in bytes on the working memory; None for no bound.
-        device: Where decompositions run: `auto`, `cpu`, `cuda` or `cuda:i`.
+        memory: Bound in bytes on the working memory of the CPU; None for no bound. What a device
+            holds at once is no more than that.
+        device: Where deltas are decomposed and decoded: `auto` (CUDA where there is any), `cpu`,
+            `cuda` or `cuda:i`. Results come back to the CPU.
         progress: Told how far the work is.
         note: Told, a line each, what a person should know: prefixes, private tensors.
     """

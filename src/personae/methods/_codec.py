@@ -52,7 +52,7 @@ class Codec(Parameters, ABC):
 
     @abstractmethod
     def decode(self, parts: Parts, shape: tuple[int, ...]) -> Float[Tensor, "..."]:
-        """Rebuild the delta (fp32, of this shape) from its parts alone."""
+        """Rebuild the delta (fp32, of this shape) from its parts alone, where they are."""
         ...
 
     @abstractmethod

@@ -170,8 +170,8 @@ def _krylov(
     small, large = wide.shape
     most = max(limit, block) // block * block
     basis, images = wide.new_empty(most, small), wide.new_empty(most, large)
-    generator = torch.Generator(device=wide.device).manual_seed(seed)
-    sketch = wide @ torch.randn(large, block, generator=generator, device=wide.device)
+    generator = torch.Generator().manual_seed(seed)  # of the CPU: one start for every device
+    sketch = wide @ torch.randn(large, block, generator=generator).to(wide.device)
     step, due, size = torch.linalg.qr(sketch)[0], 2 * rank, float(wide.norm())
     for filled in range(block, most + 1, block):
         basis[filled - block : filled] = step.T

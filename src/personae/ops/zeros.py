@@ -43,6 +43,7 @@ def decode_zeros(parts: Parts, counts: Sequence[int]) -> list[Bool[Tensor, " _"]
         return [unpack(plane, count, 1).bool() for plane, count in zip(planes, counts, strict=True)]
     if "zero_positions" not in parts:
         return [None] * len(counts)
-    whole = torch.zeros(sum(counts), dtype=torch.bool)
-    whole[parts["zero_positions"].long()] = True
+    positions = parts["zero_positions"].long()
+    whole = torch.zeros(sum(counts), dtype=torch.bool, device=positions.device)
+    whole[positions] = True
     return list(whole.split(list(counts)))
