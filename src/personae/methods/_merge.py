@@ -175,7 +175,7 @@ class MergeMethod:
             measure = next(looks)
             while True:
                 shares = [
-                    measure.tally(vectors, parameters, site)
+                    measure.tally(_every(measure.sample, vectors), parameters, site)
                     for site, vectors in model
                     if measure.applies(parameters, site)
                 ]
@@ -186,6 +186,11 @@ class MergeMethod:
     @cached_property
     def _takes(self) -> set[str]:
         return set(inspect.signature(self.function).parameters)
+
+
+def _every(sample: int, task_vectors: Tensor) -> Tensor:
+    """One row in so many; the first at least."""
+    return task_vectors[:, ::sample] if sample > 1 and task_vectors.ndim > 1 else task_vectors
 
 
 def _basis(columns: Float[Tensor, "long short"]) -> Float[Tensor, "long short"]:

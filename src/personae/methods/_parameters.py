@@ -28,12 +28,18 @@ class Parameters(BaseModel):
                 )
 
 
+def one_each(value: float | tuple[float, ...], experts: int) -> tuple[float, ...]:
+    """One value for each expert."""
+    values: Any = value if isinstance(value, tuple) else (value,) * experts
+    assert len(values) == experts, f"{len(values)} values for {experts} experts"
+    return values
+
+
 def per_expert(
     value: float | tuple[float, ...], task_vectors: Float[Tensor, "expert ..."]
 ) -> Float[Tensor, "expert ..."]:
     """One value for each expert, shaped to be multiplied with the stacked task vectors."""
     experts = len(task_vectors)
-    values: Any = value if isinstance(value, tuple) else (value,) * experts
-    assert len(values) == experts, f"{len(values)} values for {experts} experts"
+    values = one_each(value, experts)
     shape = (experts, *[1] * (task_vectors.ndim - 1))
     return torch.tensor(values, dtype=torch.float32, device=task_vectors.device).reshape(shape)
