@@ -33,6 +33,21 @@ def blocks(
         yield start, list(entries[:, start : start + BLOCK])
 
 
+def weighted_sum(
+    task_vectors: Float[Tensor, "expert *shape"], weight: PerExpert
+) -> Float[Tensor, "*shape"]:
+    """Σ w_n τ_n in the order of experts; every product and every sum is rounded once."""
+    weights = one_each(weight, len(task_vectors))
+    total = torch.empty(task_vectors[0].numel())
+    product = torch.empty(min(BLOCK, len(total)))
+    for start, rows in blocks(task_vectors):
+        target = total[start : start + BLOCK]
+        torch.mul(rows[0], weights[0], out=target)
+        for row, each in zip(rows[1:], weights[1:], strict=True):
+            target += row if each == 1 else torch.mul(row, each, out=product[: len(row)])
+    return total.reshape(task_vectors.shape[1:]).to(task_vectors.device)
+
+
 def ballots(
     task_vectors: Float[Tensor, "expert *shape"],
     fill: Callable[[int, list[Float[Tensor, " entry"]], Float[Tensor, "expert entry"]], None],
