@@ -1,11 +1,16 @@
 """Weight averaging."""
 
+import re
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from personae.errors import Faults, MethodError
+from personae.methods import MERGE_METHODS, build, lookup
 from personae.methods.merge.average import average
 
 
@@ -22,3 +27,31 @@ def test_hand_worked():
 def test_base_plus_average_is_the_mean_of_the_experts(experts: torch.Tensor, base: torch.Tensor):
     # Halves of small integers are exact.
     assert torch.equal(base + average(experts - base), (experts[0] + experts[1]) / 2)
+
+
+def test_weights_by_hand():
+    # (2·1 + 1·4 + 1·1) / 4 = 7/4, (2·-2 + 0 + 8) / 4 = 1; not divided: 7 and 4.
+    task_vectors = torch.tensor([[1.0, -2.0], [4.0, 0.0], [1.0, 8.0]])
+    weight = (2.0, 1.0, 1.0)
+    assert average(task_vectors, weight=weight).tolist() == [1.75, 1.0]
+    assert average(task_vectors, weight=weight, normalize=False).tolist() == [7.0, 4.0]
+
+
+def test_weights_that_sum_to_nothing_are_refused_before_and_while_merging():
+    weight = (0.1, 0.2, -0.3)  # 5.6e-17 in floating point
+    text = re.escape("0.1, 0.2, -0.3 sum to 0. Change one, or set normalize to false.")
+    faults = Faults()
+    build(lookup(MERGE_METHODS, "linear"), {"weight": weight}).check_experts(3, faults)
+    with pytest.raises(MethodError, match=text):
+        faults.raise_if_any(MethodError)
+    with pytest.raises(MethodError, match=text):
+        average(torch.ones(3, 2), weight=weight)
+    assert average(torch.ones(3, 2), weight=weight, normalize=False).abs().max() < 1e-7
+
+
+def test_a_wrong_number_of_weights_is_told_before_their_sum():
+    faults = Faults()
+    build(lookup(MERGE_METHODS, "average"), {"weight": (1.0, -1.0)}).check_experts(3, faults)
+    assert faults.messages == [
+        "weight has 2 values for 3 experts. Give one an expert, or a single one for all."
+    ]

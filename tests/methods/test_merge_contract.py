@@ -2,14 +2,27 @@
 
 import pytest
 import torch
-from gather import merge_model
+from gather import EVERY_METHOD, find, merge_model, settings_of
 from matrices import adapters, products
 
-from personae.methods import MERGE_METHODS, Site, build
+from personae.methods import Site, _entries, build
 from pretend_device import DEVICE, PretendDevice
 
 SHAPES = [(4, 6), (5,), (), (2, 3, 2, 2), (6, 4)]
-names = pytest.mark.parametrize("name", sorted(MERGE_METHODS))
+names = pytest.mark.parametrize("name", EVERY_METHOD)
+
+
+def reals(experts: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Task vectors of real numbers, some of them 0; the first expert is left out of one tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    stacks = {
+        f"{n}.weight": torch.randn(experts, *shape, generator=generator)
+        for n, shape in enumerate([(37, 11), (50,), (), (5, 3, 2, 2), (8, 64)])
+    }
+    for stack in stacks.values():
+        stack[stack.abs() < 0.1] = 0
+    stacks["0.weight"][0] = 0
+    return stacks
 
 
 def model(experts: int = 3, seed: int = 0) -> list[torch.Tensor]:
@@ -73,7 +86,7 @@ def test_layout_in_memory_is_free(name: str):
 
 @names
 def test_order_of_experts_is_free_where_declared(name: str):
-    if not MERGE_METHODS[name].order_free:
+    if not find(name).order_free:
         pytest.skip(f"{name} declares that the order of experts matters")
     stacks = model()
     shuffled = merge_model(name, [stack[[2, 0, 1]] for stack in stacks])
@@ -85,7 +98,7 @@ def test_order_of_experts_is_free_where_declared(name: str):
 @pytest.mark.parametrize("shape", [(20, 30), (30, 20), (20, 5)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_factors_merge_as_their_products_do(name: str, shape: tuple[int, int], transposed: bool):
-    factors, method = adapters(3, *shape, rank=2), MERGE_METHODS[name]
+    factors, method = adapters(3, *shape, rank=2), find(name)
     parameters, site = build(method, {}), Site("a.weight", shape, transposed=transposed)
     merged = method.merge_factors(factors, parameters, site=site)
     expected = method.merge(products(factors), parameters, site=site)
@@ -109,3 +122,43 @@ def test_copies_of_one_vector_merge_to_it(
     stacks = [stack.repeat(experts, *[1] * (stack.ndim - 1)) for stack in model(experts=1)]
     for merged, stack in zip(merge_model(name, stacks, settings), stacks, strict=True):
         torch.testing.assert_close(merged, stack[0], rtol=0, atol=tolerance)
+
+
+@names
+@pytest.mark.parametrize("experts", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_rows_cut_apart_merge_as_the_whole_does(
+    name: str, experts: int, rows: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Where a method is entry-wise, a tensor in blocks of rows gives the same bytes as whole.
+
+    Its looks are cut in the same blocks; blocks inside the method are cut elsewhere.
+    """
+    method = find(name)
+    parameters = build(method, settings_of(method))
+    pieces: dict[str, list[tuple[Site, torch.Tensor]]] = {}
+    whole: dict[str, tuple[Site, torch.Tensor]] = {}
+    for key, stack in reals(experts).items():
+        site = Site(key, tuple(stack.shape[1:]))
+        whole[key] = site, stack
+        if stack.ndim > 1 and method.entrywise(parameters, site):
+            row = stack[0, 0].numel()
+            starts = range(0, stack.shape[1], rows)
+            cut = [stack[:, start : start + rows] for start in starts]
+            sites = [Site(key, site.shape, start * row) for start in starts]
+            pieces[key] = list(zip(sites, cut, strict=True))
+        else:
+            pieces[key] = [(site, stack)]
+    statistics = cut_statistics = None
+    if method.scope_of(parameters) == "model":
+        statistics = method.statistics(whole.values(), parameters)
+        flat = [piece for of_tensor in pieces.values() for piece in of_tensor]
+        cut_statistics = method.statistics(flat, parameters)
+    for key, (site, stack) in whole.items():
+        monkeypatch.undo()
+        expected = method.merge(stack, parameters, statistics, site)
+        monkeypatch.setattr(_entries, "BLOCK", 36)
+        own = cut_statistics or method.statistics(pieces[key], parameters)
+        merged = [method.merge(part, parameters, own, place) for place, part in pieces[key]]
+        joined = torch.cat(merged) if stack.ndim > 1 else merged[0]
+        assert joined.numpy().tobytes() == expected.numpy().tobytes(), key

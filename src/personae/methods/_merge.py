@@ -1,6 +1,7 @@
 """A static method: the task vectors of one tensor to one, after looks at the whole model."""
 
 import inspect
+import keyword
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ Statistics = Mapping[str, Tensor]
 """What a method has to know beyond the entries it is given, by name."""
 
 Side = Literal["none", "left", "right", "both"]
+Scope = Literal["model", "tensor"]
 Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]
 """Exact low-rank factors of one expert's task vector, left @ right."""
 
@@ -61,7 +63,8 @@ class MergeMethod:
             given them.
         order_free: Whether the order of experts does not matter (beyond rounding).
         gather: `gather(parameters, experts)`, the looks it takes before it runs: over the whole
-            model, or over each tensor alone if its parameter `scope` is "tensor".
+            model, or over each tensor alone (see `scope_of`).
+        scope: What its looks are at, unless a parameter `scope` says it.
         entrywise: `entrywise(parameters, site)`: whether an entry of the result depends on that
             entry of the task vectors and the statistics alone, so that rows can be cut apart.
         equivariant: `equivariant(parameters, site)`: whether turning all task vectors (matrices)
@@ -83,6 +86,7 @@ class MergeMethod:
     function: Callable[..., Tensor]
     order_free: bool
     gather: Callable[[Any, int], Gathering] | None
+    scope: Scope
     entrywise: Callable[[Any, Site], bool]
     equivariant: Callable[[Any, Site], Side]
     needs: Literal["deltas", "base", "adapters"]
@@ -119,11 +123,13 @@ class MergeMethod:
                 if statistics is None
                 else statistics
             )
-        return self.function(task_vectors, **dict(parameters), **given)
+        for name, value in parameters:
+            given[f"{name}_" if keyword.iskeyword(name) else name] = value
+        return self.function(task_vectors, **given)
 
-    def scope_of(self, parameters: Parameters) -> Literal["model", "tensor"]:
+    def scope_of(self, parameters: Parameters) -> Scope:
         """Whether its looks are at the whole model, or at each tensor alone."""
-        return getattr(parameters, "scope", "model")
+        return getattr(parameters, "scope", self.scope)
 
     def merge_factors(
         self,
@@ -176,7 +182,7 @@ class MergeMethod:
             measure = next(looks)
             while True:
                 shares = [
-                    measure.tally(vectors, parameters, site)
+                    measure.tally(_every(measure.sample, vectors), parameters, site)
                     for site, vectors in model
                     if measure.applies(parameters, site)
                 ]
@@ -187,3 +193,9 @@ class MergeMethod:
     @cached_property
     def _takes(self) -> set[str]:
         return set(inspect.signature(self.function).parameters)
+
+
+def _every(sample: int, task_vectors: Tensor) -> Tensor:
+    """One row in so many; the first at least."""
+    return task_vectors[:, ::sample] if sample > 1 and task_vectors.ndim > 1 else task_vectors
+

@@ -1,6 +1,7 @@
 """Typed parameters of a method, and values that differ from expert to expert."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -18,14 +19,29 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    check: ClassVar[Callable[[Any, int], str]] = lambda _, __: ""
+    """What is wrong with values that are sound one by one, for so many experts; or nothing."""
+
     def check_experts(self, experts: int, faults: Faults) -> None:
-        """Add a fault for each parameter whose values are not one an expert."""
+        """Add a fault for each parameter whose values are not one an expert, or the check's."""
+        sound = True
         for name, value in self:
             if isinstance(value, tuple) and len(value) != experts:
+                sound = False
                 faults.add(
                     f"{name} has {len(value)} values for {experts} experts. "
                     "Give one an expert, or a single one for all."
                 )
+        fault = type(self).check(self, experts) if sound else ""
+        if fault:
+            faults.add(fault)
+
+
+def one_each(value: float | tuple[float, ...], experts: int) -> tuple[float, ...]:
+    """One value for each expert."""
+    values: Any = value if isinstance(value, tuple) else (value,) * experts
+    assert len(values) == experts, f"{len(values)} values for {experts} experts"
+    return values
 
 
 def per_expert(
@@ -33,7 +49,6 @@ def per_expert(
 ) -> Float[Tensor, "expert ..."]:
     """One value for each expert, shaped to be multiplied with the stacked task vectors."""
     experts = len(task_vectors)
-    values: Any = value if isinstance(value, tuple) else (value,) * experts
-    assert len(values) == experts, f"{len(values)} values for {experts} experts"
+    values = one_each(value, experts)
     shape = (experts, *[1] * (task_vectors.ndim - 1))
     return torch.tensor(values, dtype=torch.float32, device=task_vectors.device).reshape(shape)

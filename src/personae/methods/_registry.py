@@ -5,6 +5,7 @@ Everything that lists, validates or documents methods reads this registry.
 """
 
 import inspect
+import keyword
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from personae.errors import Faults, MethodError, nearest
 from personae.methods._codec import Codec
-from personae.methods._merge import Gathering, MergeMethod, Side
+from personae.methods._merge import Gathering, MergeMethod, Scope, Side
 from personae.methods._parameters import Parameters
 from personae.methods._site import Site
 
@@ -68,19 +69,23 @@ def merge_method(
     order_free: bool,
     entrywise: Callable[[Any, Site], bool],
     gather: Callable[[Any, int], Gathering] | None = None,
+    scope: Scope = "model",
     equivariant: Callable[[Any, Site], Side] = _never,
     needs: Literal["deltas", "base", "adapters"] = "deltas",
     degenerates: str = "",
     looks: int = 0,
     model_wide: tuple[str, ...] = (),
     bytes_per_entry: int = 16,
+    check: Callable[[Any, int], str] | None = None,
     aliases: Sequence[str] = (),
     conventions: Conventions = "personae",
 ) -> Callable[[F], F]:
     """Register a static method; its keyword-only arguments become its typed parameters.
 
     `statistics` and `site` among them are no parameters: the method is given them as it runs.
-    The other arguments are as in `MergeMethod`; `aliases` are further names in recipes.
+    An argument named as a Python keyword and `_` is the parameter of that name: `lambda_`, lambda.
+    The other arguments are as in `MergeMethod`; `aliases` are further names in recipes, and
+    `check(parameters, experts)` says what is wrong with values that are sound one by one.
     """
 
     def register(function: F) -> F:
@@ -90,10 +95,11 @@ def merge_method(
             name=name,
             summary=_summary(function),
             paper=paper,
-            parameters=_parameters_of(function, name),
+            parameters=_parameters_of(function, name, check),
             function=function,
             order_free=order_free,
             gather=gather,
+            scope=scope,
             entrywise=entrywise,
             equivariant=equivariant,
             needs=needs,
@@ -110,7 +116,9 @@ def merge_method(
     return register
 
 
-def _parameters_of(function: Callable[..., Tensor], name: str) -> type[Parameters]:
+def _parameters_of(
+    function: Callable[..., Tensor], name: str, check: Callable[[Any, int], str] | None
+) -> type[Parameters]:
     fields: dict[str, Any] = {}
     meanings = _argument_texts(function)
     for argument in inspect.signature(function).parameters.values():
@@ -119,8 +127,13 @@ def _parameters_of(function: Callable[..., Tensor], name: str) -> type[Parameter
         assert argument.annotation is not inspect.Parameter.empty, f"{name}: {argument.name}"
         default = ... if argument.default is inspect.Parameter.empty else argument.default
         meaning = Field(default, description=meanings.get(argument.name))
-        fields[argument.name] = (argument.annotation, meaning)
-    return create_model(f"{name}_parameters", __base__=Parameters, **fields)
+        bare = argument.name.removesuffix("_")
+        field = bare if keyword.iskeyword(bare) else argument.name
+        fields[field] = (argument.annotation, meaning)
+    model = create_model(f"{name}_parameters", __base__=Parameters, **fields)
+    if check is not None:
+        model.check = staticmethod(check)
+    return model
 
 
 def codec(*, paper: str) -> Callable[[C], C]:

@@ -1,22 +1,67 @@
-"""Exact selection by magnitude, without sorting: count the bits of the magnitudes.
+"""Exact selection by magnitude over a stream, without sorting and (nearly) without counting.
 
-Without its sign bit an fp32 number, read as an integer, orders as its magnitude does. Counting how
-often each value of the 16 high bits occurs finds the bin of the k-th largest; counting the 15 low
-bits inside that bin finds it exactly. Counts are integers, so they can be gathered over tensors in
-a stream, in any order. All values must be finite.
+Without its sign bit an fp32 number, read as an integer, orders as its magnitude does: its pattern.
+A sample guesses a window of patterns that holds the k-th largest. One census then counts the
+entries above the window and, of those few inside it, each pattern (each bin of patterns if it is
+wide). That gives the k-th exactly, or a narrower window, or tells that the guess was wrong and on
+which side to look again. Counts are integers: they can be gathered over tensors in any order.
+All values must be finite.
 """
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-_LOW_BITS = 15
-HIGH_BINS = 1 << 16
-LOW_BINS = 1 << _LOW_BITS
-_CHUNK = 1 << 18
+TOP = 0x7F80_0000
+"""The pattern of infinity, above that of every finite magnitude."""
+MOST_PATTERNS = 1 << 17
+"""Patterns of a window that are counted one by one; in a wider one that waits for the next look,
+and few bins are cheaper to add up."""
+SAMPLE_BINS = 1 << 14
+SLACK = 6.0
+"""Standard deviations of a sampled rank that the guessed window reaches to either side: rows of a
+tensor are not alike, so that their sample is worse than one of independent entries."""
+
+_COARSE_BITS = 12
+_BIN_BITS = 14  # a sampled bin: 2^14 patterns, 512 to the octave
+_FLOOR = (127 - 32) << 23  # the pattern of 2^-32: bins reach from there to 1
+_CHUNK = 1 << 16
+_MOST_WAITING = 1 << 20
+_STEP = 64
+_FEW = 1 << 14  # entries that are selected faster by partition
+
+
+class Window(NamedTuple):
+    """The patterns low ≤ pattern < high, counted in bins of 2^shift."""
+
+    low: int
+    high: int
+
+    @property
+    def shift(self) -> int:
+        """log2 of the patterns in a bin."""
+        patterns = self.high - self.low
+        return 0 if patterns <= MOST_PATTERNS else (patterns - 1).bit_length() - _COARSE_BITS
+
+    @property
+    def bins(self) -> int:
+        """How many bins it has, the last one maybe cut short."""
+        return -(-(self.high - self.low) >> self.shift)
+
+    @property
+    def found(self) -> bool:
+        """Whether it is one pattern, that of the k-th largest magnitude."""
+        return self.high - self.low == 1
+
+    @property
+    def magnitude(self) -> float:
+        """The lowest magnitude in it."""
+        return float(np.uint32(self.low).view(np.float32))
 
 
 def kept_count(numel: int, density: float) -> int:
@@ -27,30 +72,75 @@ def kept_count(numel: int, density: float) -> int:
     return min(numel, max(1, math.floor(density * numel + 1e-9)))
 
 
-def count_high(counts: Int64[Tensor, "65536"], tensor: Float[Tensor, "..."]) -> None:
-    """Add, in place, how often each value of the high magnitude bits occurs in the tensor."""
-    for bits in _magnitude_bits(tensor):
-        _count(counts, bits >> _LOW_BITS)
+def sample_counts(entries: Float[Tensor, "..."]) -> Int64[Tensor, " bins"]:
+    """Coarse histogram of magnitudes, for `guess`: 512 bins an octave from 2^-32 to 1."""
+    counts = np.zeros(SAMPLE_BINS, np.int64)
+    for patterns in _patterns(entries):
+        bins = np.maximum(patterns, _FLOOR).astype(np.int64)
+        bins = np.minimum((bins - _FLOOR) >> _BIN_BITS, SAMPLE_BINS - 1)
+        counts += np.bincount(bins, minlength=SAMPLE_BINS)
+    return torch.from_numpy(counts)
 
 
-def count_low(counts: Int64[Tensor, "32768"], tensor: Float[Tensor, "..."], high: int) -> None:
-    """Add, in place, the counts of the low bits of those entries whose high bits are `high`."""
-    for bits in _magnitude_bits(tensor):
-        _count(counts, bits[bits >> _LOW_BITS == high] & (LOW_BINS - 1))
+def guess(counts: Int64[Tensor, " bins"], density: float) -> Window:
+    """Window around the magnitude that this fraction of a sample reaches.
+
+    Its low end is that of a bin: differences of bf16 weights are round numbers, heaped there.
+    """
+    at_least = counts.numpy()[::-1].cumsum()  # bins from the top
+    sampled = int(at_least[-1])
+    rank = density * sampled
+    slack = SLACK * math.sqrt(rank * (1 - density)) + 1
+    low, high = 0, TOP
+    if rank + slack < sampled:
+        low = _edge(int(np.searchsorted(at_least, rank + slack)) + 1)
+    if rank - slack > 0:
+        index = int(np.searchsorted(at_least, rank - slack))
+        inside = int(counts[SAMPLE_BINS - 1 - index])
+        deeper = (at_least[index] - (rank - slack)) / inside
+        bottom = _edge(index + 1)
+        high = bottom + math.ceil((_edge(index) - bottom) * deeper) + 1
+    return Window(low, min(high, TOP))
 
 
-def find_bin(counts: Int64[Tensor, " bins"], k: int) -> tuple[int, int]:
-    """Find the k-th largest (from 1): its bin, and its rank (from 1) among those in that bin."""
-    at_least = counts.flip(0).cumsum(0)
-    steps = int(torch.searchsorted(at_least, k))
-    found = len(counts) - 1 - steps
-    return found, k - int(at_least[steps] - counts[found])
+def census(entries: Float[Tensor, "..."], window: Window, bins: int) -> Int64[Tensor, " counts"]:
+    """How many entries there are, how many lie above the window, and in each of its bins.
+
+    Args:
+        entries: Of fp32 or narrower, finite.
+        window: Where to look closely.
+        bins: At least `window.bins`; the rest stays 0.
+
+    Returns:
+        int64: entries, entries at or above `window.high`, then a count for each bin.
+    """
+    counts = np.zeros(2 + bins, np.int64)
+    counts[0] = entries.numel()
+    near: list[np.ndarray] = []
+    waiting = 0
+    for patterns in _patterns(entries):
+        counts[1] += np.count_nonzero(patterns >= np.uint32(window.high))
+        np.subtract(patterns, np.uint32(window.low), out=patterns)  # what lies below wraps around
+        near.append(patterns[patterns < np.uint32(window.high - window.low)])
+        waiting += len(near[-1])
+        if waiting > _MOST_WAITING:
+            counts[2:] += _binned(near, window.shift, bins)
+            near, waiting = [], 0
+    counts[2:] += _binned(near, window.shift, bins)
+    return torch.from_numpy(counts)
 
 
-def magnitude(high: int, low: int) -> float:
-    """Rebuild the fp32 magnitude with these high and low bits."""
-    bits = torch.tensor(high << _LOW_BITS | low, dtype=torch.int32)
-    return bits.view(torch.float32).item()
+def narrow(counts: Int64[Tensor, " counts"], window: Window, k: int) -> Window:
+    """The bin of a census that holds the k-th largest (from 1), or the side of it to look on."""
+    above, inside = int(counts[1]), counts[2:]
+    if above >= k:
+        return Window(window.high, TOP)
+    at_least = above + inside.flip(0).cumsum(0)
+    if int(at_least[-1]) < k:
+        return Window(0, window.low)
+    index = len(inside) - 1 - int(torch.searchsorted(at_least, k))
+    low = window.low + (index << window.shift)
+    return Window(low, min(low + (1 << window.shift), window.high))
 
 
 def kth_magnitude(tensor: Float[Tensor, "..."], k: int) -> tuple[float, int]:
@@ -59,22 +149,33 @@ def kth_magnitude(tensor: Float[Tensor, "..."], k: int) -> tuple[float, int]:
     Returns:
         The magnitude, and how many of the entries that equal it are among the k largest.
     """
-    high_counts = torch.zeros(HIGH_BINS, dtype=torch.int64, device=tensor.device)
-    count_high(high_counts, tensor)
-    high, rank = find_bin(high_counts, k)
-    low_counts = torch.zeros(LOW_BINS, dtype=torch.int64, device=tensor.device)
-    count_low(low_counts, tensor, high)
-    low, tied = find_bin(low_counts, rank)
-    return magnitude(high, low), tied
+    entries = tensor.reshape(-1)
+    if len(entries) <= _FEW:
+        (patterns,) = _patterns(entries)
+        low = int(np.partition(patterns, len(entries) - k)[len(entries) - k])
+        return Window(low, low + 1).magnitude, k - int(np.count_nonzero(patterns > low))
+    window = guess(sample_counts(entries[::_STEP]), k / len(entries))
+    while not window.found:
+        window = narrow(census(entries, window, window.bins), window, k)
+    return window.magnitude, k - int(census(entries, window, 1)[1])
 
 
-def _magnitude_bits(tensor: Float[Tensor, "..."]) -> Iterator[Int32[Tensor, " chunk"]]:
-    """The 31 magnitude bits as integers, a chunk at a time so that no full copy is made."""
-    assert tensor.dtype.itemsize <= 4, "magnitudes are selected in fp32"
-    for chunk in tensor.reshape(-1).split(_CHUNK):
-        yield chunk.float().view(torch.int32) & 0x7FFFFFFF
+def _binned(near: list[np.ndarray], shift: int, bins: int) -> np.ndarray:
+    offsets = np.concatenate([np.empty(0, np.uint32), *near])
+    return np.bincount((offsets >> np.uint32(shift)).astype(np.int64), minlength=bins)
 
 
-def _count(counts: Int64[Tensor, " bins"], bins: Int32[Tensor, " chunk"]) -> None:
-    index = bins.long()
-    counts.scatter_add_(0, index, torch.ones_like(index))
+def _edge(index: int) -> int:
+    """Upper end of a sampled bin, counted from the top; the outermost bins reach to the ends."""
+    if index == 0:
+        return TOP
+    return 0 if index == SAMPLE_BINS else _FLOOR + ((SAMPLE_BINS - index) << _BIN_BITS)
+
+
+def _patterns(entries: Float[Tensor, "..."]) -> Iterator[np.ndarray]:
+    """The patterns, a chunk at a time, in an array (uint32) that may be overwritten."""
+    assert entries.dtype.itemsize <= 4, "magnitudes are selected in fp32"
+    room = np.empty(_CHUNK, np.uint32)
+    for chunk in entries.detach().reshape(-1).split(_CHUNK):
+        bits = chunk.float().cpu().view(torch.int32).numpy().view(np.uint32)
+        yield np.bitwise_and(bits, np.uint32(0x7FFF_FFFF), out=room[: len(bits)])

@@ -3,14 +3,41 @@
 Paper: Wortsman et al. 2022 (model soups); mergekit calls it `linear`.
 """
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 
-from personae.methods._parameters import per_expert
+from personae.errors import MethodError
+from personae.methods._entries import weighted_sum
+from personae.methods._parameters import one_each
 from personae.methods._registry import everywhere, merge_method
 
+_RELATIVE_ZERO = 1e-6
 
-@merge_method(paper="arXiv:2203.05482", order_free=True, entrywise=everywhere, aliases=("linear",))
+
+def _check(parameters: Any, experts: int) -> str:
+    return _fault(one_each(parameters.weight, experts)) if parameters.normalize else ""
+
+
+def _fault(weights: tuple[float, ...]) -> str:
+    if abs(sum(weights)) > _RELATIVE_ZERO * sum(map(abs, weights)):
+        return ""
+    listed = ", ".join(f"{weight:g}" for weight in weights)
+    return (
+        f"average divides by the sum of the weights, and {listed} sum to 0. "
+        "Change one, or set normalize to false."
+    )
+
+
+@merge_method(
+    paper="arXiv:2203.05482",
+    order_free=True,
+    entrywise=everywhere,
+    check=_check,
+    bytes_per_entry=12,
+    aliases=("linear",),
+)
 def average(
     task_vectors: Float[Tensor, "expert *shape"],
     *,
@@ -22,13 +49,18 @@ def average(
     Args:
         task_vectors: One task vector per expert, stacked in recipe order; fp32.
         weight: Weight of each expert.
-        normalize: Whether to divide by the sum of the weights.
+        normalize: Whether to divide by the sum of the weights. Without, the base enters once all
+            the same, as in `task_arithmetic`: base + Σ w_n τ_n, not Σ w_n θ_n.
 
     Returns:
         The merged task vector. Added to the base it is the mean of the experts, up to rounding.
+
+    Raises:
+        MethodError: if the weights sum to 0 and would be divided by.
     """
-    if weight == 1.0 and normalize:
-        return task_vectors.mean(dim=0)
-    weights = per_expert(weight, task_vectors)
-    total = (task_vectors * weights).sum(dim=0)
-    return total / weights.sum() if normalize else total
+    weights = one_each(weight, len(task_vectors))
+    fault = _fault(weights) if normalize else ""
+    if fault:
+        raise MethodError(fault)
+    total = weighted_sum(task_vectors, weights)
+    return total.div_(sum(weights)) if normalize else total
