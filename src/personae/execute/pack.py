@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from personae.checkpoints.adapter import Adapter
-from personae.errors import CheckpointError, Faults, PackError, RecipeError
+from personae.errors import CheckpointError, Faults, PackError, RecipeError, nearest
 from personae.execute.family import Family, open_family
 from personae.execute.plan import check_output, plan_pack
 from personae.execute.reference import check_fingerprint, make_reference, relative_to_merged
@@ -19,6 +19,9 @@ from personae.packs.writer import REFERENCE, PackWriter, end_resume, resume
 from personae.recipe import PackSettings
 from personae.writers import locked, output_directory, require_space
 
+Characteristics = Mapping[str, Sequence[str]]
+"""Task name to what the task is about: class names, or a description."""
+
 
 def pack(
     base: Any,
@@ -26,6 +29,7 @@ def pack(
     out: str | Path,
     *,
     settings: PackSettings | None = None,
+    characteristics: Characteristics | None = None,
     overwrite: bool = False,
     work: Work | None = None,
 ) -> Pack:
@@ -36,6 +40,7 @@ def pack(
         experts: Task name to path, hub id, module or state dict of the expert.
         out: The pack's directory; must not exist, or be empty.
         settings: Codec, reference, budget; by default DTS-T at its paper's rank fraction.
+        characteristics: Task name to what the task is about, kept in the pack.
         overwrite: Replace `out` if it exists.
         work: Workers, memory bound, progress.
 
@@ -46,7 +51,15 @@ def pack(
         PersonaeError: for anything wrong with the input, all faults at once, before work starts.
     """
     settings = settings or PackSettings()
-    return pack_many(base, experts, {out: settings}, overwrite=overwrite, work=work)[0]
+    made = pack_many(
+        base,
+        experts,
+        {out: settings},
+        characteristics=characteristics,
+        overwrite=overwrite,
+        work=work,
+    )
+    return made[0]
 
 
 def pack_many(
@@ -54,6 +67,7 @@ def pack_many(
     experts: Mapping[str, Any],
     outs: Mapping[str | Path, PackSettings],
     *,
+    characteristics: Characteristics | None = None,
     overwrite: bool = False,
     work: Work | None = None,
 ) -> list[Pack]:
@@ -63,6 +77,7 @@ def pack_many(
         base: As for `pack`.
         experts: As for `pack`.
         outs: Directory to settings, which may differ in `rank_fraction` and budget alone.
+        characteristics: As for `pack`.
         overwrite: Replace directories that exist.
         work: Workers, memory bound, progress.
 
@@ -75,6 +90,7 @@ def pack_many(
     work = work or Work()
     variants = {Path(out).absolute(): settings for out, settings in outs.items()}
     _check_alike(list(variants.values()))
+    _check_described(characteristics or {}, experts)
     for out in variants:
         check_output(out, overwrite, inputs=[base, *experts.values()])
     first = next(iter(variants.values()))
@@ -97,7 +113,9 @@ def pack_many(
                 stack.enter_context(output_directory(out, overwrite=overwrite, resumable=True))
                 for out in variants
             ]
-            _fill(family, scanned, directories, list(variants.values()), work)
+            _fill(
+                family, scanned, directories, list(variants.values()), characteristics or {}, work
+            )
     return [Pack(out) for out in variants]
 
 
@@ -106,6 +124,7 @@ def add_tasks(
     experts: Mapping[str, Any],
     *,
     base: Any = None,
+    characteristics: Characteristics | None = None,
     work: Work | None = None,
 ) -> Pack:
     """Add experts to an existing pack, with its codec, parameters and reference.
@@ -114,6 +133,7 @@ def add_tasks(
         pack_directory: The pack.
         experts: Task name to the new expert.
         base: Where the reference is, if not where the pack says.
+        characteristics: As for `pack`.
         work: Workers, memory bound, progress.
 
     Raises:
@@ -121,6 +141,7 @@ def add_tasks(
         CheckpointError: if an expert cannot be read or does not fit.
     """
     work = work or Work()
+    _check_described(characteristics or {}, experts)
     with locked(Pack(Path(pack_directory)).directory):
         opened = Pack(Path(pack_directory))  # as it is now that nobody else changes it
         manifest = opened.manifest
@@ -133,7 +154,8 @@ def add_tasks(
             scanned = Scanned.of(family, work, from_base)
             check_fingerprint(manifest.reference, scanned.reference, family.base.source)
             _refuse_taken(opened, scanned)
-            add_experts(family, scanned, [PackWriter(opened.directory, manifest)], [settings], work)
+            writers = [PackWriter(opened.directory, manifest)]
+            add_experts(family, scanned, writers, [settings], work, characteristics or {})
     return Pack(opened.directory)
 
 
@@ -198,11 +220,25 @@ def _check_alike(settings: Sequence[PackSettings]) -> None:
         )
 
 
+def _check_described(characteristics: Characteristics, experts: Mapping[str, Any]) -> None:
+    """What is described are experts.
+
+    Raises:
+        RecipeError: naming descriptions of anything else.
+    """
+    faults = Faults()
+    for name in characteristics:
+        if name not in experts:
+            faults.add(f"There is no expert '{name}' to describe. {nearest(name, experts)}")
+    faults.raise_if_any(RecipeError)
+
+
 def _fill(
     family: Family,
     scanned: Scanned,
     directories: Sequence[Path],
     settings: Sequence[PackSettings],
+    characteristics: Characteristics,
     work: Work,
 ) -> None:
     """Write the packs into their (partial) directories, going on where a killed run stopped."""
@@ -213,6 +249,7 @@ def _fill(
             "settings": setting.model_dump(mode="json"),
             "base": scanned.reference,
             "experts": list(experts.items()),
+            "characteristics": {name: list(texts) for name, texts in characteristics.items()},
         }
         manifest = resume(directory, identity)
         if manifest is None:
@@ -224,9 +261,9 @@ def _fill(
     if settings[0].vector == "difference":
         with relative_to_merged(family, directories[0] / REFERENCE, settings[0]) as relative:
             again = Scanned.of(relative, work, from_base=False)
-            add_experts(relative, again, writers, settings, work)
+            add_experts(relative, again, writers, settings, work, characteristics)
     else:
-        add_experts(family, scanned, writers, settings, work)
+        add_experts(family, scanned, writers, settings, work, characteristics)
     for writer in writers:
         writer.order_tasks(list(family.experts))
         end_resume(writer.directory)

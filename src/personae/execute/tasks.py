@@ -28,6 +28,7 @@ def add_experts(
     writers: Sequence[PackWriter],
     settings: Sequence[PackSettings],
     work: Work,
+    characteristics: Mapping[str, Sequence[str]],
 ) -> None:
     """Code every expert that a pack still lacks, once for all packs, and write its task file.
 
@@ -37,6 +38,7 @@ def add_experts(
         writers: The packs.
         settings: Of each pack; they differ in rank fraction and budget alone.
         work: Workers, memory bound, device, progress.
+        characteristics: Task name to what the task is about.
 
     Raises:
         BudgetError: if a budget cannot be met.
@@ -52,7 +54,8 @@ def add_experts(
         codecs, coded = _encode_within_budgets(deltas, settings, family, facts, work)
         for writer, codec, tensors, wanted in zip(writers, codecs, coded, due, strict=True):
             if wanted:
-                _write_task(writer, codec, family, expert, facts, tensors)
+                about = tuple(characteristics.get(name, ()))
+                _write_task(writer, codec, family, expert, facts, tensors, about)
                 dropped = [key for key, tensor in tensors.items() if not tensor.nbytes]
                 if dropped:
                     work.note(
@@ -139,6 +142,7 @@ def _write_task(
     expert: Alignment,
     facts: Facts,
     coded: Mapping[str, CodedTensor],
+    characteristics: tuple[str, ...],
 ) -> None:
     rule = expert.renaming
     reference = family.base.specs
@@ -167,6 +171,7 @@ def _write_task(
         base_bytes=sum(spec.nbytes for spec in shared),
         counted_bits=counted,
         counted_lean_bits=lean,
+        characteristics=characteristics,
     )
 
 
