@@ -57,21 +57,25 @@ def toy_clip(directory: Path) -> Path:
     """A CLIP whose towers have one layer of width 16, projecting to width 6."""
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-    small = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
     text = CLIPTextConfig(
         vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         max_position_embeddings=8,
         eos_token_id=3,
         bos_token_id=2,
         pad_token_id=0,
-        **small,
     )
-    vision = CLIPVisionConfig(image_size=8, patch_size=4, **small)
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
     config = CLIPConfig(
         text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=6
     )

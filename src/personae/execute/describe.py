@@ -10,12 +10,13 @@ from personae.packs.reader import Pack
 from personae.packs.writer import PackWriter
 from personae.writers import locked
 
+Characteristics = Mapping[str, str | Sequence[str]]
+"""Task name to what the task is about: class names, or a description."""
+
 _NO_NAME = re.compile(r"LABEL_\d+")
 
 
-def describe(
-    pack_directory: str | Path, characteristics: Mapping[str, str | Sequence[str]]
-) -> Pack:
+def describe(pack_directory: str | Path, characteristics: Characteristics) -> Pack:
     """Say, or say anew, what tasks of an existing pack are about; nothing is coded again.
 
     Args:
@@ -42,11 +43,13 @@ def describe(
     return Pack(opened.directory)
 
 
-def checked(characteristics: Mapping[str, str | Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Texts by task name, none of them empty.
+def checked(
+    characteristics: Characteristics, experts: Mapping[str, object] | None = None
+) -> dict[str, tuple[str, ...]]:
+    """Texts by task name: none of them empty, each task one of `experts` if these are given.
 
     Raises:
-        RecipeError: naming every task without a text.
+        RecipeError: naming every task without a text, and every name that is no expert's.
     """
     faults = Faults()
     texts: dict[str, tuple[str, ...]] = {}
@@ -54,6 +57,8 @@ def checked(characteristics: Mapping[str, str | Sequence[str]]) -> dict[str, tup
         texts[name] = (said,) if isinstance(said, str) else tuple(said)
         if not texts[name] or not all(text.strip() for text in texts[name]):
             faults.add(f"The description of '{name}' is empty. Give class names, or a sentence.")
+        if experts is not None and name not in experts:
+            faults.add(f"There is no expert '{name}' to describe. {nearest(name, experts)}")
     faults.raise_if_any(RecipeError)
     return texts
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from personae.checkpoints.adapter import Adapter
-from personae.errors import CheckpointError, Faults, PackError, RecipeError, nearest
+from personae.errors import CheckpointError, Faults, PackError, RecipeError
+from personae.execute.describe import Characteristics, checked
 from personae.execute.family import Family, open_family
 from personae.execute.plan import check_output, plan_pack
 from personae.execute.reference import check_fingerprint, make_reference, relative_to_merged
@@ -18,9 +19,6 @@ from personae.packs.reader import Pack
 from personae.packs.writer import REFERENCE, PackWriter, end_resume, resume
 from personae.recipe import PackSettings
 from personae.writers import locked, output_directory, require_space
-
-Characteristics = Mapping[str, Sequence[str]]
-"""Task name to what the task is about: class names, or a description."""
 
 
 def pack(
@@ -40,7 +38,8 @@ def pack(
         experts: Task name to path, hub id, module or state dict of the expert.
         out: The pack's directory; must not exist, or be empty.
         settings: Codec, reference, budget; by default DTS-T at its paper's rank fraction.
-        characteristics: Task name to what the task is about, kept in the pack.
+        characteristics: Task name to what the task is about, class names or a description, kept in
+            the pack; if not given, the class names in the `id2label` of the expert's config.json.
         overwrite: Replace `out` if it exists.
         work: Workers, memory bound, progress.
 
@@ -90,7 +89,7 @@ def pack_many(
     work = work or Work()
     variants = {Path(out).absolute(): settings for out, settings in outs.items()}
     _check_alike(list(variants.values()))
-    _check_described(characteristics or {}, experts)
+    described = checked(characteristics or {}, experts)
     for out in variants:
         check_output(out, overwrite, inputs=[base, *experts.values()])
     first = next(iter(variants.values()))
@@ -113,9 +112,7 @@ def pack_many(
                 stack.enter_context(output_directory(out, overwrite=overwrite, resumable=True))
                 for out in variants
             ]
-            _fill(
-                family, scanned, directories, list(variants.values()), characteristics or {}, work
-            )
+            _fill(family, scanned, directories, list(variants.values()), described, work)
     return [Pack(out) for out in variants]
 
 
@@ -141,7 +138,7 @@ def add_tasks(
         CheckpointError: if an expert cannot be read or does not fit.
     """
     work = work or Work()
-    _check_described(characteristics or {}, experts)
+    described = checked(characteristics or {}, experts)
     with locked(Pack(Path(pack_directory)).directory):
         opened = Pack(Path(pack_directory))  # as it is now that nobody else changes it
         manifest = opened.manifest
@@ -155,7 +152,7 @@ def add_tasks(
             check_fingerprint(manifest.reference, scanned.reference, family.base.source)
             _refuse_taken(opened, scanned)
             writers = [PackWriter(opened.directory, manifest)]
-            add_experts(family, scanned, writers, [settings], work, characteristics or {})
+            add_experts(family, scanned, writers, [settings], work, described)
     return Pack(opened.directory)
 
 
@@ -220,25 +217,12 @@ def _check_alike(settings: Sequence[PackSettings]) -> None:
         )
 
 
-def _check_described(characteristics: Characteristics, experts: Mapping[str, Any]) -> None:
-    """What is described are experts.
-
-    Raises:
-        RecipeError: naming descriptions of anything else.
-    """
-    faults = Faults()
-    for name in characteristics:
-        if name not in experts:
-            faults.add(f"There is no expert '{name}' to describe. {nearest(name, experts)}")
-    faults.raise_if_any(RecipeError)
-
-
 def _fill(
     family: Family,
     scanned: Scanned,
     directories: Sequence[Path],
     settings: Sequence[PackSettings],
-    characteristics: Characteristics,
+    characteristics: Mapping[str, tuple[str, ...]],
     work: Work,
 ) -> None:
     """Write the packs into their (partial) directories, going on where a killed run stopped."""

@@ -159,6 +159,14 @@ class PackWriter:
         (self.directory / record.file).unlink(missing_ok=True)
         shutil.rmtree(self.directory / TASKS / name, ignore_errors=True)
 
+    def describe(self, characteristics: Mapping[str, tuple[str, ...]]) -> None:
+        """Replace what tasks are about; their files stay as they are."""
+        told = {
+            name: self.manifest.tasks[name].model_copy(update={"characteristics": texts})
+            for name, texts in characteristics.items()
+        }
+        self._save(self.manifest.tasks | told)
+
     def order_tasks(self, names: Sequence[str]) -> None:
         """List the tasks in this order, whichever was finished first."""
         self._save({name: self.manifest.tasks[name] for name in names})
