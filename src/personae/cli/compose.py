@@ -1,7 +1,7 @@
 """personae compose: a model for a task that has no expert."""
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -10,7 +10,7 @@ from personae.cli.texts import texts_from, weights_from
 from personae.encoders import text_encoder
 from personae.errors import RecipeError
 from personae.execute import compose as composing
-from personae.execute.weighting import TEMPERATURE, Gamma, Weighting, given, weigh
+from personae.execute.weighting import TEMPERATURE, Weighting, given, weigh
 from personae.packs.reader import Pack
 
 
@@ -78,7 +78,7 @@ def compose(
             opened,
             texts_from(like, "--like"),
             text_encoder(encoder or "minilm", template=template or "{}"),
-            gamma=cast(Gamma, gamma or "ratio"),
+            gamma=gamma or "ratio",
             temperature=temperature,
         )
     else:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from personae.ops.similarity import cosines, mean_embedding, ratio_weights, soft
 from personae.packs.manifest import Manifest
 from personae.packs.reader import Pack
 
-Gamma = Literal["ratio", "softmax"]
+GAMMAS = ("ratio", "softmax")
 TEMPERATURE = 0.1
 """Of softmax weights by default: a cosine higher by 0.1 then counts e times as much."""
 
@@ -79,7 +79,7 @@ def weigh(
     like: Sequence[str],
     encoder: TextEncoder,
     *,
-    gamma: Gamma = "ratio",
+    gamma: str = "ratio",
     temperature: float | None = None,
 ) -> Weighting:
     """Weigh the tasks of a pack by how alike their texts are to those of an unseen task.
@@ -151,8 +151,8 @@ def _check(like: Sequence[str], gamma: str, temperature: float | None) -> None:
     faults = Faults()
     if not like or not all(text.strip() for text in like):
         faults.add("There is an empty text, or none, to be like. Give class names, or a sentence.")
-    if gamma not in get_args(Gamma):
-        faults.add(f"Unknown gamma '{gamma}'. {nearest(gamma, get_args(Gamma))}")
+    if gamma not in GAMMAS:
+        faults.add(f"Unknown gamma '{gamma}'. {nearest(gamma, GAMMAS)}")
     elif gamma != "softmax" and temperature is not None:
         faults.add("A temperature belongs to gamma softmax; the ratio has none.")
     if temperature is not None and not 0 < temperature < math.inf:
