@@ -7,7 +7,10 @@ from personae._version import __version__
 
 if TYPE_CHECKING:
     from personae.checkpoints import open_checkpoint
+    from personae.encoders import text_encoder
     from personae.errors import PersonaeError
+    from personae.execute.compose import compose, open_composed
+    from personae.execute.describe import describe
     from personae.execute.inspect import inspect
     from personae.execute.merge import merge
     from personae.execute.merge_plan import plan_merge
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from personae.execute.plan import plan_pack, plan_shapes
     from personae.execute.unpack import unpack
     from personae.execute.verify import verify
+    from personae.execute.weighting import Weighting, weigh
     from personae.execute.work import Work
     from personae.methods import CODECS, MERGE_METHODS
     from personae.recipe import MergeSettings, PackSettings
@@ -27,18 +31,24 @@ _HOMES = {
     "PackSettings": "recipe",
     "PersonaeError": "errors",
     "Work": "execute.work",
+    "Weighting": "execute.weighting",
     "add_tasks": "execute.pack",
+    "compose": "execute.compose",
+    "describe": "execute.describe",
     "inspect": "execute.inspect",
     "merge": "execute.merge",
     "open_checkpoint": "checkpoints",
+    "open_composed": "execute.compose",
     "pack": "execute.pack",
     "pack_many": "execute.pack",
     "plan_merge": "execute.merge_plan",
     "plan_pack": "execute.plan",
     "plan_shapes": "execute.plan",
     "remove_task": "execute.pack",
+    "text_encoder": "encoders",
     "unpack": "execute.unpack",
     "verify": "execute.verify",
+    "weigh": "execute.weighting",
 }
 
 __all__ = [
@@ -47,20 +57,26 @@ __all__ = [
     "MergeSettings",
     "PackSettings",
     "PersonaeError",
+    "Weighting",
     "Work",
     "__version__",
     "add_tasks",
+    "compose",
+    "describe",
     "inspect",
     "merge",
     "open_checkpoint",
+    "open_composed",
     "pack",
     "pack_many",
     "plan_merge",
     "plan_pack",
     "plan_shapes",
     "remove_task",
+    "text_encoder",
     "unpack",
     "verify",
+    "weigh",
 ]
 
 

@@ -141,11 +141,11 @@ def test_a_flipped_byte_of_a_task_file(work, position):
 
 def test_a_newer_pack(work):
     path = work / "pack/pack.json"
-    content = json.loads(path.read_text()) | {"format_version": 2}
+    content = json.loads(path.read_text()) | {"format_version": 3}
     content["checksum"] = _checksum({k: v for k, v in content.items() if k != "checksum"})
     path.write_text(json.dumps(content))
     for command in ("inspect pack", "verify pack", "unpack pack --task news --out out"):
-        refused(command, "is of pack format 2", "Update personae")
+        refused(command, "is of pack format 3", "Update personae")
 
 
 def test_an_output_that_is_not_empty(work):

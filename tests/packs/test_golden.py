@@ -24,6 +24,7 @@ By the papers' rule: 3·5 + (3·(2 + 2) + 32) + (3·(4 + 4) + 32) = 15 + 44 + 56
 2 bits an element: 10 + 40 + 48 = 98.
 """
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -32,7 +33,9 @@ import pytest
 import torch
 
 from families import listing
-from personae.execute.pack import pack
+from personae._types import TensorSpec
+from personae.errors import PackError, RecipeError
+from personae.execute.pack import add_tasks, pack, remove_task
 from personae.execute.unpack import unpack
 from personae.methods.personalise.dts import DTS
 from personae.packs.manifest import Manifest, ReferenceRecord, RenamingRecord
@@ -204,3 +207,89 @@ def test_reading_gives_the_expert_exactly(tmp_path):
         assert torch.equal(rebuilt[name], REFERENCE[name] + delta), name
     assert torch.equal(rebuilt["head.bias"], HEAD)
     assert listing(GOLDEN) == before
+
+
+# Version 2: what all tasks share, and what a task is about. Older packs keep their bytes.
+
+
+def _bare(method: str = "dts") -> Manifest:
+    reference = ReferenceRecord(kind="base", source="dict", fingerprint="xxh3:0")
+    return Manifest(
+        method=method,
+        parameters={},
+        counting="on_disk_native",
+        vector="task",
+        reference=reference,
+    )
+
+
+def test_the_shared_file_is_plain_safetensors(tmp_path):
+    writer = PackWriter(tmp_path, _bare("emr"))
+    spec = TensorSpec("bias", (2,), torch.float32)
+    writer.add_shared([spec], 64, lambda file: file.write("bias", torch.tensor([1.0, -2.0])))
+    raw = (tmp_path / "shared.safetensors").read_bytes()
+    header_bytes = int.from_bytes(raw[:8], "little")
+    assert json.loads(raw[8 : 8 + header_bytes])["bias"] == {
+        "dtype": "F32",
+        "shape": [2],
+        "data_offsets": [0, 8],
+    }
+    assert raw[8 + header_bytes :] == struct.pack("<2f", 1, -2)
+    content = json.loads((tmp_path / "pack.json").read_text())
+    assert content["format_version"] == 2
+    assert content["shared"] == {
+        "file": "shared.safetensors",
+        "sha256": hashlib.sha256(raw).hexdigest(),
+        "bytes": len(raw),
+        "tensors": {"bias": [2]},
+        "counted_bits": 64,
+    }
+    shared = Pack(tmp_path).open_shared()
+    assert shared is not None
+    assert shared.read("bias").tolist() == [1, -2]
+    assert shared.read("other") is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "pack.json",
+        "shared.safetensors",
+        "tasks",
+    ]
+
+
+def test_a_damaged_shared_file_is_noticed(tmp_path):
+    writer = PackWriter(tmp_path, _bare("emr"))
+    spec = TensorSpec("bias", (2,), torch.float32)
+    writer.add_shared([spec], 64, lambda file: file.write("bias", torch.ones(2)))
+    file = tmp_path / "shared.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(PackError, match=r"shared.safetensors is damaged: its SHA-256"):
+        Pack(tmp_path).open_shared()
+    file.unlink()
+    with pytest.raises(PackError, match=r"shared.safetensors, which all tasks need, is missing"):
+        Pack(tmp_path).open_shared()
+
+
+def test_what_version_1_can_say_stays_version_1():
+    content = json.loads(_bare().to_json())
+    assert content["format_version"] == 1
+    assert "shared" not in content
+    assert json.loads(_bare("t_switch").to_json())["format_version"] == 2
+
+
+def test_characteristics_are_kept(tmp_path):
+    expert = {name: REFERENCE[name] + delta for name, delta in DELTAS.items()}
+    words = {"x": ["cat", "a dog"]}
+    made = pack(REFERENCE, {"x": expert, "y": expert}, tmp_path / "p", characteristics=words)
+    assert made.task("x").characteristics == ("cat", "a dog")
+    assert made.task("y").characteristics == ()
+    content = json.loads((tmp_path / "p/pack.json").read_text())
+    assert content["format_version"] == 2
+    assert content["shared"] is None
+    assert content["tasks"]["x"]["characteristics"] == ["cat", "a dog"]
+    again = remove_task(tmp_path / "p", "x")
+    assert again.manifest.format_version == 1
+    again = add_tasks(tmp_path / "p", {"z": expert}, base=REFERENCE, characteristics={"z": ["emu"]})
+    assert again.task("z").characteristics == ("emu",)
+    with pytest.raises(RecipeError, match="There is no expert 'w' to describe"):
+        pack(REFERENCE, {"x": expert}, tmp_path / "q", characteristics={"w": ["cat"]})

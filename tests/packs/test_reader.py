@@ -148,8 +148,10 @@ def test_a_pack_json_without_checksum_is_refused(copied):
 
 
 def test_a_newer_version_is_refused_before_anything_else(copied):
-    _rewrite(copied / "pack.json", sound=False, format_version=2, tasks="in another form")
-    with pytest.raises(PackError, match=r"is of pack format 2; this tool \(.*\) reads format 1"):
+    _rewrite(copied / "pack.json", sound=False, format_version=3, tasks="in another form")
+    with pytest.raises(
+        PackError, match=r"is of pack format 3; this tool \(.*\) reads formats 1 and 2"
+    ):
         Pack(copied)
 
 

@@ -14,6 +14,7 @@ _NOT_COMPANIONS = {
     "adapter_config.json",
     "all_results.json",
     "eval_results.json",
+    "personae.json",
     "requirements.txt",
     "train_results.json",
     "trainer_state.json",

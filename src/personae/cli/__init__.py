@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from personae import __version__
-from personae.cli import demo, inspect, merge, methods, pack, plan, unpack, verify
+from personae.cli import compose, demo, inspect, merge, methods, pack, plan, unpack, verify
 from personae.cli.console import err
 from personae.errors import PersonaeError
 
@@ -73,6 +73,7 @@ for _command in (
     merge.merge,
     pack.pack,
     unpack.unpack,
+    compose.compose,
     plan.plan,
     inspect.inspect,
     verify.verify,

@@ -7,7 +7,9 @@ import typer
 
 from personae.cli import console, options
 from personae.cli.inspect import print_pack
+from personae.cli.texts import described
 from personae.errors import RecipeError
+from personae.execute.describe import describe as describe_tasks
 from personae.execute.inspect import inspect_pack
 from personae.execute.pack import add_tasks, pack_many, remove_task
 from personae.packs.reader import Pack
@@ -54,6 +56,15 @@ def pack(
     private: Annotated[
         list[str] | None, typer.Option(help="Pattern of tensors to keep whole; repeatable.")
     ] = None,
+    describe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=TEXT",
+            help="What an expert is about: class names with commas between, a sentence, or @FILE "
+            "with one text a line [its config's class names]; repeatable. Alone with --out: of "
+            "tasks that are in the pack.",
+        ),
+    ] = None,
     add: Annotated[
         bool, typer.Option("--add", help="Add the experts to the pack in --out.")
     ] = False,
@@ -73,8 +84,9 @@ def pack(
     """
     if out is None:
         raise RecipeError("Say where the pack goes: --out DIR.")
+    about = described(describe or [])
     if remove:
-        if experts or base or recipe or add:
+        if experts or base or recipe or add or about:
             raise RecipeError("--remove takes --out alone. Add and remove in two commands.")
         _remove(out, remove, json)
         return
@@ -90,17 +102,36 @@ def pack(
     }
     if budget and "rank_fraction" in asked["parameters"]:
         raise RecipeError("A budget sets the rank: give budget or rank_fraction, not both.")
+    if about and not (experts or recipe or add):
+        if base or overwrite or rank_fraction or budget or any(asked.values()):
+            raise RecipeError(
+                "--describe without an expert describes tasks that are in the pack: give --out "
+                "alone beside it. To pack, give --expert NAME=PATH."
+            )
+        _show([describe_tasks(out, about)], json)
+        return
     gathered = options.gather_recipe(recipe, base, experts, asked)
     with console.progress() as progress:
         work = options.work_from(workers, memory, progress, device)
         if add:
             _refuse_settings(asked, rank_fraction, budget, recipe)
-            packs = [add_tasks(out, gathered.experts, base=gathered.base, work=work)]
+            packs = [
+                add_tasks(
+                    out, gathered.experts, base=gathered.base, characteristics=about, work=work
+                )
+            ]
         else:
             if gathered.base is None:
                 raise RecipeError("Say what the experts were fine-tuned from: --base PATH.")
             outs = _variants(out, gathered, rank_fraction or [], budget or [])
-            packs = pack_many(gathered.base, gathered.experts, outs, overwrite=overwrite, work=work)
+            packs = pack_many(
+                gathered.base,
+                gathered.experts,
+                outs,
+                characteristics=about,
+                overwrite=overwrite,
+                work=work,
+            )
     _show(packs, json)
 
 

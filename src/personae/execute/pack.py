@@ -7,6 +7,7 @@ from typing import Any
 
 from personae.checkpoints.adapter import Adapter
 from personae.errors import CheckpointError, Faults, PackError, RecipeError
+from personae.execute.describe import Characteristics, checked
 from personae.execute.family import Family, open_family
 from personae.execute.plan import check_output, plan_pack
 from personae.execute.reference import check_fingerprint, make_reference, relative_to_merged
@@ -26,6 +27,7 @@ def pack(
     out: str | Path,
     *,
     settings: PackSettings | None = None,
+    characteristics: Characteristics | None = None,
     overwrite: bool = False,
     work: Work | None = None,
 ) -> Pack:
@@ -36,6 +38,8 @@ def pack(
         experts: Task name to path, hub id, module or state dict of the expert.
         out: The pack's directory; must not exist, or be empty.
         settings: Codec, reference, budget; by default DTS-T at its paper's rank fraction.
+        characteristics: Task name to what the task is about, class names or a description, kept in
+            the pack; if not given, the class names in the `id2label` of the expert's config.json.
         overwrite: Replace `out` if it exists.
         work: Workers, memory bound, progress.
 
@@ -46,7 +50,15 @@ def pack(
         PersonaeError: for anything wrong with the input, all faults at once, before work starts.
     """
     settings = settings or PackSettings()
-    return pack_many(base, experts, {out: settings}, overwrite=overwrite, work=work)[0]
+    made = pack_many(
+        base,
+        experts,
+        {out: settings},
+        characteristics=characteristics,
+        overwrite=overwrite,
+        work=work,
+    )
+    return made[0]
 
 
 def pack_many(
@@ -54,6 +66,7 @@ def pack_many(
     experts: Mapping[str, Any],
     outs: Mapping[str | Path, PackSettings],
     *,
+    characteristics: Characteristics | None = None,
     overwrite: bool = False,
     work: Work | None = None,
 ) -> list[Pack]:
@@ -63,6 +76,7 @@ def pack_many(
         base: As for `pack`.
         experts: As for `pack`.
         outs: Directory to settings, which may differ in `rank_fraction` and budget alone.
+        characteristics: As for `pack`.
         overwrite: Replace directories that exist.
         work: Workers, memory bound, progress.
 
@@ -75,6 +89,7 @@ def pack_many(
     work = work or Work()
     variants = {Path(out).absolute(): settings for out, settings in outs.items()}
     _check_alike(list(variants.values()))
+    described = checked(characteristics or {}, experts)
     for out in variants:
         check_output(out, overwrite, inputs=[base, *experts.values()])
     first = next(iter(variants.values()))
@@ -97,7 +112,7 @@ def pack_many(
                 stack.enter_context(output_directory(out, overwrite=overwrite, resumable=True))
                 for out in variants
             ]
-            _fill(family, scanned, directories, list(variants.values()), work)
+            _fill(family, scanned, directories, list(variants.values()), described, work)
     return [Pack(out) for out in variants]
 
 
@@ -106,6 +121,7 @@ def add_tasks(
     experts: Mapping[str, Any],
     *,
     base: Any = None,
+    characteristics: Characteristics | None = None,
     work: Work | None = None,
 ) -> Pack:
     """Add experts to an existing pack, with its codec, parameters and reference.
@@ -114,6 +130,7 @@ def add_tasks(
         pack_directory: The pack.
         experts: Task name to the new expert.
         base: Where the reference is, if not where the pack says.
+        characteristics: As for `pack`.
         work: Workers, memory bound, progress.
 
     Raises:
@@ -121,6 +138,7 @@ def add_tasks(
         CheckpointError: if an expert cannot be read or does not fit.
     """
     work = work or Work()
+    described = checked(characteristics or {}, experts)
     with locked(Pack(Path(pack_directory)).directory):
         opened = Pack(Path(pack_directory))  # as it is now that nobody else changes it
         manifest = opened.manifest
@@ -133,7 +151,8 @@ def add_tasks(
             scanned = Scanned.of(family, work, from_base)
             check_fingerprint(manifest.reference, scanned.reference, family.base.source)
             _refuse_taken(opened, scanned)
-            add_experts(family, scanned, [PackWriter(opened.directory, manifest)], [settings], work)
+            writers = [PackWriter(opened.directory, manifest)]
+            add_experts(family, scanned, writers, [settings], work, described)
     return Pack(opened.directory)
 
 
@@ -203,6 +222,7 @@ def _fill(
     scanned: Scanned,
     directories: Sequence[Path],
     settings: Sequence[PackSettings],
+    characteristics: Mapping[str, tuple[str, ...]],
     work: Work,
 ) -> None:
     """Write the packs into their (partial) directories, going on where a killed run stopped."""
@@ -213,6 +233,7 @@ def _fill(
             "settings": setting.model_dump(mode="json"),
             "base": scanned.reference,
             "experts": list(experts.items()),
+            "characteristics": {name: list(texts) for name, texts in characteristics.items()},
         }
         manifest = resume(directory, identity)
         if manifest is None:
@@ -224,9 +245,9 @@ def _fill(
     if settings[0].vector == "difference":
         with relative_to_merged(family, directories[0] / REFERENCE, settings[0]) as relative:
             again = Scanned.of(relative, work, from_base=False)
-            add_experts(relative, again, writers, settings, work)
+            add_experts(relative, again, writers, settings, work, characteristics)
     else:
-        add_experts(family, scanned, writers, settings, work)
+        add_experts(family, scanned, writers, settings, work, characteristics)
     for writer in writers:
         writer.order_tasks(list(family.experts))
         end_resume(writer.directory)

@@ -9,6 +9,7 @@ from personae.checkpoints.naming import shown
 from personae.errors import BudgetError
 from personae.execute.accounting import cost, counted_bits, largest_rank_fraction
 from personae.execute.deltas import Deltas
+from personae.execute.describe import class_names
 from personae.execute.encode import encode_expert
 from personae.execute.family import Family
 from personae.execute.scan import Facts, Scanned
@@ -28,6 +29,7 @@ def add_experts(
     writers: Sequence[PackWriter],
     settings: Sequence[PackSettings],
     work: Work,
+    characteristics: Mapping[str, tuple[str, ...]],
 ) -> None:
     """Code every expert that a pack still lacks, once for all packs, and write its task file.
 
@@ -37,6 +39,7 @@ def add_experts(
         writers: The packs.
         settings: Of each pack; they differ in rank fraction and budget alone.
         work: Workers, memory bound, device, progress.
+        characteristics: Task name to what the task is about; else its config's class names.
 
     Raises:
         BudgetError: if a budget cannot be met.
@@ -52,7 +55,8 @@ def add_experts(
         codecs, coded = _encode_within_budgets(deltas, settings, family, facts, work)
         for writer, codec, tensors, wanted in zip(writers, codecs, coded, due, strict=True):
             if wanted:
-                _write_task(writer, codec, family, expert, facts, tensors)
+                about = characteristics.get(name) or class_names(expert.checkpoint.companions)
+                _write_task(writer, codec, family, expert, facts, tensors, about)
                 dropped = [key for key, tensor in tensors.items() if not tensor.nbytes]
                 if dropped:
                     work.note(
@@ -139,6 +143,7 @@ def _write_task(
     expert: Alignment,
     facts: Facts,
     coded: Mapping[str, CodedTensor],
+    characteristics: tuple[str, ...],
 ) -> None:
     rule = expert.renaming
     reference = family.base.specs
@@ -167,6 +172,7 @@ def _write_task(
         base_bytes=sum(spec.nbytes for spec in shared),
         counted_bits=counted,
         counted_lean_bits=lean,
+        characteristics=characteristics,
     )
 
 

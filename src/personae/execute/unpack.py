@@ -36,6 +36,7 @@ class Rebuilt:
         specs: The expert's names to specs.
         record: The task's record.
         reference: What the task is relative to.
+        reference_names: The expert's name to the reference's, of all that the reference has.
     """
 
     def __init__(
@@ -55,12 +56,12 @@ class Rebuilt:
         entry = lookup(CODECS, pack.manifest.method)
         self._codec: Codec = build(entry, self.record.parameters)
         self._private = self.record.private
-        self._reference_name = _expert_names(self.record, reference)
+        self.reference_names = _expert_names(self.record, reference)
         self.specs: Mapping[str, TensorSpec] = self._lay_out()
 
     def _lay_out(self) -> dict[str, TensorSpec]:
         specs: dict[str, TensorSpec] = {}
-        for name, ref_name in self._reference_name.items():
+        for name, ref_name in self.reference_names.items():
             spec = self.reference.specs[ref_name]
             dtype = getattr(torch, self.record.dtypes.get(ref_name, ""), spec.dtype)
             shape = spec.shape
@@ -74,17 +75,21 @@ class Rebuilt:
 
     def read(self, name: str) -> Tensor:
         """One tensor of the expert: fp32 if it is coded, else of its own dtype."""
-        ref_name = self._reference_name.get(name)
+        ref_name = self.reference_names.get(name)
         if ref_name is None:
-            return self._file.private(name)
+            return self.private(name)
         tensor = self.reference.read(ref_name)
         if ref_name in self.record.tensors:
             tensor = self.delta(ref_name).add_(tensor)  # fp32, in place: θ + Δ = Δ + θ to the bit
             if self.specs[name].dtype == torch.float16:  # coding may overshoot what fp16 can hold
                 tensor.clamp_(torch.finfo(torch.float16).min, torch.finfo(torch.float16).max)
         if ref_name in self.record.grown:
-            tensor = torch.cat([tensor, self._file.private(name)])  # to the wider of both dtypes
+            tensor = torch.cat([tensor, self.private(name)])  # to the wider of both dtypes
         return tensor
+
+    def private(self, name: str) -> Tensor:
+        """One tensor (or the extra rows of one) kept whole, by the expert's name."""
+        return self._file.private(name)
 
     def delta(self, ref_name: str) -> Tensor:
         """The decoded delta of one reference tensor, fp32; zeros if it is unchanged."""
@@ -162,7 +167,7 @@ def unpack(
             partial_out, specs, shard_bytes=shard_bytes, tied=rebuilt.record.tied
         ) as writer,
     ):
-        _copy_companions(opened, task, reference, partial_out)
+        copy_companions(opened, task, reference, partial_out)
         write = partial(_write, rebuilt, writer)
         results = pool.run(specs, write, cost=_cost, workers=work.threads, memory=work.memory)
         for done, _ in enumerate(results, 1):
@@ -219,7 +224,7 @@ def _expert_names(record: TaskRecord, reference: Checkpoint) -> dict[str, str]:
     return names
 
 
-def _copy_companions(pack: Pack, task: str, reference: Checkpoint, out: Path) -> None:
+def copy_companions(pack: Pack, task: str, reference: Checkpoint, out: Path) -> None:
     """Copy the expert's small files from where they are.
 
     Raises:

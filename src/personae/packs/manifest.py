@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -12,8 +13,10 @@ from personae.checkpoints.naming import is_safe_name
 from personae.errors import PackError
 
 FORMAT = "personae-pack"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 MANIFEST_NAME = "pack.json"
+
+_CODECS_OF_VERSION_1 = {"dts", "svd"}
 
 
 def _inside(path: str) -> str:
@@ -113,6 +116,9 @@ class TaskRecord(Record):
     base_bytes: int = Field(description="Bytes of those in the reference")
     counted_bits: int = Field(description="Bits by the papers' rule, at the ranks stored")
     counted_lean_bits: int = Field(description="The same with the fewest bits that carry the code")
+    characteristics: tuple[str, ...] = Field(
+        default=(), description="What the task is about: class names, or a description"
+    )
 
     @property
     def private_bytes(self) -> int:
@@ -144,11 +150,25 @@ class ReferenceRecord(Record):
     experts: tuple[str, ...] = Field(default=(), description="Tasks a merged reference is made of")
 
 
+class SharedRecord(Record):
+    """What all tasks share beside the reference: fp32 tensors, by reference name."""
+
+    file: InnerPath
+    sha256: str
+    bytes: int
+    tensors: dict[str, tuple[int, ...]] = Field(description="Reference name to its shape")
+    counted_bits: int = Field(description="Bits by the papers' rule, of which a task has its share")
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of its tensors, without the header of the file."""
+        return sum(4 * prod(shape) for shape in self.tensors.values())
+
+
 class Manifest(Record):
     """The whole of pack.json."""
 
     format: Literal["personae-pack"] = FORMAT
-    format_version: int = FORMAT_VERSION
     tool_version: str = __version__
     method: str = Field(description="The codec")
     parameters: dict[str, Any] = Field(description="Its parameters as asked for")
@@ -158,7 +178,14 @@ class Manifest(Record):
     skip: tuple[str, ...] = ()
     private: tuple[str, ...] = ()
     reference: ReferenceRecord
+    shared: SharedRecord | None = None
     tasks: dict[TaskName, TaskRecord] = {}
+
+    @property
+    def format_version(self) -> int:
+        """The oldest version that can say what this pack holds."""
+        described = any(task.characteristics for task in self.tasks.values())
+        return 2 if described or self.shared or self.method not in _CODECS_OF_VERSION_1 else 1
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -169,6 +196,11 @@ class Manifest(Record):
     def to_json(self) -> str:
         """Serialise with a checksum over everything else, so that a flipped byte is noticed."""
         content = self.model_dump(mode="json")
+        if self.format_version == 1:  # which has none of these keys
+            del content["shared"]
+            for task in content["tasks"].values():
+                del task["characteristics"]
+        content = {"format": FORMAT, "format_version": self.format_version} | content
         return json.dumps(content | {"checksum": _checksum(content)}, indent=1) + "\n"
 
 
@@ -190,18 +222,22 @@ def parse_manifest(path: Path) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PackError(f'{path} does not say "format": "{FORMAT}"; it is no pack of this tool.')
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise PackError(
-            f"{path} is of pack format {version}; this tool ({__version__}) reads format "
-            f"{FORMAT_VERSION}. Update personae."
+            f"{path} is of pack format {version}; this tool ({__version__}) reads formats "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}. Update personae."
         )
     stated = content.pop("checksum", None)
     if stated != _checksum(content):
         raise PackError(f"{path} is damaged: its checksum does not hold. Restore it from a copy.")
+    del content["format_version"]
     try:
-        return Manifest(**content)
+        manifest = Manifest(**content)
     except ValidationError as error:
         raise PackError(f"{path} is malformed: {error}") from error
+    if manifest.format_version > version:
+        raise PackError(f"{path} is malformed: it holds what format {version} cannot say.")
+    return manifest
 
 
 def _checksum(content: dict[str, Any]) -> str:

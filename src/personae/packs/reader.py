@@ -6,6 +6,7 @@ from typing import Any
 from personae.errors import Faults, PackError, nearest
 from personae.packs.fingerprint import sha256_file
 from personae.packs.manifest import MANIFEST_NAME, Manifest, TaskRecord, parse_manifest
+from personae.packs.shared_file import SharedFile
 from personae.packs.task_file import TaskFile
 from personae.packs.writer import REFERENCE, TASKS
 
@@ -49,6 +50,32 @@ class Pack:
         self.check_task(name, faults)
         faults.raise_if_any(PackError)
         return TaskFile(self.directory / self.task(name).file, self.task(name))
+
+    def open_shared(self) -> SharedFile | None:
+        """Open what all tasks share after checking its checksum; None if they share nothing.
+
+        Raises:
+            PackError: if the file is missing, damaged, or does not fit its record.
+        """
+        faults = Faults()
+        self.check_shared(faults)
+        faults.raise_if_any(PackError)
+        record = self.manifest.shared
+        return None if record is None else SharedFile(self.directory / record.file, record)
+
+    def check_shared(self, faults: Faults) -> None:
+        """Add a fault if the file that all tasks share is missing or has another checksum."""
+        record = self.manifest.shared
+        if record is None:
+            return
+        path = self.directory / record.file
+        if not path.is_file():
+            faults.add(f"{path}, which all tasks need, is missing. Restore it from a copy.")
+        elif sha256_file(path) != record.sha256:
+            faults.add(
+                f"{path} is damaged: its SHA-256 is not the one in pack.json. "
+                "Restore it from a copy."
+            )
 
     def check_task(self, name: str, faults: Faults) -> None:
         """Add a fault for each file of a task that is missing or does not have its checksum."""

@@ -17,13 +17,16 @@ from torch import Tensor
 
 from personae._types import Parts
 from personae.errors import OutputError, PackError
-from personae.packs.manifest import FORMAT, FORMAT_VERSION, BlockRecord, TaskRecord
+from personae.packs.manifest import FORMAT, BlockRecord, TaskRecord
 
 PRIVATE = "private/"
 
 
 def write_task_file(
-    path: Path, blocks: list[Parts], private: Mapping[str, Tensor], metadata: Mapping[str, str]
+    path: Path,
+    blocks: list[Parts],
+    private: Mapping[str, Tensor],
+    metadata: Mapping[str, str | int],
 ) -> None:
     """Write the parts of all blocks, in this order, and the private tensors.
 
@@ -31,7 +34,7 @@ def write_task_file(
         path: File to write (not atomic: give a temporary one).
         blocks: Parts of each coded block; a part name has one dtype throughout.
         private: The expert's name to the whole tensor (or its extra rows).
-        metadata: What a stranger who finds the file should know (task, codec, reference).
+        metadata: What a stranger who finds the file should know (version, task, codec, reference).
 
     Raises:
         OutputError: if the disk is full or refuses.
@@ -43,7 +46,7 @@ def write_task_file(
     sections = {name: torch.cat(values) for name, values in gathered.items()}
     whole = {PRIVATE + name: tensor.contiguous() for name, tensor in private.items()}
     # One metadata key: the safetensors library writes several in random order.
-    about = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **metadata})
+    about = json.dumps({"format": FORMAT, **metadata})
     path.touch()
     mode = path.stat().st_mode  # the library's own file would be private to its owner
     try:

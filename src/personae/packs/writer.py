@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from personae._types import Parts
+from personae._types import Parts, TensorSpec
 from personae._version import __version__
 from personae.packs.fingerprint import sha256_file
 from personae.packs.manifest import (
@@ -19,15 +20,17 @@ from personae.packs.manifest import (
     CompanionRecord,
     Manifest,
     PrivateRecord,
+    SharedRecord,
     TaskRecord,
     TensorRecord,
     parse_manifest,
 )
 from personae.packs.task_file import write_task_file
-from personae.writers import atomic_file
+from personae.writers import CheckpointWriter, atomic_file
 
 TASKS = "tasks"
 REFERENCE = "reference"
+SHARED = "shared.safetensors"
 _IDENTITY = "resume.json"
 
 
@@ -98,7 +101,9 @@ class PackWriter:
             about: Further fields of `TaskRecord`.
         """
         file = self.directory / TASKS / f"{name}.safetensors"
+        described = bool(about.get("characteristics"))
         metadata = {
+            "format_version": 2 if described else self.manifest.format_version,
             "task": name,
             "method": self.manifest.method,
             "reference": self.manifest.reference.fingerprint,
@@ -117,12 +122,50 @@ class PackWriter:
         )
         self._save(self.manifest.tasks | {name: record})
 
+    def add_shared(
+        self,
+        specs: Sequence[TensorSpec],
+        counted_bits: int,
+        fill: Callable[[CheckpointWriter], None],
+    ) -> None:
+        """Write what all tasks share, then its record.
+
+        Args:
+            specs: Of its tensors, by reference name; fp32.
+            counted_bits: See `SharedRecord`.
+            fill: Writes every tensor.
+        """
+        file, folder = self.directory / SHARED, self.directory / f"{SHARED}.partial"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        with CheckpointWriter(folder, specs, shard_bytes=sys.maxsize) as writer:
+            fill(writer)
+        writer.files[0].replace(file)
+        folder.rmdir()
+        record = SharedRecord(
+            file=SHARED,
+            sha256=sha256_file(file),
+            bytes=file.stat().st_size,
+            tensors={spec.name: spec.shape for spec in specs},
+            counted_bits=counted_bits,
+        )
+        self.manifest = self.manifest.model_copy(update={"shared": record})
+        self.save()
+
     def remove_task(self, name: str) -> None:
         """Take a task out: first its record, then its files."""
         record = self.manifest.tasks[name]
         self._save({key: value for key, value in self.manifest.tasks.items() if key != name})
         (self.directory / record.file).unlink(missing_ok=True)
         shutil.rmtree(self.directory / TASKS / name, ignore_errors=True)
+
+    def describe(self, characteristics: Mapping[str, tuple[str, ...]]) -> None:
+        """Replace what tasks are about; their files stay as they are."""
+        told = {
+            name: self.manifest.tasks[name].model_copy(update={"characteristics": texts})
+            for name, texts in characteristics.items()
+        }
+        self._save(self.manifest.tasks | told)
 
     def order_tasks(self, names: Sequence[str]) -> None:
         """List the tasks in this order, whichever was finished first."""

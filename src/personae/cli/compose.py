@@ -1,0 +1,135 @@
+"""personae compose: a model for a task that has no expert."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from personae.cli import console, options
+from personae.cli.texts import texts_from, weights_from
+from personae.encoders import text_encoder
+from personae.errors import RecipeError
+from personae.execute import compose as composing
+from personae.execute.weighting import TEMPERATURE, Weighting, given, weigh
+from personae.packs.reader import Pack
+
+
+def compose(
+    pack: Annotated[Path, typer.Argument(help="The pack's directory.")],
+    like: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the task is about: class names with commas between, a sentence, or "
+            "@FILE with one text a line; repeatable."
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=NUMBER,…", help="The weight of each task, instead of --like."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Directory to write; without it, only weights are shown."),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(help="Attach the head of a task of the pack, or else of a checkpoint."),
+    ] = None,
+    gamma: Annotated[
+        str | None,
+        typer.Option(help="Weights from cosines: ratio or softmax.", show_default="ratio"),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of softmax.", show_default=str(TEMPERATURE))
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Text encoder: minilm, or a directory or hub id of a sentence encoder or CLIP.",
+            show_default="minilm",
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="What each text is put into, such as 'a photo of a {}'."),
+    ] = None,
+    base: options.Base = None,
+    shard_size: Annotated[str, typer.Option(help="Most bytes in one weight file.")] = "5GB",
+    overwrite: options.Overwrite = False,
+    workers: options.Workers = None,
+    memory: options.Memory = None,
+    json: options.Json = False,
+) -> None:
+    """Compose a model for an unseen task: the reference plus a weighted sum of the tasks' deltas.
+
+    Heads are not part of the sum; --head attaches one.
+    """
+    shard_bytes = options.bytes_of("--shard-size", shard_size)
+    assert shard_bytes is not None
+    if bool(like) == bool(weights):
+        raise RecipeError(
+            "Say what the task is like (--like TEXT), or give --weights; one of them."
+        )
+    if out is None and (head or overwrite):
+        raise RecipeError("Nothing is written without --out, so leave out --head and --overwrite.")
+    opened = Pack(pack)
+    if like:
+        weighting = weigh(
+            opened,
+            texts_from(like, "--like"),
+            text_encoder(encoder or "minilm", template=template or "{}"),
+            gamma=gamma or "ratio",
+            temperature=temperature,
+        )
+    else:
+        _refuse_unused(gamma=gamma, temperature=temperature, encoder=encoder, template=template)
+        weighting = given(weights_from(weights or []), opened.manifest, pack)
+    written = None
+    if out is not None:
+        with console.progress() as progress:
+            written = composing.compose(
+                pack,
+                weighting,
+                out,
+                base=base,
+                head=head,
+                overwrite=overwrite,
+                shard_bytes=shard_bytes,
+                work=options.work_from(workers, memory, progress, "cpu"),
+            )
+    if json:
+        console.facts(weighting.to_json() | {"path": written and str(written)})
+        return
+    _show(weighting)
+    if written is None:
+        for text in weighting.notes:
+            console.note(text)
+    else:
+        console.out.print(f"composed in {written}", markup=False)
+
+
+def _refuse_unused(**asked: object) -> None:
+    """Options of --like say nothing where weights are given.
+
+    Raises:
+        RecipeError: naming those given.
+    """
+    unused = [f"--{name}" for name, value in asked.items() if value is not None]
+    if unused:
+        raise RecipeError(f"{', '.join(unused)} belong to --like; with --weights, leave them out.")
+
+
+def _show(weighting: Weighting) -> None:
+    if weighting.cosines is None:
+        rows = [[name, f"{weight:.4f}"] for name, weight in weighting.weights.items()]
+        console.table("", ["task", "weight"], rows)
+        return
+    few = ", ".join(weighting.like[:5])
+    more = f" and {len(weighting.like) - 5} more" if len(weighting.like) > 5 else ""
+    count = "1 text" if len(weighting.like) == 1 else f"{len(weighting.like)} texts"
+    console.out.print(f"like {count}: {few}{more}; encoder: {weighting.encoder}", markup=False)
+    rows = [
+        [name, f"{weighting.cosines[name]:.4f}", f"{weight:.4f}"]
+        for name, weight in weighting.weights.items()
+    ]
+    console.table("", ["task", "cosine", "weight"], rows)
