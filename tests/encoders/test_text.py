@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from toy_encoders import toy_clip, toy_sentence_encoder
 
 from personae.encoders import ENCODERS, text_encoder
 from personae.errors import RecipeError
+from toy_encoders import toy_clip, toy_sentence_encoder
 
 pytest.importorskip("transformers")
 

@@ -1,6 +1,6 @@
 """Takes a method's looks at a whole family, or at one tensor of it, before it merges."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -42,7 +42,7 @@ def gather_model(
     try:
         measure = next(looks)
         while True:
-            measure = looks.send(_look(measure, parameters_of, stacks, units, cost, work))
+            measure = looks.send(_look(method, measure, parameters_of, stacks, units, cost, work))
     except StopIteration as done:
         return done.value
 
@@ -63,6 +63,7 @@ def gather_tensor(
 
 
 def _look(
+    method: MergeMethod,
     measure: Measure,
     parameters_of: ParametersOf,
     stacks: Stacks,
@@ -76,7 +77,7 @@ def _look(
     waiting: dict[int, Tensor] = {}
     results = pool.run(
         units,
-        partial(_share_of_unit, measure, parameters_of, stacks),
+        partial(_share_of_unit, method, measure, parameters_of, stacks),
         cost=cost,
         workers=work.threads,
         memory=work.memory,
@@ -97,27 +98,26 @@ def _look(
 
 
 def _share_of_unit(
-    measure: Measure, parameters_of: ParametersOf, stacks: Stacks, unit: Unit
+    method: MergeMethod,
+    measure: Measure,
+    parameters_of: ParametersOf,
+    stacks: Stacks,
+    unit: Unit,
 ) -> tuple[Tensor | None, list[str]]:
     total: Tensor | None = None
     faults: list[str] = []
-    for piece in _looked_at(measure, parameters_of, stacks, unit.pieces):
-        stack, _ = stacks.read(piece)
-        if measure.sample == 1:
-            faults += stacks.faults(stack, piece)
-        if faults:
+    for piece in unit.pieces:
+        parameters, site = parameters_of(piece.spec.name), stacks.site(piece)
+        if not measure.applies(parameters, site):
             continue
-        share = measure.tally(stack, parameters_of(piece.spec.name), stacks.site(piece))
-        total = share if total is None else total + share
+        part = piece if unit.whole else _sampled(piece, measure.sample)
+        stack, _ = stacks.given(method, parameters, part, unit.whole)
+        if part is piece:
+            faults += stacks.faults(stack, piece)
+        if not faults:
+            share = measure.tally(stack, parameters, stacks.site(part))
+            total = share if total is None else total + share
     return total, faults
-
-
-def _looked_at(
-    measure: Measure, parameters_of: ParametersOf, stacks: Stacks, pieces: Sequence[Piece]
-) -> Iterator[Piece]:
-    for piece in pieces:
-        if measure.applies(parameters_of(piece.spec.name), stacks.site(piece)):
-            yield _sampled(piece, measure.sample)
 
 
 def _share(measure: Measure, parameters: Parameters, stacks: Stacks, piece: Piece) -> Tensor:

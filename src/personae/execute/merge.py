@@ -202,18 +202,13 @@ def _merge_whole(
 ) -> tuple[Tensor, list[str]]:
     """A matrix of the result; adapters enter as factors, where the method allows it."""
     parameters, site = job.parameters_of(piece.spec.name), job.stacks.site(piece)
-    factors = job.stacks.factors(piece.spec.name)
-    if factors is None:
-        stack, reference = job.stacks.read(piece)
-        expand = None
-    else:
-        stack, expand = job.method.in_bases(factors, parameters, site)
-        reference = job.stacks.reference(piece).float()
+    stack, expand = job.stacks.given(job.method, parameters, piece, undivided=True)
     faults = job.stacks.faults(stack, piece)
+    reference = job.stacks.reference(piece).float()
     if faults:
         return reference, faults
     merged = job.method.merge(stack.to(device), parameters, statistics, site).cpu()
-    return (merged if expand is None else expand(merged)) + reference, []
+    return expand(merged) + reference, []
 
 
 def _put(writer: CheckpointWriter, piece: Piece, value: Tensor) -> None:

@@ -18,7 +18,7 @@ from personae.checkpoints import Checkpoint
 from personae.execute.deltas import Deltas, working_bytes
 from personae.execute.family import Family
 from personae.execute.scan import not_finite
-from personae.methods import Factors, Site
+from personae.methods import Factors, MergeMethod, Parameters, Site
 from personae.ops.layout import transposed_weights
 
 PIECE_ENTRIES = 1 << 18
@@ -164,6 +164,19 @@ class Stacks:
             else:
                 place.copy_(self._expert(deltas, piece)).sub_(reference)
         return stack, reference
+
+    def given(
+        self, method: MergeMethod, parameters: Parameters, piece: Piece, undivided: bool
+    ) -> tuple[Float[Tensor, "expert ..."], Callable[[Tensor], Tensor]]:
+        """What a method is given of a piece, and what makes a task vector of its answer.
+
+        For most that is the stack as it is. Matrices of adapters enter as small as the method's
+        symmetry allows (`MergeMethod.in_bases`).
+        """
+        factors = self.factors(piece.spec.name) if undivided else None
+        if factors is None:
+            return self.read(piece)[0], lambda merged: merged
+        return method.in_bases(factors, parameters, self.site(piece))
 
     def factors(self, name: str) -> list[Factors] | None:
         """The task vectors of a matrix as exact factors, if every expert is an adapter there.

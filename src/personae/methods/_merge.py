@@ -198,4 +198,3 @@ class MergeMethod:
 def _every(sample: int, task_vectors: Tensor) -> Tensor:
     """One row in so many; the first at least."""
     return task_vectors[:, ::sample] if sample > 1 and task_vectors.ndim > 1 else task_vectors
-
