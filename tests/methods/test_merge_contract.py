@@ -83,7 +83,10 @@ def test_order_of_experts_is_free_where_declared(name: str):
         torch.testing.assert_close(merged, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "settings"), [("average", {}), ("ties", {"density": 1.0})])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("average", {}), ("ties", {"density": 1.0}), ("dare_ties", {"density": 1.0})],
+)
 @pytest.mark.parametrize("experts", [1, 2, 3, 5])
 def test_copies_of_one_vector_merge_to_it(name: str, settings: dict, experts: int):
     stacks = [stack.repeat(experts, *[1] * (stack.ndim - 1)) for stack in model(experts=1)]
