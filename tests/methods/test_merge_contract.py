@@ -109,6 +109,7 @@ COPIES = [
     ("average", {}, 0),
     ("cart", {}, 0),
     ("core_space", {"rule": "ties", "density": 1.0}, 1e-4),
+    ("dare_ties", {"density": 1.0}, 0),
     ("knots", {"density": 1.0}, 1e-4),
     ("ties", {"density": 1.0}, 0),
 ]

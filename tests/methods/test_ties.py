@@ -162,24 +162,58 @@ def test_order_of_tensors_is_free(model: Model):
 
 @pytest.mark.parametrize(("elect", "theirs"), [("mass", "total"), ("count", "frequency")])
 @pytest.mark.parametrize("density", [0.2, 0.5])
-def test_against_peft(elect: str, theirs: str, density: float):
+@pytest.mark.parametrize("weight", [1.0, (0.5, 2.0, 1.0), (1.0, -1.5, 0.7)])
+def test_against_peft(elect: str, theirs: str, density: float, weight: Any):
     """PEFT trims each tensor, with the same k.
 
-    Known differences, avoided here: it calls an undecided entry positive, breaks ties at the
+    Known differences, avoided here: its votes are not weighted, so that it is given task vectors
+    that are (which changes nothing about what is trimmed). It calls an undecided entry positive, breaks ties at the
     threshold arbitrarily, and keeps nothing where int(density * numel) is 0. An odd number of
     experts of continuous values has no undecided mass, and density 1 would skip its trimming.
     Votes by count are often undecided; there the entries are compared where they are decided.
     """
     generator = torch.Generator().manual_seed(3)
     task_vectors = torch.randn(3, 40, 25, generator=generator)
-    merged = ties(task_vectors, density=density, scope="tensor", elect=elect)
-    expected = merge_utils.ties(list(task_vectors), torch.ones(3), density, theirs)  # pyright: ignore
+    merged = ties(task_vectors, density=density, scope="tensor", elect=elect, weight=weight)
+    weighted = list(task_vectors * (torch.ones(3) * torch.tensor(weight))[:, None, None])
+    expected = merge_utils.ties(weighted, torch.ones(3), density, theirs)  # pyright: ignore
     decided = torch.ones_like(merged, dtype=torch.bool)
     if elect == "count":
-        kept = [merge_utils.prune(t, density, "magnitude").sign() for t in task_vectors]
+        kept = [merge_utils.prune(t, density, "magnitude").sign() for t in weighted]
         decided = torch.stack(kept).sum(dim=0) != 0
         assert 0.3 < decided.float().mean() < 1
     torch.testing.assert_close(merged[decided], expected[decided])
+
+
+def test_trimming_against_peft():
+    """`magnitude_prune` adds up what is trimmed: the sum of TIES where all signs agree."""
+    task_vectors = torch.rand(3, 40, 25, generator=torch.Generator().manual_seed(3))
+    weight = (0.5, 2.0, 1.0)
+    expected = merge_utils.magnitude_prune(list(task_vectors), torch.tensor(weight), 0.3)
+    merged = ties(task_vectors, density=0.3, scope="tensor", reduce="sum", weight=weight)
+    torch.testing.assert_close(merged, expected)
+
+
+def test_weights_and_densities_of_each_expert_by_hand():
+    task_vectors = torch.tensor(
+        [
+            [4.0, -1.0, 2.0, 0.5],  # keep 2 of 4, times 1   ->  4   0   2   0
+            [-1.0, 3.0, 2.0, 0.1],  # keep 1 of 4, times 4   ->  0  12   0   0
+            [-6.0, 2.0, 1.0, 1.0],  # keep 4 of 4, times -1  ->  6  -2  -1  -1
+        ]
+    )  # sums 10 10 1 -1; agreeing 4 6 | 12 | 2 | -1
+    settings: dict[str, Any] = {"density": (0.5, 0.25, 1.0), "weight": (1.0, 4.0, -1.0)}
+    assert ties(task_vectors, **settings).tolist() == [5.0, 12.0, 2.0, -1.0]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+def test_a_sum_within_rounding_of_nothing_is_summed_exactly(order: list[int]):
+    # 1 + 2^-24 - 1 is 0 in fp32 from the left, 2^-24 exactly; 1 + 2^-24 rounds to 1.
+    # Positive wins: the mean of 1 and 2^-24 is 0.5 + 2^-25, which fp32 holds as 0.5.
+    # In the second entry -(1 + 2^-23) + 1 + 2^-24 = -2^-24 < 0.
+    values = torch.tensor([[1.0, 1.0], [2.0**-24, 2.0**-24], [-1.0, -1.0 - 2.0**-23]])
+    merged = ties(values[order], density=1.0)
+    assert merged.tolist() == [0.5, -1.0 - 2.0**-23]
 
 
 def test_one_expert_at_full_density_is_itself():

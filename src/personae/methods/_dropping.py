@@ -1,0 +1,43 @@
+"""What the DARE methods share: entries dropped at random, and what is left made up for it."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from personae.methods._entries import PerExpert
+from personae.methods._parameters import one_each
+from personae.methods._site import Site
+from personae.ops.draws import DRAW_VALUES, keep_mask, kept_values
+
+Fill = Callable[[int, list[Float[Tensor, " entry"]], Float[Tensor, "expert entry"]], None]
+
+
+def dropper(
+    site: Site, *, density: PerExpert, weight: PerExpert, rescale: bool, seed: int, experts: int
+) -> Fill:
+    """`fill(start, rows, kept)` for `ballots`: what is kept of each expert, rescaled and weighted.
+
+    With `rescale` what is kept is divided by the probability of keeping it, exactly that of the
+    mask, so that its expectation is the task vector.
+    """
+    kept_of = [kept_values(each) for each in one_each(density, experts)]
+    factors = [
+        each * DRAW_VALUES / kept if rescale else each
+        for each, kept in zip(one_each(weight, experts), kept_of, strict=True)
+    ]
+
+    def fill(start: int, rows: list[Tensor], targets: Tensor) -> None:
+        for expert, (row, target) in enumerate(zip(rows, targets, strict=True)):
+            kept = kept_of[expert]
+            if kept == DRAW_VALUES:
+                target.copy_(row)
+            else:
+                first = site.start + start
+                mask = keep_mask(kept, first, len(row), seed=seed, name=site.name, expert=expert)
+                np.multiply(row.numpy(), mask, out=target.numpy())
+            if factors[expert] != 1:
+                target.mul_(factors[expert])
+
+    return fill
