@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 TOP = 0x7F80_0000
@@ -158,6 +158,25 @@ def kth_magnitude(tensor: Float[Tensor, "..."], k: int) -> tuple[float, int]:
     while not window.found:
         window = narrow(census(entries, window, window.bins), window, k)
     return window.magnitude, k - int(census(entries, window, 1)[1])
+
+
+def largest(tensor: Float[Tensor, "*shape"], k: int) -> Bool[Tensor, "*shape"]:
+    """Mark exactly k entries, those of largest magnitude; of equal ones the first in order.
+
+    Args:
+        tensor: fp32 or narrower.
+        k: From 0 to numel.
+    """
+    if k == 0:
+        return torch.zeros_like(tensor, dtype=torch.bool)
+    threshold, tied = kth_magnitude(tensor, k)
+    magnitudes = tensor.abs()
+    marked = magnitudes >= threshold
+    if int(marked.sum()) > k:
+        equal = (magnitudes.reshape(-1) == threshold).nonzero()[:, 0]
+        marked = marked.contiguous()
+        marked.view(-1)[equal[tied:]] = False
+    return marked
 
 
 def _binned(near: list[np.ndarray], shift: int, bins: int) -> np.ndarray:

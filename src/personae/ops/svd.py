@@ -103,9 +103,14 @@ def fix_signs(svd: SVD) -> SVD:
     u, values, vh = svd
     if not values.numel():
         return svd
-    first = (u.abs() == u.abs().amax(dim=0)).byte().argmax(dim=0)
-    flip = torch.where(u.gather(0, first[None])[0] < 0, -1.0, 1.0)
+    flip = largest_positive(u)
     return SVD(u * flip, values, vh * flip[:, None])
+
+
+def largest_positive(columns: Float[Tensor, "out rank"]) -> Float[Tensor, " rank"]:
+    """1 or -1 for each column: its entry of largest magnitude (ties: the first) made positive."""
+    first = (columns.abs() == columns.abs().amax(dim=0)).byte().argmax(dim=0)
+    return torch.where(columns.gather(0, first[None])[0] < 0, -1.0, 1.0)
 
 
 def _solve(wide: Tensor, rank: int, solver: Solver, seed: int) -> SVD:

@@ -1,0 +1,231 @@
+"""Decom-Renorm-Merge (DRM): prune, elect and average in a basis that all experts share.
+
+[ΔW₁ … ΔW_N] = U Σ [V₁ᵀ … V_Nᵀ] (DRM-H; DRM-V stacks downwards), each row of V_tᵀ is brought to
+length 1, the lengths going to Σ_t, and the entries are merged as in TIES.
+
+Where paper and published code differ, the numbers come from the code: directions of σ ≤ 1 % of σ₁
+are dropped, and the tensors that are no linear layers are merged by sign election. Departs from the
+code where it is at fault: exactly round(density · entries) are kept, experts without any change
+cause no NaN, and `auto:orthogonality` compares cosines, so that it does not count directions.
+"""
+
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int64
+from pydantic import Field
+from torch import Tensor
+
+from personae._types import Density
+from personae.methods._merge import Gathering, Measure, Side, Statistics
+from personae.methods._parameters import per_expert
+from personae.methods._registry import merge_method, not_linear
+from personae.methods._site import Site
+from personae.ops.select import largest
+from personae.ops.stacks import StackedSVD, stacked_rank, stacked_svd
+
+Direction = Literal["horizontal", "vertical", "auto:rank", "auto:orthogonality"]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+RANK_TOLERANCE_OF_AUTO = 0.1
+"""σ / σ₁ above which `auto:rank` counts a direction, as the published code does."""
+
+
+def _gather(parameters: Any, _: int) -> Gathering:
+    """One look at the tensors that are no linear layers: the sign most of their entries elect."""
+    if parameters.others == "paper" or not parameters.elect:
+        return {}
+
+    def vote(vectors: Tensor, _: Any, __: Site) -> Int64[Tensor, ""]:
+        return elected(vectors).sum().long()
+
+    majority = yield Measure("majority", vote, applies=not_linear)
+    return {"majority": majority.sign()}
+
+
+def _equivariant(parameters: Any, site: Site) -> Side:
+    """DRM-H sees only U of what is on the left; a block of Q, K, V must not be mixed with others.
+
+    U enters the result by U · (what is done to V_t) alone, so an orthogonal matrix from the left
+    turns U and nothing else.
+    """
+    if site.kind != "linear" or parameters.direction.startswith("auto"):
+        return "none"
+    left = (parameters.direction == "horizontal") != site.transposed
+    split = site.stacked_qkv() if parameters.qkv == "split" else ()
+    if split and split[0].axis == (0 if left else 1):
+        return "none"
+    return "left" if left else "right"
+
+
+@merge_method(
+    paper="arXiv:2505.23117",
+    order_free=True,
+    entrywise=not_linear,
+    gather=_gather,
+    equivariant=_equivariant,
+    degenerates="averaging if prune, elect and disjoint are all off and weight is 1",
+    model_wide=("others", "elect"),
+    bytes_per_entry=64,
+)
+def drm(
+    task_vectors: Float[Tensor, "expert *shape"],
+    *,
+    direction: Direction = "horizontal",
+    density: Density = 0.2,
+    pruning: Literal["joint", "individual"] = "joint",
+    renormalise: bool = True,
+    prune: bool = True,
+    elect: bool = True,
+    disjoint: bool = True,
+    rank_tolerance: Share = 0.01,
+    rank_drop: Share = 0.0,
+    scale: float = 1.0,
+    weight: float | tuple[float, ...] = 1.0,
+    others: Literal["code", "paper"] = "code",
+    qkv: Literal["stacked", "split"] = "stacked",
+    site: Site,
+    statistics: Statistics | None = None,
+) -> Float[Tensor, "*shape"]:
+    """Decompose all experts jointly, renormalise, merge entries of the joint basis.
+
+    With A_t the entries of Σ_t V_tᵀ that pruning leaves and election agrees with, the result is
+    scale · U Σ_t weight_t A_t / max(1, #{t : A_t ≠ 0}).
+
+    Args:
+        task_vectors: One task vector per expert, stacked in recipe order; fp32.
+        direction: Stack weights (out, in) side by side or on top of each other; or choose for each
+            tensor: `auto:rank` the stack of fewer directions of σ > 0.1 σ₁, `auto:orthogonality`
+            the one whose blocks V_t (or U_t) overlap less: the mean of |cosine| over pairs of
+            flattened blocks, without Σ, with which both would be the same. A tie: vertical.
+        density: Fraction of entries kept by pruning.
+        pruning: Whether one threshold holds for all experts or one for each.
+        renormalise: Whether pruning compares rows of unit length, or the entries of V_tᵀ.
+        prune: Whether entries are pruned at all.
+        elect: Whether entries that disagree with the sign of Σ_t A_t are dropped; undecided ones
+            take the sign that most entries elect.
+        disjoint: Whether to divide by the number of experts left at an entry, or by all.
+        rank_tolerance: Directions of σ ≤ this · σ₁ are dropped (paper: none, code: 0.01);
+            0 drops the numerical null space alone.
+        rank_drop: Fraction of the remaining directions dropped, the smallest first (κ).
+        scale: Multiplier on the result.
+        weight: Multiplier on each expert as it is averaged (λ_t in the paper). It has no part in
+            pruning, election and counting: an expert of weight 0 still votes and counts.
+        others: Tensors that are no linear layers: `code` elects and averages as above without
+            pruning, undecided entries taking the majority over all these tensors; `paper` takes
+            Σ_t weight_t τ_t / N.
+        qkv: Whether fused Q, K, V weights are one matrix, or three merged apart.
+        site: Which tensor.
+        statistics: `majority` () of the tensors that are no linear layers.
+
+    Returns:
+        The merged task vector, fp32. Zero where no expert has changed anything.
+    """
+    weights = per_expert(weight, task_vectors)
+    if site.kind != "linear":
+        chosen = (elect, disjoint) if others == "code" else (False, False)
+        majority = statistics["majority"] if statistics else None
+        return scale * combine(task_vectors, weights, *chosen, majority)
+    merged: list[Tensor] = []
+    split = site.stacked_qkv() if qkv == "split" else ()
+    for block in split or [None]:
+        stack = task_vectors
+        if block:
+            stack = stack.narrow(block.axis + 1, block.start, block.stop - block.start)
+        stack, stored_in_out = (stack.mT, True) if site.transposed else (stack, False)
+        svd, vertical = decompose(stack, direction, rank_tolerance)
+        svd = svd.cut(kept_rank(len(svd.values), rank_drop))
+        entries = pruned(svd, density, pruning, renormalise) if prune else svd.coordinates
+        product = svd.basis @ combine(entries, weights, elect, disjoint)
+        merged.append(product.T if vertical != stored_in_out else product)
+    whole = torch.cat(merged, dim=split[0].axis) if split else merged[0].contiguous()
+    return whole.mul_(scale)
+
+
+def decompose(
+    stack: Float[Tensor, "expert out in"], direction: Direction, rank_tolerance: float
+) -> tuple[StackedSVD, bool]:
+    """The joint decomposition in one direction, and whether it is that of the transposes."""
+    assert direction in get_args(Direction)
+    if direction == "auto:orthogonality":
+        across = stacked_svd(stack, rank_tolerance)
+        down = stacked_svd(stack.mT, rank_tolerance)
+        return (across, False) if overlap(across) < overlap(down) else (down, True)
+    if direction == "auto:rank":
+        ranks = [stacked_rank(side, RANK_TOLERANCE_OF_AUTO) for side in (stack, stack.mT)]
+        direction = "horizontal" if ranks[0] < ranks[1] else "vertical"
+    vertical = direction == "vertical"
+    return stacked_svd(stack.mT if vertical else stack, rank_tolerance), vertical
+
+
+def overlap(svd: StackedSVD) -> float:
+    """Mean |cosine| over pairs of flattened blocks V_t; 0 for a single expert or empty blocks."""
+    experts = len(svd.coordinates)
+    blocks = (svd.coordinates / svd.values[:, None]).flatten(1)
+    lengths = blocks.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    blocks = blocks / lengths[:, None]
+    cosines = (blocks @ blocks.T).abs().fill_diagonal_(0)
+    return float(cosines.sum()) / max(1, experts * (experts - 1))
+
+
+def kept_rank(rank: int, rank_drop: float) -> int:
+    """Directions left of `rank`: ⌊(1 − κ) · rank⌋, at least 1."""
+    return min(rank, max(1, int((1 - rank_drop) * rank + 1e-9)))
+
+
+def rows_of_unit_length(svd: StackedSVD) -> Float[Tensor, "expert rank in"]:
+    """Ṽ_tᵀ: each row of V_tᵀ brought to length 1; rows of zeros stay zero."""
+    # fp64: squares of very small deltas would vanish in fp32.
+    lengths = torch.linalg.vector_norm(svd.coordinates, dim=2, keepdim=True, dtype=torch.float64)
+    return svd.coordinates / lengths.float().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def pruned(
+    svd: StackedSVD, density: float, pruning: str, renormalise: bool
+) -> Float[Tensor, "expert rank in"]:
+    """Σ_t V_tᵀ where pruning keeps Ṽ_tᵀ (or V_tᵀ), zero elsewhere.
+
+    Exactly round(density · entries) are kept, at least one: over all experts or of each.
+    """
+    compared = rows_of_unit_length(svd) if renormalise else svd.coordinates / svd.values[:, None]
+    groups = [compared] if pruning == "joint" else list(compared)
+    marks = [largest(group, kept_entries(group.numel(), density)) for group in groups]
+    kept = marks[0] if pruning == "joint" else torch.stack(marks)
+    return svd.coordinates * kept
+
+
+def kept_entries(numel: int, density: float) -> int:
+    """Entries that pruning keeps: round(density · numel), at least 1 of any."""
+    return min(numel, max(1, round(density * numel)))
+
+
+def elected(entries: Float[Tensor, "expert *shape"]) -> Float[Tensor, "*shape"]:
+    """The sign of the sum over experts, 1, -1 or 0; in fp64, so that their order cannot flip it."""
+    return entries.sum(dim=0, dtype=torch.float64).sign().float()
+
+
+def combine(
+    entries: Float[Tensor, "expert *shape"],
+    weights: Float[Tensor, "expert ..."],
+    elect: bool,
+    disjoint: bool,
+    majority: Tensor | None = None,
+) -> Float[Tensor, "*shape"]:
+    """Elect a sign per entry and average what agrees; without `elect`, average everything.
+
+    Undecided entries take the sign `majority`, by default the one most of these entries elect.
+    """
+    signs = None
+    if elect:
+        signs = elected(entries)
+        signs.masked_fill_(signs == 0, float(signs.sum().sign() if majority is None else majority))
+    total = torch.zeros_like(entries[0], memory_format=torch.contiguous_format)
+    count = torch.zeros_like(total)
+    for of_expert, weight in zip(entries, weights.flatten().tolist(), strict=True):
+        agreeing = of_expert if signs is None else (of_expert * signs).clamp_(min=0)
+        total.add_(agreeing, alpha=weight)
+        if disjoint:
+            count.add_(agreeing != 0)
+    if signs is not None:
+        total.mul_(signs)
+    return total.div_(count.clamp_(min=1)) if disjoint else total.div_(len(entries))
