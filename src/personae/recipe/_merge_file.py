@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from personae.methods import CODECS, Conventions, MergeMethod
+from personae.methods import Conventions, MergeMethod
 from personae.recipe._faults import Fault, Place, faults_in
 from personae.recipe.pack_recipe import Strict, Vector
 
@@ -176,10 +176,3 @@ def native(name: str, value: Any, method: MergeMethod) -> tuple[str, Any, str]:
         reduce = "mean" if value else "sum"
         return "reduce", reduce, f"normalize: {str(value).lower()} is called reduce: {reduce} here."
     return name, value, ""
-
-
-def method_fault(name: str, text: str) -> Fault:
-    """The fault of a method that does not exist."""
-    if name in CODECS:
-        text = f"'{name}' codes models, it does not merge them. Write pack_method instead."
-    return Fault(("merge_method",), text)

@@ -12,13 +12,12 @@ from personae.recipe._merge_file import (
     Family,
     MergeFile,
     family_of,
-    method_fault,
     native,
     tokenizer_of,
     validated,
 )
 from personae.recipe._yaml import read_document
-from personae.recipe.merge_recipe import MergeRecipe, MergeSettings, find_method
+from personae.recipe.merge_recipe import MergeRecipe, MergeSettings, find_method, methods_under
 
 # What it gives does not depend on what the deltas are taken from.
 _NEEDS_NO_REFERENCE = ("average", "linear")
@@ -96,7 +95,7 @@ def _read(file: MergeFile, family: Family) -> _Reading:
 
 
 def _same_method(name: str) -> bool:
-    return find_method(name, "personae") is find_method(name, "mergekit")
+    return methods_under("personae").get(name) is methods_under("mergekit").get(name)
 
 
 def _read_as(file: MergeFile, family: Family, conventions: Conventions) -> _Reading:
@@ -104,9 +103,8 @@ def _read_as(file: MergeFile, family: Family, conventions: Conventions) -> _Read
     reading = _Reading()
     try:
         method = find_method(file.merge_method, conventions)
-    except MethodError as error:
-        reading.faults.append(method_fault(file.merge_method, str(error)))
-        return reading
+    except MethodError:
+        method = None  # the settings will say so, with what else is wrong
     places: dict[Place, Place] = {("method",): ("merge_method",), ("experts",): ("models",)}
     if file.tokenizer:
         places["tokenizer_source",] = ("tokenizer", "source")
@@ -123,7 +121,7 @@ def _read_as(file: MergeFile, family: Family, conventions: Conventions) -> _Read
         for expert, n in enumerate(family.entries)
     ]
     reading.settings = settings = MergeSettings(
-        method=method.name,
+        method=method.name if method else file.merge_method,
         conventions=conventions,
         parameters=common,
         expert_parameters=tuple(owns) if any(owns) else (),
@@ -133,7 +131,8 @@ def _read_as(file: MergeFile, family: Family, conventions: Conventions) -> _Read
         only=tuple(file.only),
         vector=file.vector or _vector(file, method),
     )
-    reading.faults += _base_faults(file, settings, method)
+    if method:
+        reading.faults += _base_faults(file, settings, method)
     if file.dtype and file.out_dtype and file.dtype != file.out_dtype:
         reading.remarks.append(f"dtype: {file.dtype} is not used: sums are in float32 here.")
     for fault in settings.faults(list(family.experts)):
@@ -143,7 +142,7 @@ def _read_as(file: MergeFile, family: Family, conventions: Conventions) -> _Read
 
 def _native(
     given: dict[str, Any],
-    method: MergeMethod,
+    method: MergeMethod | None,
     place: Place,
     file_place: Place,
     places: dict[Place, Place],
@@ -153,7 +152,7 @@ def _native(
     found: dict[str, Any] = {}
     places[place] = file_place
     for name, value in given.items():
-        own_name, own_value, remark = native(name, value, method)
+        own_name, own_value, remark = native(name, value, method) if method else (name, value, "")
         if remark and remark not in reading.remarks:
             reading.remarks.append(remark)
         if not own_name:
@@ -166,8 +165,8 @@ def _native(
     return found
 
 
-def _vector(file: MergeFile, method: MergeMethod) -> Literal["task", "difference"]:
-    no_base = file.base_model is None and method.name in _NEEDS_NO_REFERENCE
+def _vector(file: MergeFile, method: MergeMethod | None) -> Literal["task", "difference"]:
+    no_base = file.base_model is None and (method is None or method.name in _NEEDS_NO_REFERENCE)
     return "difference" if no_base else "task"
 
 

@@ -106,7 +106,7 @@ class GivenParameters:
                     yield Fault((*place, name), text)
         for name, field in fields.items():
             if field.is_required() and not self.said_of(name):
-                yield Fault(("parameters",), f"{self.method.name} needs '{name}'.")
+                yield Fault(("parameters",), f"{self.method.name} needs '{name}'. Give it.")
         if sound:
             yield from self._spread_faults(experts)
             yield from self._model_wide_faults()

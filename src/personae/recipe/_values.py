@@ -4,7 +4,7 @@ A value is a scalar; a list of numbers, which is a gradient: piecewise linear ov
 the first to the last; or a list of `{filter, value}`, whose first entry that fits a tensor counts.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from personae.checkpoints.naming import matches
@@ -52,7 +52,7 @@ def evaluate(value: Any, name: str, t: float) -> Any:
     return MISSING if isinstance(value, list | dict) else value
 
 
-def _on_gradient(points: list[float], t: float) -> float:
+def _on_gradient(points: Sequence[float | int], t: float) -> float | int:
     below = min(int(t * (len(points) - 1)), len(points) - 1)
     above = min(below + 1, len(points) - 1)
     share = t * (len(points) - 1) - below

@@ -42,7 +42,7 @@ class Document:
         texts = list(dict.fromkeys(texts))
         listed = "\n".join(f"  {n}. {text}" for n, text in enumerate(texts, 1))
         if len(texts) == 1:
-            return RecipeError(f"The recipe {self.path} is wrong. {texts[0].capitalize()}")
+            return RecipeError(f"The recipe {self.path} is wrong: {texts[0]}")
         return RecipeError(f"The recipe {self.path} is wrong in {len(texts)} places:\n{listed}")
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from personae.checkpoints.naming import matches
 from personae.errors import Faults, MethodError, RecipeError, nearest
 from personae.methods import (
+    CODECS,
     METHODS_BY_CONVENTIONS,
     Conventions,
     MergeMethod,
@@ -172,6 +173,10 @@ def find_method(name: str, conventions: Conventions) -> MergeMethod:
     Raises:
         MethodError: if there is none; the text suggests the nearest.
     """
+    if name in CODECS:
+        raise MethodError(
+            f"'{name}' codes models, it does not merge them. To pack them by it: pack_method."
+        )
     return lookup(methods_under(conventions), name)
 
 

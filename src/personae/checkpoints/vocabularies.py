@@ -1,0 +1,239 @@
+"""One vocabulary out of several: which row of each model stands for each row that comes out.
+
+Everything here is decided from headers and tokenizer files. Rows of one token are merged over the
+models that have it; a token that only some have is theirs alone. Padding, rows without a token, is
+merged by position where it is padding in every model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from personae.checkpoints._protocol import Checkpoint
+from personae.checkpoints.naming import shown
+from personae.checkpoints.vocabulary import (
+    Vocabulary,
+    embedding_rows,
+    read_vocabulary,
+    same_token_files,
+)
+from personae.checkpoints.vocabulary_rows import ModelRows
+from personae.errors import CheckpointError, Faults
+
+BASE, UNION = "base", "union"
+_HINT = "Say whose vocabulary comes out with tokenizer_source: 'base', 'union' or an expert's name."
+
+
+@dataclass(frozen=True)
+class MergedVocabulary:
+    """The vocabulary that comes out.
+
+    Attributes:
+        source: The model whose tokenizer comes out.
+        size: Its rows, padding included.
+        base: The base's rows; None where there is no base.
+        experts: Name to the expert's rows.
+        appended: Tokens that a union adds to the source's, with their rows and what tokenizer.json
+            says of them.
+    """
+
+    source: Checkpoint
+    size: int
+    base: ModelRows | None
+    experts: Mapping[str, ModelRows]
+    appended: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+
+
+def merge_vocabularies(
+    base: Checkpoint | None, experts: Mapping[str, Checkpoint], source: str | None
+) -> MergedVocabulary | None:
+    """Work out the vocabulary that comes out.
+
+    Args:
+        base: The base, if there is one.
+        experts: Name to expert.
+        source: 'base', 'union' or an expert's name. None: all models must have the same.
+
+    Returns:
+        The vocabulary; None if all models have the base's (without one, the first expert's) and
+        nothing else was asked for, or if they have none.
+
+    Raises:
+        CheckpointError: naming every model whose vocabulary differs though no source is named, or
+            is not known, and tokens that cannot be added to another tokenizer.
+    """
+    models = ({} if base is None else {None: base}) | dict(experts)
+    if source is None:
+        _check_same(models)
+        return None
+    first = next(iter(models))
+    chosen = source if source in experts and source not in (BASE, UNION) else first
+    vocabularies = _read_all(models, chosen)
+    if vocabularies is None:
+        return None
+    out, appended = vocabularies[chosen], {}
+    if source == UNION:
+        out, appended = _union(vocabularies, chosen, {_label(n): m for n, m in models.items()})
+    rows = _rows(out, vocabularies, chosen)
+    if chosen == first and all(model.index is None for model in rows.values()):
+        return None
+    return MergedVocabulary(
+        source=models[chosen],
+        size=out.rows,
+        base=rows.pop(None, None),
+        experts={str(name): found for name, found in rows.items()},
+        appended=appended,
+    )
+
+
+def _label(name: str | None) -> str:
+    return "the base" if name is None else f"expert '{name}'"
+
+
+def _check_same(models: Mapping[str | None, Checkpoint]) -> None:
+    """Refuse vocabularies that differ from the first model's.
+
+    Raises:
+        CheckpointError: naming all that do, with both sizes.
+    """
+    faults = Faults()
+    (name, first), *others = models.items()
+    rows, tokens = embedding_rows(first.specs), None
+    for other_name, other in others:
+        own_rows = embedding_rows(other.specs)
+        if rows is None or own_rows is None:
+            continue
+        both = f"{_label(other_name)} and {_label(name)}"
+        both = both[0].upper() + both[1:]
+        if own_rows != rows:
+            faults.add(f"{both} have vocabularies of {own_rows:,} and {rows:,} rows. {_HINT}")
+        elif not same_token_files(first, other):
+            tokens = tokens or read_vocabulary(first)
+            own = read_vocabulary(other)
+            if tokens and own and own.tokens != tokens.tokens:
+                pairs = own.tokens.items() ^ tokens.tokens.items()
+                apart = sorted({token for token, _ in pairs})
+                faults.add(
+                    f"{both} have vocabularies of {len(own.tokens):,} and {len(tokens.tokens):,} "
+                    f"tokens in {rows:,} rows each, but not the same: {shown(apart)}. {_HINT}"
+                )
+    faults.raise_if_any(CheckpointError)
+
+
+def _read_all(
+    models: Mapping[str | None, Checkpoint], chosen: str | None
+) -> dict[str | None, Vocabulary] | None:
+    """Every model's vocabulary; None if none has an embedding.
+
+    A model without tokenizer files, but of the first one's size, has the first one's vocabulary.
+
+    Raises:
+        CheckpointError: naming every model whose vocabulary is not known.
+    """
+    faults = Faults()
+    found: dict[str | None, Vocabulary] = {}
+    rows = {name: embedding_rows(model.specs) for name, model in models.items()}
+    if not any(rows.values()):
+        return None
+    first = next(iter(models))
+    for name, model in models.items():
+        vocabulary = read_vocabulary(model)
+        if vocabulary is None and name != chosen and first in found and rows[name] == rows[first]:
+            vocabulary = replace(found[first], source=model.source)
+        if vocabulary is None:
+            label = _label(name)
+            faults.add(
+                f"{label[0].upper()}{label[1:]} ({model.source}) has no tokenizer files that tell "
+                "its vocabulary. Copy its tokenizer beside the weights."
+            )
+        else:
+            found[name] = vocabulary
+    faults.raise_if_any(CheckpointError)
+    return found
+
+
+def _union(
+    vocabularies: Mapping[str | None, Vocabulary],
+    chosen: str | None,
+    models: Mapping[str, Checkpoint],
+) -> tuple[Vocabulary, dict[str, Mapping[str, object]]]:
+    """The chosen vocabulary, and after it the tokens that others have added to theirs.
+
+    Raises:
+        CheckpointError: naming tokens that cannot be added, as they are part of the other
+            tokenizer's model and not taken out of texts beforehand.
+    """
+    faults = Faults()
+    start = vocabularies[chosen]
+    row = start.next_row
+    if row <= max(start.tokens.values(), default=-1):
+        faults.add(
+            f"{start.source} has rows without tokens between its tokens, so none can be added. "
+            f"Name another tokenizer_source."
+        )
+    tokens, appended = dict(start.tokens), {}
+    for name, own in vocabularies.items():
+        extra = [t for t in sorted(own.tokens, key=own.tokens.__getitem__) if t not in tokens]
+        extra = [token for token in extra if own.tokens[token] < own.rows]
+        strange = [token for token in extra if token not in own.added]
+        if strange:
+            faults.add(
+                f"{len(strange):,} tokens of {_label(name)} are in its tokenizer's own model and "
+                f"not in {start.source}: {shown(strange)}. A union adds only added tokens. Name "
+                "the tokenizer that comes out: tokenizer_source: base, or an expert's name."
+            )
+            continue
+        for token in extra:
+            tokens[token] = row
+            appended[token] = {**own.added[token], "id": row}
+            row += 1
+    if appended and "tokenizer.json" not in models[_label(chosen)].companions:
+        faults.add(
+            f"{start.source} has no tokenizer.json, to which tokens could be added. Load it with "
+            "AutoTokenizer and save it, which writes one."
+        )
+    faults.raise_if_any(CheckpointError)
+    size = max(start.rows, row if appended else 0)
+    return replace(start, tokens=tokens, rows=size), appended
+
+
+def _rows(
+    out: Vocabulary, vocabularies: Mapping[str | None, Vocabulary], chosen: str | None
+) -> dict[str | None, ModelRows]:
+    """For each model, which of its rows stands for each row that comes out.
+
+    Raises:
+        CheckpointError: if no model has a row for some token.
+    """
+    tokens = [(token, row) for token, row in out.tokens.items() if row < out.rows]
+    named = torch.zeros(out.rows, dtype=torch.bool)
+    named[[row for _, row in tokens]] = True
+    padding = ~named
+    for own in vocabularies.values():
+        blank = torch.zeros(out.rows, dtype=torch.bool)
+        blank[: own.rows] = True
+        blank[[row for row in own.tokens.values() if row < min(own.rows, out.rows)]] = False
+        padding &= blank
+    positions = torch.arange(out.rows)
+    found: dict[str | None, ModelRows] = {}
+    for name, own in vocabularies.items():
+        index = torch.where(padding, positions, -1)
+        pairs = [(row, own.tokens[token]) for token, row in tokens if token in own.tokens]
+        if pairs:
+            targets, rows = torch.tensor(pairs).T
+            inside = rows < own.rows
+            index[targets[inside]] = rows[inside]
+        if name == chosen:  # padding here, a token elsewhere: its own row is all there is
+            own_rows = positions[: own.rows]
+            blank = (index[: own.rows] < 0) & ~named[: own.rows]
+            index[: own.rows] = torch.where(blank, own_rows, index[: own.rows])
+        same = own.rows == out.rows and torch.equal(index, positions)
+        found[name] = ModelRows(own.rows, None if same else index)
+    nowhere = torch.stack([m.present(0, out.rows) for m in found.values()]).any(dim=0).logical_not()
+    if nowhere.any():
+        raise CheckpointError(
+            f"No model has a row for token {int(nowhere.nonzero()[0])} of {out.source}. "
+            "Its tokenizer has more tokens than its embedding has rows: give the right one."
+        )
+    return found

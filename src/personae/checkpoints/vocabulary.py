@@ -1,0 +1,173 @@
+"""The vocabulary of one model: its tokens, and the rows they have in its embedding matrices.
+
+Read from the tokenizer's small files (tokenizer.json, vocab.json, vocab.txt, added tokens), without
+a tokenizer library. A vocabulary may be padded: the matrices then have more rows than there are
+tokens.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from personae._types import TensorSpec
+from personae.checkpoints._protocol import Checkpoint
+from personae.errors import CheckpointError
+
+TOKEN_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+"""Files that hold a vocabulary as text, in the order in which they are looked for."""
+
+_ADDED_FILES = ("added_tokens.json", "tokenizer_config.json")
+_BINARY_ENDINGS = (".model", ".tiktoken")
+_INPUT = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings?|tok_embeddings|embed_in|token_embedding|shared)"
+    r"\.weight$"
+)
+_OUTPUT = re.compile(
+    r"(^|\.)(lm_head|embed_out|output|decoder|predictions|output_projection|vocab_projector)"
+    r"\.(weight|bias)$"
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens of one model.
+
+    Attributes:
+        source: The model, for texts.
+        rows: Rows of its embedding matrix; with padding, more than there are tokens.
+        tokens: Token to row.
+        added: Tokens that are taken out of a text before the tokenizer's model sees it, such as
+            '<|im_end|>', with what tokenizer.json says of them.
+        core_size: Number of tokens of the tokenizer's model itself.
+    """
+
+    source: str
+    rows: int
+    tokens: Mapping[str, int]
+    added: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    core_size: int = 0
+
+    @property
+    def next_row(self) -> int:
+        """The row the tokenizers library gives to the next token that is added."""
+        after = 1 + max((self.tokens[token] for token in self.added), default=-1)
+        return max(after, self.core_size)
+
+
+def embedding_rows(specs: Mapping[str, TensorSpec]) -> int | None:
+    """Rows of the input embedding; None if there is none (a vision model)."""
+    for name, spec in specs.items():
+        if len(spec.shape) == 2 and _INPUT.search(name):
+            return spec.shape[0]
+    return None
+
+
+def has_vocabulary_axis(spec: TensorSpec, rows: int) -> bool:
+    """Whether a tensor's first axis is the vocabulary, of which there are so many rows.
+
+    Input embeddings and output layers with their biases, told by name and size; position
+    embeddings and classifiers are none.
+    """
+    called = _INPUT.search(spec.name) or _OUTPUT.search(spec.name)
+    return called is not None and len(spec.shape) in (1, 2) and spec.shape[0] == rows
+
+
+def same_token_files(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two models have tokenizer files, and the same bytes in those that say the tokens."""
+    names = [
+        {n for n in model.companions if n in (*TOKEN_FILES, *_ADDED_FILES) or _is_binary(n)}
+        for model in (one, other)
+    ]
+    return names[0] == names[1] != set() and all(
+        one.companions[name].read_bytes() == other.companions[name].read_bytes()
+        for name in names[0]
+    )
+
+
+def read_vocabulary(model: Checkpoint) -> Vocabulary | None:
+    """The vocabulary of a model; None if it has no tokenizer files or no embedding.
+
+    Raises:
+        CheckpointError: if a file is damaged, or the tokens are only in a binary one.
+    """
+    rows = embedding_rows(model.specs)
+    found = next((name for name in TOKEN_FILES if name in model.companions), None)
+    if rows is None:
+        return None
+    if found is None:
+        binary = next(filter(_is_binary, model.companions), None)
+        if binary is None:
+            return None
+        raise CheckpointError(
+            f"{model.source} has its tokens only in {binary}, which is not read. Load it with "
+            "AutoTokenizer and save it, which writes tokenizer.json."
+        )
+    tokens, added = _read_tokens(model.companions[found])
+    core_size = len(tokens)
+    for name in _ADDED_FILES:
+        if name in model.companions:
+            for content, said in _read_added(model.companions[name]).items():
+                added.setdefault(content, said)
+    rows_of = tokens | {content: said["id"] for content, said in added.items()}
+    return Vocabulary(model.source, rows, rows_of, added, core_size)
+
+
+def _is_binary(name: str) -> bool:
+    return name.endswith(_BINARY_ENDINGS)
+
+
+def _read_tokens(path: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
+    """Tokens of the tokenizer's model to rows, and what is added to them.
+
+    Raises:
+        CheckpointError: if the file is not what its name says.
+    """
+    if path.name == "vocab.txt":
+        lines = path.read_text("utf-8").removesuffix("\n").split("\n")
+        return {token.removesuffix("\r"): row for row, token in enumerate(lines)}, {}
+    content = _read_json(path)
+    try:
+        if path.name == "vocab.json":
+            return {str(token): int(row) for token, row in content.items()}, {}
+        vocab = content["model"]["vocab"]
+        if isinstance(vocab, list):  # Unigram: pairs of token and score
+            vocab = {piece[0]: row for row, piece in enumerate(vocab)}
+        tokens = {str(token): int(row) for token, row in vocab.items()}
+        return tokens, _by_content(content.get("added_tokens") or [])
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} holds no vocabulary. Copy or download it again.") from error
+
+
+def _read_added(path: Path) -> dict[str, dict[str, Any]]:
+    """Tokens that added_tokens.json or tokenizer_config.json add.
+
+    Raises:
+        CheckpointError: if the file is not what its name says.
+    """
+    content = _read_json(path)
+    try:
+        if path.name == "added_tokens.json":
+            return {token: {"id": int(row), "content": token} for token, row in content.items()}
+        decoder = content.get("added_tokens_decoder") or {}
+        return _by_content([{**said, "id": row} for row, said in decoder.items()])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} names no tokens. Copy or download it again.") from error
+
+
+def _by_content(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {entry["content"]: {**entry, "id": int(entry["id"])} for entry in entries}
+
+
+def _read_json(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        CheckpointError: if it is none.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON. Copy or download it again.") from error

@@ -1,0 +1,109 @@
+"""The small files of a model whose vocabulary is another than the base's."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from personae.checkpoints._protocol import Checkpoint
+from personae.checkpoints.vocabularies import MergedVocabulary
+from personae.errors import CheckpointError
+
+_OF_TOKENIZER = re.compile(
+    r"(tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json"
+    r"|vocab\.(json|txt|bpe)|merges\.txt|.*\.(model|tiktoken|bpe|vocab)|tokenization_.*\.py"
+    r"|chat_template\.(jinja|json)|additional_chat_templates/.*|generation_config\.json)"
+)
+_TOKEN_ROW = re.compile(r"\w+_token_id")
+
+
+def companions_with(vocabulary: MergedVocabulary, model: Checkpoint) -> dict[str, Path | bytes]:
+    """The small files beside merged weights: the model's, with another's tokenizer.
+
+    Args:
+        vocabulary: What comes out.
+        model: The base, or the first expert where there is none.
+
+    Returns:
+        Relative file name to the file to copy, or to its content.
+
+    Raises:
+        CheckpointError: if a configuration is damaged.
+    """
+    source = vocabulary.source
+    files: dict[str, Path | bytes] = {
+        name: path for name, path in model.companions.items() if not _OF_TOKENIZER.fullmatch(name)
+    }
+    for name, path in source.companions.items():
+        if _OF_TOKENIZER.fullmatch(name):
+            files[name] = path
+    if "config.json" in files:
+        own = _read(model.companions["config.json"])
+        other = (
+            _read(source.companions["config.json"]) if "config.json" in source.companions else {}
+        )
+        files["config.json"] = _text(_config(own, other, vocabulary.size))
+    if vocabulary.appended:
+        files |= _with_tokens(source.companions, vocabulary.appended)
+    return files
+
+
+def _config(own: dict[str, Any], other: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """A configuration with another vocabulary size, and the rows of special tokens of another."""
+    config = dict(own)
+    for key, value in other.items():
+        if _TOKEN_ROW.fullmatch(key):
+            config[key] = value
+    if "vocab_size" in config:
+        config["vocab_size"] = size
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = _config(config["text_config"], other.get("text_config", {}), size)
+    return config
+
+
+def _with_tokens(
+    companions: Mapping[str, Path], appended: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Path | bytes]:
+    """Tokenizer files with more added tokens."""
+    files: dict[str, Path | bytes] = {}
+    tokenizer = _read(companions["tokenizer.json"])
+    tokenizer["added_tokens"] = [
+        *(tokenizer.get("added_tokens") or []),
+        *({**_MARKS, **said} for said in appended.values()),
+    ]
+    files["tokenizer.json"] = _text(tokenizer)
+    if "added_tokens.json" in companions:
+        rows = {token: said["id"] for token, said in appended.items()}
+        files["added_tokens.json"] = _text(_read(companions["added_tokens.json"]) | rows)
+    if "tokenizer_config.json" in companions:
+        config = _read(companions["tokenizer_config.json"])
+        if "added_tokens_decoder" in config:
+            for said in appended.values():
+                marks = {k: v for k, v in {**_MARKS, **said}.items() if k != "id"}
+                config["added_tokens_decoder"][str(said["id"])] = marks
+            files["tokenizer_config.json"] = _text(config)
+    return files
+
+
+_MARKS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+"""What tokenizer.json says of an added token of which nothing is known."""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: if the file holds none.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON. Copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no JSON object. Copy or download it again.")
+    return content
+
+
+def _text(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
