@@ -202,7 +202,7 @@ def test_plan_with_a_memory_bound_that_cannot_be(work, command):
     [
         ("pack --base base --expert x=news", "Say where the pack goes: --out DIR"),
         ("pack --expert x=news --out out", "Say what the experts were fine-tuned from"),
-        ("pack --base base --out out", "There is no expert to pack"),
+        ("pack --base base --out out", "There is no expert"),
         ("pack gone.yaml --out out", "gone.yaml cannot be read"),
         ("plan", "Say what to plan"),
         ("unpack gone --task x --out out", "gone is no pack"),

@@ -8,13 +8,16 @@ from torch import nn
 from personae.errors import CheckpointError
 from personae.evaluate import (
     Task,
-    evaluate_averaged,
     evaluate_checkpoint,
+    evaluate_merge,
     evaluate_model,
     load_model,
     save_model,
 )
+from personae.evaluate.merged import heads_of
 from personae.evaluate.tasks import batches
+from personae.recipe import MergeSettings
+from toys import toy_bert
 
 LABELS = torch.tensor([0, 1, 1, 0, 1])
 
@@ -110,16 +113,19 @@ def test_missing_checkpoint_is_refused(tmp_path: Path):
         load_model(tmp_path / "gone", "AutoModel")
 
 
-def test_averaged_encoder_meets_each_own_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_merged_encoder_meets_each_own_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = bert(tmp_path / "base", seed=3)
     experts = {"a": bert(tmp_path / "a", seed=1), "b": bert(tmp_path / "b", seed=2)}
     seen: dict[str, dict[str, torch.Tensor]] = {}
 
-    def scorer(model: nn.Module, task: Task) -> float:
+    def scorer(model: nn.Module, task: Task, batch_size: int) -> float:
         seen[task.name] = {name: t.clone() for name, t in model.state_dict().items()}
         return 0.5
 
-    monkeypatch.setattr("personae.evaluate.averaging.evaluate_model", scorer)
-    assert evaluate_averaged(experts, [text_task("a"), text_task("b")]) == {"a": 0.5, "b": 0.5}
+    monkeypatch.setattr("personae.evaluate.evaluation.evaluate_model", scorer)
+    tasks = [text_task("a"), text_task("b")]
+    scores = evaluate_merge(base, experts, tasks, MergeSettings(skip=("classifier.*",)))
+    assert scores == {"a": 0.5, "b": 0.5}
     own = {
         name: load_model(path, "AutoModelForSequenceClassification").state_dict()
         for name, path in experts.items()
@@ -131,3 +137,10 @@ def test_averaged_encoder_meets_each_own_head(tmp_path: Path, monkeypatch: pytes
         else:
             torch.testing.assert_close(tensor, (own["a"][name] + own["b"][name]) / 2)
             assert torch.equal(tensor, seen["b"][name])
+
+
+def test_heads_are_tensors_of_another_shape(tmp_path: Path):
+    base = toy_bert(tmp_path / "base", seed=3)
+    wider = toy_bert(tmp_path / "wider", seed=4, num_labels=5)
+    assert heads_of(base, {"same": toy_bert(tmp_path / "same", seed=5)}) == ()
+    assert heads_of(base, {"wider": wider}) == ("classifier.bias", "classifier.weight")

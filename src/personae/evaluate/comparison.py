@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from personae.evaluate.averaging import evaluate_averaged
 from personae.evaluate.evaluation import evaluate_checkpoint
+from personae.evaluate.merged import evaluate_merge
 from personae.evaluate.records import Record, record
 from personae.evaluate.tasks import Task
 from personae.execute.accounting import task_amr_percent
@@ -14,7 +14,7 @@ from personae.execute.pack import pack_many
 from personae.execute.unpack import unpack
 from personae.execute.work import Work
 from personae.packs.reader import Pack
-from personae.recipe import PackSettings, Vector
+from personae.recipe import MergeSettings, PackSettings, Vector
 
 RANK_FRACTION = 0.3
 BUDGETS = ("5%", "2%", "1%")
@@ -34,6 +34,31 @@ def dts_rows(
     return rows
 
 
+def merge_rows() -> dict[str, MergeSettings]:
+    """Every static method, at the defaults of its paper; DRM in both directions.
+
+    Core Space is left out: it merges LoRA adapters alone.
+    """
+    rows = {
+        "task arithmetic 0.3": MergeSettings(method="task_arithmetic", parameters={"scale": 0.3}),
+        "TIES": MergeSettings(method="ties"),
+        "DARE 0.2, scale 0.3": MergeSettings(
+            method="dare", parameters={"density": 0.2, "scale": 0.3}
+        ),
+        "DARE-TIES": MergeSettings(method="dare_ties", parameters={"density": 0.2}),
+        "Consensus 0.3": MergeSettings(method="consensus", parameters={"scale": 0.3}),
+        "TSV-M": MergeSettings(method="tsv_m"),
+        "Iso-C": MergeSettings(method="iso_c"),
+        "Iso-CTS": MergeSettings(method="iso_cts"),
+        "KnOTS-TIES": MergeSettings(method="knots"),
+        "CART": MergeSettings(method="cart"),
+        "WUDI": MergeSettings(method="wudi"),
+    }
+    for letter, direction in (("H", "horizontal"), ("V", "vertical")):
+        rows[f"DRM-{letter}"] = MergeSettings(method="drm", parameters={"direction": direction})
+    return rows
+
+
 def compare(
     base: Path,
     experts: Mapping[str, Path],
@@ -41,10 +66,11 @@ def compare(
     rows: Mapping[str, PackSettings],
     directory: Path,
     *,
+    merges: Mapping[str, MergeSettings] | None = None,
     work: Work,
     report: Callable[[Record], None] = lambda _: None,
 ) -> list[Record]:
-    """Score the experts, their weight average, and each expert rebuilt from each pack.
+    """Score the experts, merged models, and each expert rebuilt from each pack.
 
     Args:
         base: The base's checkpoint directory.
@@ -52,6 +78,7 @@ def compare(
         tasks: What to score on.
         rows: Row name to the settings of its pack.
         directory: Where the packs go; a pack that is there is replaced.
+        merges: Row name to the settings of a merged model, beside the weight average.
         work: Workers, memory bound, progress.
         report: Told each record as soon as it is known.
 
@@ -68,7 +95,8 @@ def compare(
         report(records[-1])
 
     add("individual", individual, 100.0, 100.0)
-    add("weight averaging", evaluate_averaged(experts, tasks), 0.0, 0.0)
+    for name, merging in ({"weight averaging": MergeSettings()} | dict(merges or {})).items():
+        add(name, evaluate_merge(base, experts, tasks, merging, work=work), 0.0, 0.0)
     for group in _sharing_decompositions(rows):
         outs: dict[str | Path, PackSettings] = {
             directory / name.replace(" ", "-").replace("%", "-percent"): rows[name]

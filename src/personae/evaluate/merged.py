@@ -1,0 +1,80 @@
+"""Static methods on a family: one merged encoder, each task's own head, a record a method."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from personae.checkpoints import open_checkpoint
+from personae.checkpoints.family import align
+from personae.evaluate.evaluation import evaluate_checkpoint
+from personae.evaluate.tasks import Task
+from personae.execute.merge import copy_companions, merge
+from personae.execute.work import Work
+from personae.recipe import MergeSettings
+from personae.writers import CheckpointWriter
+
+
+def evaluate_merge(
+    base: Path,
+    experts: Mapping[str, Path],
+    tasks: Sequence[Task],
+    settings: MergeSettings,
+    *,
+    work: Work | None = None,
+) -> dict[str, float]:
+    """Merge all experts into a temporary directory and score the result on every task.
+
+    Heads are no part of the merge: tensors of which an expert has another shape stay as in the
+    base, and every task is scored with its own.
+
+    Args:
+        base: The base's checkpoint directory.
+        experts: Task name to the expert's checkpoint directory; all are merged, in this order.
+        tasks: What to score on.
+        settings: How to merge.
+        work: Workers, memory bound, progress.
+
+    Returns:
+        Task name to score.
+    """
+    heads = heads_of(base, experts)
+    settings = settings.model_copy(update={"skip": (*settings.skip, *heads)})
+    with tempfile.TemporaryDirectory() as folder:
+        merged = merge(base, experts, Path(folder) / "merged", settings=settings, work=work)
+        return {task.name: score_merged(base, merged, experts[task.name], task) for task in tasks}
+
+
+def score_merged(base: Path, merged: Path, expert: Path, task: Task) -> float:
+    """Score a merged encoder with the head of one expert, as a checkpoint of that expert's kind."""
+    with tempfile.TemporaryDirectory() as folder:
+        attach_head(base, merged, expert, Path(folder))
+        return evaluate_checkpoint(Path(folder), task)
+
+
+def attach_head(base: Path, merged: Path, expert: Path, directory: Path) -> None:
+    """Write an expert's checkpoint with the merged values of what it shares with the base.
+
+    Args:
+        base: The base's checkpoint directory.
+        merged: A checkpoint with the base's names.
+        expert: The expert's checkpoint directory, whose configuration and head are taken.
+        directory: An empty directory.
+    """
+    reference, values = open_checkpoint(base), open_checkpoint(merged)
+    own = align(reference, {"expert": open_checkpoint(expert, base=reference)})["expert"]
+    shared = {own.files[name]: name for name in own.shared}
+    specs = own.checkpoint.specs
+    with CheckpointWriter(directory, specs.values(), tied=own.checkpoint.tied) as writer:
+        for raw in specs:
+            source, name = (values, shared[raw]) if raw in shared else (own.checkpoint, raw)
+            writer.write(raw, source.read(name))
+    copy_companions(own.checkpoint, directory)
+
+
+def heads_of(base: Path, experts: Mapping[str, Path]) -> tuple[str, ...]:
+    """Names of the base's tensors of which some expert has another shape."""
+    reference = open_checkpoint(base)
+    opened = {name: open_checkpoint(path, base=reference) for name, path in experts.items()}
+    aligned = align(reference, opened)
+    shared = set(reference.specs).intersection(*({*a.shared, *a.buffers} for a in aligned.values()))
+    return tuple(name for name in reference.specs if name not in shared)
