@@ -9,7 +9,7 @@ from pathlib import Path
 import personae
 
 SOURCE = Path(__file__).parents[1] / "src"
-OPTIONAL = ("transformers", "peft", "sklearn", "ray", "datasets", "accelerate")
+OPTIONAL = ("transformers", "peft", "sklearn", "ray", "datasets", "accelerate", "matplotlib")
 # What needs an extra says so where it is used; these are run by `personae demo` alone.
 EXTRA = ("personae.demo", "personae.evaluate", "personae.__main__")
 

@@ -18,6 +18,7 @@ from personae.ops.select import (
     guess,
     kept_count,
     kth_magnitude,
+    largest,
     narrow,
     sample_counts,
 )
@@ -167,3 +168,19 @@ def test_chunks_do_not_show(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("personae.ops.select._MOST_WAITING", 100)
     assert kth_magnitude(tensor, 31_500) == whole
     assert whole[0] == tensor.abs().flatten().sort(descending=True).values[31_499]
+
+
+@given(hnp.arrays(np.float32, st.integers(1, 60), elements=st.integers(-4, 4)), st.integers(0, 60))
+def test_largest_marks_exactly_k_and_of_equal_ones_the_first(values: np.ndarray, k: int):
+    k = min(k, len(values))
+    order = sorted(range(len(values)), key=lambda n: -abs(values[n]))  # stable
+    marked = largest(torch.from_numpy(values), k)
+    assert marked.nonzero().flatten().tolist() == sorted(order[:k])
+
+
+def test_largest_keeps_the_shape_and_takes_any_layout():
+    stack = torch.randn(3, 40, 50, generator=torch.Generator().manual_seed(0)).mT
+    marked = largest(stack, 700)
+    assert marked.shape == stack.shape
+    assert int(marked.sum()) == 700
+    assert stack[marked].abs().min() > stack[~marked].abs().max()

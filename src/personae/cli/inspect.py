@@ -1,4 +1,4 @@
-"""personae inspect: what a checkpoint or pack holds."""
+"""personae inspect: what a checkpoint or pack holds, or how a family's task vectors look."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,14 +8,56 @@ import typer
 from personae.cli import console, options
 from personae.errors import RecipeError
 from personae.execute import inspect as inspection
+from personae.execute.analyse import analyse
+from personae.methods.analyses import ANALYSES, headline
+from personae.recipe import read_merge_recipe, read_recipe, recipe_kind
+from personae.report import plots
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A pack, checkpoint directory, file or hub id.")],
+    path: Annotated[
+        str,
+        typer.Argument(help="A pack, checkpoint directory, file or hub id; a recipe to analyse."),
+    ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    analysis: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"Of a recipe's family: {', '.join(ANALYSES)}."),
+    ] = None,
+    tensor: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Linear layers to analyse [all]; repeatable."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the analysis; repeatable."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the analysis: .png, .svg or .pdf.")
+    ] = None,
+    workers: options.Workers = None,
+    memory: options.Memory = None,
     json: options.Json = False,
 ) -> None:
-    """Show what a checkpoint or pack holds, from headers: sizes, ranks, errors."""
+    """Show what a checkpoint or pack holds, or analyse the task vectors of a recipe's family."""
+    is_recipe = Path(path).suffix in (".yaml", ".yml")
+    if is_recipe != (analysis is not None):
+        raise RecipeError(
+            f"{path} is a recipe: say how to analyse its family with --analysis "
+            f"({', '.join(ANALYSES)}), or inspect a checkpoint or pack."
+            if is_recipe
+            else f"--analysis takes a merge or pack recipe (.yaml), not {path}."
+        )
+    if analysis is not None:
+        _analyse(
+            Path(path), analysis, tensor, options.values(set_, "--set"), plot, workers, memory, json
+        )
+        return
+    if tensor or set_ or plot or workers or memory:
+        raise RecipeError(
+            "--tensor, --set, --plot, --workers and --memory go with --analysis. "
+            "To list tensors: --tensors."
+        )
     swept = sorted(found.parent for found in Path(path).glob("*/pack.json"))
     if swept and not (Path(path) / "pack.json").exists():  # what a sweep of ranks has left
         raise RecipeError(
@@ -28,6 +70,49 @@ def inspect(
         print_pack(described, tensors=tensors)
     else:
         _print_checkpoint(described, tensors=tensors)
+
+
+def _analyse(
+    path: Path,
+    analysis: str,
+    tensors: list[str] | None,
+    parameters: dict[str, Any],
+    plot: Path | None,
+    workers: int | None,
+    memory: str | None,
+    json: bool,
+) -> None:
+    if plot is not None:
+        plots.check(plot)
+    recipe = read_merge_recipe(path) if recipe_kind(path) == "merge" else read_recipe(path)
+    with console.progress() as progress:
+        found = analyse(
+            recipe.base,
+            recipe.experts,
+            analysis,
+            tensors=tensors or (),
+            parameters=parameters,
+            skip=recipe.settings.skip,
+            work=options.work_from(workers, memory, progress, "cpu"),
+        )
+    if plot is not None:
+        left_out = plots.draw(found, plot)
+        console.note(f"drawn: {plot}" + (f"; without {left_out} more" if left_out else ""))
+    if json:
+        console.facts(found)
+    else:
+        _print_analysis(found)
+
+
+def _print_analysis(found: dict[str, Any]) -> None:
+    given = ", ".join(f"{key} {value}" for key, value in found["parameters"].items())
+    console.out.print(f"{found['summary']}\n{found['analysis']}: {given}", markup=False)
+    columns = ANALYSES[found["analysis"]].headlines
+    rows = [
+        [name, *(f"{headline(findings, column):.4f}" for column in columns)]
+        for name, findings in found["tensors"].items()
+    ]
+    console.table("", ["tensor", *columns], rows)
 
 
 def print_pack(described: dict[str, Any], *, tensors: bool = False) -> None:

@@ -9,9 +9,9 @@ import keyword
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
-from pydantic import Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model
 from torch import Tensor
 
 from personae.errors import Faults, MethodError, nearest
@@ -93,9 +93,9 @@ def merge_method(
         registry = METHODS_BY_CONVENTIONS[conventions]
         method = MergeMethod(
             name=name,
-            summary=_summary(function),
+            summary=summary_of(function),
             paper=paper,
-            parameters=_parameters_of(function, name, check),
+            parameters=argument_parameters(function, name, check),
             function=function,
             order_free=order_free,
             gather=gather,
@@ -116,9 +116,10 @@ def merge_method(
     return register
 
 
-def _parameters_of(
-    function: Callable[..., Tensor], name: str, check: Callable[[Any, int], str] | None
+def argument_parameters(
+    function: Callable[..., Any], name: str, check: Callable[[Any, int], str] | None = None
 ) -> type[Parameters]:
+    """The keyword-only arguments of a function as a model of typed parameters."""
     fields: dict[str, Any] = {}
     meanings = _argument_texts(function)
     for argument in inspect.signature(function).parameters.values():
@@ -140,7 +141,7 @@ def codec(*, paper: str) -> Callable[[C], C]:
     """Register a codec class; its pydantic fields are its parameters."""
 
     def register(cls: C) -> C:
-        _add(CODECS, CodecEntry(_file_name(cls), _summary(cls), paper, cls))
+        _add(CODECS, CodecEntry(_file_name(cls), summary_of(cls), paper, cls))
         return cls
 
     return register
@@ -162,7 +163,22 @@ def lookup(registry: Mapping[str, Entry], name: str) -> Entry:
     return registry[name]
 
 
-def build(entry: MergeMethod | CodecEntry, settings: Mapping[str, Any]) -> Any:
+@runtime_checkable
+class Buildable(Protocol):
+    """What has typed parameters under a name."""
+
+    @property
+    def name(self) -> str:
+        """Its name in recipes."""
+        ...
+
+    @property
+    def parameters(self) -> type[BaseModel]:
+        """Their model."""
+        ...
+
+
+def build(entry: Buildable, settings: Mapping[str, Any]) -> Any:
     """Validate settings against an entry's parameters, all faults at once.
 
     Raises:
@@ -202,7 +218,8 @@ def _argument_texts(function: Callable[..., Any]) -> dict[str, str]:
     return texts
 
 
-def _summary(thing: Any) -> str:
+def summary_of(thing: Any) -> str:
+    """The first line of a docstring."""
     return (inspect.getdoc(thing) or "").split("\n", 1)[0]
 
 

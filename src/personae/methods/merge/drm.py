@@ -9,6 +9,7 @@ code where it is at fault: exactly round(density · entries) are kept, experts w
 cause no NaN, and `auto:orthogonality` compares cosines, so that it does not count directions.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from personae._types import Density
 from personae.methods._merge import Gathering, Measure, Side, Statistics
-from personae.methods._parameters import per_expert
+from personae.methods._parameters import one_each
 from personae.methods._registry import merge_method, not_linear
 from personae.methods._site import Site
 from personae.ops.select import largest
@@ -65,6 +66,7 @@ def _equivariant(parameters: Any, site: Site) -> Side:
     gather=_gather,
     equivariant=_equivariant,
     degenerates="averaging if prune, elect and disjoint are all off and weight is 1",
+    looks=1,
     model_wide=("others", "elect"),
     bytes_per_entry=64,
 )
@@ -121,7 +123,7 @@ def drm(
     Returns:
         The merged task vector, fp32. Zero where no expert has changed anything.
     """
-    weights = per_expert(weight, task_vectors)
+    weights = one_each(weight, len(task_vectors))
     if site.kind != "linear":
         chosen = (elect, disjoint) if others == "code" else (False, False)
         majority = statistics["majority"] if statistics else None
@@ -206,7 +208,7 @@ def elected(entries: Float[Tensor, "expert *shape"]) -> Float[Tensor, "*shape"]:
 
 def combine(
     entries: Float[Tensor, "expert *shape"],
-    weights: Float[Tensor, "expert ..."],
+    weights: Sequence[float],
     elect: bool,
     disjoint: bool,
     majority: Tensor | None = None,
@@ -221,7 +223,7 @@ def combine(
         signs.masked_fill_(signs == 0, float(signs.sum().sign() if majority is None else majority))
     total = torch.zeros_like(entries[0], memory_format=torch.contiguous_format)
     count = torch.zeros_like(total)
-    for of_expert, weight in zip(entries, weights.flatten().tolist(), strict=True):
+    for of_expert, weight in zip(entries, weights, strict=True):
         agreeing = of_expert if signs is None else (of_expert * signs).clamp_(min=0)
         total.add_(agreeing, alpha=weight)
         if disjoint:
