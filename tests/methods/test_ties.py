@@ -167,9 +167,10 @@ def test_against_peft(elect: str, theirs: str, density: float, weight: Any):
     """PEFT trims each tensor, with the same k.
 
     Known differences, avoided here: its votes are not weighted, so that it is given task vectors
-    that are (which changes nothing about what is trimmed). It calls an undecided entry positive, breaks ties at the
-    threshold arbitrarily, and keeps nothing where int(density * numel) is 0. An odd number of
-    experts of continuous values has no undecided mass, and density 1 would skip its trimming.
+    that are (which changes nothing about what is trimmed). It calls an undecided entry positive,
+    breaks ties at the threshold arbitrarily, and keeps nothing where int(density * numel) is 0. An
+    odd number of experts of continuous values has no undecided mass, and density 1 would skip its
+    trimming.
     Votes by count are often undecided; there the entries are compared where they are decided.
     """
     generator = torch.Generator().manual_seed(3)
