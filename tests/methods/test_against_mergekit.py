@@ -49,7 +49,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         ("ties", {"weight": weight, "density": density} | more)
         for weight in WEIGHTS
         for density in (0.2, 0.5, 1.0, (0.1, 0.9, 0.33))
-        for more in ({}, {"normalize": False, "lambda": 0.5}, {"rescale": True, "int8_mask": True})
+        for more in ({}, {"normalize": False, "lambda": 0.5}, {"rescale": True})
     ),
     *(
         (method, {"weight": weight, "density": 1.0} | more)

@@ -46,7 +46,7 @@ def test_ties_divides_by_the_weights_that_agree():
     settings: dict[str, Any] = {"weight": (2.0, 1.0, 1.0), "density": 0.5}
     assert merge("ties", TASK_VECTORS, **settings) == [4.0, 2.5, 2.0, 0.0]
     assert merge("ties", TASK_VECTORS, normalize=False, **settings) == [8.0, 5.0, 6.0, 0.0]
-    assert merge("ties", TASK_VECTORS, int8_mask=True, **{"lambda": 0.5}, **settings) == [
+    assert merge("ties", TASK_VECTORS, **{"lambda": 0.5}, **settings) == [
         2.0,
         1.25,
         1.0,

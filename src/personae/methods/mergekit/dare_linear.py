@@ -34,7 +34,6 @@ def dare_linear(
     density: Density | tuple[Density, ...] = 1.0,
     normalize: bool = False,
     rescale: bool = True,
-    int8_mask: bool = False,
     lambda_: float = 1.0,
     seed: int = 0,
     statistics: Statistics | None = None,
@@ -48,7 +47,6 @@ def dare_linear(
         density: Probability that an entry is kept.
         normalize: Whether to divide by the sum of the weights (by 1 if that is below 1e-8).
         rescale: Whether what is kept of a tensor gets the L1 norm of the whole.
-        int8_mask: Accepted; it changes memory there, and no value.
         lambda_: Multiplier on the result.
         seed: Of the masks.
         statistics: With `rescale`, `norms` (expert, 2, 256), int64, sums of magnitudes.

@@ -49,7 +49,6 @@ def ties(
     density: Density | tuple[Density, ...] = 1.0,
     normalize: bool = True,
     rescale: bool = False,
-    int8_mask: bool = False,
     lambda_: float = 1.0,
     statistics: Statistics | None = None,
 ) -> Float[Tensor, "*shape"]:
@@ -61,7 +60,6 @@ def ties(
         density: Fraction of entries kept of each tensor.
         normalize: Whether to divide by the sum of the weights that agree.
         rescale: Whether trimming restores each tensor's L1 norm.
-        int8_mask: Accepted; it changes memory there, and no value.
         lambda_: Multiplier on the result.
         statistics: `thresholds` (expert,), fp32; with `rescale` also `norms` (expert, 2, 256),
             int64, sums of magnitudes.
