@@ -55,7 +55,7 @@ def test_what_agrees_is_merged(rows: np.ndarray, elect: Any, reduce: Any):
 
 
 def test_a_ballot_is_filled_again():
-    made = ballot(np.float32([[1, -1], [2, -2]]))
+    made = ballot(np.array([[1, -1], [2, -2]], np.float32))
     assert made.merge("mass", 0, "mean").tolist() == [1.5, -1.5]
     made.kept.copy_(torch.tensor([[0.0, 4.0], [0.0, -5.0]]))
     assert made.merge("mass", 0, "mean").tolist() == [0.0, -5.0]

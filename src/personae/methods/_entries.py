@@ -48,6 +48,11 @@ def weighted_sum(
     return total.reshape(task_vectors.shape[1:]).to(task_vectors.device)
 
 
+def mean(task_vectors: Float[Tensor, "expert *shape"]) -> Float[Tensor, "*shape"]:
+    """The mean, summed in the order of experts; that of `Tensor.mean` depends on the shape."""
+    return weighted_sum(task_vectors, 1.0).div_(len(task_vectors))
+
+
 def ballots(
     task_vectors: Float[Tensor, "expert *shape"],
     fill: Callable[[int, list[Float[Tensor, " entry"]], Float[Tensor, "expert entry"]], None],

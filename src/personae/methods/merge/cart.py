@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personae._types import RankFraction
+from personae.methods._entries import mean as mean_of
 from personae.methods._matrices import Tensors, from_both_sides, is_matrix, not_matrix
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
@@ -45,7 +46,7 @@ def cart(
     Returns:
         The merged vector, fp32, relative to what the input is relative to.
     """
-    merged = task_vectors.mean(dim=0)
+    merged = mean_of(task_vectors)
     rank = int(rank_fraction * min(site.shape, default=0) + 1e-9)
     if rank == 0 or not is_matrix(tensors, site):
         return merged

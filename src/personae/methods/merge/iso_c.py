@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from personae.methods._entries import mean
 from personae.methods._matrices import Tensors, from_both_sides, is_matrix, not_matrix
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
@@ -45,7 +46,7 @@ def iso_c(
         The merged task vector, fp32.
     """
     if not is_matrix(tensors, site):
-        return scale * task_vectors.mean(dim=0)
+        return scale * mean(task_vectors)
     total = task_vectors.sum(dim=0, dtype=torch.float64)
     factor, values = polar_factor(total, sum_tolerance(task_vectors))
     return factor * (scale * float(values.mean())) if len(values) else factor

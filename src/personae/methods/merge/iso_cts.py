@@ -13,6 +13,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from personae.methods._entries import mean
 from personae.methods._matrices import Tensors, from_both_sides, is_matrix, not_matrix
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
@@ -59,7 +60,7 @@ def iso_cts(
         The merged task vector, fp32.
     """
     if not is_matrix(tensors, site):
-        return scale * task_vectors.mean(dim=0)
+        return scale * mean(task_vectors)
     common, specific = shares(min(site.shape), len(task_vectors), common_fraction)
     tolerance = sum_tolerance(task_vectors)
     total = task_vectors.sum(dim=0, dtype=torch.float64)

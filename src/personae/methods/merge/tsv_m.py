@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from personae.methods._entries import mean
 from personae.methods._matrices import Tensors, from_both_sides, is_matrix, not_matrix
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
@@ -52,7 +53,7 @@ def tsv_m(
     """
     rank = min(site.shape, default=0) // len(task_vectors)
     if rank == 0 or not is_matrix(tensors, site):
-        return scale * task_vectors.mean(dim=0)
+        return scale * mean(task_vectors)
     parts = [truncated_svd(matrix, rank) for matrix in task_vectors]
     left, _ = polar_factor(torch.cat([u for u, _, _ in parts], dim=1), WHITENING_TOLERANCE)
     right, _ = polar_factor(torch.cat([vh for _, _, vh in parts]), WHITENING_TOLERANCE)

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from personae.methods._entries import mean
 from personae.methods._matrices import Tensors, is_matrix, not_matrix
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
@@ -59,8 +60,7 @@ def wudi(
         The merged task vector, fp32.
     """
     if not is_matrix(tensors, site):
-        mean = task_vectors.mean(dim=0)
-        return torch.zeros_like(mean) if tensors == "linear" else mean
+        return torch.zeros_like(task_vectors[0]) if tensors == "linear" else mean(task_vectors)
     # The rows of a weight (out, in) lie where its inputs do; Conv1D weights are stored (in, out).
     matrices = task_vectors.mT if site.transposed else task_vectors
     matrices = matrices[matrices.flatten(1).any(dim=1)]

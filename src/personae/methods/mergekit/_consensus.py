@@ -13,17 +13,17 @@ from personae.methods._entries import blocks
 from personae.methods._merge import Gathering, Measure
 from personae.methods._site import Site
 from personae.ops.signs import Ballot
-from personae.ops.sums import EXPONENTS, magnitude_sums, total
+from personae.ops.sums import SUM_BINS, magnitude_sums, total
 
 _SMALLEST_NORM = 1e-7
 
 
 def l1_share(
     task_vectors: Float[Tensor, "expert *shape"], fill: Fill
-) -> Int64[Tensor, "expert 2 256"]:
+) -> Int64[Tensor, "expert 2 bins"]:
     """Sums of magnitudes of each expert, whole and of what `fill` keeps (see `magnitude_sums`)."""
     experts = len(task_vectors)
-    sums = torch.zeros(experts, 2, EXPONENTS, dtype=torch.int64)
+    sums = torch.zeros(experts, 2, SUM_BINS, dtype=torch.int64)
     for start, rows in blocks(task_vectors):
         kept = torch.empty(experts, len(rows[0]))
         fill(start, rows, kept)
@@ -48,7 +48,9 @@ def drop_norms(parameters: Any, experts: int) -> Gathering:
 
 
 def rescaled(
-    weights: Sequence[float], densities: Sequence[float], sums: Int64[Tensor, "expert 2 256"] | None
+    weights: Sequence[float],
+    densities: Sequence[float],
+    sums: Int64[Tensor, "expert 2 bins"] | None,
 ) -> tuple[float, ...]:
     """Weights times what restores each expert's L1 norm.
 

@@ -49,7 +49,7 @@ def dare_linear(
         rescale: Whether what is kept of a tensor gets the L1 norm of the whole.
         lambda_: Multiplier on the result.
         seed: Of the masks.
-        statistics: With `rescale`, `norms` (expert, 2, 256), int64, sums of magnitudes.
+        statistics: With `rescale`, `norms` (expert, 2, bins), int64, sums of magnitudes.
         site: Which tensor, and from which entry on.
 
     Returns:

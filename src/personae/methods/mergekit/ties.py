@@ -61,7 +61,7 @@ def ties(
         normalize: Whether to divide by the sum of the weights that agree.
         rescale: Whether trimming restores each tensor's L1 norm.
         lambda_: Multiplier on the result.
-        statistics: `thresholds` (expert,), fp32; with `rescale` also `norms` (expert, 2, 256),
+        statistics: `thresholds` (expert,), fp32; with `rescale` also `norms` (expert, 2, bins),
             int64, sums of magnitudes.
 
     Returns:
