@@ -315,7 +315,7 @@ parameters:
 """,
     )
     for fault in (
-        "line 9: ties has no parameter 'wieght'. Known: density, elect, reduce, scale, scope.",
+        "line 9: ties has no parameter 'wieght'. Did you mean 'weight'?",
         "line 11: ties: scale = nan: Input should be a finite number.",
         "line 12: ties: elect = 'cuont': Input should be 'mass' or 'count'.",
         "line 16: ties: scope = 0.1: Input should be 'model' or 'tensor'.",
@@ -349,12 +349,12 @@ def test_weights_of_some_experts_alone():
 
 
 def test_what_all_experts_share_may_be_said_of_each():
-    same = ({"density": 0.3}, {"density": 0.3})
+    same = ({"scale": 0.3}, {"scale": 0.3})
     settings = MergeSettings(method="ties", expert_parameters=same)
     settings.check(["a", "b"])
-    assert settings.for_tensor("x", 1, 2).model_dump()["density"] == 0.3
-    apart = MergeSettings(method="ties", expert_parameters=({"density": 0.3}, {"density": 0.4}))
-    with pytest.raises(RecipeError, match="ties takes one density for all experts"):
+    assert settings.for_tensor("x", 1, 2).model_dump()["scale"] == 0.3
+    apart = MergeSettings(method="ties", expert_parameters=({"scale": 0.3}, {"scale": 0.4}))
+    with pytest.raises(RecipeError, match="ties takes one scale for all experts"):
         apart.check(["a", "b"])
 
 

@@ -41,17 +41,24 @@ def evaluate_merge(
     settings = settings.model_copy(update={"skip": (*settings.skip, *heads)})
     with tempfile.TemporaryDirectory() as folder:
         merged = merge(base, experts, Path(folder) / "merged", settings=settings, work=work)
-        return {task.name: score_merged(base, merged, experts[task.name], task) for task in tasks}
+        return {
+            task.name: score_merged(base, merged, experts[task.name], task, settings.skip)
+            for task in tasks
+        }
 
 
-def score_merged(base: Path, merged: Path, expert: Path, task: Task) -> float:
-    """Score a merged encoder with the head of one expert, as a checkpoint of that expert's kind."""
+def score_merged(
+    base: Path, merged: Path, expert: Path, task: Task, heads: Sequence[str] = ()
+) -> float:
+    """Score a merged encoder with the head of one expert; see `attach_head`."""
     with tempfile.TemporaryDirectory() as folder:
-        attach_head(base, merged, expert, Path(folder))
+        attach_head(base, merged, expert, Path(folder), heads)
         return evaluate_checkpoint(Path(folder), task)
 
 
-def attach_head(base: Path, merged: Path, expert: Path, directory: Path) -> None:
+def attach_head(
+    base: Path, merged: Path, expert: Path, directory: Path, heads: Sequence[str] = ()
+) -> None:
     """Write an expert's checkpoint with the merged values of what it shares with the base.
 
     Args:
@@ -59,9 +66,11 @@ def attach_head(base: Path, merged: Path, expert: Path, directory: Path) -> None
         merged: A checkpoint with the base's names.
         expert: The expert's checkpoint directory, whose configuration and head are taken.
         directory: An empty directory.
+        heads: Patterns of tensors that stay the expert's, beside those of another shape.
     """
     reference, values = open_checkpoint(base), open_checkpoint(merged)
-    own = align(reference, {"expert": open_checkpoint(expert, base=reference)})["expert"]
+    opened = {"expert": open_checkpoint(expert, base=reference)}
+    own = align(reference, opened, private=heads)["expert"]
     shared = {own.files[name]: name for name in own.shared}
     specs = own.checkpoint.specs
     with CheckpointWriter(directory, specs.values(), tied=own.checkpoint.tied) as writer:

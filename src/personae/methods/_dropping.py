@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personae.methods._entries import PerExpert
+from personae.methods._entries import PerExpert, blocks
 from personae.methods._parameters import one_each
 from personae.methods._site import Site
 from personae.ops.draws import DRAW_VALUES, keep_mask, kept_values
@@ -41,3 +42,18 @@ def dropper(
                 target.mul_(factors[expert])
 
     return fill
+
+
+def dropped_sum(
+    task_vectors: Float[Tensor, "expert *shape"], fill: Fill, scale: float
+) -> Float[Tensor, "*shape"]:
+    """What `fill` keeps of the experts, added up in their order, times `scale`."""
+    merged = torch.empty(task_vectors[0].numel())
+    for start, rows in blocks(task_vectors):
+        kept = torch.empty(len(rows), len(rows[0]))
+        fill(start, rows, kept)
+        total = kept[0]
+        for row in kept[1:]:
+            total += row
+        torch.mul(total, scale, out=merged[start : start + len(total)])
+    return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)

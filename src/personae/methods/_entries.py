@@ -49,7 +49,7 @@ def weighted_sum(
 
 
 def mean(task_vectors: Float[Tensor, "expert *shape"]) -> Float[Tensor, "*shape"]:
-    """Σ τ_n / N in the order of experts: the same bytes however rows are cut."""
+    """The mean, summed in the order of experts; that of `Tensor.mean` depends on the shape."""
     return weighted_sum(task_vectors, 1.0).div_(len(task_vectors))
 
 

@@ -17,15 +17,18 @@ _RELATIVE_ZERO = 1e-6
 
 
 def _check(parameters: Any, experts: int) -> str:
-    return _fault(one_each(parameters.weight, experts)) if parameters.normalize else ""
+    if not parameters.normalize:
+        return ""
+    return faulty_sum("average", one_each(parameters.weight, experts))
 
 
-def _fault(weights: tuple[float, ...]) -> str:
+def faulty_sum(method: str, weights: tuple[float, ...]) -> str:
+    """What is wrong with weights that are to be divided by their sum, if anything."""
     if abs(sum(weights)) > _RELATIVE_ZERO * sum(map(abs, weights)):
         return ""
     listed = ", ".join(f"{weight:g}" for weight in weights)
     return (
-        f"average divides by the sum of the weights, and {listed} sum to 0. "
+        f"{method} divides by the sum of the weights, and {listed} sum to 0. "
         "Change one, or set normalize to false."
     )
 
@@ -59,7 +62,7 @@ def average(
         MethodError: if the weights sum to 0 and would be divided by.
     """
     weights = one_each(weight, len(task_vectors))
-    fault = _fault(weights) if normalize else ""
+    fault = faulty_sum("average", weights) if normalize else ""
     if fault:
         raise MethodError(fault)
     total = weighted_sum(task_vectors, weights)

@@ -6,13 +6,11 @@ order of the work does not matter (with another seed, name or place of an expert
 DTS's tables call DARE is density 0.4 without rescaling, of exactly that many entries.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from personae._types import Density
-from personae.methods._dropping import dropper
-from personae.methods._entries import blocks
+from personae.methods._dropping import dropped_sum, dropper
 from personae.methods._registry import everywhere, merge_method
 from personae.methods._site import Site
 
@@ -52,12 +50,4 @@ def dare(
     fill = dropper(
         site, density=density, weight=weight, rescale=rescale, seed=seed, experts=experts
     )
-    merged = torch.empty(task_vectors[0].numel())
-    for start, rows in blocks(task_vectors):
-        kept = torch.empty(experts, len(rows[0]))
-        fill(start, rows, kept)
-        total = kept[0]
-        for row in kept[1:]:
-            total += row
-        torch.mul(total, scale, out=merged[start : start + len(total)])
-    return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)
+    return dropped_sum(task_vectors, fill, scale)

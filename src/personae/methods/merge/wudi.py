@@ -60,8 +60,7 @@ def wudi(
         The merged task vector, fp32.
     """
     if not is_matrix(tensors, site):
-        average = mean(task_vectors)
-        return torch.zeros_like(average) if tensors == "linear" else average
+        return torch.zeros_like(task_vectors[0]) if tensors == "linear" else mean(task_vectors)
     # The rows of a weight (out, in) lie where its inputs do; Conv1D weights are stored (in, out).
     matrices = task_vectors.mT if site.transposed else task_vectors
     matrices = matrices[matrices.flatten(1).any(dim=1)]

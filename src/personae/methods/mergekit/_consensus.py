@@ -1,0 +1,81 @@
+"""What mergekit's `ties` and `dare` methods share: restoring L1 norms, and electing signs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from personae.methods._dropping import Fill, dropper
+from personae.methods._entries import blocks
+from personae.methods._merge import Gathering, Measure
+from personae.methods._site import Site
+from personae.ops.signs import Ballot
+from personae.ops.sums import SUM_BINS, magnitude_sums, total
+
+_SMALLEST_NORM = 1e-7
+
+
+def l1_share(
+    task_vectors: Float[Tensor, "expert *shape"], fill: Fill
+) -> Int64[Tensor, "expert 2 bins"]:
+    """Sums of magnitudes of each expert, whole and of what `fill` keeps (see `magnitude_sums`)."""
+    experts = len(task_vectors)
+    sums = torch.zeros(experts, 2, SUM_BINS, dtype=torch.int64)
+    for start, rows in blocks(task_vectors):
+        kept = torch.empty(experts, len(rows[0]))
+        fill(start, rows, kept)
+        for own, row, rest in zip(sums, rows, kept, strict=True):
+            own[0] += magnitude_sums(row)
+            own[1] += magnitude_sums(rest)
+    return sums
+
+
+def drop_norms(parameters: Any, experts: int) -> Gathering:
+    """One look, for the norms of what the DARE methods keep, if they are restored."""
+    if not parameters.rescale:
+        return {}
+
+    def norms(vectors: Tensor, own: Any, site: Site) -> Tensor:
+        fill = dropper(
+            site, density=own.density, weight=1.0, rescale=False, seed=own.seed, experts=experts
+        )
+        return l1_share(vectors, fill)
+
+    return {"norms": (yield Measure("norms", norms))}
+
+
+def rescaled(
+    weights: Sequence[float],
+    densities: Sequence[float],
+    sums: Int64[Tensor, "expert 2 bins"] | None,
+) -> tuple[float, ...]:
+    """Weights times what restores each expert's L1 norm.
+
+    As there, nothing is restored at density 1, nor where a norm is below 1e-7.
+    """
+    if sums is None:
+        return tuple(weights)
+    factors: list[float] = []
+    for weight, density, (before, after) in zip(weights, densities, sums, strict=True):
+        norm, left = total(before), total(after)
+        keeps_all = density == 1 or min(norm, left) < _SMALLEST_NORM
+        factors.append(weight if keeps_all else weight * norm / left)
+    return tuple(factors)
+
+
+def consensus(
+    ballot: Ballot, weights: Sequence[float], *, normalize: bool, scale: float
+) -> Float[Tensor, " entry"]:
+    """Σ of the entries whose sign is that of Σ w_n δ_n (0 counts as +), over Σ of their w_n."""
+    ballot.elect("mass", majority=1)
+    merged = torch.from_numpy(ballot.winning())
+    if normalize:
+        divisor = torch.zeros_like(merged)
+        for row, weight in zip(ballot.kept.numpy(), weights, strict=True):
+            agrees = ((row > 0) & ballot.up) | ((row < 0) & ballot.down)
+            divisor += torch.from_numpy(agrees.astype(np.float32)).mul_(weight)
+        merged /= divisor.add_((divisor == 0).float())
+    return merged.mul_(scale)

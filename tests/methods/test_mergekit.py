@@ -1,0 +1,126 @@
+"""What mergekit means by its methods, by hand. `test_against_mergekit.py` asks mergekit itself."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gather import merge_model
+
+from personae.errors import Faults, MethodError
+from personae.methods import MERGEKIT_METHODS, build, lookup
+
+TASK_VECTORS = torch.tensor(
+    [
+        [4.0, -1.0, 2.0, 0.5],  # density 0.5 keeps 2 of 4:  4  0  2  0
+        [-1.0, 3.0, 2.0, 0.1],  #                            0  3  2  0
+        [-6.0, 2.0, 1.0, 0.0],  #                           -6  2  0  0
+    ]
+)
+
+
+def merge(method: str, task_vectors: torch.Tensor, **settings: Any) -> list[float]:
+    return merge_model(f"mergekit/{method}", {"w": task_vectors}, settings)[0].tolist()
+
+
+def test_linear():
+    # (2·4 + 1·-1 + 1·-6) / 4, (2·-1 + 3 + 2) / 4, (4 + 2 + 1) / 4, (1 + 0.1 + 0) / 4
+    merged = merge("linear", TASK_VECTORS, weight=(2.0, 1.0, 1.0))
+    assert merged == pytest.approx([0.25, 0.75, 1.75, 0.275])
+
+
+def test_task_arithmetic():
+    settings: dict[str, Any] = {"weight": (2.0, 1.0, 1.0), "lambda": 0.5}
+    merged = merge("task_arithmetic", TASK_VECTORS, **settings)
+    assert merged == pytest.approx([0.5, 1.5, 3.5, 0.55])
+    # Divided by 4; weights 1, 1, -2 sum to 0 and are divided by 1.
+    merged = merge("task_arithmetic", TASK_VECTORS, normalize=True, **settings)
+    assert merged == pytest.approx([0.125, 0.375, 0.875, 0.1375])
+    merged = merge("task_arithmetic", TASK_VECTORS, normalize=True, weight=(1.0, 1.0, -2.0))
+    assert merged == pytest.approx([15.0, -2.0, 2.0, 0.6])
+
+
+def test_ties_divides_by_the_weights_that_agree():
+    # Weighted 2, 1, 1: 8 0 4 0 | 0 3 2 0 | -6 2 0 0; sums 2 5 6 0, all +.
+    # Agreeing: 8/2 | (3 + 2)/2 | (4 + 2)/3 | none.
+    settings: dict[str, Any] = {"weight": (2.0, 1.0, 1.0), "density": 0.5}
+    assert merge("ties", TASK_VECTORS, **settings) == [4.0, 2.5, 2.0, 0.0]
+    assert merge("ties", TASK_VECTORS, normalize=False, **settings) == [8.0, 5.0, 6.0, 0.0]
+    assert merge("ties", TASK_VECTORS, **{"lambda": 0.5}, **settings) == [
+        2.0,
+        1.25,
+        1.0,
+        0.0,
+    ]
+
+
+def test_ties_calls_an_undecided_sum_positive_and_trims_each_tensor():
+    model = [torch.tensor([[2.0], [-2.0]]), torch.tensor([[-1.0, -1.0, 3.0], [-1.0, -1.0, 3.0]])]
+    merged = merge_model("mergekit/ties", model, {"density": 0.5})
+    # k = int(0.5 · 1) = 0 is raised to 1; int(0.5 · 3) = 1 keeps the 3 alone.
+    assert [t.tolist() for t in merged] == [[2.0], [0.0, 0.0, 3.0]]
+
+
+def test_a_negative_weight_flips_vote_and_divisor():
+    # 1·2 - 0.5·1 = 1.5 elects +; only the first agrees: 2/1. Second: 1·2 - 0.5·-2 = 3, both agree,
+    # divided by 1 - 0.5: 6. There is no guard, as there is none in mergekit.
+    merged = merge("ties", torch.tensor([[2.0, 2.0], [1.0, -2.0]]), weight=(1.0, -0.5))
+    assert merged == [2.0, 6.0]
+
+
+def test_ties_restores_the_norm_if_asked_to():
+    # Norms 7.5, 6.1, 9; kept 6, 5, 8. Sums of signs: 4·1.25 - 6·1.125 < 0, the others are +.
+    merged = merge("ties", TASK_VECTORS, density=0.5, rescale=True)
+    expected = [-6 * 9 / 8, (3 * 6.1 / 5 + 2 * 9 / 8) / 2, (2 * 1.25 + 2 * 6.1 / 5) / 2, 0.0]
+    assert merged == pytest.approx(expected)
+
+
+@pytest.fixture
+def masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given masks in place of drawn ones."""
+    given = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 0, 1]]).bool().numpy()
+
+    def mask(_: int, start: int, count: int, *, expert: int, **__: Any) -> np.ndarray:
+        return given[expert, start : start + count]
+
+    monkeypatch.setattr("personae.methods._dropping.keep_mask", mask)
+
+
+@pytest.mark.usefixtures("masks")
+def test_dare_matches_the_norm_and_not_the_density():
+    # Kept: 4 -1 0 0.5 | 0 3 2 0.1 | -6 0 0 0, with norms 5.5 of 7.5, 5.1 of 6.1, 6 of 9.
+    a, b, c = 7.5 / 5.5, 6.1 / 5.1, 1.5
+    merged = merge("dare_linear", TASK_VECTORS, density=0.9, weight=(1.0, 2.0, 1.0))
+    assert merged == pytest.approx([4 * a - 6 * c, -a + 6 * b, 4 * b, 0.5 * a + 0.2 * b], rel=1e-6)
+    merged = merge("dare_linear", TASK_VECTORS, density=0.9, rescale=False, normalize=True)
+    assert merged == pytest.approx([-2 / 3, 2 / 3, 2 / 3, 0.2])
+    # Elected - + + +: what agrees, added up.
+    merged = merge("dare_ties", TASK_VECTORS, density=0.9, weight=(1.0, 2.0, 1.0))
+    assert merged == pytest.approx([-6 * c, 6 * b, 4 * b, 0.5 * a + 0.2 * b], rel=1e-6)
+    merged = merge("dare_ties", TASK_VECTORS, density=0.9, rescale=False, normalize=True)
+    assert merged == pytest.approx([-6.0, 3.0, 2.0, 0.3])
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_at_density_one_drops_nothing(method: str):
+    merged = merge(method, TASK_VECTORS[:1])
+    assert merged == TASK_VECTORS[0].tolist()
+
+
+def test_every_weight_has_to_be_given_and_lambda_has_its_name():
+    for method in MERGEKIT_METHODS.values():
+        with pytest.raises(MethodError, match="weight"):
+            build(method, {})
+    with pytest.raises(MethodError, match=r"ties has no parameter 'lamda'\. Did you mean 'lambda'"):
+        build(lookup(MERGEKIT_METHODS, "ties"), {"weight": 1.0, "lamda": 0.5})
+
+
+def test_linear_refuses_what_would_be_no_model():
+    for settings, text in (
+        ({"weight": (1.0, -1.0)}, "linear divides by the sum of the weights, and 1, -1 sum to 0"),
+        ({"weight": 0.3, "normalize": False}, "sum to 0.6, which would scale the base itself"),
+    ):
+        faults = Faults()
+        build(lookup(MERGEKIT_METHODS, "linear"), settings).check_experts(2, faults)
+        with pytest.raises(MethodError, match=text):
+            faults.raise_if_any(MethodError)
