@@ -35,10 +35,10 @@ def by_eigenvectors(wide: Float[Tensor, "small large"], rank: int) -> SVD:
 
 def dominant(rows: Float[Tensor, "small large"], rank: int) -> tuple[Tensor, Tensor]:
     """The `rank` leading eigenpairs, descending, of rows·rowsᵀ, in the precision they need."""
-    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    values, vectors = torch.linalg.eigh(_gram(rows))
     if values[-rank] < FP32_FLOOR * values[-1]:
         exact = rows.double()
-        values, vectors = torch.linalg.eigh(exact @ exact.T)
+        values, vectors = torch.linalg.eigh(_gram(exact))
     return values[-rank:].flip(0).float(), vectors[:, -rank:].flip(1).float()
 
 
@@ -54,7 +54,7 @@ def by_filter(wide: Float[Tensor, "small large"], rank: int, seed: int) -> SVD |
     up to the last Ritz value and grows fast beyond lifts what is wanted, and Rayleigh–Ritz follows
     again. Where the filters do not get there, LAPACK's eigenvectors do.
     """
-    product = wide @ wide.T
+    product = _gram(wide)
     small = len(product)
     generator = torch.Generator().manual_seed(seed)  # of the CPU: one start for every device
     start = torch.randn(small, filter_columns(rank, small), generator=generator)
@@ -101,6 +101,16 @@ def rayleigh_ritz(basis: Float[Tensor, "small k"], image: Float[Tensor, "large k
     q, r = torch.linalg.qr(image)
     u, values, vh = torch.linalg.svd(r.T)
     return SVD(basis @ u, values, vh @ q.T)
+
+
+def _gram(rows: Float[Tensor, "small large"]) -> Float[Tensor, "small small"]:
+    """rows·rowsᵀ in three quarters of the operations: one corner is the mirror of another."""
+    half = len(rows) // 2
+    product = rows.new_empty(len(rows), len(rows))
+    torch.mm(rows[:half], rows[:half].T, out=product[:half, :half])
+    torch.mm(rows[half:], rows.T, out=product[half:])
+    product[:half, half:] = product[half:, :half].T
+    return product
 
 
 def _with_right_vectors(wide: Tensor, vectors: Float[Tensor, "small k"]) -> SVD:
