@@ -127,19 +127,18 @@ def test_the_filter_accepts_its_own_subspace_within_tolerance(
 
 
 def test_a_filter_by_hand() -> None:
-    # G = diag(9, 4, 2, 1), Ritz values of the first two 9 and 4, so that 2c = 4 and x = G/2 − 1 is
-    # 3.5, 1, 0, −0.5. T₃(x) = 4x³ − 3x: 171.5 − 10.5 = 161; 1; 0; −0.5 + 1.5 = 1. A vector with
-    # 1 + 2 in the first Ritz direction and what it mixes with: 1 is divided by 161, so is the 1.
-    product = torch.diag(torch.tensor([9.0, 4.0, 2.0, 1.0]))
-    basis = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 2.0]])
-    found = gram._filtered(product, basis, product @ basis, torch.tensor([9.0, 4.0]))
-    expected = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1 / 161, 2.0]])
-    torch.testing.assert_close(found, expected)
+    # On [0, 4], x = λ/2 − 1 and T₃(x) = 4x³ − 3x. Of the eigenvalues 8, 4, 3, 2 the vector of ones
+    # keeps T₃(3) = 108 − 9 = 99; T₃(1) = 1; T₃(0.5) = 0.5 − 1.5 = −1; T₃(0) = 0.
+    product = torch.diag(torch.tensor([8.0, 4.0, 3.0, 2.0]))
+    found = gram._filtered(product, torch.ones(4, 1), edge=4.0)[:, 0]
+    torch.testing.assert_close(
+        found / found[1], torch.tensor([99.0, 1.0, -1.0, 0.0]), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_where_the_filters_do_not_suffice_lapack_does(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = gaussian(300, 320)
-    monkeypatch.setattr(gram, "FILTERS", 0)
+    monkeypatch.setattr(gram, "FILTERS", 0)  # none is tried
     ours = truncated_svd(matrix, 90, solver="filtered")
     exact = truncated_svd(matrix, 90, solver="gram")
     for part, expected in zip(ours, exact, strict=True):

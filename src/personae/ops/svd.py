@@ -136,14 +136,14 @@ def _solve(wide: Tensor, rank: int, solver: Solver, seed: int) -> SVD:
 
 def _costs(small: int, large: int, rank: int) -> dict[Solver, float]:
     """Operations each solver takes, by leading terms, weighed by how slow they are."""
-    gram = 2.0 * small**2 * large
+    gram = 1.5 * small**2 * large
     costs: dict[Solver, float] = {
         "gram": gram + 9 * small**3
     }  # eigh(n): as long as 9 n³ in products
     if small < SMALLEST_TO_APPROXIMATE:
         return costs
     columns = filter_columns(rank, small)
-    iterations = 10 * small**2 * columns + 20 * small * columns**2 + 18 * columns**3
+    iterations = 10 * small**2 * columns + 22 * small * columns**2 + 9 * columns**3
     costs["filtered"] = gram + iterations
     if large <= TALLEST_FOR_KRYLOV * small:
         costs["randomised"] = _krylov(small, large, KRYLOV_COLUMNS * rank)
