@@ -34,6 +34,9 @@ class _There(Tensor):
         made.values = values
         return made
 
+    def tolist(self) -> Any:  # refused to subclasses
+        return self.values.tolist()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
