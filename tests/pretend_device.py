@@ -34,6 +34,9 @@ class _There(Tensor):
         made.values = values
         return made
 
+    def tolist(self) -> Any:  # refused to subclasses
+        return self.values.tolist()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -41,6 +44,20 @@ class _There(Tensor):
 
 class PretendDevice(TorchDispatchMode):
     """While active, tensors can be made on the device and moved to it."""
+
+    def __enter__(self) -> Any:
+        self._tensor = torch.tensor
+        torch.tensor = self._made_from_values
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.tensor = self._tensor
+        super().__exit__(*error)
+
+    def _made_from_values(self, data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        """`torch.tensor`, which makes true meta tensors without asking a mode."""
+        made = self._tensor(data, **options)
+        return made if device is None else made.to(device)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})

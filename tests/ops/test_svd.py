@@ -8,11 +8,12 @@ from torch import Tensor
 
 from personae._types import SVD
 from personae.errors import MethodError
+from personae.ops import gram, krylov
 from personae.ops import svd as module
 from personae.ops.svd import Solver, fix_signs, truncated_svd
 from pretend_device import DEVICE, PretendDevice
 
-SOLVERS: list[Solver] = ["auto", "randomised", "gram", "full"]
+SOLVERS: list[Solver] = ["auto", "randomised", "filtered", "gram", "full"]
 SHAPES = [(64, 64), (48, 160), (160, 48), (1, 7), (7, 1)]
 
 
@@ -72,7 +73,7 @@ def test_randomised_accepts_its_own_basis_within_tolerance(
 ) -> None:
     decaying = with_spectrum(600, 640, torch.arange(1, 601).float() ** -0.5)
     matrix = decaying if kind == "decaying" else gaussian(600, 640)
-    monkeypatch.setattr(module, "_gram", None)  # a fallback would raise TypeError
+    monkeypatch.setattr(module, "by_eigenvectors", None)  # a fallback would raise TypeError
     svd = truncated_svd(matrix, 40)
     assert_orthonormal(svd)
     assert 0.999 <= float(svd.singular_values.square().sum()) / exact_energy(matrix, 40) < 1.00001
@@ -81,8 +82,8 @@ def test_randomised_accepts_its_own_basis_within_tolerance(
 def test_randomised_hands_over_where_its_basis_misses_energy() -> None:
     # Gaussian noise: three quarters of the small side as basis are too few for the top half.
     matrix = gaussian(200, 220)
-    assert module._krylov(matrix, 100, 0, block=16, limit=150) is None
-    with_more_room = module._krylov(matrix, 100, 0, block=16, limit=200)
+    assert krylov.by_lanczos(matrix, 100, 0, block=16, limit=150) is None
+    with_more_room = krylov.by_lanczos(matrix, 100, 0, block=16, limit=200)
     assert with_more_room is not None
     for ours, exact in zip(
         truncated_svd(matrix, 100, solver="randomised"),
@@ -94,13 +95,89 @@ def test_randomised_hands_over_where_its_basis_misses_energy() -> None:
 
 def test_the_check_sees_a_head_that_the_basis_has_not_found() -> None:
     # θ = 4 coupled by r = 3 to a direction of energy 4: [[4, 3], [3, 4]] has 7, a gain of 3 over 4.
-    image = torch.tensor([[2.0, 0.0]])  # one block row, energy 4
-    gain = module._gain(torch.tensor([4.0]), torch.tensor([[3.0]]), image)
+    gain = gram.estimated_gain(torch.tensor([4.0]), torch.tensor([3.0]), 4.0)
     assert gain == pytest.approx(3 / 4)
     # θ = 8, μ = 2, r = 4: h = 3, √(9 + 16) − 3 = 2; relative to 8.
-    image = torch.tensor([[1.0, 1.0]])
-    gain = module._gain(torch.tensor([8.0]), torch.tensor([[4.0]]), image)
+    gain = gram.estimated_gain(torch.tensor([8.0]), torch.tensor([4.0]), 2.0)
     assert gain == pytest.approx(2 / 8)
+
+
+SPECTRA = {
+    "slow": torch.arange(1, 301).float() ** -0.25,
+    "0.5": torch.arange(1, 301).float() ** -0.5,
+    "steep": torch.arange(1, 301).float() ** -1.5,  # λ_k / λ_1 below what fp32 squares show
+    "step past the rank": torch.where(torch.arange(300) < 110, 1.0, 0.9),
+    "exponential": torch.exp(-torch.arange(300) / 20),
+    "ones": torch.ones(300),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("large", [300, 700])
+def test_the_filter_accepts_its_own_subspace_within_tolerance(
+    spectrum: str, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = with_spectrum(300, large, SPECTRA[spectrum])
+    monkeypatch.setattr(module, "by_eigenvectors", None)  # a fallback would raise TypeError
+    svd = truncated_svd(matrix, 90, solver="filtered")
+    assert_orthonormal(svd)
+    kept = exact_energy(matrix, 90)
+    assert 0.999 <= float(svd.singular_values.double().square().sum()) / kept < 1.00001
+    assert 0.999 <= float((svd.u.T @ matrix).double().square().sum()) / kept < 1.00001
+
+
+def test_a_filter_by_hand() -> None:
+    # On [0, 4], x = λ/2 − 1 and T₃(x) = 4x³ − 3x. Of the eigenvalues 8, 4, 3, 2 the vector of ones
+    # keeps T₃(3) = 108 − 9 = 99; T₃(1) = 1; T₃(0.5) = 0.5 − 1.5 = −1; T₃(0) = 0.
+    product = torch.diag(torch.tensor([8.0, 4.0, 3.0, 2.0]))
+    found = gram._filtered(product, torch.ones(4, 1), edge=4.0)[:, 0]
+    torch.testing.assert_close(
+        found / found[1], torch.tensor([99.0, 1.0, -1.0, 0.0]), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_where_the_filters_do_not_suffice_lapack_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = gaussian(300, 320)
+    monkeypatch.setattr(gram, "FILTERS", 0)  # none is tried
+    ours = truncated_svd(matrix, 90, solver="filtered")
+    exact = truncated_svd(matrix, 90, solver="gram")
+    for part, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(part, expected, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(gram, "FILTERS", 2)
+    accepted = truncated_svd(matrix, 90, solver="filtered")
+    assert not torch.equal(accepted.singular_values, ours.singular_values)
+    assert_orthonormal(accepted)
+
+
+def test_too_steep_for_fp32_and_not_found_at_once_is_left_to_the_exact_solver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matrix = with_spectrum(300, 300, torch.arange(1, 301).float() ** -1.0)
+    monkeypatch.setattr(gram, "ENERGY_TOLERANCE", 1e-9)
+    assert gram.by_filter(matrix, 150, 0) is None
+    for ours, exact in zip(
+        truncated_svd(matrix, 150, solver="filtered"),
+        truncated_svd(matrix, 150, solver="gram"),
+        strict=True,
+    ):
+        assert torch.equal(ours, exact)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "chosen"),
+    [
+        ((200, 200), 60, "gram"),  # small: the exact one
+        ((768, 768), 53, "randomised"),
+        ((768, 768), 230, "filtered"),
+        ((768, 768), 600, "gram"),
+        ((4096, 4096), 286, "randomised"),
+        ((4096, 4096), 1228, "filtered"),
+        ((256, 30_000), 17, "filtered"),  # long to read
+    ],
+)
+def test_the_solver_that_is_chosen(shape: tuple[int, int], rank: int, chosen: Solver) -> None:
+    costs = module._costs(*shape, rank)
+    assert min(costs, key=costs.__getitem__) == chosen
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -113,11 +190,13 @@ def test_low_rank_delta_has_its_own_rank(solver: Solver, inner: int) -> None:
     torch.testing.assert_close((svd.u * svd.singular_values) @ svd.vh, matrix, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("rank", [400, 800])
 def test_low_rank_delta_is_recognised_without_an_eigendecomposition(
-    monkeypatch: pytest.MonkeyPatch,
+    rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_gram", None)
-    svd = truncated_svd(gaussian(300, 64) @ gaussian(64, 300, seed=2), 200)
+    monkeypatch.setattr(module, "by_eigenvectors", None)
+    monkeypatch.setattr(module, "by_filter", None)
+    svd = truncated_svd(gaussian(1100, 64) @ gaussian(64, 1100, seed=2), rank)
     assert len(svd.singular_values) == 64
 
 
@@ -153,7 +232,7 @@ def test_small_values_of_an_ill_conditioned_matrix(solver: Solver) -> None:
 def test_gram_in_fp32_alone_would_lose_them(monkeypatch: pytest.MonkeyPatch) -> None:
     values = 10.0 ** -torch.linspace(0, 4, 24)
     matrix = with_spectrum(40, 60, values)
-    monkeypatch.setattr(module, "GRAM_FP32_FLOOR", -1.0)
+    monkeypatch.setattr(gram, "FP32_FLOOR", -1.0)
     svd = truncated_svd(matrix, 24, solver="gram", rank_tolerance=0.0)
     assert abs(float(svd.singular_values[-1]) / 1e-4 - 1) > 5e-3
 
@@ -212,7 +291,7 @@ def test_same_bytes_and_global_generator_untouched(solver: Solver) -> None:
 
 def test_another_seed_is_another_start() -> None:
     matrix = gaussian(64, 80)
-    one, two = (module._krylov(matrix, 4, seed, block=16, limit=64) for seed in (0, 1))
+    one, two = (krylov.by_lanczos(matrix, 4, seed, block=16, limit=64) for seed in (0, 1))
     assert one is not None and two is not None and not torch.equal(one.u, two.u)
 
 

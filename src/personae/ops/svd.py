@@ -1,16 +1,16 @@
 """Truncated SVD: only the leading triplets, at the price of a few matrix products.
 
-Solvers, cheapest first (`benchmarks/svd.py` measures what the thresholds rest on):
+Solvers, of which `auto` takes the cheapest for the shape and rank (`benchmarks/svd.py` measures
+what the thresholds rest on):
 
-* `randomised`: block Lanczos on A Aᵀ from a Gaussian block (arXiv 1504.05477), with blocks much
-  smaller than the rank (arXiv 2508.06486). The basis grows while the residual says that energy is
-  missed; past a share of the small side the next solver takes over.
-* `gram`: eigenvectors of A Aᵀ on the small side, in fp64 where squares in fp32 drown small values.
+* `randomised`: block Lanczos (`ops/krylov.py`), for small ranks. Reads A at every step.
+* `filtered`: eigenvectors of A Aᵀ by Chebyshev filters (`ops/gram.py`), for middling ranks.
+* `gram`: eigenvectors of A Aᵀ by LAPACK, in fp64 where squares in fp32 drown small values.
 * `full`: LAPACK's reduced SVD.
 
-The first two find a subspace and end with QR and a small SVD of A projected on it (Rayleigh–Ritz):
-both factors are orthonormal to fp32 whatever the conditioning. `gram` spares that where the
-spectrum kept is well conditioned.
+The first two stop once they estimate that at most `ENERGY_TOLERANCE` is missed; where a spectrum
+does not let them, `gram` takes over. All but `full` find a subspace of the small side; both
+factors end up orthonormal to fp32 whatever the conditioning.
 """
 
 from typing import Literal
@@ -21,22 +21,19 @@ from torch import Tensor
 
 from personae._types import SVD
 from personae.errors import MethodError
+from personae.ops.gram import EPS, by_eigenvectors, by_filter, filter_columns
+from personae.ops.krylov import by_lanczos
 
-Solver = Literal["auto", "randomised", "gram", "full"]
+Solver = Literal["auto", "randomised", "filtered", "gram", "full"]
 Signs = Literal["largest_positive", "solver"]
-_EPS = torch.finfo(torch.float32).eps
 
-ENERGY_TOLERANCE = 1e-3
-"""Relative captured energy (Σσ²) the randomised solver may miss, by its own estimate."""
-MISSED_PER_STEP = 8.0
-"""Energy missed / estimated gain of one more step: 1 to 5 on power-law and Gaussian spectra."""
 KRYLOV_LIMIT = 0.75
 """Basis / small side at which the randomised solver gives up: Gaussian noise at rank 0.3 fits."""
 KRYLOV_COLUMNS = 2.25
 """Basis / rank where the check usually holds: 2 for σ_i ∝ i^-0.5, 2.5 to 5 for Gaussian noise."""
-KRYLOV_OVERHEAD = 1.5
-"""Time of an operation in its narrow products over one in the wide products of `gram`."""
-SMALLEST_FOR_KRYLOV = 256
+KRYLOV_OVERHEAD = 2.0
+"""Time of an operation in its narrow products over one in the wide products of the others."""
+SMALLEST_TO_APPROXIMATE = 256
 """Small side below which either takes milliseconds and the more exact is the better one."""
 BLOCKS_PER_RANK = 8
 """Rank / Lanczos block: smaller blocks converge on fewer columns but read A more often."""
@@ -45,9 +42,9 @@ TALLEST_FOR_KRYLOV = 8
 SMALLEST_BLOCK = 16
 """Columns beneath which a product is bound by reading A."""
 PROBE_BLOCK = 80
-"""Columns tried first where `gram` is faster: deltas of rank 64 show for a few % of its time."""
-GRAM_FP32_FLOOR = 1e-4
-"""λ_k / λ_1 of A Aᵀ beneath which fp32 (eps 1.2e-7) blurs direction k by more than about 1e-3."""
+"""Columns of a Lanczos block tried before other solvers: deltas of rank 64 show at once."""
+PROBE_SHARE = 0.07
+"""Cost of that block / cost of the solver, up to which it is tried."""
 
 
 def truncated_svd(
@@ -64,10 +61,11 @@ def truncated_svd(
     Args:
         matrix: Any floating dtype, finite; computed in fp32, never modified.
         rank: Triplets wanted, at least 0; more than min(out, in) means all.
-        solver: `auto` chooses by shape and rank; `randomised` ends as `gram` if its check fails.
+        solver: `auto` chooses by shape and rank; `randomised` and `filtered` end as `gram` where
+            their checks fail.
         rank_tolerance: Singular values ≤ this · σ₁ are dropped; None: max(out, in) · eps of fp32.
         signs: `largest_positive` applies `fix_signs`; `solver` keeps what came out.
-        seed: Start of the randomised solver; the global generator is neither read nor moved.
+        seed: Start of the approximate solvers; the global generator is neither read nor moved.
 
     Returns:
         Factors in fp32, k ≤ rank of them; k = 0 for an all-zero matrix. Same input and number of
@@ -116,115 +114,52 @@ def largest_positive(columns: Float[Tensor, "out rank"]) -> Float[Tensor, " rank
 def _solve(wide: Tensor, rank: int, solver: Solver, seed: int) -> SVD:
     """Run the solver asked for, or the fastest for this shape; the exact one if its check fails."""
     small, large = wide.shape
+    found, probe = None, False
+    if solver == "auto":
+        costs = _costs(small, large, rank)
+        solver = min(costs, key=costs.__getitem__)
+        probe = solver != "randomised" and _krylov(small, large, PROBE_BLOCK) < (
+            PROBE_SHARE * costs[solver]
+        )
     if solver == "full":
-        return _full(wide, rank)
-    columns = KRYLOV_COLUMNS * rank
-    krylov = 4 * small * large * columns + 4 * small * columns**2 + 9 * columns**3
-    gram = 2 * small**2 * large + 9 * small**3  # eigh(n) takes as long as 9 n³ in products
-    suits = small >= SMALLEST_FOR_KRYLOV and large <= TALLEST_FOR_KRYLOV * small
-    found = None
-    if solver == "randomised" or (solver == "auto" and suits and KRYLOV_OVERHEAD * krylov < gram):
+        u, values, vh = torch.linalg.svd(wide, full_matrices=False)
+        return SVD(u[:, :rank], values[:rank], vh[:rank])
+    if solver == "randomised":
         block = min(max(SMALLEST_BLOCK, rank // BLOCKS_PER_RANK), small)
-        found = _krylov(wide, rank, seed, block, limit=int(KRYLOV_LIMIT * small))
-    elif solver == "auto" and suits:
-        found = _krylov(wide, rank, seed, PROBE_BLOCK, limit=PROBE_BLOCK)
-    return _gram(wide, rank) if found is None else found
+        found = by_lanczos(wide, rank, seed, block, limit=int(KRYLOV_LIMIT * small))
+    elif probe:
+        found = by_lanczos(wide, rank, seed, PROBE_BLOCK, limit=PROBE_BLOCK)
+    if solver == "filtered" and found is None:
+        found = by_filter(wide, rank, seed)
+    return by_eigenvectors(wide, rank) if found is None else found
 
 
-def _full(matrix: Tensor, rank: int) -> SVD:
-    u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return SVD(u[:, :rank], values[:rank], vh[:rank])
+def _costs(small: int, large: int, rank: int) -> dict[Solver, float]:
+    """Operations each solver takes, by leading terms, weighed by how slow they are."""
+    gram = 1.5 * small**2 * large
+    costs: dict[Solver, float] = {
+        "gram": gram + 9 * small**3
+    }  # eigh(n): as long as 9 n³ in products
+    if small < SMALLEST_TO_APPROXIMATE:
+        return costs
+    columns = filter_columns(rank, small)
+    iterations = 10 * small**2 * columns + 22 * small * columns**2 + 9 * columns**3
+    costs["filtered"] = gram + iterations
+    if large <= TALLEST_FOR_KRYLOV * small:
+        costs["randomised"] = _krylov(small, large, KRYLOV_COLUMNS * rank)
+    return costs
 
 
-def _gram(wide: Tensor, rank: int) -> SVD:
-    energies, vectors = _dominant(wide, rank)
-    image = wide.T @ vectors
-    if energies[-1] < GRAM_FP32_FLOOR * energies[0]:
-        return _rayleigh_ritz(vectors, image)
-    # Well conditioned: Aᵀu / σ is orthonormal to about 1e-3, and one Newton–Schulz step squares
-    # that, for a fraction of the time of a QR and a small SVD.
-    values, order = image.norm(dim=0).sort(descending=True, stable=True)
-    right = image[:, order] / values
-    right = torch.addmm(right, right, right.T @ right, beta=1.5, alpha=-0.5)
-    return SVD(vectors[:, order], values, right.T)
-
-
-def _dominant(rows: Float[Tensor, "small large"], rank: int) -> tuple[Tensor, Tensor]:
-    """The `rank` leading eigenpairs, descending, of rows·rowsᵀ, in the precision they need."""
-    values, vectors = torch.linalg.eigh(rows @ rows.T)
-    if values[-rank] < GRAM_FP32_FLOOR * values[-1]:
-        exact = rows.double()
-        values, vectors = torch.linalg.eigh(exact @ exact.T)
-    return values[-rank:].flip(0).float(), vectors[:, -rank:].flip(1).float()
-
-
-def _rayleigh_ritz(basis: Float[Tensor, "small k"], image: Float[Tensor, "large k"]) -> SVD:
-    """SVD of A restricted to the span of orthonormal `basis`, from `image` = Aᵀ basis."""
-    q, r = torch.linalg.qr(image)
-    u, values, vh = torch.linalg.svd(r.T)
-    return SVD(basis @ u, values, vh @ q.T)
-
-
-def _krylov(
-    wide: Float[Tensor, "small large"], rank: int, seed: int, block: int, limit: int
-) -> SVD | None:
-    """Grow a block Lanczos basis of A Aᵀ until its check holds; None if it would pass `limit`.
-
-    Basis vectors q and images Aᵀq are kept as rows: the part filled so far is contiguous.
-    """
-    small, large = wide.shape
-    most = max(limit, block) // block * block
-    basis, images = wide.new_empty(most, small), wide.new_empty(most, large)
-    generator = torch.Generator().manual_seed(seed)  # of the CPU: one start for every device
-    sketch = wide @ torch.randn(large, block, generator=generator).to(wide.device)
-    step, due, size = torch.linalg.qr(sketch)[0], 2 * rank, float(wide.norm())
-    for filled in range(block, most + 1, block):
-        basis[filled - block : filled] = step.T
-        images[filled - block : filled] = image = step.T @ wide
-        step, coupling = _orthonormalise(wide @ image.T, basis[:filled])
-        enough = rank <= filled and min(due, most) <= filled
-        settled = float(coupling.norm()) <= _EPS * size * size
-        if enough or (settled and _spans_rows(wide, basis[:filled], images[:filled], size)):
-            values, vectors = _dominant(images[:filled], min(rank, filled))
-            gain = _gain(values, coupling @ vectors[-block:], image)
-            if gain * MISSED_PER_STEP <= ENERGY_TOLERANCE:
-                return _rayleigh_ritz(basis[:filled].T @ vectors, images[:filled].T @ vectors)
-            due = filled * 5 // 4
-    return None
-
-
-def _spans_rows(wide: Tensor, basis: Tensor, images: Tensor, size: float) -> bool:
-    """Whether A = QQᵀA up to fp32: a delta of low rank, nothing left to look for.
-
-    `size` = ‖A‖, so size/√small ≤ σ₁ and what is left out lies below the default rank tolerance.
-    """
-    left_out = float(torch.addmm(wide, basis.T, images, alpha=-1).norm())
-    return left_out <= _EPS * max(wide.shape) * size / wide.shape[0] ** 0.5
-
-
-def _orthonormalise(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """QR of what `block` (columns) adds to `basis` (rows); once leaves rounding in its span."""
-    step, first = torch.linalg.qr(block - basis.T @ (basis @ block))
-    step, second = torch.linalg.qr(step - basis.T @ (basis @ step))
-    return step, second @ first
-
-
-def _gain(values: Tensor, residuals: Tensor, image: Tensor) -> float:
-    """Estimate the relative energy one more Lanczos step would add to the Ritz values found.
-
-    A Ritz value θ coupled by residual r to a direction of energy μ is [[θ, r], [r, μ]]:
-    its larger eigenvalue exceeds θ by √(h² + r²) − h, h = (θ − μ)/2. μ: the last block's mean.
-    """
-    half_gap = ((values - image.square().sum(dim=1).mean()) / 2).clamp(min=0).double()
-    gains = torch.hypot(half_gap, residuals.norm(dim=0).double()) - half_gap
-    return float(gains.sum() / values.double().sum())
+def _krylov(small: int, large: int, columns: int | float) -> float:
+    operations = 4 * small * large * columns + 4 * small * columns**2 + 9 * columns**3
+    return KRYLOV_OVERHEAD * operations
 
 
 def _finish(svd: SVD, shape: tuple[int, ...], rank_tolerance: float | None, signs: Signs) -> SVD:
     """Drop what is below the numerical rank, cast, fix signs."""
     u, values, vh = svd
     if rank_tolerance is None:
-        rank_tolerance = max(shape) * _EPS
+        rank_tolerance = max(shape) * EPS
     kept = int((values > rank_tolerance * values[:1]).sum())
     svd = SVD(*(part.float().contiguous() for part in (u[:, :kept], values[:kept], vh[:kept])))
     return fix_signs(svd) if signs == "largest_positive" else svd
