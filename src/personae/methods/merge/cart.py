@@ -20,7 +20,7 @@ from personae.ops.svd import truncated_svd
     order_free=True,
     entrywise=not_matrix,
     equivariant=from_both_sides,
-    bytes_per_entry=32,
+    bytes_per_entry=16,
 )
 def cart(
     task_vectors: Float[Tensor, "expert *shape"],

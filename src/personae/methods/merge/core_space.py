@@ -38,7 +38,7 @@ def _entrywise(parameters: Any, site: Site) -> bool:
     entrywise=_entrywise,
     equivariant=from_both_sides,
     needs="adapters",
-    bytes_per_entry=40,
+    bytes_per_entry=48,
 )
 def core_space(
     task_vectors: Float[Tensor, "expert *shape"],

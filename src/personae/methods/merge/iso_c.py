@@ -23,7 +23,7 @@ from personae.ops.polar import polar_factor, sum_tolerance
     entrywise=not_matrix,
     equivariant=from_both_sides,
     degenerates="weight averaging: the sum is 0 there, up to rounding",
-    bytes_per_entry=40,
+    bytes_per_entry=24,
 )
 def iso_c(
     task_vectors: Float[Tensor, "expert *shape"],

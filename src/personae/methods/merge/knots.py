@@ -60,7 +60,7 @@ def _side(_: Any, site: Site) -> Side:
     equivariant=_side,
     looks=3,
     model_wide=("density", "scope"),
-    bytes_per_entry=32,
+    bytes_per_entry=48,
 )
 def knots(
     task_vectors: Float[Tensor, "expert *shape"],
