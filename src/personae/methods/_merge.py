@@ -182,7 +182,7 @@ class MergeMethod:
             measure = next(looks)
             while True:
                 shares = [
-                    measure.tally(_every(measure.sample, vectors), parameters, site)
+                    measure.tally(one_row_in(measure.sample, vectors), parameters, site)
                     for site, vectors in model
                     if measure.applies(parameters, site)
                 ]
@@ -195,6 +195,6 @@ class MergeMethod:
         return set(inspect.signature(self.function).parameters)
 
 
-def _every(sample: int, task_vectors: Tensor) -> Tensor:
+def one_row_in(sample: int, task_vectors: Tensor) -> Tensor:
     """One row in so many; the first at least."""
     return task_vectors[:, ::sample] if sample > 1 and task_vectors.ndim > 1 else task_vectors

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from personae.methods._merge import Gathering, Measure, MergeMethod, Statistics
+from personae.methods._merge import Gathering, Measure, MergeMethod, Statistics, one_row_in
 from personae.methods._parameters import Parameters
 from personae.methods._registry import MERGE_METHODS, build, lookup
 from personae.methods._site import Site
@@ -44,7 +44,7 @@ class Rule:
         def tally(vectors: Tensor, outer: Any, site: Site) -> Tensor:
             if view is not None:  # a sample is one of the rows seen: the view needs all there are
                 vectors, site = view(vectors, outer, site)
-                vectors = every(measure.sample, vectors)
+                vectors = one_row_in(measure.sample, vectors)
             return measure.tally(vectors, self._parameters, site)
 
         def applies(_: Any, site: Site) -> bool:
@@ -52,8 +52,3 @@ class Rule:
 
         sample = measure.sample if view is None else 1
         return measure._replace(tally=tally, applies=applies, sample=sample)
-
-
-def every(sample: int, task_vectors: Tensor) -> Tensor:
-    """One row in so many; the first at least."""
-    return task_vectors[:, ::sample] if sample > 1 and task_vectors.ndim > 1 else task_vectors

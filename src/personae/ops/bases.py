@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from personae.ops.svd import largest_positive
+
 
 def joint_basis(
     matrices: Sequence[Float[Tensor, "out _"]],
@@ -37,5 +39,4 @@ def joint_basis(
         values, basis = energies.clamp(min=0).sqrt().flip(0), basis.flip(1)
     if not values.numel():
         return basis, values
-    largest = basis.abs().argmax(dim=0)
-    return basis * basis.gather(0, largest[None]).sign(), values
+    return basis * largest_positive(basis), values

@@ -7,20 +7,19 @@ few marks are dropped: no task needs them ("catastrophic"), or one alone does ("
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
+from personae.methods._entries import blocks
 from personae.methods._merge import Gathering, Statistics
-from personae.methods._parameters import per_expert
+from personae.methods._parameters import one_each
 from personae.methods._registry import everywhere, merge_method
 from personae.methods._rules import Rule
 from personae.methods._site import Site
 
 Threshold = Annotated[float, Field(ge=0)]
-
-_BLOCK = 1 << 16  # entries of each expert worked on at once: small enough for the cache
 
 
 def _gather(parameters: Any, experts: int) -> Gathering:
@@ -75,24 +74,17 @@ def consensus(
     Returns:
         The merged task vector, fp32; entries without consensus are 0.
     """
-    entries = task_vectors.reshape(len(task_vectors), -1)
-    # fp64: near the threshold, the order of experts must not decide.
-    total = (
-        entries.sum(dim=0, dtype=torch.float64)
-        if multi_task == "sum"
-        else _ties(density).merge(task_vectors, statistics, site).flatten().double()
-    )
-    thresholds = per_expert(threshold, task_vectors).flatten().tolist()
-    for block, target in zip(entries.split(_BLOCK, dim=1), total.split(_BLOCK), strict=True):
-        target *= scale * (_marks(block, target, thresholds) >= at_least)
-    return total.float().reshape(task_vectors.shape[1:])
-
-
-def _marks(
-    block: Float[Tensor, "expert entry"], total: Float[Tensor, " entry"], thresholds: list[float]
-) -> Int64[Tensor, " entry"]:
-    """How many experts mark each entry."""
-    marks = torch.zeros_like(total, dtype=torch.int64)
-    for vector, threshold in zip(block.double(), thresholds, strict=True):
-        marks += vector.abs() > threshold * (total - vector).abs()
-    return marks
+    summed = multi_task == "sum"
+    multi = None if summed else _ties(density).merge(task_vectors, statistics, site).flatten().cpu()
+    thresholds = one_each(threshold, len(task_vectors))
+    merged = torch.empty(task_vectors[0].numel())
+    for start, rows in blocks(task_vectors):
+        block = slice(start, start + len(rows[0]))
+        # fp64: near a threshold, the order of experts must not decide.
+        exact = [row.double() for row in rows]
+        total = sum(exact[1:], exact[0]) if multi is None else multi[block].double()
+        marks = torch.zeros(len(total), dtype=torch.int32)
+        for vector, each in zip(exact, thresholds, strict=True):
+            marks += vector.abs() > each * (total - vector).abs()
+        merged[block] = scale * total * (marks >= at_least)
+    return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)

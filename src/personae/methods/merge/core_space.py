@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personae._types import Density
-from personae.methods._entries import weighted_sum
 from personae.methods._matrices import from_both_sides
 from personae.methods._registry import merge_method
 from personae.methods._rules import Rule
@@ -77,8 +76,6 @@ def core_space(
 
 
 def _merge(seen: Tensor, rule: RuleName, density: float, scale: float, site: Site) -> Tensor:
-    if rule == "task_arithmetic":
-        return weighted_sum(seen, 1.0).mul_(scale)
     own = {"density": density, "scope": "tensor"} if rule == "ties" else {}
     return Rule(rule, scale=scale, **own).merge(seen, None, site)
 
