@@ -97,6 +97,18 @@ def test_rounding_is_no_direction():
     torch.testing.assert_close(merge(task_vectors), expected, rtol=1e-4, atol=1)
 
 
+def test_random_coordinates_in_place_of_the_largest():
+    """DARE-TIES on the coordinates: with U = 1 these are the task vectors, so it is DARE-TIES."""
+    # Rows (8 0 0 9 0 0), (0 4 0 0 5 0), (0 0 1 0 0 2): orthogonal, of falling size.
+    task_vectors = diagonal([8.0, 4.0, 1.0], [9.0, 5.0, 2.0])
+    settings: dict[str, Any] = {"density": 0.5, "seed": 3}
+    merged = merge(task_vectors, rule="dare_ties", **settings)
+    expected = merge_model("dare_ties", {"a.weight": task_vectors}, settings)[0]
+    torch.testing.assert_close(merged, expected)
+    settings["seed"] = 4
+    assert not torch.equal(merged, merge(task_vectors, rule="dare_ties", **settings))
+
+
 def test_one_expert_and_copies():
     task_vectors = gaussian(1, 6, 9)
     for experts in (1, 3):

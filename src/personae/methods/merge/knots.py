@@ -26,7 +26,6 @@ from personae.ops.stacks import StackedSVD, stacked_svd
 
 Cutoff = Annotated[float, Field(ge=0)]
 
-
 RuleName = Literal["ties", "dare_ties"]
 
 
