@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from personae.checkpoints import open_checkpoint
     from personae.encoders import text_encoder
     from personae.errors import PersonaeError
+    from personae.execute.analyse import analyse
     from personae.execute.compose import compose, open_composed
     from personae.execute.describe import describe
     from personae.execute.inspect import inspect
@@ -33,6 +34,7 @@ _HOMES = {
     "Work": "execute.work",
     "Weighting": "execute.weighting",
     "add_tasks": "execute.pack",
+    "analyse": "execute.analyse",
     "compose": "execute.compose",
     "describe": "execute.describe",
     "inspect": "execute.inspect",
@@ -61,6 +63,7 @@ __all__ = [
     "Work",
     "__version__",
     "add_tasks",
+    "analyse",
     "compose",
     "describe",
     "inspect",

@@ -10,8 +10,7 @@ from personae.execute import pool
 from personae.execute.family import open_family
 from personae.execute.stream import Piece, Stacks, whole
 from personae.execute.work import Work
-from personae.methods import build
-from personae.methods._parameters import Parameters
+from personae.methods import Parameters, build
 from personae.methods.analyses import ANALYSES, Analysis, Findings
 
 BYTES_PER_ENTRY = 64

@@ -10,7 +10,7 @@ cause no NaN, and `auto:orthogonality` compares cosines, so that it does not cou
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -148,7 +148,6 @@ def decompose(
     stack: Float[Tensor, "expert out in"], direction: Direction, rank_tolerance: float
 ) -> tuple[StackedSVD, bool]:
     """The joint decomposition in one direction, and whether it is that of the transposes."""
-    assert direction in get_args(Direction)
     if direction == "auto:orthogonality":
         across = stacked_svd(stack, rank_tolerance)
         down = stacked_svd(stack.mT, rank_tolerance)
