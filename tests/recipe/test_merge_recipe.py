@@ -12,7 +12,13 @@ from torch import Tensor
 from personae.errors import MethodError, RecipeError
 from personae.methods import MERGE_METHODS, MERGEKIT_METHODS, MergeMethod, Parameters
 from personae.methods._registry import everywhere, merge_method
-from personae.recipe import MergeRecipe, MergeSettings, read_merge_recipe, recipe_kind
+from personae.recipe import (
+    MergeRecipe,
+    MergeSettings,
+    merge_recipe_text,
+    read_merge_recipe,
+    recipe_kind,
+)
 
 LINEAR = """\
 models:
@@ -198,6 +204,32 @@ def test_which_kind_a_recipe_is(tmp_path):
         recipe_kind(path)
     with pytest.raises(RecipeError, match="line 2: A recipe merges or packs"):
         read_merge_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        MergeSettings(),
+        MergeSettings(vector="difference", method="ties", dtype="float16"),
+        MergeSettings(
+            method="ties",
+            parameters={"scale": [0.5, 1.0], "reduce": "sum", "density": 0.3},
+            expert_parameters=({}, {}),
+            tokenizer_source="union",
+            skip=("*.bias",),
+            only=("*.mlp.*", "x"),
+        ),
+        MergeSettings(expert_parameters=({"weight": 1.5}, {"weight": [0.0, 1.0]})),
+    ],
+)
+def test_settings_as_a_recipe_read_back_the_same(tmp_path, settings):
+    base = None if settings.vector == "difference" else "a/base"
+    experts = {"x": "a/x", "y": "./y: z"}
+    recipe = read(tmp_path, merge_recipe_text(base, experts, settings))
+    assert (recipe.base, recipe.experts) == (base, experts)
+    if not any(settings.expert_parameters):
+        settings = settings.model_copy(update={"expert_parameters": ()})
+    assert recipe.settings == settings
 
 
 # -- conventions --------------------------------------------------------------------------------
