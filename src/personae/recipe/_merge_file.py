@@ -168,8 +168,6 @@ def native(name: str, value: Any, method: MergeMethod) -> tuple[str, Any, str]:
     known = method.parameters.model_fields
     if name in known:
         return name, value, ""
-    if f"{name}_" in known:  # a word of Python's own
-        return f"{name}_", value, ""
     if name == "lambda" and "scale" in known:
         return "scale", value, "lambda is called scale here."
     if name == "int8_mask":
