@@ -12,7 +12,13 @@ from torch import Tensor
 from personae.errors import MethodError, RecipeError
 from personae.methods import MERGE_METHODS, MERGEKIT_METHODS, MergeMethod, Parameters
 from personae.methods._registry import everywhere, merge_method
-from personae.recipe import MergeRecipe, MergeSettings, read_merge_recipe, recipe_kind
+from personae.recipe import (
+    MergeRecipe,
+    MergeSettings,
+    merge_recipe_text,
+    read_merge_recipe,
+    recipe_kind,
+)
 
 LINEAR = """\
 models:
@@ -200,6 +206,32 @@ def test_which_kind_a_recipe_is(tmp_path):
         read_merge_recipe(path)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        MergeSettings(),
+        MergeSettings(vector="difference", method="ties", dtype="float16"),
+        MergeSettings(
+            method="ties",
+            parameters={"scale": [0.5, 1.0], "reduce": "sum", "density": 0.3},
+            expert_parameters=({}, {}),
+            tokenizer_source="union",
+            skip=("*.bias",),
+            only=("*.mlp.*", "x"),
+        ),
+        MergeSettings(expert_parameters=({"weight": 1.5}, {"weight": [0.0, 1.0]})),
+    ],
+)
+def test_settings_as_a_recipe_read_back_the_same(tmp_path, settings):
+    base = None if settings.vector == "difference" else "a/base"
+    experts = {"x": "a/x", "y": "./y: z"}
+    recipe = read(tmp_path, merge_recipe_text(base, experts, settings))
+    assert (recipe.base, recipe.experts) == (base, experts)
+    if not any(settings.expert_parameters):
+        settings = settings.model_copy(update={"expert_parameters": ()})
+    assert recipe.settings == settings
+
+
 # -- conventions --------------------------------------------------------------------------------
 
 
@@ -243,8 +275,11 @@ def test_a_required_parameter(tmp_path, thinned):
     filtered = MergeSettings(
         method="thinned", parameters={"density": [{"filter": "mlp", "value": 0.5}]}
     )
-    with pytest.raises(MethodError, match="density"):
+    told = "thinned: no filter of density fits the tensor 'attention'. Add an entry without"
+    with pytest.raises(MethodError, match=told):
         filtered.for_tensor("attention", 2, 1)
+    with pytest.raises(RecipeError, match="no filter of density fits"):
+        filtered.check(["x"])
 
 
 # -- faults -------------------------------------------------------------------------------------
@@ -356,6 +391,82 @@ def test_what_all_experts_share_may_be_said_of_each():
     apart = MergeSettings(method="ties", expert_parameters=({"scale": 0.3}, {"scale": 0.4}))
     with pytest.raises(RecipeError, match="ties takes one scale for all experts"):
         apart.check(["a", "b"])
+
+
+def test_values_that_are_wrong_together():
+    apart = ({"weight": [1.0, -1.0]}, {"weight": 1.0})
+    with pytest.raises(RecipeError, match="sum to 0"):  # in the last layer
+        MergeSettings(expert_parameters=apart).check(["a", "b"])
+    in_filter = ({"weight": [{"filter": "*.mlp.*", "value": -1}, {"value": 1}]}, {"weight": 1})
+    with pytest.raises(RecipeError, match="sum to 0"):
+        MergeSettings(expert_parameters=in_filter).check(["a", "b"])
+    MergeSettings(expert_parameters=({"weight": [1.0, 0.0]}, {"weight": 1.0})).check(["a", "b"])
+
+
+MERGEKIT_RECIPES = {
+    "task_arithmetic": """
+models:
+  - model: org/a
+    parameters: {weight: 0.6}
+  - model: org/b
+    parameters: {weight: [0, 0.5, 1]}
+""",
+    "ties": """
+models:
+  - model: org/a
+    parameters:
+      density: [1, 0.7, 0.1]
+      weight: 1.0
+  - model: org/b
+    parameters:
+      density: 0.5
+      weight: [0, 0.3, 0.7, 1]
+  - model: org/c
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - value: 0
+""",
+    "dare_ties": """
+models:
+  - model: org/base
+  - model: org/a
+    parameters: {weight: 0.5, density: 0.53}
+  - model: org/b
+    parameters: {weight: 0.3, density: [0.9, 0.4]}
+""",
+    "dare_linear": """
+models:
+  - model: org/a
+    parameters: {weight: 0.5, density: 0.53}
+  - model: org/b
+    parameters: {weight: 0.3, density: 0.53}
+""",
+}
+
+
+@pytest.mark.parametrize("method", MERGEKIT_RECIPES)
+@pytest.mark.parametrize("extra", ["{int8_mask: true}", "{lambda: 0.9, int8_mask: true}"])
+def test_features_of_mergekit_s_examples_load_unchanged(tmp_path, method, extra):
+    text = f"{MERGEKIT_RECIPES[method]}\nmerge_method: {method}\nbase_model: org/base\n"
+    recipe = read(tmp_path, f"{text}parameters: {extra}\ndtype: bfloat16\n")
+    assert "base" not in recipe.experts
+    count = len(recipe.experts)
+    first, last = (
+        recipe.settings.for_tensor(f"model.layers.{n}.mlp.x", 32, count) for n in (0, 31)
+    )
+    assert recipe.settings.dtype == "bfloat16"
+    if method == "ties":  # our own looks at the whole model, where a density cannot vary
+        assert recipe.settings.conventions == "mergekit"
+        assert first.model_dump()["density"] == (1.0, 0.5, 0.33)
+        assert last.model_dump()["density"] == pytest.approx((0.1, 0.5, 0.33))
+        assert last.model_dump()["weight"] == (1.0, 1.0, 0.5)
+    elif method == "dare_ties":
+        assert last.model_dump()["density"] == pytest.approx((0.53, 0.4))
+    else:
+        assert first.model_dump()["weight"][0] == recipe.settings.expert_parameters[0]["weight"]
 
 
 def test_what_the_whole_model_is_looked_at_for_cannot_vary():

@@ -5,7 +5,7 @@ models that have it; a token that only some have is theirs alone. Padding, rows 
 merged by position where it is padding in every model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,7 +18,7 @@ from personae.checkpoints.vocabulary import (
     read_vocabulary,
     same_token_files,
 )
-from personae.checkpoints.vocabulary_rows import ModelRows
+from personae.checkpoints.vocabulary_rows import ModelRows, WithRows
 from personae.errors import CheckpointError, Faults
 
 BASE, UNION = "base", "union"
@@ -44,9 +44,23 @@ class MergedVocabulary:
     experts: Mapping[str, ModelRows]
     appended: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
+    def seen(
+        self, base: Checkpoint | None, experts: Mapping[str, Checkpoint]
+    ) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+        """Base and experts under this vocabulary; those that have it anyway as they are."""
+        if base is not None and self.base is not None and self.base.index is not None:
+            base = WithRows(base, self.base)
+        return base, {
+            name: model if rows.index is None else WithRows(model, rows)
+            for (name, model), rows in zip(experts.items(), self.experts.values(), strict=True)
+        }
+
 
 def merge_vocabularies(
-    base: Checkpoint | None, experts: Mapping[str, Checkpoint], source: str | None
+    base: Checkpoint | None,
+    experts: Mapping[str, Checkpoint],
+    source: str | None,
+    is_merged: Callable[[str], bool] = lambda _: True,
 ) -> MergedVocabulary | None:
     """Work out the vocabulary that comes out.
 
@@ -54,6 +68,7 @@ def merge_vocabularies(
         base: The base, if there is one.
         experts: Name to expert.
         source: 'base', 'union' or an expert's name. None: all models must have the same.
+        is_merged: Whether a tensor is merged; where no embedding is, vocabularies do not matter.
 
     Returns:
         The vocabulary; None if all models have the base's (without one, the first expert's) and
@@ -65,7 +80,7 @@ def merge_vocabularies(
     """
     models = ({} if base is None else {None: base}) | dict(experts)
     if source is None:
-        _check_same(models)
+        _check_same(models, is_merged)
         return None
     first = next(iter(models))
     chosen = source if source in experts and source not in (BASE, UNION) else first
@@ -91,7 +106,7 @@ def _label(name: str | None) -> str:
     return "the base" if name is None else f"expert '{name}'"
 
 
-def _check_same(models: Mapping[str | None, Checkpoint]) -> None:
+def _check_same(models: Mapping[str | None, Checkpoint], is_merged: Callable[[str], bool]) -> None:
     """Refuse vocabularies that differ from the first model's.
 
     Raises:
@@ -99,9 +114,9 @@ def _check_same(models: Mapping[str | None, Checkpoint]) -> None:
     """
     faults = Faults()
     (name, first), *others = models.items()
-    rows, tokens = embedding_rows(first.specs), None
+    rows, tokens = _merged_rows(first, is_merged), None
     for other_name, other in others:
-        own_rows = embedding_rows(other.specs)
+        own_rows = _merged_rows(other, is_merged)
         if rows is None or own_rows is None:
             continue
         both = f"{_label(other_name)} and {_label(name)}"
@@ -119,6 +134,10 @@ def _check_same(models: Mapping[str | None, Checkpoint]) -> None:
                     f"tokens in {rows:,} rows each, but not the same: {shown(apart)}. {_HINT}"
                 )
     faults.raise_if_any(CheckpointError)
+
+
+def _merged_rows(model: Checkpoint, is_merged: Callable[[str], bool]) -> int | None:
+    return embedding_rows({name: spec for name, spec in model.specs.items() if is_merged(name)})
 
 
 def _read_all(

@@ -37,6 +37,7 @@ def merge(
             settings=read.settings,
             overwrite=overwrite,
             shard_bytes=shard_bytes,
+            recipe=read.text,
             work=work,
         )
     files = [path for path in sorted(written.rglob("*")) if path.is_file()]

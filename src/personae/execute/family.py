@@ -1,6 +1,6 @@
 """Opens base and experts and aligns them: everything that can be known from headers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -10,7 +10,11 @@ from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.family import Alignment, align
 from personae.checkpoints.mean import MeanOf
 from personae.checkpoints.naming import check_names, matches
+from personae.checkpoints.vocabularies import MergedVocabulary
 from personae.errors import CheckpointError, Faults, RecipeError
+
+OneVocabulary = Callable[[Checkpoint | None, Mapping[str, Checkpoint]], MergedVocabulary | None]
+"""From base and experts to the vocabulary under which they are merged."""
 
 
 @dataclass
@@ -22,12 +26,14 @@ class Family:
         experts: Task name to the expert aligned with the base, in the order given.
         patterns: What was to be skipped or kept whole.
         has_base: Whether `base` is a model of its own.
+        vocabulary: The vocabulary under which all are seen; None if each has its own.
     """
 
     base: Checkpoint
     experts: dict[str, Alignment]
     patterns: tuple[str, ...] = ()
     has_base: bool = True
+    vocabulary: MergedVocabulary | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -75,6 +81,7 @@ def open_family(
     *,
     skip: Sequence[str] = (),
     private: Sequence[str] = (),
+    vocabulary: OneVocabulary | None = None,
 ) -> Family:
     """Open every checkpoint (headers only) and align it with the base.
 
@@ -84,6 +91,7 @@ def open_family(
         experts: Task name to path, hub id, module or mapping.
         skip: Patterns of tensor names to leave out.
         private: Patterns of tensor names to keep whole.
+        vocabulary: Works out the vocabulary under which all are seen; by default each has its own.
 
     Raises:
         RecipeError: if there is no expert.
@@ -102,10 +110,13 @@ def open_family(
             opened[name] = expert
     faults.raise_if_any(CheckpointError)
     patterns = (*skip, *private)
+    chosen = None if vocabulary is None else vocabulary(reference, opened)
+    if chosen is not None:
+        reference, opened = chosen.seen(reference, opened)
     if reference is None:
         reference = _average(opened, skip)
     aligned = align(reference, opened, skip=skip, private=private)
-    return Family(reference, aligned, patterns, has_base=base is not None)
+    return Family(reference, aligned, patterns, base is not None, chosen)
 
 
 def _average(experts: Mapping[str, Checkpoint], skip: Sequence[str]) -> MeanOf:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from personae.checkpoints import Checkpoint
+from personae.checkpoints.vocabulary_files import companions_with
 from personae.errors import CheckpointError, Faults, OutputError, PersonaeError
 from personae.execute import pool
-from personae.execute.family import open_family
+from personae.execute.family import Family
 from personae.execute.gather import gather_model, gather_tensor
-from personae.execute.merge_plan import MergeJob, plan_job, prepare, settings_for
+from personae.execute.merge_card import merge_card
+from personae.execute.merge_plan import MergeJob, open_to_merge, plan_job, prepare, settings_for
 from personae.execute.plan import check_output
 from personae.execute.stream import Piece, Unit
 from personae.execute.work import Work
@@ -43,6 +45,7 @@ def merge(
     settings: MergeSettings | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    recipe: str | None = None,
     work: Work | None = None,
 ) -> Path:
     """Merge a family into one checkpoint directory.
@@ -55,6 +58,7 @@ def merge(
         settings: Method, parameters, dtype; by default the average.
         overwrite: Replace `out` if it exists.
         shard_bytes: Most bytes in one weight file.
+        recipe: The recipe's text for the model card; by default written from the settings.
         work: Workers, memory bound, device, progress.
 
     Returns:
@@ -68,7 +72,7 @@ def merge(
     out = Path(out).absolute()
     settings = settings_for(base, settings)
     check_output(out, overwrite, inputs=[base, *experts.values()])
-    with open_family(base, experts, skip=settings.skip) as family:
+    with open_to_merge(base, experts, settings) as family:
         job = prepare(family, settings)
         plan = plan_job(job, settings, work)
         for text in plan.notes:
@@ -84,7 +88,9 @@ def merge(
             journal = Journal(directory, identity)
             try:
                 run(job, directory, journal, work, shard_bytes)
-                copy_companions(family.base, directory)
+                _write_companions(family, directory)
+                card = merge_card(family, settings, recipe)
+                (directory / "README.md").write_text(card, encoding="utf-8")
             except PersonaeError as error:
                 journal.close(complete=False)
                 if not isinstance(error, OutputError):  # the same inputs will not do better
@@ -137,6 +143,17 @@ def copy_companions(reference: Checkpoint, directory: Path) -> None:
         target = directory / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+
+
+def _write_companions(family: Family, directory: Path) -> None:
+    """Write the small files; the tokenizer is that of the vocabulary that was chosen."""
+    if family.vocabulary is None:
+        copy_companions(family.base, directory)
+        return
+    for relative, content in companions_with(family.vocabulary, family.base).items():
+        target = directory / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
 
 
 def _statistics(job: MergeJob, directory: Path, work: Work) -> Statistics | None:

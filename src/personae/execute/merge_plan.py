@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from personae._types import TensorSpec
+from personae.checkpoints import Checkpoint
 from personae.checkpoints.adapter import Adapter
 from personae.checkpoints.alignment import Alignment
 from personae.checkpoints.mean import MeanOf
 from personae.checkpoints.misfits import reference_name
 from personae.checkpoints.naming import matches, shown
+from personae.checkpoints.vocabularies import MergedVocabulary, merge_vocabularies
 from personae.errors import CheckpointError, Faults
 from personae.execute import pool
 from personae.execute.family import Family, open_family
@@ -123,13 +125,32 @@ def plan_merge(
         PersonaeError: for anything wrong that headers tell, all faults at once.
     """
     settings = settings_for(base, settings)
-    with open_family(base, experts, skip=settings.skip) as family:
+    with open_to_merge(base, experts, settings) as family:
         return plan_job(prepare(family, settings), settings, work or Work())
 
 
 def settings_for(base: Any, settings: MergeSettings) -> MergeSettings:
     """The settings, which without a base are about difference vectors."""
     return settings if base is not None else settings.model_copy(update={"vector": "difference"})
+
+
+def open_to_merge(base: Any, experts: Mapping[str, Any], settings: MergeSettings) -> Family:
+    """Open and align a family under the one vocabulary that comes out.
+
+    Raises:
+        PersonaeError: as `open_family` does, and for vocabularies that differ.
+    """
+
+    def is_merged(name: str) -> bool:
+        chosen = not settings.only or matches(name, settings.only)
+        return chosen and not matches(name, settings.skip)
+
+    def vocabulary(
+        reference: Checkpoint | None, opened: Mapping[str, Checkpoint]
+    ) -> MergedVocabulary | None:
+        return merge_vocabularies(reference, opened, settings.tokenizer_source, is_merged)
+
+    return open_family(base, experts, skip=settings.skip, vocabulary=vocabulary)
 
 
 def prepare(family: Family, settings: MergeSettings) -> MergeJob:

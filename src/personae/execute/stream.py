@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint
+from personae.checkpoints.vocabulary import has_vocabulary_axis
+from personae.checkpoints.vocabulary_rows import settle
 from personae.execute.deltas import Deltas, working_bytes
 from personae.execute.family import Family
 from personae.execute.scan import not_finite
@@ -149,6 +151,9 @@ class Stacks:
     def read(self, piece: Piece) -> tuple[Float[Tensor, "expert ..."], Float[Tensor, "..."]]:
         """The stacked deltas of a piece, and the reference's values; fp32."""
         stack = torch.empty((self.experts, *piece.shape))
+        rows = self._rows_present(piece)
+        if rows is not None:
+            return self._read_settled(piece, stack, *rows)
         if not self._family.has_base:
             for place, deltas in zip(stack, self._deltas, strict=True):
                 place.copy_(self._expert(deltas, piece))
@@ -197,7 +202,10 @@ class Stacks:
         return found if any(left.shape[1] for left, _ in found) else None
 
     def reference(self, piece: Piece) -> Tensor:
-        """The reference's own values, of its own dtype."""
+        """The reference's own values, of its own dtype; experts' means for rows it lacks."""
+        rows = self._rows_present(piece)
+        if rows is not None and not rows[1].all():
+            return self.read(piece)[1]
         return _rows(self._reference, piece.spec.name, piece)
 
     def faults(self, stack: Float[Tensor, "expert ..."], piece: Piece) -> list[str]:
@@ -218,6 +226,37 @@ class Stacks:
         """Peak bytes of merging a piece: read, stacked, worked on, cast and written."""
         stacked = bytes_per_entry * self.experts * piece.numel
         return stacked + (working_bytes(piece.shape) if undivided else 24 * piece.numel)
+
+    def _rows_present(
+        self, piece: Piece
+    ) -> tuple[Bool[Tensor, "expert row"], Bool[Tensor, " row"]] | None:
+        """Which rows of a vocabulary the experts and the base have; None if all have all."""
+        vocabulary = self._family.vocabulary
+        if vocabulary is None or not has_vocabulary_axis(piece.spec, vocabulary.size):
+            return None
+        span = piece.start, piece.stop
+        present = torch.stack([rows.present(*span) for rows in vocabulary.experts.values()])
+        base = vocabulary.base
+        in_base = torch.zeros(present.shape[1:], dtype=torch.bool)
+        if base is not None:
+            in_base = base.present(*span)
+        return None if present.all() and (base is None or in_base.all()) else (present, in_base)
+
+    def _read_settled(
+        self,
+        piece: Piece,
+        stack: Float[Tensor, "expert row *rest"],
+        present: Bool[Tensor, "expert row"],
+        in_base: Bool[Tensor, " row"],
+    ) -> tuple[Float[Tensor, "expert row *rest"], Float[Tensor, "row *rest"]]:
+        """As `read`, for rows of a vocabulary that some models lack."""
+        for place, deltas in zip(stack, self._deltas, strict=True):
+            place.copy_(self._expert(deltas, piece))
+        reference = torch.zeros(piece.shape)
+        if self._family.has_base:
+            reference.copy_(_rows(self._reference, piece.spec.name, piece))
+        settle(stack, reference, present, in_base)
+        return stack, reference
 
     def _expert(self, deltas: Deltas, piece: Piece) -> Tensor:
         alignment = deltas.alignment

@@ -1,6 +1,7 @@
 """Recipes: YAML to frozen, validated settings. Opens no checkpoint."""
 
 from personae.recipe._merge_reading import read_merge_recipe, recipe_kind
+from personae.recipe._merge_text import merge_recipe_text
 from personae.recipe._values import count_layers
 from personae.recipe.merge_recipe import MergeRecipe, MergeSettings
 from personae.recipe.pack_recipe import (
@@ -23,6 +24,7 @@ __all__ = [
     "PackSettings",
     "Vector",
     "count_layers",
+    "merge_recipe_text",
     "parse_size",
     "read_merge_recipe",
     "read_recipe",

@@ -8,14 +8,15 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from personae.errors import MethodError, nearest
-from personae.methods import MergeMethod
+from personae.errors import Faults, MethodError, nearest
+from personae.methods import MergeMethod, Parameters, build
 from personae.recipe._faults import Fault
 from personae.recipe._values import (
     MISSING,
     always,
     evaluate,
     fault_in,
+    filters_of,
     is_gradient,
     position,
     scalars_of,
@@ -59,7 +60,7 @@ class GivenParameters:
         What no filter fits is not in it; there the method's default holds.
 
         Raises:
-            MethodError: if some experts have no value and the method no default.
+            MethodError: if no filter of a parameter fits and the method has no default.
         """
         t = position(name, layers)
         found: dict[str, Any] = {}
@@ -67,29 +68,31 @@ class GivenParameters:
             common = evaluate(self.common.get(parameter, MISSING), name, t)
             owns = [evaluate(own.get(parameter, MISSING), name, t) for own in self.own]
             values = [common if own is MISSING else own for own in owns] or [common] * experts
-            given = [value for value in values if value is not MISSING]
-            if given and all(value == given[0] for value in given) and len(given) == len(values):
-                found[parameter] = given[0]
-            elif given:
-                found[parameter] = tuple(values)
-        for parameter, value in found.items():
-            if isinstance(value, tuple) and MISSING in value:
-                found[parameter] = self._filled(parameter, value, name)
+            if all(value is MISSING for value in values) and not self._is_required(parameter):
+                continue
+            values = [self._filled(parameter, value, name) for value in values]
+            same = all(value == values[0] for value in values)
+            found[parameter] = values[0] if same else tuple(values)
         return found
 
-    def _filled(self, parameter: str, values: tuple[Any, ...], name: str) -> tuple[Any, ...]:
-        """With the method's default for experts of which no filter fits.
+    def _is_required(self, parameter: str) -> bool:
+        field = self.method.parameters.model_fields.get(parameter)
+        return field is not None and field.is_required()
+
+    def _filled(self, parameter: str, value: Any, name: str) -> Any:
+        """A value, or the method's default where no filter fits.
 
         Raises:
             MethodError: if the method has none.
         """
-        field = self.method.parameters.model_fields.get(parameter)
-        if field is None or field.is_required():
+        if value is not MISSING:
+            return value
+        if self._is_required(parameter):
             raise MethodError(
-                f"No filter of {parameter} fits '{name}', and {self.method.name} has no default. "
-                "Add an entry without a filter."
+                f"{self.method.name}: no filter of {parameter} fits the tensor '{name}'. "
+                "Add an entry without a filter, for all others."
             )
-        return tuple(field.default if value is MISSING else value for value in values)
+        return self.method.parameters.model_fields[parameter].default
 
     def faults(self, experts: Sequence[str]) -> Iterator[Fault]:
         """Every fault that needs no tensor, placed in `parameters` and `expert_parameters`."""
@@ -107,9 +110,10 @@ class GivenParameters:
         for name, field in fields.items():
             if field.is_required() and not self.said_of(name):
                 yield Fault(("parameters",), f"{self.method.name} needs '{name}'. Give it.")
+                sound = False
         if sound:
-            yield from self._spread_faults(experts)
-            yield from self._model_wide_faults()
+            spread = [*self._spread_faults(experts), *self._model_wide_faults()]
+            yield from spread or self._joint_faults(len(experts))
 
     def _sources(self) -> Iterator[tuple[Mapping[str, Any], tuple[str | int, ...]]]:
         yield self.common, ("parameters",)
@@ -157,6 +161,21 @@ class GivenParameters:
                     f"{self.method.name} takes one {name} for all experts. "
                     "Give it under 'parameters'.",
                 )
+
+    def _joint_faults(self, experts: int) -> Iterator[Fault]:
+        """Values that are sound one by one and wrong together, at tensors of every kind."""
+        filters = [f for n in self.names for v in self.said_of(n) for f in filters_of(v)]
+        found = Faults()
+        for fragment in ("", *dict.fromkeys(filters)):
+            for name in (fragment.replace("*", "x"), "1." + fragment.replace("*", "x")):
+                try:
+                    values = self.at(name, 2, experts)
+                    built: Parameters = build(self.method, values)
+                    built.check_experts(experts, found)
+                except MethodError as error:
+                    found.add(str(error))
+        for text in found.messages:
+            yield Fault(("parameters",), text)
 
     def _model_wide_faults(self) -> Iterator[Fault]:
         """What differs from tensor to tensor although a look at the whole model needs it."""

@@ -66,6 +66,11 @@ def fits(pattern: str | None, name: str) -> bool:
     return matches(name, [pattern]) if "*" in pattern else pattern in name
 
 
+def is_scalar(value: Any) -> bool:
+    """Whether a value is the same for every tensor by its form alone."""
+    return not isinstance(value, list | dict | tuple | set)
+
+
 def is_gradient(value: Any) -> bool:
     """Whether a value is a list of numbers."""
     return isinstance(value, list) and bool(value) and all(map(_is_number, value))
@@ -103,7 +108,7 @@ def filters_of(value: Any) -> list[str]:
 
 def fault_in(value: Any) -> str:
     """What is wrong with the form of a value; empty if nothing is."""
-    if is_gradient(value) or not isinstance(value, list | dict | tuple | set):
+    if is_scalar(value) or is_gradient(value):
         return ""
     entries: Any = [value] if isinstance(value, dict) else value
     if not isinstance(value, list | dict) or not entries:

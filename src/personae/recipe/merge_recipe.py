@@ -19,7 +19,7 @@ from personae.methods import (
 )
 from personae.recipe._faults import Fault
 from personae.recipe._parameters import GivenParameters
-from personae.recipe._values import filters_of, fits, is_gradient
+from personae.recipe._values import filters_of, fits, is_gradient, is_scalar
 from personae.recipe.pack_recipe import Strict, Vector
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -67,7 +67,9 @@ class MergeSettings(Strict):
         Raises:
             MethodError: naming every fault at once.
         """
-        values = self._parameters().at(name, layers, experts)
+        values = self.parameters
+        if self.expert_parameters or not all(map(is_scalar, values.values())):
+            values = self._parameters().at(name, layers, experts)
         return _build(self.method, self.conventions, experts, tuple(values.items()))
 
     def check(self, experts: Sequence[str]) -> None:
@@ -173,6 +175,9 @@ def find_method(name: str, conventions: Conventions) -> MergeMethod:
     Raises:
         MethodError: if there is none; the text suggests the nearest.
     """
+    own = METHODS_BY_CONVENTIONS[conventions].get(name)
+    if own is not None:
+        return own
     if name in CODECS:
         raise MethodError(
             f"'{name}' codes models, it does not merge them. To pack them by it: pack_method."
