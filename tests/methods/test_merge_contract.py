@@ -99,10 +99,8 @@ def test_order_of_experts_is_free_where_declared(name: str):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_factors_merge_as_their_products_do(name: str, shape: tuple[int, int], transposed: bool):
     factors, method = adapters(3, *shape, rank=2), find(name)
-    parameters, site = (
-        build(method, settings_of(method)),
-        Site("a.weight", shape, transposed=transposed),
-    )
+    parameters = build(method, settings_of(method))
+    site = Site("a.weight", shape, transposed=transposed)
     merged = method.merge_factors(factors, parameters, site=site)
     expected = method.merge(products(factors), parameters, site=site)
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
