@@ -104,7 +104,7 @@ def compare(
         }
         packs = pack_many(base, experts, outs, overwrite=True, work=work)
         for name, pack in zip(group, packs, strict=True):
-            amr = [task_amr_percent(task) for task in pack.manifest.tasks.values()]
+            amr = [task_amr_percent(task, pack.manifest) for task in pack.manifest.tasks.values()]
             add(
                 name,
                 _scores(pack, base, tasks, work),
@@ -115,10 +115,10 @@ def compare(
 
 
 def _sharing_decompositions(rows: Mapping[str, PackSettings]) -> list[list[str]]:
-    """Row names grouped so that within a group nothing but the rank differs."""
+    """Row names grouped so that one decomposition of each delta serves a group."""
     groups: dict[str, list[str]] = {}
     for name, settings in rows.items():
-        groups.setdefault(settings.without_rank().model_dump_json(), []).append(name)
+        groups.setdefault(settings.common().model_dump_json(), []).append(name)
     return list(groups.values())
 
 

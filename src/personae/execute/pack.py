@@ -70,12 +70,13 @@ def pack_many(
     overwrite: bool = False,
     work: Work | None = None,
 ) -> list[Pack]:
-    """Pack one family at several ranks or budgets; each delta is decomposed once.
+    """Pack one family at several ranks, budgets or ablations; each delta is decomposed once.
 
     Args:
         base: As for `pack`.
         experts: As for `pack`.
-        outs: Directory to settings, which may differ in `rank_fraction` and budget alone.
+        outs: Directory to settings, which may differ in budget and the codec's `free` parameters
+            (of DTS the rank fraction and whatever happens after the decomposition).
         characteristics: As for `pack`.
         overwrite: Replace directories that exist.
         work: Workers, memory bound, progress.
@@ -204,16 +205,17 @@ def _refuse_adapters(family: Family) -> None:
 
 
 def _check_alike(settings: Sequence[PackSettings]) -> None:
-    """Several packs share decompositions only if nothing but the rank differs.
+    """Several packs share decompositions only if those would be the same.
 
     Raises:
-        RecipeError: if something else does.
+        RecipeError: if settings differ in what decompositions depend on.
     """
-    stripped = [one.without_rank() for one in settings]
-    if any(one != stripped[0] for one in stripped):
+    common = [one.common() for one in settings]
+    if any(one != common[0] for one in common):
+        free = ", ".join(sorted(settings[0].codec().free)) or "nothing"
         raise RecipeError(
-            "Settings of packs made together differ in more than rank_fraction and budget. "
-            "Make these packs one by one."
+            "Settings of packs made together differ in more than the budget and what one "
+            f"decomposition serves (of {settings[0].method}: {free}). Make these packs one by one."
         )
 
 
