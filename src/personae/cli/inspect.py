@@ -181,10 +181,10 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False) -> None:
 
 
 def _print_uncoded(task: str, tensors: dict[str, Any]) -> None:
-    """Say which tensors are not coded, and what became of them."""
+    """Say which tensors (but scalars) are not coded, and what became of them."""
     meanings = {"exact": "not coded, kept exact", "skipped": "left as in the reference"}
     for treatment, meaning in meanings.items():
-        names = [key for key, tensor in tensors.items() if tensor["treatment"] == treatment]
+        names = [k for k, t in tensors.items() if t["shape"] and t["treatment"] == treatment]
         if names:
             console.out.print(f"{task}: {meaning}: {shown(names)}", markup=False)
 

@@ -115,7 +115,7 @@ def _note_what_is_not_coded(
     why = "" if fraction is None else f"rank 0 at rank fraction {fraction:.3g}, so "
     if left:
         work.note(f"{task}: {why}left as in the reference: {shown(left)}")
-    exact = [key for key, tensor in coded.items() if tensor.treatment == "exact"]
+    exact = [key for key, tensor in coded.items() if tensor.shape and tensor.treatment == "exact"]
     if exact:
         work.note(f"{task}: not coded, kept exact: {shown(exact)}")
 

@@ -145,7 +145,7 @@ class DeltaCoMe(Codec):
 
     def zero_bits(self, shape: tuple[int, ...]) -> int:
         """A bit a row."""
-        return 8 * packed_size(shape[0], 1) if len(shape) == 2 else 0
+        return 8 * packed_size(shape[0], 1) if self.rank(shape) else 0
 
     def _runs(self, rank: int) -> Iterator[tuple[int, int, int]]:
         """Bits a value, first and last vector of each run of one precision."""
