@@ -5,6 +5,7 @@ import torch
 
 from personae._types import SVD, Parts, TensorSpec
 from personae.methods import CODECS, Codec, block_bits, decode_block, encode_block
+from pretend_device import DEVICE, PretendDevice
 
 MATRICES = [(80, 100), (300, 70), (70, 300), (1, 50), (50, 1)]
 SHAPES = [(), (1,), (7,), *MATRICES, (6, 3, 2, 2), (4, 5, 9)]
@@ -202,6 +203,23 @@ def test_bits_at_the_default_rank(name: str):
     for shape in SHAPES:
         if codec.treats(TensorSpec(NAME, shape, torch.float32)) == "code":
             assert codec.bits(shape, rank=codec.rank(shape)) == codec.bits(shape)
+
+
+@each_shape
+def test_computes_on_the_device_of_its_input(name: str, shape: tuple[int, ...]):
+    codec, delta = _codec(name), _delta(shape)
+    if delta.ndim == 2:
+        delta[0] = 0
+    elif delta.ndim:
+        delta.view(-1)[0] = 0
+    parts, here = _round_trip(codec, delta)
+    with PretendDevice():
+        there, decoded = _round_trip(codec, delta.to(DEVICE))
+        assert all(part.device == DEVICE for part in there.values())
+        assert not there or decoded.device == DEVICE  # without parts nothing says where
+        there, decoded = {part: tensor.cpu() for part, tensor in there.items()}, decoded.cpu()
+    assert _same(there, parts)
+    assert torch.equal(decoded, here)
 
 
 def test_an_entry_can_be_listed(name: str):

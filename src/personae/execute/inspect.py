@@ -88,7 +88,6 @@ def _task(pack: Pack, name: str, record: TaskRecord) -> dict[str, Any]:
     return {
         "source": record.source,
         "revision": record.revision,
-        "characteristics": list(record.characteristics),
         "parameters": record.parameters,
         "rank_fraction": record.parameters.get("rank_fraction"),
         "bytes": record.bytes,

@@ -36,7 +36,7 @@ def encode_mask(mask: Bool[Tensor, " entry"]) -> Parts:
     if not best:
         return {"mask": pack(mask.to(torch.uint8), 1)}
     ends = ((skipped >> best) + 1).cumsum(0) - 1
-    unary = torch.zeros(int(ends[-1]) + 1, dtype=torch.uint8)
+    unary = mask.new_zeros(int(ends[-1]) + 1, dtype=torch.uint8)
     unary[ends] = 1
     return {"mask": pack(unary, 1), "gaps": pack_planes(skipped & (1 << best) - 1, best)}
 

@@ -68,13 +68,13 @@ class BitDelta(Codec):
         self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None
     ) -> Float[Tensor, "..."]:
         """Rebuild the delta; parts that do not fit the shape are refused."""
-        delta = torch.zeros(shape)
         if not parts:
-            return delta
-        masked = "mask" in parts
-        changed = decode_mask(parts, delta.numel()) if masked else torch.arange(delta.numel())
-        signs = unpack(cut(parts, "signs", [packed_size(len(changed), 1)])[0], len(changed), 1)
+            return torch.zeros(shape)
         scale = cut(parts, "scale", [1])[0]
+        delta = torch.zeros(shape, device=scale.device)
+        changed = decode_mask(parts, delta.numel()) if "mask" in parts else slice(None)
+        count = delta.view(-1)[changed].numel()
+        signs = unpack(cut(parts, "signs", [packed_size(count, 1)])[0], count, 1)
         delta.view(-1)[changed] = torch.where(signs.bool(), -scale, scale)
         return delta
 

@@ -56,7 +56,7 @@ class EMR(Codec):
     def gather(self) -> Looks:
         """Both sums of the rescaler."""
         told = yield Look("rescaler", self._sizes, each=True)
-        whole, masked = torch.stack(list(told.values())).sum(dim=0).tolist() if told else (0, 0)
+        whole, masked = torch.stack(list(told.values())).sum(dim=0).cpu().tolist() if told else (0, 0)
         return {"scale": whole / masked if masked else 1.0}
 
     def encode(
@@ -68,15 +68,15 @@ class EMR(Codec):
             return {}
         mask = encode_mask(_agree(delta, context.shared).flatten())
         scale = (context.facts or {})["scale"]
-        return mask | {"scale": torch.tensor([scale], dtype=torch.float32)} if mask else {}
+        return mask | {"scale": delta.new_full((1,), scale)} if mask else {}
 
     def decode(
         self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None
     ) -> Float[Tensor, "..."]:
         """λ_n M_n τ; parts that do not fit the shape are refused."""
-        delta = torch.zeros(shape)
         if not parts or shared is None:
-            return delta
+            return torch.zeros(shape)
+        delta = torch.zeros(shape, device=shared.device)
         kept = decode_mask(parts, delta.numel())
         delta.view(-1)[kept] = cut(parts, "scale", [1])[0] * shared.reshape(-1)[kept]
         return delta

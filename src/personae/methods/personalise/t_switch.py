@@ -5,6 +5,7 @@ of each sign (it keeps 30 % for RoBERTa). `scope` "model" is the form the DTS pa
 one threshold for each sign and one scale over the whole flattened vector, there with 35 or 30 %.
 """
 
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -17,18 +18,12 @@ from personae.methods._codec import Bits, Codec, Context, Facts, Look, Looks, Tr
 from personae.methods._registry import codec
 from personae.ops.bits import pack, packed_size, unpack
 from personae.ops.masks import decode_mask, encode_mask, mask_size
-from personae.ops.parts import cut
-from personae.ops.select import (
-    HIGH_BINS,
-    LOW_BINS,
-    count_high,
-    count_low,
-    find_bin,
-    kth_magnitude,
-    magnitude,
-)
+from personae.ops.parts import cut, part
+from personae.ops.select import TOP, Window, census, kth_magnitude, narrow
 
 _SIGNS = {"positive": 1.0, "negative": -1.0}
+_NOTHING = Window(TOP, TOP + 1)
+"""Infinity, which no entry reaches."""
 
 
 @codec(paper="arXiv:2412.00054")
@@ -61,17 +56,20 @@ class TSwitch(Codec):
         """With `scope` "model": both thresholds by counting, then the scale of what they keep."""
         if self.scope == "tensor":
             return {}
-        high = yield Look("bins", lambda delta, _: _count_high(delta))
-        kept = [_kept(int(counts.sum()), self.density) for counts in high]
-        bins = [find_bin(c, k) if k else (0, 0) for c, k in zip(high, kept, strict=True)]
-        low = yield Look("thresholds", lambda delta, _: _count_low(delta, [h for h, _ in bins]))
+        windows = [Window(0, TOP)] * len(_SIGNS)
+        while not all(window.found for window in windows):
+            counts = yield Look("thresholds", partial(_censuses, windows))
+            windows = [
+                narrow(of_sign, window, kept) if kept else _NOTHING
+                for of_sign, window in zip(counts, windows, strict=True)
+                for kept in [_kept(int(of_sign[0]), self.density)]
+            ]
         facts: Facts = {
-            name: magnitude(h, find_bin(counts, rank)[0]) if k else torch.inf
-            for name, counts, (h, rank), k in zip(_SIGNS, low, bins, kept, strict=True)
+            name: window.magnitude for name, window in zip(_SIGNS, windows, strict=True)
         }
         energies = yield Look("scale", lambda delta, _: _energy(delta, facts), each=True)
         total = torch.stack(list(energies.values())).sum(dim=0) if energies else torch.zeros(2)
-        return {**facts, "scale": _root_mean(*total.tolist())}
+        return {**facts, "scale": _root_mean(*total.cpu().tolist())}
 
     def encode(
         self, delta: Float[Tensor, "..."], svd: SVD | None = None, context: Context | None = None
@@ -89,16 +87,16 @@ class TSwitch(Codec):
             return {}
         return encode_mask(kept) | {
             "signs": pack((flat[kept] < 0).to(torch.uint8), 1),
-            "scale": torch.tensor([scale], dtype=torch.float32),
+            "scale": delta.new_full((1,), scale),
         }
 
     def decode(
         self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None
     ) -> Float[Tensor, "..."]:
         """Rebuild the delta; parts that do not fit the shape are refused."""
-        delta = torch.zeros(shape)
         if not parts:
-            return delta
+            return torch.zeros(shape)
+        delta = torch.zeros(shape, device=part(parts, "mask").device)
         kept = decode_mask(parts, delta.numel())
         signs = unpack(cut(parts, "signs", [packed_size(len(kept), 1)])[0], len(kept), 1)
         scale = cut(parts, "scale", [1])[0]
@@ -144,26 +142,16 @@ def _above(flat: Float[Tensor, " entry"], facts: Facts) -> Bool[Tensor, " entry"
 def _energy(delta: Float[Tensor, "..."], facts: Facts) -> Float[Tensor, "2"]:
     """Sum of squares of the entries kept, and their number; fp64."""
     exact = delta[_above(delta, facts)].double()
-    return torch.stack([exact @ exact, torch.tensor(len(exact), dtype=torch.float64)])
+    return torch.stack([exact @ exact, exact.new_full((), len(exact))])
 
 
 def _root_mean(energy: float, count: float) -> float:
     return (energy / count) ** 0.5 if count else 0.0
 
 
-def _count_high(delta: Float[Tensor, "..."]) -> Tensor:
-    """Magnitudes of each sign by their high bits."""
-    counts = torch.zeros(2, HIGH_BINS, dtype=torch.int64)
-    for row, sign in zip(counts, _SIGNS.values(), strict=True):
-        own = sign * delta
-        count_high(row, own[own > 0])
-    return counts
-
-
-def _count_low(delta: Float[Tensor, "..."], highs: list[int]) -> Tensor:
-    """Magnitudes of each sign with these high bits, by their low bits."""
-    counts = torch.zeros(2, LOW_BINS, dtype=torch.int64)
-    for row, sign, high in zip(counts, _SIGNS.values(), highs, strict=True):
-        own = sign * delta
-        count_low(row, own[own > 0], high)
-    return counts
+def _censuses(windows: list[Window], delta: Float[Tensor, "..."], _: Context) -> Tensor:
+    """A census of the magnitudes of each sign."""
+    bins = max(window.bins for window in windows)
+    signed = (sign * delta for sign in _SIGNS.values())
+    pairs = zip(signed, windows, strict=True)
+    return torch.stack([census(own[own > 0], window, bins) for own, window in pairs])

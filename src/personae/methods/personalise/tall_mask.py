@@ -78,9 +78,9 @@ class TALLMask(Codec):
         self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None
     ) -> Float[Tensor, "..."]:
         """The masked multi-task vector; parts that do not fit the shape are refused."""
-        delta = torch.zeros(shape)
         if not parts or shared is None:
-            return delta
+            return torch.zeros(shape)
+        delta = torch.zeros(shape, device=shared.device)
         kept = decode_mask(parts, delta.numel())
         delta.view(-1)[kept] = shared.reshape(-1)[kept]
         return delta

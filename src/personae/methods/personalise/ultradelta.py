@@ -20,7 +20,7 @@ from personae.methods._registry import codec
 from personae.methods._site import is_projection
 from personae.ops.bits import pack_planes, planes_size, unpack_planes
 from personae.ops.masks import decode_mask, encode_mask, mask_size
-from personae.ops.parts import cut
+from personae.ops.parts import cut, part
 
 _WIDTH = 4
 _DENSEST_RATE = 0.99
@@ -85,7 +85,7 @@ class UltraDelta(Codec):
     def gather(self) -> Looks:
         """Standard deviations, by which tensors are kept; then the trace norm of what is kept."""
         told = yield Look("deviations", lambda delta, _: _deviation(delta), each=True)
-        facts = self._thirds([tuple(pair.tolist()) for pair in told.values()])
+        facts = self._thirds([tuple(pair.cpu().tolist()) for pair in told.values()])
         if self.rescale == "none":
             return facts
         norms = yield Look("trace norms", lambda d, c: self._trace_norm(d, c, facts), each=True)
@@ -112,12 +112,12 @@ class UltraDelta(Codec):
         self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None
     ) -> Float[Tensor, "..."]:
         """Rebuild the delta; parts that do not fit the shape are refused."""
-        delta = torch.zeros(shape)
         if not parts:
-            return delta
+            return torch.zeros(shape)
+        delta = torch.zeros(shape, device=part(parts, "mask").device)
         kept = decode_mask(parts, delta.numel())
         codes = cut(parts, "codes", [planes_size(len(kept), _WIDTH)])[0]
-        least, step = cut(parts, "levels", [2])[0]
+        least, step = cut(parts, "levels", [2])[0].cpu().tolist()
         delta.view(-1)[kept] = least + step * unpack_planes(codes, len(kept), _WIDTH)
         return delta
 
@@ -182,7 +182,7 @@ class UltraDelta(Codec):
     def _trace_norm(self, delta: Tensor, context: Context, facts: Facts) -> Float[Tensor, ""]:
         """Sum of singular values of a matrix after pruning; 0 for other tensors."""
         if delta.ndim != 2:
-            return torch.zeros((), dtype=torch.float64)
+            return delta.new_zeros((), dtype=torch.float64)
         pruned = self.decode(self._encode(delta, context, facts, 1.0), tuple(delta.shape))
         return torch.linalg.svdvals(pruned).sum(dtype=torch.float64)
 
@@ -195,7 +195,7 @@ def _deviation(delta: Float[Tensor, "..."]) -> Float[Tensor, "2"]:
     """Standard deviation of a tensor (of all its entries) and their number; fp64."""
     exact = delta.double()
     deviation = exact.std(correction=0)
-    return torch.stack([deviation, torch.tensor(delta.numel(), dtype=torch.float64)])
+    return torch.stack([deviation, torch.full_like(deviation, delta.numel())])
 
 
 def _draw(
@@ -204,10 +204,10 @@ def _draw(
     dropped: float,
     generator: torch.Generator,
 ) -> Bool[Tensor, " entry"]:
-    """Mark what is kept: of each level's candidates all but a share, at random."""
+    """Mark what is kept: of each level's candidates all but a share, at random (on the CPU)."""
     kept = torch.zeros_like(candidates)
     for level in range(1 << _WIDTH):
         places = (candidates & (levels == level)).nonzero().flatten()
-        order = torch.randperm(len(places), generator=generator)
+        order = torch.randperm(len(places), generator=generator).to(places.device)
         kept[places[order[round(len(places) * dropped) :]]] = True
     return kept
