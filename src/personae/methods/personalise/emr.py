@@ -56,7 +56,9 @@ class EMR(Codec):
     def gather(self) -> Looks:
         """Both sums of the rescaler."""
         told = yield Look("rescaler", self._sizes, each=True)
-        whole, masked = torch.stack(list(told.values())).sum(dim=0).cpu().tolist() if told else (0, 0)
+        whole, masked = (
+            torch.stack(list(told.values())).sum(dim=0).cpu().tolist() if told else (0, 0)
+        )
         return {"scale": whole / masked if masked else 1.0}
 
     def encode(

@@ -133,7 +133,7 @@ def _largest(flat: Float[Tensor, " entry"], density: float) -> Bool[Tensor, " en
     return marked
 
 
-def _above(flat: Float[Tensor, " entry"], facts: Facts) -> Bool[Tensor, " entry"]:
+def _above(flat: Float[Tensor, "*shape"], facts: Facts) -> Bool[Tensor, "*shape"]:
     """Mark what reaches the threshold of its sign; all that tie with it."""
     negative = flat <= -facts.get("negative", torch.inf)
     return (flat >= facts.get("positive", torch.inf)) | negative
