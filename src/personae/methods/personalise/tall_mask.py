@@ -41,7 +41,7 @@ class TALLMask(Codec):
         default=0.4, description="How much of the other tasks an entry has to exceed; one a task."
     )
 
-    def for_task(self, task: str) -> Codec:
+    def for_task(self, task: str) -> "TALLMask":
         """Choose the threshold of this task.
 
         Raises:

@@ -37,7 +37,7 @@ class TSVCompress(Codec):
         """Matrices are coded."""
         return "code" if len(spec.shape) == 2 else self.rest
 
-    def for_family(self, facts: Sequence[Facts]) -> Codec:
+    def for_family(self, facts: Sequence[Facts]) -> "TSVCompress":
         """Count the tasks."""
         return self if self.tasks else self.model_copy(update={"tasks": len(facts)})
 

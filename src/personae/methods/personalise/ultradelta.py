@@ -91,7 +91,7 @@ class UltraDelta(Codec):
         norms = yield Look("trace norms", lambda d, c: self._trace_norm(d, c, facts), each=True)
         return {**facts, "trace_norm": float(sum(norms.values()))}
 
-    def for_family(self, facts: Sequence[Facts]) -> Codec:
+    def for_family(self, facts: Sequence[Facts]) -> "UltraDelta":
         """Find the smallest trace norm."""
         norms = [one["trace_norm"] for one in facts if one.get("trace_norm")]
         if self.smallest_trace_norm is not None or not norms:
