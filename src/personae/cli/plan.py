@@ -120,9 +120,10 @@ def _plan_shapes(
 
 
 def _plan_pack(recipe: PackRecipe, workers: int | None, memory: str | None, json: bool) -> None:
-    if recipe.base is None:
+    if recipe.base is None and (not recipe.experts or recipe.settings.vector == "task"):
         raise RecipeError(
-            "Say what to plan: --base and --expert NAME=PATH, a recipe, --architecture CONFIG.json "
+            "Say what to plan: --base and --expert NAME=PATH (without --base: --vector "
+            "difference), a recipe, --architecture CONFIG.json "
             "or --shapes FILE.json."
         )
     settings = recipe.settings

@@ -185,7 +185,7 @@ def plan_pack(
     held = 2 * max(t.coded.bytes + t.coded.mask_bytes + t.private_bytes for t in tasks.values())
     return PackPlan(
         tasks=tasks,
-        bytes_in=base_bytes + sum(t.bytes_in for t in tasks.values()),
+        bytes_in=base_bytes * family.has_base + sum(t.bytes_in for t in tasks.values()),
         bytes_out=written + merged,
         peak_memory=held + (peak if memory is None else min(peak, memory)),
         workers=workers,
