@@ -1,6 +1,8 @@
-"""Pack a trained family by DTS-T and DTS-D, rebuild every expert, score it, print the table.
+"""Pack a trained family, rebuild every expert from each pack, score it, print the table.
 
-`python benchmarks/families/pack_family.py text|vision`, once the family is trained.
+`python benchmarks/families/pack_family.py text|vision`, once the family is trained. `--rows` says
+which packs: `dts` (DTS-T and DTS-D at r = 0.3 and under budgets), `methods` (every personalised
+method, on task and on difference vectors) or `sweep` (DTS-T over ranks, ablations and budgets).
 """
 
 from pathlib import Path
@@ -15,8 +17,10 @@ from transformers import AutoTokenizer
 
 from personae import Work
 from personae.evaluate import Record, Task, records_to_json
-from personae.evaluate.comparison import compare, dts_rows
+from personae.evaluate.comparison import compare, dts_rows, method_rows, sweep_rows
 from personae.report.table import accuracy_size_table, markdown
+
+ROWS = {"dts": dts_rows, "methods": method_rows, "sweep": sweep_rows}
 
 
 def read_tasks(family: str, directory: Path, data: Path) -> list[Task]:
@@ -29,8 +33,15 @@ def read_tasks(family: str, directory: Path, data: Path) -> list[Task]:
     return [vision.read_task(name, data, limit=1) for name in names]
 
 
-def main(family: str, threads: int = 1, data: Path = DATA, runs: Path = RUNS) -> None:
-    """Print the table, and write it to `runs/families/FAMILY-results.{json,md}`."""
+def main(
+    family: str, rows: str = "dts", threads: int = 1, data: Path = DATA, runs: Path = RUNS
+) -> None:
+    """Print the table, and write it to `runs/families/FAMILY-results.{json,md}`.
+
+    Rows other than those of DTS go to `FAMILY-ROWS-results.{json,md}`.
+    """
+    if rows not in ROWS:
+        raise SystemExit(f"No rows '{rows}'. Give {', '.join(ROWS)}.")
     if family not in ("text", "vision"):
         raise SystemExit(f"No family '{family}'. Give text or vision.")
     torch.set_num_threads(threads)
@@ -46,13 +57,14 @@ def main(family: str, threads: int = 1, data: Path = DATA, runs: Path = RUNS) ->
         directory / "base",
         {task.name: directory / task.name for task in tasks},
         tasks,
-        dts_rows(),
+        ROWS[rows](),
         runs / "packs" / family,
         work=Work(workers=threads),
         report=report,
     )
-    (runs / f"{family}-results.json").write_text(records_to_json(records), "utf-8")
-    (runs / f"{family}-results.md").write_text(markdown(records), "utf-8")
+    name = family if rows == "dts" else f"{family}-{rows}"
+    (runs / f"{name}-results.json").write_text(records_to_json(records), "utf-8")
+    (runs / f"{name}-results.md").write_text(markdown(records), "utf-8")
     console = Console()
     console.print(accuracy_size_table(records, console.width))
 

@@ -68,9 +68,9 @@ def test_deltas_are_decomposed_and_decoded_there(family, tmp_path, monkeypatch):
     codec, seen = type(rebuilt._codec), []
     decode, decompose = codec.decode, codec.decompose
 
-    def decode_seen(self, parts, shape):
+    def decode_seen(self, parts, shape, *given):
         seen.extend(part.device for part in parts.values())
-        return decode(self, parts, shape)
+        return decode(self, parts, shape, *given)
 
     def decompose_seen(self, delta, rank):
         seen.append(delta.device)
@@ -84,9 +84,8 @@ def test_deltas_are_decomposed_and_decoded_there(family, tmp_path, monkeypatch):
         monkeypatch.setattr(codec, "decode", decode)
         monkeypatch.setattr(codec, "decompose", decompose_seen)
         seen.clear()
-        encode._encode_block(
-            expert["layer.weight"] - base["layer.weight"], [rebuilt._codec], DEVICE
-        )
+        delta = expert["layer.weight"] - base["layer.weight"]
+        encode._encode_block(delta, [rebuilt._codec], "code", rebuilt._codec.alone(delta), DEVICE)
         assert seen == [DEVICE]
 
 

@@ -127,12 +127,12 @@ def test_a_memory_bound_below_the_largest_tensor_names_what_it_takes(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_packs_of_one_sweep_differ_in_rank_alone(tmp_path):
+def test_packs_of_one_sweep_share_what_decompositions_depend_on(tmp_path):
     outs = {
         tmp_path / "a": PackSettings(parameters={"rank_fraction": 0.1}),
-        tmp_path / "b": PackSettings(parameters={"rank_fraction": 0.2, "split": "median"}),
+        tmp_path / "b": PackSettings(parameters={"rank_fraction": 0.2, "qkv": "split"}),
     }
-    with pytest.raises(RecipeError, match="differ in more than rank_fraction and budget"):
+    with pytest.raises(RecipeError, match=r"differ in more than the budget .* grouping, rank_frac"):
         pack_many(BASE, {"x": tuned(BASE, 1)}, outs)
     assert list(tmp_path.iterdir()) == []
 

@@ -32,9 +32,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     encode = DTS.encode
 
-    def counting(self: DTS, delta: torch.Tensor, svd: Any = None) -> Mapping[str, torch.Tensor]:
+    def counting(self: DTS, delta: torch.Tensor, *given: Any) -> Mapping[str, torch.Tensor]:
         shapes.append(tuple(delta.shape))
-        return encode(self, delta, svd)
+        return encode(self, delta, *given)
 
     monkeypatch.setattr(DTS, "encode", counting)
     return shapes

@@ -12,9 +12,13 @@ import pytest
 import torch
 
 from personae._types import TensorSpec
+from personae.errors import RecipeError
+from personae.execute.plan import plan_shapes, specs_of_shapes
 from personae.methods import Codec
+from personae.methods.personalise.delta_come import DeltaCoMe
 from personae.methods.personalise.dts import DTS
 from personae.methods.personalise.svd import SVD
+from personae.recipe import PackSettings
 
 DATA = Path(__file__).parents[1] / "data"
 B32, L14 = "openclip_vit_b32_image_encoder", "openclip_vit_l14_image_encoder"
@@ -114,3 +118,70 @@ def test_dts_at_other_ranks(model: str, rank_fraction: float, amr: float):
 def test_svd_baseline(model: str, amr: float):
     assert round(_amr(model, SVD()), 2) == amr
     assert _amr(model, SVD(), "stored") == _amr(model, SVD())
+
+
+def _planned(model: str, method: str, tasks: int | None = None, **parameters: object) -> float:
+    settings = PackSettings(method=method, parameters=parameters)
+    return plan_shapes(specs_of_shapes(_shapes(model)), settings, tasks).amr_percent["counted"]
+
+
+@pytest.mark.parametrize("method", ["emr", "tall_mask"])
+@pytest.mark.parametrize("model", [B32, L14, "roberta_base", "gpt2"])
+def test_a_mask_and_a_share_of_one_vector(model: str, method: str):
+    assert _planned(model, method, 8) == 100 / 8 + 100 / 32 == 15.625
+    assert _planned(model, method, 7) == pytest.approx(100 / 7 + 100 / 32, rel=1e-12)  # 17.41
+
+
+@pytest.mark.parametrize("model", [B32, L14, "roberta_base", "gpt2"])
+def test_t_switch_is_two_bits_an_element(model: str):
+    # The temperature of CLIP, a scalar, keeps its 32 bits: 30/32 of 1e-6 percent.
+    assert _planned(model, "t_switch") == pytest.approx(6.25, abs=1e-6)
+    assert _planned(model, "t_switch", scope="model") == pytest.approx(6.25, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "amr"), [(B32, 5.87), (L14, 4.08), ("roberta_base", 4.14), ("gpt2", 3.80)]
+)
+def test_svd_baseline_as_planned(model: str, amr: float):
+    assert round(_planned(model, "svd"), 2) == amr
+
+
+def test_bitdelta_is_a_bit_for_matrices_and_exact_elsewhere():
+    shapes = _shapes("roberta_base")
+    coded = sum(math.prod(s) for n, s in shapes.items() if ".layer." in n and len(s) == 2)
+    whole = _numel("roberta_base")
+    expected = 100 * (coded + 32 * (whole - coded)) / (32 * whole)
+    assert _planned("roberta_base", "bitdelta") == pytest.approx(expected)
+    assert _planned("roberta_base", "bitdelta", tensors="all") == pytest.approx(100 / 32)
+
+
+def test_tsv_c_keeps_its_share_of_the_directions():
+    # k (m + d + 1) numbers of m d, k = ⌊min / N⌋: 25 % and a little of a square matrix at N = 8
+    square = {"layers.0.mlp.weight": (768, 768)}
+    settings = PackSettings(method="tsv_c")
+    planned = plan_shapes(specs_of_shapes(square), settings, 8)
+    assert planned.amr_percent["counted"] == pytest.approx(100 * 96 * 1537 / 768**2)
+    with pytest.raises(RecipeError, match=r"depends on the number of tasks. Give it: --tasks N"):
+        plan_shapes(specs_of_shapes(square), settings)
+
+
+def test_delta_come_is_a_bit_a_weight():
+    # 4096 x 4096: room for 2048 bits a pair of entries. 2·8 + 32·3 = 112, (2048 − 112) / 2 = 968
+    codec = DeltaCoMe()
+    assert codec.rank((4096, 4096)) == 2 + 32 + 968
+    bits = codec.bits((4096, 4096))
+    assert bits.counted == 2048 * 8192 + 32 * 1002 == 4096**2 + 32 * 1002
+    assert 100 * bits.counted / (16 * 4096**2) == pytest.approx(100 / 16, abs=0.02)  # of fp16
+
+
+def test_ultradelta_at_three_percent():
+    # 132 times smaller than fp32, as reported for B/32, is 0.76 %
+    assert _planned(B32, "ultradelta") == pytest.approx(0.77, abs=0.01)
+    amr = _planned("roberta_base", "ultradelta")
+    assert 0.6 < amr < 0.8  # embeddings, a third of the model, are left out
+    one = plan_shapes(
+        specs_of_shapes({"layers.0.w": (1024, 1024)}), PackSettings(method="ultradelta")
+    )
+    assert one.amr_percent["counted"] == pytest.approx(
+        1.0, abs=0.05
+    )  # 0.2 + 4 · 0.03 bits an element

@@ -8,8 +8,7 @@ import torch
 
 from personae._types import SVD, Parts, TensorSpec
 from personae.errors import MethodError, PackError
-from personae.methods import CODECS, Block, build
-from personae.methods.personalise import dts
+from personae.methods import CODECS, Block, _codec, build
 from personae.methods.personalise.dts import DTS
 
 
@@ -301,7 +300,7 @@ def test_options_of_the_decomposition_reach_the_solver(monkeypatch: pytest.Monke
         seen.update(options, rank=rank)
         return SVD(matrix[:, :rank], torch.ones(rank), matrix[:rank])
 
-    monkeypatch.setattr(dts, "truncated_svd", fake)
+    monkeypatch.setattr(_codec, "truncated_svd", fake)
     DTS(solver="gram", signs="solver", rank_tolerance=0.5).decompose(_normal(5, 5), 2)
     assert seen == {"rank": 2, "solver": "gram", "signs": "solver", "rank_tolerance": 0.5}
 

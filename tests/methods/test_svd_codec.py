@@ -5,7 +5,7 @@ import torch
 
 from personae import _types
 from personae.errors import PackError
-from personae.methods.personalise import svd
+from personae.methods import _codec
 from personae.methods.personalise.svd import SVD
 
 
@@ -55,7 +55,7 @@ def test_options_of_the_decomposition_reach_the_solver(monkeypatch: pytest.Monke
         seen.update(options, rank=rank)
         return _types.SVD(matrix[:, :rank], torch.ones(rank), matrix[:rank])
 
-    monkeypatch.setattr(svd, "truncated_svd", fake)
+    monkeypatch.setattr(_codec, "truncated_svd", fake)
     SVD(solver="gram", rank_tolerance=0.5).decompose(torch.eye(5), 2)
     assert seen == {"rank": 2, "solver": "gram", "rank_tolerance": 0.5}
 

@@ -78,16 +78,90 @@ def decode_svd(parts: Any, shape: tuple[int, ...], _: Any) -> Any:
     return (parts["left"].reshape(-1, len(sigma)) * sigma) @ parts["right"].reshape(len(sigma), -1)
 
 
+def planes(data: Any, count: int, width: int) -> Any:
+    size = -(-count // 8)
+    each = [bits(data[j * size : (j + 1) * size], 1)[:count].astype(int) for j in range(width)]
+    return sum((plane << j for j, plane in enumerate(each)), np.zeros(count, int))
+
+
+def marked(parts: Any, count: int) -> Any:
+    if "mask" not in parts:
+        return np.arange(count)
+    ones = np.flatnonzero(bits(parts["mask"], 1))
+    if "gaps" not in parts:
+        return ones
+    k = len(parts["gaps"]) // -(-len(ones) // 8)
+    quotients = np.diff(ones, prepend=-1) - 1
+    return np.cumsum(quotients * 2**k + planes(parts["gaps"], len(ones), k) + 1) - 1
+
+
+def decode_masked(method: str, parts: Any, shape: tuple[int, ...], shared: Any) -> Any:
+    delta = np.zeros(math.prod(shape), np.float32)
+    kept = marked(parts, delta.size)
+    if method in ("t_switch", "bitdelta"):
+        negative = bits(parts["signs"], 1)[: len(kept)] > 0
+        delta[kept] = np.where(negative, -parts["scale"], parts["scale"])
+    elif method == "ultradelta":
+        least, step = parts["levels"]
+        delta[kept] = least + planes(parts["codes"], len(kept), 4) * step
+    else:
+        delta[kept] = parts.get("scale", np.float32(1)) * shared.ravel()[kept]
+    return delta.reshape(shape)
+
+
+def decode_bands(parts: Any, shape: tuple[int, int], parameters: Any) -> Any:
+    k = len(parts["singular_values"])
+    m, n = shape
+    widths = [b for count, b in parameters["bands"] for _ in range(count)]
+    widths = (widths + [parameters["rest_bits"]] * k)[:k]
+    rows = bits(parts["rows"], 1)[:m] > 0 if "rows" in parts else np.ones(m, bool)
+    byte, scale, found = 0, 0, []
+    for length in (int(rows.sum()), n):
+        factor, groups = np.zeros((k, length)), -(-length // 128)
+        for b in sorted(set(widths), key=widths.index):
+            own = [i for i in range(k) if widths[i] == b]
+            size = b * -(-len(own) * length // 8)
+            codes = planes(parts["codes"][byte : byte + size], len(own) * length, b)
+            factor[own] = 2 * codes.reshape(-1, length) / (2**b - 1) - 1
+            byte += size
+        scales = parts["scales"][scale : scale + k * groups].astype(float).reshape(k, groups)
+        found.append(factor * np.repeat(scales, 128, axis=1)[:, :length])
+        scale += k * groups
+    delta = np.zeros(shape, np.float32)
+    delta[rows] = (found[0].T * parts["singular_values"]) @ found[1]
+    return delta
+
+
+def decode_of_version_2(method: str, parts: Any, shape: Any, parameters: Any, shared: Any) -> Any:
+    if not parts:
+        return np.zeros(shape, np.float32)
+    if set(parts) == {"exact"}:
+        return parts["exact"].reshape(shape)
+    if method == "tsv_c":
+        return decode_svd(parts, shape, parameters)
+    if method == "delta_come":
+        return decode_bands(parts, shape, parameters)
+    return decode_masked(method, parts, shape, shared)
+
+
 def read_task(directory: Path, name: str, reference: dict[str, Any]) -> dict[str, Any]:
     manifest = json.loads((directory / "pack.json").read_text("utf-8"))
     stated = manifest.pop("checksum")
     canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    assert (manifest["format"], manifest["format_version"]) == ("personae-pack", 1)
+    assert manifest["format"] == "personae-pack"
+    assert manifest["format_version"] in (1, 2)
     assert hashlib.sha256(canonical.encode()).hexdigest() == stated
     task = manifest["tasks"][name]
     assert hashlib.sha256((directory / task["file"]).read_bytes()).hexdigest() == task["sha256"]
     file = read_safetensors(directory / task["file"])
-    decode = {"dts": decode_dts, "svd": decode_svd}[manifest["method"]]
+    method, common = manifest["method"], {}
+    if manifest.get("shared"):
+        path = directory / manifest["shared"]["file"]
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == manifest["shared"]["sha256"]
+        common = read_safetensors(path)
+        found = {key: list(values.shape) for key, values in common.items()}
+        assert found == manifest["shared"]["tensors"]
+    decode = {"dts": decode_dts, "svd": decode_svd}.get(method)
     deltas: dict[str, Any] = {}
     reached: dict[str, int] = {}
     for key, tensor in task["tensors"].items():
@@ -100,7 +174,11 @@ def read_task(directory: Path, name: str, reference: dict[str, Any]) -> dict[str
                 parts[part] = file[part][start : start + length]
             place = (slice(None),) * block["axis"] + (slice(block["start"], block["stop"]),)
             view = deltas[key][place] if tensor["shape"] else deltas[key]
-            view[...] = decode(parts, view.shape, task["parameters"])
+            own = common[key][place if tensor["shape"] else ()] if key in common else None
+            if decode:
+                view[...] = decode(parts, view.shape, task["parameters"])
+            else:
+                view[...] = decode_of_version_2(method, parts, view.shape, task["parameters"], own)
     rule, rebuilt = task["renaming"], {}
     for key, value in reference.items():
         own = rule["add"] + key.removeprefix(rule["strip"]) if key not in rule["plain"] else key
@@ -177,6 +255,21 @@ SETTINGS = {
     "difference": PackSettings(vector="difference"),
     "svd": PackSettings(method="svd", parameters={"rank_fraction": 0.5}),
     "private": PackSettings(private=("proj.*",), skip=("thin.*",)),
+    "tsv_c": PackSettings(method="tsv_c"),
+    "t_switch": PackSettings(method="t_switch"),
+    "t_switch, sparse": PackSettings(method="t_switch", parameters={"density": 0.1}),
+    "t_switch, model": PackSettings(method="t_switch", parameters={"scope": "model"}),
+    "emr": PackSettings(method="emr"),
+    "emr, difference": PackSettings(method="emr", vector="difference"),
+    "tall_mask": PackSettings(method="tall_mask", parameters={"threshold": 1.5}),
+    "bitdelta": PackSettings(method="bitdelta"),
+    "bitdelta, all": PackSettings(method="bitdelta", parameters={"tensors": "all"}),
+    "delta_come": PackSettings(
+        method="delta_come", parameters={"bands": [[1, 8], [2, 3]], "bits_per_weight": 4}
+    ),
+    "ultradelta": PackSettings(
+        method="ultradelta", parameters={"tensors": "all", "density": 0.2, "rest": "exact"}
+    ),
 }
 
 

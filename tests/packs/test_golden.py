@@ -246,7 +246,9 @@ def test_the_shared_file_is_plain_safetensors(tmp_path):
     }
     shared = Pack(tmp_path).open_shared()
     assert shared is not None
-    assert shared.read("bias").tolist() == [1, -2]
+    bias = shared.read("bias")
+    assert bias is not None
+    assert bias.tolist() == [1, -2]
     assert shared.read("other") is None
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "pack.json",

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from personae.checkpoints.naming import shown
 from personae.cli import console, options
 from personae.errors import RecipeError
 from personae.execute import inspect as inspection
@@ -153,6 +154,15 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False) -> None:
         f"pack.json: {console.size(described['manifest_bytes'])}",
         markup=False,
     )
+    shared = described["shared"]
+    if shared is not None:
+        console.out.print(
+            f"all tasks share {console.size(shared['bytes'])} (shared.safetensors); "
+            "AMR is with a task's share of it",
+            markup=False,
+        )
+    for name, task in described["tasks"].items():
+        _print_uncoded(name, task["tensors"])
     for name, task in described["tasks"].items() if tensors else ():
         console.table(
             f"\n{name}",
@@ -168,6 +178,15 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False) -> None:
                 for key, t in task["tensors"].items()
             ],
         )
+
+
+def _print_uncoded(task: str, tensors: dict[str, Any]) -> None:
+    """Say which tensors (but scalars) are not coded, and what became of them."""
+    meanings = {"exact": "not coded, kept exact", "skipped": "left as in the reference"}
+    for treatment, meaning in meanings.items():
+        names = [k for k, t in tensors.items() if t["shape"] and t["treatment"] == treatment]
+        if names:
+            console.out.print(f"{task}: {meaning}: {shown(names)}", markup=False)
 
 
 def _print_checkpoint(described: dict[str, Any], *, tensors: bool) -> None:

@@ -121,8 +121,11 @@ def pack(
                 )
             ]
         else:
-            if gathered.base is None:
-                raise RecipeError("Say what the experts were fine-tuned from: --base PATH.")
+            if gathered.base is None and gathered.settings.vector == "task":
+                raise RecipeError(
+                    "Say what the experts were fine-tuned from: --base PATH. Without it there are "
+                    "difference vectors, from the experts' average: --vector difference."
+                )
             outs = _variants(out, gathered, rank_fraction or [], budget or [])
             packs = pack_many(
                 gathered.base,

@@ -28,6 +28,10 @@ def plan(
         str, typer.Option(help="With --architecture: the class built; AutoModel has no head.")
     ] = "AutoModel",
     shapes: Annotated[Path | None, typer.Option(help="A JSON file: tensor name to shape.")] = None,
+    tasks: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --architecture or --shapes: number of tasks."),
+    ] = None,
     method: Annotated[str | None, typer.Option(help="Codec.", show_default="dts")] = None,
     rank_fraction: Annotated[
         float | None, typer.Option("--rank-fraction", "-r", help="Singular directions kept.")
@@ -78,13 +82,20 @@ def plan(
     }
     gathered = options.gather_recipe(recipe, base, experts, asked)
     if architecture or shapes:
-        _plan_shapes(architecture, shapes, model_class, gathered, json)
+        _plan_shapes(architecture, shapes, model_class, tasks, gathered, json)
+    elif tasks is not None:
+        raise RecipeError("--tasks goes with --architecture or --shapes; experts are counted.")
     else:
         _plan_pack(gathered, workers, memory, json)
 
 
 def _plan_shapes(
-    architecture: Path | None, shapes: Path | None, model_class: str, recipe: PackRecipe, json: bool
+    architecture: Path | None,
+    shapes: Path | None,
+    model_class: str,
+    tasks: int | None,
+    recipe: PackRecipe,
+    json: bool,
 ) -> None:
     if architecture and shapes:
         raise RecipeError("Give --architecture or --shapes, not both.")
@@ -96,7 +107,7 @@ def _plan_shapes(
     else:
         assert shapes is not None
         specs = specs_of_shapes(_read_shapes(shapes), skip)
-    planned = plan_shapes(specs, recipe.settings)
+    planned = plan_shapes(specs, recipe.settings, tasks)
     if json:
         console.facts(asdict(planned))
         return
@@ -109,9 +120,10 @@ def _plan_shapes(
 
 
 def _plan_pack(recipe: PackRecipe, workers: int | None, memory: str | None, json: bool) -> None:
-    if recipe.base is None:
+    if recipe.base is None and (not recipe.experts or recipe.settings.vector == "task"):
         raise RecipeError(
-            "Say what to plan: --base and --expert NAME=PATH, a recipe, --architecture CONFIG.json "
+            "Say what to plan: --base and --expert NAME=PATH (without --base: --vector "
+            "difference), a recipe, --architecture CONFIG.json "
             "or --shapes FILE.json."
         )
     settings = recipe.settings
@@ -174,9 +186,11 @@ def _print_plan(planned: PackPlan) -> None:
 def _shapes_line(planned: ShapesPlan) -> str:
     fraction = planned.rank_fraction
     at = "" if fraction is None else f", rank fraction {fraction:.4f}"
+    once = planned.shared_bytes
+    shared = f" and {console.size(once)} for all {planned.tasks} tasks together" if once else ""
     return (
         f"{planned.parameters:,} parameters in {planned.tensors} tensors{at}: "
-        f"{console.size(planned.bytes)} a task"
+        f"{console.size(planned.bytes)} a task{shared}"
     )
 
 

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from personae.evaluate.evaluation import evaluate_checkpoint
 from personae.evaluate.merged import evaluate_merge
@@ -17,7 +18,27 @@ from personae.packs.reader import Pack
 from personae.recipe import MergeSettings, PackSettings, Vector
 
 RANK_FRACTION = 0.3
+RANK_FRACTIONS = (0.05, 0.07, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BUDGETS = ("5%", "2%", "1%")
+
+_METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "DTS": ("dts", {"rank_fraction": RANK_FRACTION}),
+    "SVD": ("svd", {}),
+    "TSV-C": ("tsv_c", {}),
+    "T-Switch": ("t_switch", {}),
+    "T-Switch model": ("t_switch", {"scope": "model"}),
+    "EMR": ("emr", {}),
+    "TALL-Mask": ("tall_mask", {}),
+    "BitDelta": ("bitdelta", {}),
+    "BitDelta all": ("bitdelta", {"tensors": "all"}),
+    "Delta-CoMe": ("delta_come", {}),
+    "UltraDelta": ("ultradelta", {}),
+}
+_ABLATIONS = {
+    "no decomposition": "decomposition",
+    "binarised": "thresholding",
+    "no scaling": "scaling",
+}
 
 
 def dts_rows(
@@ -56,6 +77,43 @@ def merge_rows() -> dict[str, MergeSettings]:
     }
     for letter, direction in (("H", "horizontal"), ("V", "vertical")):
         rows[f"DRM-{letter}"] = MergeSettings(method="drm", parameters={"direction": direction})
+    return rows
+
+
+def method_rows() -> dict[str, PackSettings]:
+    """Every personalised method at its defaults: on task vectors, and on difference vectors."""
+    rows: dict[str, PackSettings] = {}
+    vectors: dict[str, Vector] = {"": "task", "-diff": "difference"}
+    for suffix, vector in vectors.items():
+        for title, (method, parameters) in _METHODS.items():
+            rows[title + suffix] = PackSettings(
+                method=method, parameters=dict(parameters), vector=vector
+            )
+    return rows
+
+
+def sweep_rows(
+    rank_fractions: Sequence[float] = RANK_FRACTIONS,
+    budgets: Sequence[str] = BUDGETS,
+    vector: Vector = "task",
+) -> dict[str, PackSettings]:
+    """The DTS paper's ablations, sweep over ranks and budgets; one decomposition serves them all.
+
+    Args:
+        rank_fractions: Ranks of the sweep.
+        budgets: On disk.
+        vector: Of the deltas.
+    """
+    name = "DTS-T" if vector == "task" else "DTS-D"
+    rows: dict[str, PackSettings] = {}
+    for fraction in rank_fractions:
+        at_rank = {"rank_fraction": fraction}
+        rows[f"{name} r={fraction:g}"] = PackSettings(vector=vector, parameters=at_rank)
+    for ablation, parameter in _ABLATIONS.items():
+        without = {"rank_fraction": RANK_FRACTION, parameter: False}
+        rows[f"{name} {ablation}"] = PackSettings(vector=vector, parameters=without)
+    for budget in budgets:
+        rows[f"{name} {budget}"] = PackSettings(vector=vector, budget=budget)
     return rows
 
 
@@ -104,7 +162,7 @@ def compare(
         }
         packs = pack_many(base, experts, outs, overwrite=True, work=work)
         for name, pack in zip(group, packs, strict=True):
-            amr = [task_amr_percent(task) for task in pack.manifest.tasks.values()]
+            amr = [task_amr_percent(task, pack.manifest) for task in pack.manifest.tasks.values()]
             add(
                 name,
                 _scores(pack, base, tasks, work),
@@ -115,10 +173,10 @@ def compare(
 
 
 def _sharing_decompositions(rows: Mapping[str, PackSettings]) -> list[list[str]]:
-    """Row names grouped so that within a group nothing but the rank differs."""
+    """Row names grouped so that one decomposition of each delta serves a group."""
     groups: dict[str, list[str]] = {}
     for name, settings in rows.items():
-        groups.setdefault(settings.without_rank().model_dump_json(), []).append(name)
+        groups.setdefault(settings.common().model_dump_json(), []).append(name)
     return list(groups.values())
 
 

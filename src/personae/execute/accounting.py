@@ -5,12 +5,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from personae._types import TensorSpec
 from personae.errors import BudgetError, MethodError
 from personae.execute.scan import TensorFacts
-from personae.methods import Bits, Codec
-from personae.packs.manifest import TaskRecord
+from personae.methods import Bits, Codec, Treatment, block_bits
+from personae.packs.manifest import Manifest, TaskRecord
 from personae.recipe import Counting
 
 HEADER_BYTES = 768
@@ -31,8 +32,18 @@ class Denominator:
         return cls(sum(s.numel for s in floating), sum(s.nbytes for s in floating))
 
 
-def amr_percent(bits: Bits, whole: Denominator) -> dict[str, float]:
-    """AMR by every rule, in percent (methods.md 1.2, 3.1).
+class Share(NamedTuple):
+    """A task's share of what all tasks share, in bits: by the papers' rule, and as stored."""
+
+    counted: float = 0.0
+    stored: float = 0.0
+
+
+_NO_SHARE = Share()
+
+
+def amr_percent(bits: Bits, whole: Denominator, share: Share = _NO_SHARE) -> dict[str, float]:
+    """AMR by every rule, in percent (methods.md 1.2, 3.1), the share included.
 
     Returns:
         `counted`: the papers' rule, over 32 bits a parameter. `counted_lean`: the same with the
@@ -40,11 +51,12 @@ def amr_percent(bits: Bits, whole: Denominator) -> dict[str, float]:
         `on_disk_native`: bits stored, over the reference's own bytes.
     """
     fp32, native = 32 * whole.parameters, 8 * whole.bytes
+    stored = bits.stored + share.stored
     return {
-        "counted": 100 * bits.counted / fp32 if fp32 else 0.0,
-        "counted_lean": 100 * bits.counted_lean / fp32 if fp32 else 0.0,
-        "on_disk_fp32": 100 * bits.stored / fp32 if fp32 else 0.0,
-        "on_disk_native": 100 * bits.stored / native if native else 0.0,
+        "counted": 100 * (bits.counted + share.counted) / fp32 if fp32 else 0.0,
+        "counted_lean": 100 * (bits.counted_lean + share.counted) / fp32 if fp32 else 0.0,
+        "on_disk_fp32": 100 * stored / fp32 if fp32 else 0.0,
+        "on_disk_native": 100 * stored / native if native else 0.0,
     }
 
 
@@ -60,8 +72,8 @@ def cost(
             for exact zeros; without facts every tensor is taken as changed everywhere.
     """
     counted = lean = stored = 0
-    for block_shape, times in _block_shapes(codec, specs).items():
-        bits = codec.bits(block_shape)
+    for (treatment, block_shape), times in _block_shapes(codec, specs).items():
+        bits = block_bits(codec, treatment, block_shape)
         counted += times * bits.counted
         lean += times * bits.counted_lean
         stored += times * bits.stored
@@ -72,13 +84,18 @@ def cost(
 
 def mask_bytes(codec: Codec, specs: Iterable[TensorSpec]) -> int:
     """Bytes that deltas with exact zeros take beyond `cost` without facts, at most."""
-    total = 0
-    for shape, times in _block_shapes(codec, specs).items():
-        bits = codec.bits(shape)
-        if elements := bits.counted - bits.counted_lean:  # the mask that the lean rule spares
-            # One bit an element, each of two factors padded to a byte, and one bit a row.
-            total += times * (math.ceil(elements / 8) + 1 + math.ceil(shape[0] / 8))
-    return total
+    return sum(
+        times * codec.zero_bits(shape) // 8
+        for (treatment, shape), times in _block_shapes(codec, specs).items()
+        if treatment == "code"
+    )
+
+
+def shared_bytes(codec: Codec, specs: Iterable[TensorSpec]) -> int:
+    """Bytes of what all tasks share of these tensors: fp32, of those that are coded."""
+    if not codec.shares:
+        return 0
+    return sum(4 * s.numel for s in specs if s.is_floating and codec.treats(s) == "code")
 
 
 def counted_bits(
@@ -93,19 +110,25 @@ def counted_bits(
     """
     counted = lean = 0
     for spec in specs:
-        shapes = block_shapes(codec, spec)
+        shapes, treatment = block_shapes(codec, spec), codec.treats(spec)
         for shape, rank in zip(shapes, ranks.get(spec.name) or [None] * len(shapes), strict=True):
-            bits = codec.bits(shape, rank)
+            bits = block_bits(codec, treatment, shape, rank)
             counted += bits.counted
             lean += bits.counted_lean
     return counted, lean
 
 
-def task_amr_percent(record: TaskRecord) -> dict[str, float]:
-    """AMR of one packed task by every rule; private tensors are left out, the header is in."""
+def task_amr_percent(record: TaskRecord, manifest: Manifest) -> dict[str, float]:
+    """AMR of one packed task by every rule, with its share of what all tasks of the pack share.
+
+    Private tensors are left out, headers are in.
+    """
     stored = 8 * (record.bytes - record.private_bytes)
     bits = Bits(record.counted_bits, record.counted_lean_bits, stored)
-    return amr_percent(bits, Denominator(record.base_parameters, record.base_bytes))
+    share, tasks = _NO_SHARE, len(manifest.tasks)
+    if manifest.shared is not None:
+        share = Share(manifest.shared.counted_bits / tasks, 8 * manifest.shared.bytes / tasks)
+    return amr_percent(bits, Denominator(record.base_parameters, record.base_bytes), share)
 
 
 def largest_rank_fraction(
@@ -134,7 +157,7 @@ def largest_rank_fraction(
     if "rank_fraction" not in type(codec).model_fields:
         raise MethodError(f"{type(codec).__name__} has no rank_fraction that a budget could set.")
     whole = Denominator.of(floating)
-    shapes = [s for s in _block_shapes(codec, floating) if _at(codec, 1.0).rank(s)]
+    shapes = [s for _, s in _block_shapes(codec, floating) if _at(codec, 1.0).rank(s)]
     widths = {_at(codec, 1.0).rank(shape) for shape in shapes}
     steps = sorted({j / width for width in widths for j in range(1, width + 1)})
 
@@ -181,17 +204,22 @@ def _at(codec: Codec, fraction: float) -> Codec:
     return codec.model_copy(update={"rank_fraction": fraction})
 
 
-def _block_shapes(codec: Codec, specs: Iterable[TensorSpec]) -> Counter[tuple[int, ...]]:
+def _block_shapes(
+    codec: Codec, specs: Iterable[TensorSpec]
+) -> Counter[tuple[Treatment, tuple[int, ...]]]:
     """How often each block shape occurs: a hundred thousand tensors have a few dozen shapes."""
     return Counter(
-        shape for spec in specs if spec.is_floating for shape in block_shapes(codec, spec)
+        (codec.treats(spec), shape)
+        for spec in specs
+        if spec.is_floating
+        for shape in block_shapes(codec, spec)
     )
 
 
 def block_shapes(codec: Codec, spec: TensorSpec) -> list[tuple[int, ...]]:
     """Shapes of the blocks a codec makes of one tensor."""
-    if not spec.shape:
-        return [()]
+    if not spec.shape or codec.treats(spec) != "code":
+        return [spec.shape]
     return [
         (*spec.shape[: b.axis], b.stop - b.start, *spec.shape[b.axis + 1 :])
         for b in codec.blocks(spec)
@@ -200,8 +228,9 @@ def block_shapes(codec: Codec, spec: TensorSpec) -> list[tuple[int, ...]]:
 
 def _stored(codec: Codec, spec: TensorSpec, facts: TensorFacts) -> int:
     """Bits stored for one tensor, with the masks its zeros need; an upper bound."""
-    if not facts.changed:
-        return 0
+    treatment = codec.treats(spec)
+    if not facts.changed or treatment != "code":
+        return block_bits(codec, treatment, spec.shape).stored if facts.changed else 0
     shapes = block_shapes(codec, spec)
     bits = sum(codec.bits(shape).stored for shape in shapes)
     if bits and facts.zero_rows and len(shapes) == 1:  # zero rows have a bit each and no codes

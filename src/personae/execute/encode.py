@@ -1,18 +1,20 @@
 """Codes one expert's deltas, for one or several ranks from a single decomposition."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personae._types import SVD, Parts
+from personae._types import SVD, Parts, TensorSpec
 from personae.execute import pool
 from personae.execute.deltas import Deltas
 from personae.execute.scan import TensorFacts
+from personae.execute.statistics import Known, encoding_bytes
 from personae.execute.work import Progress
-from personae.methods import Block, Codec
+from personae.methods import Block, Codec, Context, Treatment, decode_block, encode_block
 from personae.packs.writer import CodedTensor
 
 
@@ -20,6 +22,7 @@ def encode_expert(
     deltas: Deltas,
     codecs: Sequence[Codec],
     facts: Mapping[str, TensorFacts],
+    known: Known,
     *,
     workers: int,
     memory: int | None,
@@ -30,8 +33,9 @@ def encode_expert(
 
     Args:
         deltas: The expert's deltas.
-        codecs: One codec, or several that differ in `rank_fraction` alone.
+        codecs: One codec, or several that differ in their `free` parameters alone.
         facts: What a scan found, by reference name.
+        known: What is known of the expert beside its deltas.
         workers: Tensors worked on at once.
         memory: Bound in bytes on their working memory.
         device: Where decompositions run.
@@ -44,8 +48,8 @@ def encode_expert(
     coded: list[dict[str, CodedTensor]] = [{} for _ in codecs]
     results = pool.run(
         names,
-        partial(_encode_tensor, deltas, codecs, device),
-        cost=deltas.cost,
+        partial(_encode_tensor, deltas, codecs, known, device),
+        cost=partial(encoding_bytes, codecs[0], deltas),
         workers=workers,
         memory=memory,
     )
@@ -57,13 +61,24 @@ def encode_expert(
 
 
 def _encode_tensor(
-    deltas: Deltas, codecs: Sequence[Codec], device: torch.device, name: str
+    deltas: Deltas, codecs: Sequence[Codec], known: Known, device: torch.device, name: str
 ) -> list[CodedTensor]:
     """Code one tensor, block by block, with each codec."""
     delta = deltas.read(name)
     spec = deltas.reference.specs[name]
-    blocks = codecs[0].blocks(spec) or (Block(0, 0, 1),)
-    coded = [_encode_block(_cut(delta, block), codecs, device) for block in blocks]
+    treatment = codecs[0].treats(spec)
+    blocks = (codecs[0].blocks(spec) if treatment == "code" else ()) or (_whole(spec),)
+    whole = known.of(spec)
+    coded = [
+        _encode_block(
+            _cut(delta, block),
+            codecs,
+            treatment,
+            replace(whole, shared=_share(whole, block)),
+            device,
+        )
+        for block in blocks
+    ]
     energy = _squared_norm(delta)
     return [
         CodedTensor(
@@ -79,19 +94,32 @@ def _encode_tensor(
 
 
 def _encode_block(
-    delta: Float[Tensor, "..."], codecs: Sequence[Codec], device: torch.device
+    delta: Float[Tensor, "..."],
+    codecs: Sequence[Codec],
+    treatment: Treatment,
+    context: Context,
+    device: torch.device,
 ) -> list[tuple[Parts, float]]:
     """Parts and squared error of one block for each codec, from a single decomposition."""
     shape = tuple(delta.shape)
-    rank = max(codec.rank(shape) for codec in codecs)
+    rank = max(codec.rank(shape) for codec in codecs) if treatment == "code" else 0
     svd = None
     if rank and bool(delta.any()):
         svd = SVD(*(factor.cpu() for factor in codecs[0].decompose(delta.to(device), rank)))
     coded: list[tuple[Parts, float]] = []
     for codec in codecs:
-        parts = codec.encode(delta, svd)
-        coded.append((parts, _squared_norm(delta - codec.decode(parts, shape))))
+        parts = encode_block(codec, treatment, delta, svd, context)
+        decoded = decode_block(codec, parts, shape, context.shared)
+        coded.append((parts, _squared_norm(delta - decoded)))
     return coded
+
+
+def _whole(spec: TensorSpec) -> Block:
+    return Block(0, 0, spec.shape[0] if spec.shape else 1)
+
+
+def _share(context: Context, block: Block) -> Float[Tensor, "..."] | None:
+    return None if context.shared is None else _cut(context.shared, block)
 
 
 def _cut(delta: Float[Tensor, "..."], block: Block) -> Float[Tensor, "..."]:

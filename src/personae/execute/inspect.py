@@ -16,7 +16,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Returns:
         Plain values that print as JSON. For a pack, per task: `bytes` (of its file),
         `private_bytes`, `companion_bytes`, `amr_percent` by rule, `relative_error`
-        (‖τ − τ̂‖² / ‖τ‖² over coded tensors) and per tensor shape, rank, bytes and error.
+        (‖τ − τ̂‖² / ‖τ‖² over changed tensors) and per tensor whether it is coded, kept exact or
+        skipped, shape, rank, bytes and error. What all tasks share is told once, as `shared`; an
+        AMR has a task's share of it.
 
     Raises:
         PersonaeError: if it is neither, or cannot be read.
@@ -41,6 +43,7 @@ def inspect_pack(pack: Pack) -> dict[str, Any]:
         "counting": manifest.counting,
         "vector": manifest.vector,
         "reference": manifest.reference.model_dump(mode="json"),
+        "shared": _shared(pack),
         "tasks": {name: _task(pack, name, record) for name, record in manifest.tasks.items()},
     }
 
@@ -68,6 +71,14 @@ def inspect_checkpoint(source: str) -> dict[str, Any]:
     }
 
 
+def _shared(pack: Pack) -> dict[str, Any] | None:
+    record, tasks = pack.manifest.shared, len(pack.manifest.tasks)
+    if record is None:
+        return None
+    share = record.bytes / tasks if tasks else None
+    return {"bytes": record.bytes, "bytes_per_task": share, "tensors": len(record.tensors)}
+
+
 def _task(pack: Pack, name: str, record: TaskRecord) -> dict[str, Any]:
     own = [
         pack.companion(name, relative)
@@ -77,17 +88,19 @@ def _task(pack: Pack, name: str, record: TaskRecord) -> dict[str, Any]:
     return {
         "source": record.source,
         "revision": record.revision,
+        "parameters": record.parameters,
         "rank_fraction": record.parameters.get("rank_fraction"),
         "bytes": record.bytes,
         "coded_bytes": record.coded_bytes,
         "private_bytes": record.private_bytes,
         "companion_bytes": sum(path.stat().st_size for path in own if path.is_file()),
-        "amr_percent": task_amr_percent(record),
+        "amr_percent": task_amr_percent(record, pack.manifest),
         "relative_error": record.relative_error,
         "characteristics": list(record.characteristics),
         "private": {key: value.model_dump(mode="json") for key, value in record.private.items()},
         "tensors": {
             key: {
+                "treatment": tensor.treatment,
                 "shape": list(tensor.shape),
                 "rank": tensor.rank,
                 "bytes": tensor.bytes,

@@ -34,7 +34,8 @@ def pack(
     """Pack a family into one directory.
 
     Args:
-        base: Path, hub id, module or state dict of the base.
+        base: Path, hub id, module or state dict of the base. None: there is none; difference
+            vectors are relative to the experts' average, over the tensors all have in one shape.
         experts: Task name to path, hub id, module or state dict of the expert.
         out: The pack's directory; must not exist, or be empty.
         settings: Codec, reference, budget; by default DTS-T at its paper's rank fraction.
@@ -70,12 +71,13 @@ def pack_many(
     overwrite: bool = False,
     work: Work | None = None,
 ) -> list[Pack]:
-    """Pack one family at several ranks or budgets; each delta is decomposed once.
+    """Pack one family at several ranks, budgets or ablations; each delta is decomposed once.
 
     Args:
         base: As for `pack`.
         experts: As for `pack`.
-        outs: Directory to settings, which may differ in `rank_fraction` and budget alone.
+        outs: Directory to settings, which may differ in budget and the codec's `free` parameters
+            (of DTS the rank fraction and whatever happens after the decomposition).
         characteristics: As for `pack`.
         overwrite: Replace directories that exist.
         work: Workers, memory bound, progress.
@@ -93,6 +95,8 @@ def pack_many(
     for out in variants:
         check_output(out, overwrite, inputs=[base, *experts.values()])
     first = next(iter(variants.values()))
+    if base is None:
+        _check_no_base_needed(first)
     with open_family(base, experts, skip=first.skip, private=first.private) as family:
         for text in family.notes:
             work.note(text)
@@ -102,7 +106,7 @@ def pack_many(
             told = settings if settings.vector == "difference" else settings.without_budget()
             planned = plan_pack(family, told, workers=work.workers, memory=work.memory)
             require_space(out, planned.bytes_out)
-        scanned = Scanned.of(family, work)
+        scanned = Scanned.of(family, work) if family.has_base else Scanned.of_weights(family, work)
         if first.vector == "task":  # else facts are known only once the reference is there
             for settings in variants.values():
                 for name, facts in scanned.facts.items():
@@ -204,16 +208,36 @@ def _refuse_adapters(family: Family) -> None:
 
 
 def _check_alike(settings: Sequence[PackSettings]) -> None:
-    """Several packs share decompositions only if nothing but the rank differs.
+    """Several packs share decompositions only if those would be the same.
 
     Raises:
-        RecipeError: if something else does.
+        RecipeError: if settings differ in what decompositions depend on.
     """
-    stripped = [one.without_rank() for one in settings]
-    if any(one != stripped[0] for one in stripped):
+    common = [one.common() for one in settings]
+    if any(one != common[0] for one in common):
+        free = ", ".join(sorted(settings[0].codec().free)) or "nothing"
         raise RecipeError(
-            "Settings of packs made together differ in more than rank_fraction and budget. "
-            "Make these packs one by one."
+            "Settings of packs made together differ in more than the budget and what one "
+            f"decomposition serves (of {settings[0].method}: {free}). Make these packs one by one."
+        )
+
+
+def _check_no_base_needed(settings: PackSettings) -> None:
+    """Without a base there are difference vectors alone, and methods that merge these.
+
+    Raises:
+        RecipeError: if something else is asked for.
+    """
+    if settings.vector == "task":
+        raise RecipeError(
+            "Task vectors need the base: give it (--base), or pack difference vectors, which are "
+            "relative to a merged model (vector: difference, --vector difference)."
+        )
+    method, _ = settings.merge()
+    if method.needs != "deltas":
+        raise RecipeError(
+            f"{method.name} merges task vectors, which need the base: give it (--base), or another "
+            "merge method of the reference, such as average."
         )
 
 

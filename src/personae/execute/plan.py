@@ -10,18 +10,21 @@ import torch
 
 from personae._types import TensorSpec
 from personae.checkpoints.naming import matches
-from personae.errors import BudgetError, OutputError
+from personae.errors import BudgetError, OutputError, RecipeError
 from personae.execute import pool
 from personae.execute.accounting import (
     HEADER_BYTES,
     Denominator,
+    Share,
     amr_percent,
     cost,
     largest_rank_fraction,
     mask_bytes,
+    shared_bytes,
 )
 from personae.execute.deltas import working_bytes
 from personae.execute.family import Family
+from personae.execute.statistics import sharing_bytes
 from personae.methods import Codec
 from personae.recipe import PackSettings, parse_size
 
@@ -40,15 +43,20 @@ class ShapesPlan:
         parameters: Floating parameters counted (heads left out by the caller).
         tensors: Number of tensors coded.
         rank_fraction: The rank fraction, as asked or as the budget allows; None if not of DTS kind.
-        bytes: Bytes of the coded parts if every tensor changed everywhere.
+        tasks: Number of tasks planned for; None if that does not matter.
+        bytes: Bytes of the coded parts of a task if every tensor changed everywhere.
+        shared_bytes: Bytes that are stored once for all tasks.
         mask_bytes: Bytes more, at most, where deltas hold exact zeros.
-        amr_percent: By rule; see `accounting.amr_percent`.
+        amr_percent: By rule, a task's share of what all share included; see
+            `accounting.amr_percent`.
     """
 
     parameters: int
     tensors: int
     rank_fraction: float | None
+    tasks: int | None
     bytes: int
+    shared_bytes: int
     mask_bytes: int
     amr_percent: dict[str, float]
 
@@ -96,28 +104,41 @@ class PackPlan:
         return asdict(self)
 
 
-def plan_shapes(specs: Iterable[TensorSpec], settings: PackSettings) -> ShapesPlan:
+def plan_shapes(
+    specs: Iterable[TensorSpec], settings: PackSettings, tasks: int | None = None
+) -> ShapesPlan:
     """Cost of coding a model of these shapes, with no weights at hand.
 
     Args:
         specs: Names, shapes and dtypes; integer tensors are left out.
         settings: Codec, and rank fraction or budget.
+        tasks: Number of tasks, for codecs whose cost depends on it.
 
     Raises:
         MethodError: for an unknown codec or parameter.
         BudgetError: if the budget cannot be met.
+        RecipeError: if the cost depends on the number of tasks, and it is not given.
     """
     floating = [spec for spec in specs if spec.is_floating]
     codec = _codec(settings, floating)
+    if tasks is None and (codec.shares or codec.for_family([{}]) != codec):
+        raise RecipeError(
+            f"What {settings.method} costs depends on the number of tasks. Give it: --tasks N."
+        )
+    codec = codec.for_family([{}] * (tasks or 0))
     bits = cost(codec, floating)
     whole = Denominator.of(floating)
+    shared = shared_bytes(codec, floating)
+    share = 8 * shared / tasks if tasks else 0.0
     return ShapesPlan(
         parameters=whole.parameters,
         tensors=len(floating),
         rank_fraction=getattr(codec, "rank_fraction", None),
+        tasks=tasks,
         bytes=bits.stored // 8,
+        shared_bytes=shared,
         mask_bytes=mask_bytes(codec, floating),
-        amr_percent=amr_percent(bits, whole),
+        amr_percent=amr_percent(bits, whole, Share(share, share)),
     )
 
 
@@ -143,12 +164,15 @@ def plan_pack(
     workers = workers or pool.default_workers()
     if settings.vector == "difference":
         settings.merge()
+    for name in family.experts:
+        settings.codec().for_task(name)
     tasks = {name: _plan_task(family, name, settings) for name in family.experts}
     stages = _item_costs(family, settings)
     pool.check_memory(max(map(max, stages)), memory, "The largest tensor")
     peak = max(sum(heapq.nlargest(workers, costs)) for costs in stages)
     base_bytes = sum(spec.nbytes for spec in family.base.specs.values())
     merged = base_bytes if settings.vector == "difference" else 0
+    merged += max(task.coded.shared_bytes for task in tasks.values())
     written = sum(
         t.coded.bytes
         + t.coded.mask_bytes
@@ -161,7 +185,7 @@ def plan_pack(
     held = 2 * max(t.coded.bytes + t.coded.mask_bytes + t.private_bytes for t in tasks.values())
     return PackPlan(
         tasks=tasks,
-        bytes_in=base_bytes + sum(t.bytes_in for t in tasks.values()),
+        bytes_in=base_bytes * family.has_base + sum(t.bytes_in for t in tasks.values()),
         bytes_out=written + merged,
         peak_memory=held + (peak if memory is None else min(peak, memory)),
         workers=workers,
@@ -210,7 +234,7 @@ def check_output(out: Path, overwrite: bool, inputs: Sequence[Any] = ()) -> None
 def _plan_task(family: Family, name: str, settings: PackSettings) -> TaskPlan:
     expert = family.experts[name]
     try:
-        coded = plan_shapes(family.shared_specs(name), settings)
+        coded = plan_shapes(family.shared_specs(name), settings, len(family.experts))
     except BudgetError as error:
         raise BudgetError(f"Task '{name}': {error}") from error
     extra = sum(
@@ -227,12 +251,24 @@ def _plan_task(family: Family, name: str, settings: PackSettings) -> TaskPlan:
 
 
 def _item_costs(family: Family, settings: PackSettings) -> Sequence[Sequence[int]]:
-    """Working memory of each item of each stage: the base's tensors, then every expert's."""
-    stacked = 16 * len(family.experts) if settings.vector == "difference" else 0
+    """Working memory of each item of each stage.
+
+    The base's tensors, what all tasks share of them, then every expert's tensors.
+    """
+    experts, codec = len(family.experts), settings.codec()
+    stacked = 16 * experts if settings.vector == "difference" else 0
     checkpoints = [expert.checkpoint for expert in family.experts.values()]
+    base = family.base.specs.values()
     return [
-        [working_bytes(s.shape) + stacked * s.numel for s in family.base.specs.values()],
-        *([working_bytes(s.shape) for s in c.specs.values()] for c in checkpoints),
+        [working_bytes(s.shape) + stacked * s.numel for s in base],
+        [sharing_bytes(s.shape, experts) for s in base] if codec.shares else [0],
+        *(
+            [
+                working_bytes(s.shape) + codec.more_bytes_per_entry * s.numel
+                for s in c.specs.values()
+            ]
+            for c in checkpoints
+        ),
     ]
 
 

@@ -221,3 +221,25 @@ class Scanned:
             work.progress("reading the family", done, len(family.experts))
         faults.raise_if_any(CheckpointError)
         return cls(found, facts)
+
+    @classmethod
+    def of_weights(cls, family: Family, work: Work) -> "Scanned":
+        """Look at the experts alone, where there is no base to compare them with yet.
+
+        Raises:
+            CheckpointError: naming every weight that is not finite.
+        """
+        faults = Faults()
+        facts: dict[str, Facts] = {}
+        for done, (name, expert) in enumerate(family.experts.items(), 1):
+            found = fingerprint(
+                expert.checkpoint,
+                workers=work.threads,
+                faults=faults,
+                label=f"Expert '{name}'",
+                names=list(expert.taken),
+            )
+            facts[name] = Facts({}, (), found)
+            work.progress("reading the family", done, len(family.experts))
+        faults.raise_if_any(CheckpointError)
+        return cls("", facts)

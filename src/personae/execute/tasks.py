@@ -1,6 +1,8 @@
 """Codes experts and writes them into packs, one after the other."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -13,9 +15,11 @@ from personae.execute.describe import class_names
 from personae.execute.encode import encode_expert
 from personae.execute.family import Family
 from personae.execute.scan import Facts, Scanned
+from personae.execute.statistics import Known, gather, write_shared
 from personae.execute.work import Work
 from personae.methods import Codec
 from personae.packs.manifest import RenamingRecord
+from personae.packs.reader import Pack
 from personae.packs.writer import CodedTensor, PackWriter, dtype_name
 from personae.recipe import PackSettings, parse_size
 
@@ -44,66 +48,130 @@ def add_experts(
     Raises:
         BudgetError: if a budget cannot be met.
     """
+    from_base = writers[0].manifest.reference.kind == "base"
+    all_deltas = {
+        name: Deltas(expert, family.base, from_base) for name, expert in family.experts.items()
+    }
+    due = [name for name in family.experts if any(name not in w.manifest.tasks for w in writers)]
+    known = _know(all_deltas, due, scanned, writers, settings, work)
+    filled = _filled_in(writers[0], settings[0], known)
     for name, expert in family.experts.items():
-        facts = scanned.facts[name]
-        due = [name not in writer.manifest.tasks for writer in writers]
-        if not any(due):
+        if name not in due:
             work.note(f"{name}: done by an earlier run")
             continue
-        from_base = writers[0].manifest.reference.kind == "base"
-        deltas = Deltas(expert, family.base, from_base)
-        codecs, coded = _encode_within_budgets(deltas, settings, family, facts, work)
-        for writer, codec, tensors, wanted in zip(writers, codecs, coded, due, strict=True):
-            if wanted:
+        facts = scanned.facts[name]
+        coding = _Coding(all_deltas[name], facts, known[name], filled, family, work)
+        codecs, coded = coding.within_budgets(settings)
+        for writer, codec, tensors in zip(writers, codecs, coded, strict=True):
+            if name not in writer.manifest.tasks:
                 about = characteristics.get(name) or class_names(expert.checkpoint.companions)
                 _write_task(writer, codec, family, expert, facts, tensors, about)
-                dropped = [key for key, tensor in tensors.items() if not tensor.nbytes]
-                if dropped:
-                    work.note(
-                        f"{name}: rank 0 at rank fraction {codec.model_dump()['rank_fraction']:.3g}"
-                        f", so left as in the reference: {shown(dropped)}"
-                    )
+                _note_what_is_not_coded(name, codec, tensors, work)
         expert.checkpoint.close()
 
 
-def _encode_within_budgets(
-    deltas: Deltas, settings: Sequence[PackSettings], family: Family, facts: Facts, work: Work
-) -> tuple[list[Codec], list[dict[str, CodedTensor]]]:
-    """Code one expert with the codec of each pack, at the largest rank its budget allows.
+def _know(
+    deltas: Mapping[str, Deltas],
+    due: Sequence[str],
+    scanned: Scanned,
+    writers: Sequence[PackWriter],
+    settings: Sequence[PackSettings],
+    work: Work,
+) -> dict[str, Known]:
+    """What the codec has to know of each expert that is due; what is shared is written first."""
+    codec, writer = settings[0].codec(), writers[0]
+    if codec.shares and writer.manifest.shared is None:
+        write_shared(codec, list(deltas.values()), scanned.facts, writer, work)
+    elif codec.shares and due:
+        work.note("coded against what the pack's tasks share already, which stays as it is")
+    shared = Pack(writer.directory).open_shared() if codec.shares else None
+    known: dict[str, Known] = {}
+    for name in due:
+        own = codec.for_task(name)
+        known[name] = Known(name, shared)
+        looked = gather(own, deltas[name], scanned.facts[name], known[name], work)
+        known[name] = Known(name, shared, looked)
+        deltas[name].alignment.checkpoint.close()
+    return known
 
-    Exact zeros inside a factor are known only once it is there, and cost a little. Where a code
-    comes out larger than foreseen, it is made again with that much held back.
-    """
-    expert = deltas.alignment
-    shared = family.shared_specs(expert.name)
-    spare = [0] * len(settings)
-    while True:
-        # All packs, also where the task is done: the largest rank decides how it is decomposed.
-        codecs = [
-            codec_for(setting, family, expert.name, facts, bits)
-            for setting, bits in zip(settings, spare, strict=True)
-        ]
-        coded = encode_expert(
-            deltas,
-            codecs,
-            facts.tensors,
-            workers=work.threads,
-            memory=work.memory,
-            device=work.torch_device,
-            progress=work.progress,
-        )
-        excess = [
-            8 * sum(tensor.nbytes for tensor in tensors.values())
-            - cost(codec, shared, facts.tensors).stored
-            for codec, tensors in zip(codecs, coded, strict=True)
-        ]
-        held = [
-            setting.budget is None or bits <= room + _SLACK_BITS
-            for setting, bits, room in zip(settings, excess, spare, strict=True)
-        ]
-        if all(held):
-            return codecs, coded
-        spare = [max(pair) for pair in zip(spare, excess, strict=True)]
+
+def _filled_in(
+    writer: PackWriter, settings: PackSettings, known: Mapping[str, Known]
+) -> dict[str, Any]:
+    """Parameters that depend on the family: as the pack's tasks have them, or from all experts."""
+    codec = settings.codec()
+    for task in writer.manifest.tasks.values():
+        return {name: task.parameters[name] for name in codec.of_family}
+    codec = codec.for_family([one.facts or {} for one in known.values()])
+    return {name: getattr(codec, name) for name in codec.of_family}
+
+
+def _note_what_is_not_coded(
+    task: str, codec: Codec, coded: Mapping[str, CodedTensor], work: Work
+) -> None:
+    """Say which tensors that changed are left as in the reference, or kept exact."""
+    left = [key for key, tensor in coded.items() if not tensor.nbytes]
+    fraction = codec.model_dump().get("rank_fraction")
+    why = "" if fraction is None else f"rank 0 at rank fraction {fraction:.3g}, so "
+    if left:
+        work.note(f"{task}: {why}left as in the reference: {shown(left)}")
+    exact = [key for key, tensor in coded.items() if tensor.shape and tensor.treatment == "exact"]
+    if exact:
+        work.note(f"{task}: not coded, kept exact: {shown(exact)}")
+
+
+@dataclass(frozen=True)
+class _Coding:
+    """What coding one expert needs."""
+
+    deltas: Deltas
+    facts: Facts
+    known: Known
+    filled: Mapping[str, Any]
+    family: Family
+    work: Work
+
+    def within_budgets(
+        self, settings: Sequence[PackSettings]
+    ) -> tuple[list[Codec], list[dict[str, CodedTensor]]]:
+        """Code one expert with the codec of each pack, at the largest rank its budget allows.
+
+        Exact zeros inside a factor are known only once it is there, and cost a little. Where a code
+        comes out larger than foreseen, it is made again with that much held back.
+        """
+        spare = [0] * len(settings)
+        while True:
+            # All packs, also where the task is done: the largest rank decides how it is decomposed.
+            codecs = [self._codec(*pair) for pair in zip(settings, spare, strict=True)]
+            coded = encode_expert(
+                self.deltas,
+                codecs,
+                self.facts.tensors,
+                self.known,
+                workers=self.work.threads,
+                memory=self.work.memory,
+                device=self.work.torch_device,
+                progress=self.work.progress,
+            )
+            excess = [self._excess(*three) for three in zip(settings, codecs, coded, strict=True)]
+            if all(bits <= room + _SLACK_BITS for bits, room in zip(excess, spare, strict=True)):
+                return codecs, coded
+            spare = [max(pair) for pair in zip(spare, excess, strict=True)]
+
+    def _codec(self, settings: PackSettings, reserve: int) -> Codec:
+        task = self.known.task
+        codec = codec_for(settings, self.family, task, self.facts, reserve)
+        return codec.model_copy(update=dict(self.filled)).for_task(task)
+
+    def _excess(
+        self, settings: PackSettings, codec: Codec, coded: Mapping[str, CodedTensor]
+    ) -> int:
+        """Bits beyond those foreseen, where a budget is to be held."""
+        if settings.budget is None:
+            return 0
+        shared = self.family.shared_specs(self.known.task)
+        foreseen = cost(codec, shared, self.facts.tensors).stored
+        return 8 * sum(tensor.nbytes for tensor in coded.values()) - foreseen
 
 
 def codec_for(
@@ -149,6 +217,8 @@ def _write_task(
     reference = family.base.specs
     shared = family.shared_specs(expert.name)
     counted, lean = counted_bits(codec, shared, {name: t.ranks for name, t in coded.items()})
+    if codec.counts_stored:
+        counted = lean = 8 * sum(tensor.nbytes for tensor in coded.values())
     writer.add_task(
         expert.name,
         coded,

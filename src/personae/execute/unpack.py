@@ -19,10 +19,11 @@ from personae.execute.plan import check_output
 from personae.execute.reference import check_fingerprint
 from personae.execute.scan import fingerprint
 from personae.execute.work import Work
-from personae.methods import CODECS, Codec, build, lookup
+from personae.methods import CODECS, Codec, build, decode_block, lookup
 from personae.packs.fingerprint import sha256_file
 from personae.packs.manifest import TaskRecord
 from personae.packs.reader import Pack
+from personae.packs.shared_file import SharedFile
 from personae.packs.task_file import TaskFile
 from personae.writers import CheckpointWriter, output_directory, require_space
 
@@ -53,6 +54,7 @@ class Rebuilt:
         self.reference = reference
         self._device = device
         self._file = pack.open_task(task)
+        self._shared = pack.open_shared()
         entry = lookup(CODECS, pack.manifest.method)
         self._codec: Codec = build(entry, self.record.parameters)
         self._private = self.record.private
@@ -95,21 +97,29 @@ class Rebuilt:
         """The decoded delta of one reference tensor, fp32; zeros if it is unchanged."""
         if ref_name not in self.record.tensors:
             return torch.zeros(self.reference.specs[ref_name].shape)
-        return decode(self._codec, self._file, ref_name, self._device)
+        return decode(self._codec, self._file, ref_name, self._shared, self._device)
 
 
-def decode(codec: Codec, file: TaskFile, name: str, device: torch.device = _CPU) -> Tensor:
+def decode(
+    codec: Codec,
+    file: TaskFile,
+    name: str,
+    shared: SharedFile | None = None,
+    device: torch.device = _CPU,
+) -> Tensor:
     """The delta of one tensor, decoded on `device`: fp32, of the reference's shape, on the CPU."""
     record = file.record.tensors[name]
     shape = record.shape
+    common = shared.read(name) if shared else None
     if not shape:
         ((_, parts),) = file.blocks(name)
-        return _decode_block(codec, parts, shape, device)
+        return _decode_block(codec, parts, shape, common, device)
     delta: Tensor | None = None
     for block, parts in file.blocks(name):
         length = block.stop - block.start
         cut = (*shape[: block.axis], length, *shape[block.axis + 1 :])
-        share = _decode_block(codec, parts, cut, device)
+        own = None if common is None else common.narrow(block.axis, block.start, length)
+        share = _decode_block(codec, parts, cut, own, device)
         if length == shape[block.axis]:
             return share
         delta = torch.zeros(shape) if delta is None else delta
@@ -119,9 +129,15 @@ def decode(codec: Codec, file: TaskFile, name: str, device: torch.device = _CPU)
 
 
 def _decode_block(
-    codec: Codec, parts: Parts, shape: tuple[int, ...], device: torch.device
+    codec: Codec,
+    parts: Parts,
+    shape: tuple[int, ...],
+    shared: Tensor | None,
+    device: torch.device,
 ) -> Tensor:
-    return codec.decode({name: part.to(device) for name, part in parts.items()}, shape).cpu()
+    there = {name: part.to(device) for name, part in parts.items()}
+    shared = None if shared is None else shared.to(device)
+    return decode_block(codec, there, shape, shared).cpu()
 
 
 def unpack(

@@ -64,6 +64,7 @@ def verify(
     device = work.torch_device
     opened = Pack(Path(pack))
     faults = Faults()
+    opened.check_shared(faults)
     for task in opened.manifest.tasks:
         opened.check_task(task, faults)
     for task in against or {}:

@@ -4,7 +4,8 @@ import importlib
 import pkgutil
 
 from personae.methods import merge, mergekit, personalise
-from personae.methods._codec import Bits, Codec
+from personae.methods._blocks import block_bits, decode_block, encode_block
+from personae.methods._codec import Bits, Codec, Context, Facts, Look, Treatment, look
 from personae.methods._merge import Factors, Gathering, Measure, MergeMethod, Statistics
 from personae.methods._parameters import Parameters
 from personae.methods._registry import (
@@ -34,14 +35,22 @@ __all__ = [
     "Block",
     "Codec",
     "CodecEntry",
+    "Context",
     "Conventions",
     "Factors",
+    "Facts",
     "Gathering",
+    "Look",
     "Measure",
     "MergeMethod",
     "Parameters",
     "Site",
     "Statistics",
+    "Treatment",
+    "block_bits",
     "build",
+    "decode_block",
+    "encode_block",
+    "look",
     "lookup",
 ]

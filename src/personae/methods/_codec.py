@@ -1,14 +1,38 @@
-"""What a codec is: deltas to parts and back, and what the parts cost."""
+"""What a codec is: deltas to parts and back, and what the parts cost.
+
+A codec sees one tensor (or block of one) of one expert at a time, and what is decoded depends on
+its parts, the shape and the shared tensor alone. Four hooks let it know more while it encodes, and
+are called in this order; by default none does anything:
+
+1. `treats(spec)`: which tensors it codes; the others are kept exact or left as in the reference.
+2. `share(deltas)`: from all experts' deltas of a tensor, what all tasks share of it, stored once.
+3. `gather()`: looks at all deltas of one expert; what they tell is given to `encode`.
+4. `for_family(statistics)`, `for_task(name)`: parameters that depend on the family, or on the task,
+   are filled in. What comes out is recorded with each task.
+"""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
 from personae._types import SVD, Parts, TensorSpec
 from personae.methods._parameters import Parameters
-from personae.methods._site import Block
+from personae.methods._site import Block, Site
+from personae.ops.rows import restore_rows, touched_rows
+from personae.ops.svd import truncated_svd
+
+Treatment = Literal["code", "exact", "skip"]
+"""Of a tensor: coded, kept exact in fp32, or left as in the reference."""
+
+Rest = Literal["exact", "skip"]
+"""What becomes of tensors that a codec does not code."""
+
+Facts = Mapping[str, float]
+"""What a codec's looks tell of one expert, by name."""
 
 
 class Bits(NamedTuple):
@@ -16,7 +40,8 @@ class Bits(NamedTuple):
 
     counted: bits by the papers' rule (methods.md 3.1: DTS masks at 3 bits an element).
     counted_lean: the same rule with the fewest bits that carry the code (2 for DTS).
-    stored: bits this tool writes: codes with their padding, scales and singular values.
+    stored: bits this tool writes: codes with their padding, scales and singular values. Where
+        that depends on the values, the most that a delta without exact zeros takes.
     """
 
     counted: int
@@ -24,35 +49,135 @@ class Bits(NamedTuple):
     stored: int
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a codec knows beside the values of the block it encodes.
+
+    Attributes:
+        site: The tensor it belongs to.
+        task: Name of the task.
+        shared: The same block of what `share` gave for the tensor; None if it is zero throughout.
+        facts: What `gather` returned for this expert.
+    """
+
+    site: Site
+    task: str = ""
+    shared: Float[Tensor, "..."] | None = None
+    facts: Facts | None = None
+
+
+class Look(NamedTuple):
+    """One look at all deltas of one expert that are coded and not zero.
+
+    Attributes:
+        name: What is looked for, for progress.
+        tally: What one tensor tells: int64 counts, which are summed over all tensors; or, if
+            `each`, any tensor, of which each tensor's is sent back by its name.
+        each: Whether tensors stay apart.
+    """
+
+    name: str
+    tally: Callable[[Float[Tensor, "..."], Context], Tensor]
+    each: bool = False
+
+
+Looks = Generator[Look, Any, Facts]
+"""Yields looks, is sent what each told (a sum, or name to tensor in order), returns the facts."""
+
+
 class Codec(Parameters, ABC):
     """A lossy code for deltas; its fields are its parameters. Subclasses are pure and frozen.
 
-    A codec sees one tensor (or block of one) at a time. A decomposition asked for at a larger rank
-    serves every smaller one, so that a sweep over ranks pays for one.
+    A decomposition asked for at a larger rank serves every smaller one, so that a sweep over ranks
+    pays for one.
     """
+
+    shares: ClassVar[bool] = False
+    """Whether all tasks share a tensor, 32 bits an element by the papers' rule."""
+    counts_stored: ClassVar[bool] = False
+    """Whether the papers' rule is to count what is stored."""
+    free: ClassVar[frozenset[str]] = frozenset()
+    """Parameters in which packs may differ that share one decomposition of each delta."""
+    more_bytes_per_entry: ClassVar[int] = 0
+    """Peak working memory of encoding beyond 32 bytes an entry."""
+    of_family: ClassVar[tuple[str, ...]] = ()
+    """Parameters that `for_family` fills in where they are None."""
+
+    def treats(self, spec: TensorSpec) -> Treatment:
+        """What becomes of this tensor; by default every tensor is coded."""
+        return "code"
 
     def blocks(self, spec: TensorSpec) -> tuple[Block, ...]:
         """Slices of this tensor to be coded apart; by default the whole tensor is one block."""
         return (Block(0, 0, spec.shape[0]),) if spec.shape else ()
 
-    @abstractmethod
+    def share(self, deltas: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
+        """What all tasks share of a tensor, fp32, if the codec `shares`.
+
+        Args:
+            deltas: Of one tensor: one an expert that has it, in recipe order; fp32.
+
+        Raises:
+            AssertionError: if the codec shares nothing.
+        """
+        raise AssertionError(f"{type(self).__name__} shares nothing")
+
+    def gather(self) -> Looks:
+        """Look at all deltas of one expert; by default not at all."""
+        yield from ()
+        return {}
+
+    def for_family(self, facts: Sequence[Facts]) -> "Codec":
+        """The codec with parameters filled in that depend on the family.
+
+        Args:
+            facts: What the looks told, one an expert; empty ones in a plan.
+        """
+        return self
+
+    def for_task(self, task: str) -> "Codec":
+        """The codec with the parameters of this task.
+
+        Raises:
+            MethodError: if they are not given.
+        """
+        return self
+
     def rank(self, shape: tuple[int, ...]) -> int:
         """Rank wanted of a decomposition of a delta of this shape; 0 if it needs none."""
-        ...
+        return 0
 
-    @abstractmethod
     def decompose(self, delta: Float[Tensor, "..."], rank: int) -> SVD:
-        """Truncated SVD of the delta, seen as a matrix, at this rank or its numerical rank."""
+        """Truncated SVD of the delta, seen as a matrix, at this rank or its numerical rank.
+
+        Rows of `u` that belong to rows without a change are exact zeros.
+        """
+        return decompose_touched(delta, rank)
+
+    @abstractmethod
+    def encode(
+        self, delta: Float[Tensor, "..."], svd: SVD | None = None, context: Context | None = None
+    ) -> Parts:
+        """Code a delta (fp32).
+
+        Args:
+            delta: The delta of a tensor that is coded, or a block of it.
+            svd: If given, it has at least `rank(delta.shape)` triplets, or its numerical rank.
+            context: What else is known; by default `alone(delta)`.
+        """
         ...
 
     @abstractmethod
-    def encode(self, delta: Float[Tensor, "..."], svd: SVD | None = None) -> Parts:
-        """Code a delta (fp32). `svd`, if given, has at least `rank(delta.shape)` triplets."""
-        ...
+    def decode(
+        self,
+        parts: Parts,
+        shape: tuple[int, ...],
+        shared: Float[Tensor, "..."] | None = None,
+    ) -> Float[Tensor, "..."]:
+        """Rebuild the delta (fp32, of this shape) from its parts and the shared block alone.
 
-    @abstractmethod
-    def decode(self, parts: Parts, shape: tuple[int, ...]) -> Float[Tensor, "..."]:
-        """Rebuild the delta (fp32, of this shape) from its parts alone, where they are."""
+        It is where the parts are.
+        """
         ...
 
     @abstractmethod
@@ -64,3 +189,46 @@ class Codec(Parameters, ABC):
             rank: Rank stored; by default `rank(shape)`, that of a delta of full rank.
         """
         ...
+
+    def zero_bits(self, shape: tuple[int, ...]) -> int:
+        """Most bits that exact zeros in a delta of this shape take beyond `bits`."""
+        return 0
+
+    def alone(self, delta: Float[Tensor, "..."]) -> Context:
+        """The context where this delta is the only one of the only expert."""
+        shared = self.share([delta]) if self.shares else None
+        context = Context(Site("", tuple(delta.shape)), "", shared)
+        facts = look(self.gather(), lambda one: [("", one.tally(delta, context))])
+        return Context(context.site, "", shared, facts)
+
+
+def look(looks: Looks, take: Callable[[Look], Sequence[tuple[str, Tensor]]]) -> Facts:
+    """Run the looks at one expert.
+
+    Args:
+        looks: What `Codec.gather` returned.
+        take: Applies a look to every tensor, and gives what each told, by name, in any order.
+    """
+    try:
+        one = next(looks)
+        while True:
+            told = dict(sorted(take(one), key=lambda pair: pair[0]))
+            if not told:  # nothing of this expert is coded
+                return {}
+            one = looks.send(told if one.each else sum(told.values()))
+    except StopIteration as done:
+        return done.value
+
+
+def decompose_touched(delta: Float[Tensor, "out ..."], rank: int, **options: Any) -> SVD:
+    """Truncated SVD of the rows that changed; the other rows of `u` are exact zeros.
+
+    Args:
+        delta: Seen as a matrix (out, rest).
+        rank: Triplets wanted.
+        **options: Of `truncated_svd`.
+    """
+    matrix = delta.reshape(len(delta), -1)
+    touched = touched_rows(matrix)
+    svd = truncated_svd(matrix if touched.all() else matrix[touched], rank, **options)
+    return svd._replace(u=restore_rows(svd.u, touched))

@@ -68,6 +68,14 @@ def stacked_qkv(name: str, shape: tuple[int, ...]) -> tuple[Block, ...]:
     return ()
 
 
+def is_projection(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is an attention or MLP matrix: a linear layer inside a numbered block.
+
+    Poolers and heads stand outside the blocks.
+    """
+    return tensor_class(name, shape) == "linear" and any(p.isdigit() for p in name.split("."))
+
+
 def tensor_class(name: str, shape: tuple[int, ...]) -> TensorClass:
     """The class of a tensor, by its name and shape."""
     if len(shape) < 2:

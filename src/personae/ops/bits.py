@@ -1,10 +1,13 @@
-"""Small codes packed into bytes: 4 two-bit or 8 one-bit codes a byte, lowest bits first."""
+"""Small codes packed into bytes: 4 two-bit or 8 one-bit codes a byte, lowest bits first.
+
+Codes of any width are packed as planes: all lowest bits, padded to a byte, then all next ones.
+"""
 
 from functools import cache
 from typing import Literal
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, Integer, UInt8
 from torch import Tensor
 
 from personae.errors import PackError
@@ -49,6 +52,37 @@ def unpack(packed: UInt8[Tensor, " byte"], count: int, width: Width) -> UInt8[Te
         )
     # 32-bit indices cost 1 byte a code at most; torch's usual 64-bit ones would cost 8 a byte.
     return _table(width).to(packed.device).index_select(0, packed.int()).flatten()[:count]
+
+
+def planes_size(count: int, width: int) -> int:
+    """Bytes that `count` codes of `width` bits take as planes."""
+    return width * packed_size(count, 1)
+
+
+def pack_planes(codes: Integer[Tensor, " element"], width: int) -> UInt8[Tensor, " byte"]:
+    """Pack codes below `2**width`, one plane of bits after the other, lowest bits first."""
+    assert codes.numel() == 0 or int(codes.max()) < 1 << width, "a code exceeds its width"
+    planes = [pack((codes >> place & 1).to(torch.uint8), 1) for place in range(width)]
+    return torch.cat(planes) if planes else codes.new_zeros(0, dtype=torch.uint8)
+
+
+def unpack_planes(
+    packed: UInt8[Tensor, " byte"], count: int, width: int
+) -> Int64[Tensor, " element"]:
+    """Undo `pack_planes`.
+
+    Raises:
+        PackError: if the number of bytes is not what `count` codes take.
+    """
+    if packed.numel() != planes_size(count, width):
+        raise PackError(
+            f"{packed.numel()} bytes of codes, but {count} codes of {width} bits take "
+            f"{planes_size(count, width)}. The task file is damaged: fetch or write it again."
+        )
+    codes = torch.zeros(count, dtype=torch.int64, device=packed.device)
+    for place, plane in enumerate(packed.split(max(packed_size(count, 1), 1))):
+        codes |= unpack(plane, count, 1).long() << place
+    return codes
 
 
 @cache

@@ -66,6 +66,12 @@ class TensorRecord(Record):
         """Largest rank over the blocks; None if no block was decomposed."""
         return max((b.rank for b in self.blocks if b.rank is not None), default=None)
 
+    @property
+    def treatment(self) -> Literal["coded", "exact", "skipped"]:
+        """Whether it is coded, kept exact, or left as in the reference."""
+        parts = {part for block in self.blocks for part in block.parts}
+        return "exact" if parts == {"exact"} else "coded" if parts else "skipped"
+
 
 class PrivateRecord(Record):
     """One tensor, or the extra rows of one, kept whole."""

@@ -50,6 +50,11 @@ class CodedTensor:
         """Bytes of all its parts."""
         return sum(v.numel() * v.itemsize for parts in self.parts for v in parts.values())
 
+    @property
+    def treatment(self) -> str:
+        """See `TensorRecord`."""
+        return self.record().treatment
+
     def record(self) -> TensorRecord:
         """The manifest's record of this tensor."""
         return TensorRecord(

@@ -71,8 +71,18 @@ class PackSettings(Strict):
             raise ValueError("a merged reference needs vector: difference (--vector difference)")
         return self
 
+    def common(self) -> "PackSettings":
+        """What packs must have in common to share the decomposition of each delta.
+
+        Raises:
+            MethodError: for an unknown codec or parameter, or a value out of range.
+        """
+        codec = self.codec()
+        parameters = codec.model_dump(mode="json", exclude=set(codec.free))
+        return self.model_copy(update={"budget": None, "parameters": parameters})
+
     def without_rank(self) -> "PackSettings":
-        """The same without rank fraction and budget: what packs must share to share work."""
+        """The same without rank fraction and budget."""
         parameters = {k: v for k, v in self.parameters.items() if k != "rank_fraction"}
         return self.model_copy(update={"budget": None, "parameters": parameters})
 

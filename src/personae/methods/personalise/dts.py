@@ -8,7 +8,7 @@ triplets above the numerical rank are kept.
 
 from collections.abc import Sequence
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,14 +17,13 @@ from torch import Tensor
 
 from personae._types import SVD, Parts, RankFraction, TensorSpec
 from personae.errors import MethodError
-from personae.methods._codec import Bits, Codec
+from personae.methods._codec import Bits, Codec, Context, decompose_touched
 from personae.methods._registry import codec
 from personae.methods._site import Block, stacked_qkv
 from personae.ops.bits import Width, pack, packed_size, unpack
 from personae.ops.levels import Levels, Split, dequantise, groups, quantise
 from personae.ops.parts import cut, part
 from personae.ops.rows import restore_rows, touched_rows
-from personae.ops.svd import truncated_svd
 from personae.ops.zeros import decode_zeros, encode_zeros
 
 
@@ -47,6 +46,19 @@ class DTS(Codec):
 
     A zero delta, or one of rank 0, has no parts.
     """
+
+    free: ClassVar = frozenset(
+        {
+            "rank_fraction",
+            "grouping",
+            "split",
+            "scales",
+            "decomposition",
+            "thresholding",
+            "scaling",
+            "singular_value_dtype",
+        }
+    )
 
     rank_fraction: RankFraction = Field(
         default=0.3, description="Singular triplets kept, as a fraction of the smaller dimension."
@@ -102,18 +114,17 @@ class DTS(Codec):
 
     def decompose(self, delta: Float[Tensor, "..."], rank: int) -> SVD:
         """Truncated SVD of the rows that changed; the other rows of `u` are exact zeros."""
-        matrix = delta.reshape(len(delta), -1)
-        touched = touched_rows(matrix)
-        svd = truncated_svd(
-            matrix if touched.all() else matrix[touched],
+        return decompose_touched(
+            delta,
             rank,
             solver=self.solver,
             rank_tolerance=self.rank_tolerance,
             signs=self.signs,
         )
-        return svd._replace(u=restore_rows(svd.u, touched))
 
-    def encode(self, delta: Float[Tensor, "..."], svd: SVD | None = None) -> Parts:
+    def encode(
+        self, delta: Float[Tensor, "..."], svd: SVD | None = None, context: Context | None = None
+    ) -> Parts:
         """Code a delta; the rank kept is that of `svd` where it is below `rank(delta.shape)`."""
         shape = tuple(delta.shape)
         if not delta.any():
@@ -136,7 +147,9 @@ class DTS(Codec):
             parts["rows"] = pack(touched.to(torch.uint8), 1)
         return parts
 
-    def decode(self, parts: Parts, shape: tuple[int, ...]) -> Float[Tensor, "..."]:
+    def decode(
+        self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None
+    ) -> Float[Tensor, "..."]:
         """Rebuild the delta; parts that do not fit the shape are refused."""
         if not parts:
             return torch.zeros(shape)
@@ -171,6 +184,15 @@ class DTS(Codec):
             counted_lean=self._width * elements + 32 * rank,
             stored=8 * code_bytes + 32 * scales + value_bits * rank,
         )
+
+    def zero_bits(self, shape: tuple[int, ...]) -> int:
+        """A bit an element, each factor padded to a byte, and a bit a row."""
+        if not shape:
+            return 0
+        matrix = self._matrix(shape)
+        rows = packed_size(shape[0], 1) if matrix else 0
+        factors = [self.rank(shape) * width for width in matrix] if matrix else [prod(shape)]
+        return 8 * (sum(packed_size(count, 1) for count in factors) + rows) if any(factors) else 0
 
     def _matrix(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """Shape of the matrix that is decomposed; None for what is coded as it is."""

@@ -5,20 +5,18 @@ one fixed rank fraction, 0.03, which is the default here.
 """
 
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from personae import _types
 from personae._types import Parts, RankFraction
-from personae.methods._codec import Bits, Codec
+from personae.methods._codec import Bits, Codec, Context, decompose_touched
+from personae.methods._low_rank import decode_low_rank, encode_low_rank
 from personae.methods._registry import codec
-from personae.ops.parts import cut, part
-from personae.ops.rows import restore_rows, touched_rows
-from personae.ops.svd import truncated_svd
+from personae.ops.parts import cut
 
 
 @codec(paper="arXiv:2512.01461")
@@ -33,6 +31,8 @@ class SVD(Codec):
 
     All are fp32. A zero delta, or one of rank 0, has no parts.
     """
+
+    free: ClassVar = frozenset({"rank_fraction"})
 
     rank_fraction: RankFraction = Field(
         default=0.03, description="Singular triplets kept, as a fraction of the smaller dimension."
@@ -50,44 +50,31 @@ class SVD(Codec):
 
     def decompose(self, delta: Float[Tensor, "out in"], rank: int) -> _types.SVD:
         """Truncated SVD of the rows that changed; the other rows of `u` are exact zeros."""
-        touched = touched_rows(delta)
-        svd = truncated_svd(
-            delta if touched.all() else delta[touched],
-            rank,
-            solver=self.solver,
-            rank_tolerance=self.rank_tolerance,
+        return decompose_touched(
+            delta, rank, solver=self.solver, rank_tolerance=self.rank_tolerance
         )
-        return svd._replace(u=restore_rows(svd.u, touched))
 
-    def encode(self, delta: Float[Tensor, "..."], svd: _types.SVD | None = None) -> Parts:
+    def encode(
+        self,
+        delta: Float[Tensor, "..."],
+        svd: _types.SVD | None = None,
+        context: Context | None = None,
+    ) -> Parts:
         """Keep the leading triplets of a matrix, or the tensor itself."""
         if not delta.any():
             return {}
         if delta.ndim != 2:
             return {"exact": delta.flatten().clone()}
         rank = self.rank(tuple(delta.shape))
-        if rank == 0:
-            return {}
-        u, singular_values, vh = svd or self.decompose(delta, rank)
-        if not singular_values.any():
-            return {}
-        return {
-            "left": u[:, :rank].flatten().clone(),
-            "singular_values": singular_values[:rank].clone(),
-            "right": vh[:rank].flatten().clone(),
-        }
+        return encode_low_rank(svd or self.decompose(delta, rank), rank) if rank else {}
 
-    def decode(self, parts: Parts, shape: tuple[int, ...]) -> Float[Tensor, "..."]:
+    def decode(
+        self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None
+    ) -> Float[Tensor, "..."]:
         """Rebuild the delta; parts that do not fit the shape are refused."""
-        if not parts:
-            return torch.zeros(shape)
-        if len(shape) != 2:
+        if parts and len(shape) != 2:
             return cut(parts, "exact", [prod(shape)])[0].reshape(shape).clone()
-        singular_values = part(parts, "singular_values")
-        rank, (rows, columns) = len(singular_values), shape
-        left = cut(parts, "left", [rows * rank])[0].reshape(rows, rank)
-        right = cut(parts, "right", [rank * columns])[0].reshape(rank, columns)
-        return left @ (singular_values[:, None] * right)
+        return decode_low_rank(parts, shape)
 
     def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
         """32 bits for every number kept."""

@@ -1,0 +1,125 @@
+"""What a codec has to know before it codes: looks at an expert, and what all tasks share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from personae._types import TensorSpec
+from personae.execute import pool
+from personae.execute.deltas import Deltas, working_bytes
+from personae.execute.scan import Facts as Scan
+from personae.execute.work import Work
+from personae.methods import Codec, Context, Facts, Look, Site, look
+from personae.packs.shared_file import SharedFile
+from personae.packs.writer import PackWriter
+from personae.writers import CheckpointWriter
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of one expert beside its deltas.
+
+    Attributes:
+        task: Its name.
+        shared: What all tasks share; None if they share nothing.
+        facts: What the codec's looks told.
+    """
+
+    task: str
+    shared: SharedFile | None = None
+    facts: Facts | None = None
+
+    def of(self, spec: TensorSpec) -> Context:
+        """The context of one tensor."""
+        shared = self.shared.read(spec.name) if self.shared else None
+        return Context(Site(spec.name, spec.shape), self.task, shared, self.facts)
+
+
+def coded_names(codec: Codec, deltas: Deltas, scan: Scan) -> list[str]:
+    """Reference names of the tensors that changed and are coded, sorted."""
+    return [
+        name
+        for name in deltas.alignment.shared
+        if scan.tensors[name].changed and codec.treats(deltas.reference.specs[name]) == "code"
+    ]
+
+
+def gather(codec: Codec, deltas: Deltas, scan: Scan, known: Known, work: Work) -> Facts:
+    """Take a codec's looks at one expert."""
+    names = coded_names(codec, deltas, scan)
+
+    def tally(one: Look, name: str) -> Tensor:
+        return one.tally(deltas.read(name), known.of(deltas.reference.specs[name]))
+
+    def take(one: Look) -> list[tuple[str, Tensor]]:
+        told: dict[str, Tensor] = {}
+        results = pool.run(
+            names,
+            partial(tally, one),
+            cost=partial(encoding_bytes, codec, deltas),
+            workers=work.threads,
+            memory=work.memory,
+        )
+        for done, (name, share) in enumerate(results, 1):
+            if one.each:
+                told[name] = share
+            else:  # whole numbers: the order does not matter
+                told[""] = told[""] + share if told else share
+            work.progress(f"measuring {known.task} ({one.name})", done, len(names))
+        return list(told.items())
+
+    return look(codec.gather(), take)
+
+
+def write_shared(
+    codec: Codec,
+    experts: Sequence[Deltas],
+    scans: Mapping[str, Scan],
+    writer: PackWriter,
+    work: Work,
+) -> None:
+    """Compute what all tasks share, a tensor at a time, and write it into the pack."""
+    sharing: dict[str, list[Deltas]] = {}
+    for deltas in experts:
+        for name in deltas.alignment.shared:
+            if codec.treats(deltas.reference.specs[name]) == "code":
+                sharing.setdefault(name, []).append(deltas)
+    specs = {
+        name: TensorSpec(name, having[0].reference.specs[name].shape, torch.float32)
+        for name, having in sorted(sharing.items())
+    }
+    changed = [
+        specs[name]
+        for name, having in sorted(sharing.items())
+        if any(scans[deltas.alignment.name].tensors[name].changed for deltas in having)
+    ]
+
+    def fill(file: CheckpointWriter) -> None:
+        def share(spec: TensorSpec) -> None:
+            file.write(spec.name, codec.share([d.read(spec.name) for d in sharing[spec.name]]))
+
+        results = pool.run(
+            changed,
+            share,
+            cost=lambda spec: sharing_bytes(spec.shape, len(experts)),
+            workers=work.threads,
+            memory=work.memory,
+        )
+        for done, _ in enumerate(results, 1):
+            work.progress("computing what all tasks share", done, len(changed))
+
+    writer.add_shared(changed, 32 * sum(spec.numel for spec in specs.values()), fill)
+
+
+def sharing_bytes(shape: tuple[int, ...], experts: int) -> int:
+    """Peak bytes of computing what all tasks share of one tensor."""
+    return working_bytes(shape) + 4 * experts * torch.Size(shape).numel()
+
+
+def encoding_bytes(codec: Codec, deltas: Deltas, name: str) -> int:
+    """Peak bytes of coding one tensor of an expert."""
+    shape = deltas.alignment.spec(name).shape
+    return deltas.cost(name) + codec.more_bytes_per_entry * torch.Size(shape).numel()

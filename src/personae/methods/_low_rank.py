@@ -1,0 +1,35 @@
+"""Low rank in full precision: the parts that `svd` and `tsv_c` store of a matrix."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from personae._types import SVD, Parts
+from personae.ops.parts import cut, part
+
+
+def encode_low_rank(svd: SVD, rank: int) -> Parts:
+    """The leading triplets: `left` (U, row after row), `singular_values`, `right` (Vᵀ); fp32."""
+    u, singular_values, vh = svd
+    if rank == 0 or not singular_values.any():
+        return {}
+    return {
+        "left": u[:, :rank].flatten().clone(),
+        "singular_values": singular_values[:rank].clone(),
+        "right": vh[:rank].flatten().clone(),
+    }
+
+
+def decode_low_rank(parts: Parts, shape: tuple[int, ...]) -> Float[Tensor, "..."]:
+    """U diag(σ) Vᵀ; zero where there are no parts.
+
+    Raises:
+        PackError: if the parts do not fit the shape.
+    """
+    if not parts:
+        return torch.zeros(shape)
+    singular_values = part(parts, "singular_values")
+    rank, (rows, columns) = len(singular_values), shape
+    left = cut(parts, "left", [rows * rank])[0].reshape(rows, rank)
+    right = cut(parts, "right", [rank * columns])[0].reshape(rank, columns)
+    return left @ (singular_values[:, None] * right)

@@ -1,0 +1,88 @@
+"""BitDelta without its distillation: the sign of every entry, and one scale a matrix.
+
+arXiv:2402.10193. There the scales are then trained against the fine-tuned model's outputs; here
+they are where that training starts, which needs no data. Exact zeros, which the paper counts as
+positive, stay zero: a mask says where they are, and they are no part of the mean.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from personae._types import SVD, Parts, TensorSpec
+from personae.methods._codec import Bits, Codec, Context, Rest, Treatment
+from personae.methods._registry import codec
+from personae.methods._site import is_projection
+from personae.ops.bits import pack, packed_size, unpack
+from personae.ops.masks import decode_mask, encode_mask
+from personae.ops.parts import cut
+
+
+@codec(paper="arXiv:2402.10193")
+class BitDelta(Codec):
+    """Every entry becomes its sign times the mean magnitude of its tensor.
+
+    By default only attention and MLP matrices (linear layers inside the numbered blocks) are
+    coded, the rest stays exact.
+
+    Parts:
+        mask, gaps: the entries that are not zero (see `ops.masks`); absent if none is zero.
+        signs: a bit for each of these, 1 for negative.
+        scale: fp32, [1].
+
+    A zero delta has no parts.
+    """
+
+    more_bytes_per_entry: ClassVar = 32
+
+    tensors: Literal["projections", "all"] = Field(
+        default="projections", description="What is coded: attention and MLP matrices, or all."
+    )
+    rest: Rest = Field(
+        default="exact", description="Tensors not coded: exact, or left as in the reference."
+    )
+
+    def treats(self, spec: TensorSpec) -> Treatment:
+        """Attention and MLP matrices are coded, or everything."""
+        if self.tensors == "all" or is_projection(spec.name, spec.shape):
+            return "code"
+        return self.rest
+
+    def encode(
+        self, delta: Float[Tensor, "..."], svd: SVD | None = None, context: Context | None = None
+    ) -> Parts:
+        """Keep signs and the mean magnitude."""
+        flat = delta.flatten()
+        changed = flat != 0
+        if not changed.any():
+            return {}
+        scale = flat.abs().sum(dtype=torch.float64) / changed.count_nonzero()
+        mask = {} if changed.all() else encode_mask(changed)
+        signs = pack((flat[changed] < 0).to(torch.uint8), 1)
+        return mask | {"signs": signs, "scale": scale.float().reshape(1)}
+
+    def decode(
+        self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None
+    ) -> Float[Tensor, "..."]:
+        """Rebuild the delta; parts that do not fit the shape are refused."""
+        if not parts:
+            return torch.zeros(shape)
+        scale = cut(parts, "scale", [1])[0]
+        delta = torch.zeros(shape, device=scale.device)
+        changed = decode_mask(parts, delta.numel()) if "mask" in parts else slice(None)
+        count = delta.view(-1)[changed].numel()
+        signs = unpack(cut(parts, "signs", [packed_size(count, 1)])[0], count, 1)
+        delta.view(-1)[changed] = torch.where(signs.bool(), -scale, scale)
+        return delta
+
+    def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
+        """A bit an element; scales are not counted."""
+        count = torch.Size(shape).numel()
+        return Bits(count, count, 8 * (packed_size(count, 1) + 4) if count else 0)
+
+    def zero_bits(self, shape: tuple[int, ...]) -> int:
+        """A bit an element."""
+        return 8 * packed_size(torch.Size(shape).numel(), 1)

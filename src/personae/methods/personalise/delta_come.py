@@ -1,0 +1,180 @@
+"""Delta-CoMe without calibration: singular vectors in bands of decreasing precision.
+
+arXiv:2406.08903. There a GPTQ procedure on sample texts quantises the vectors; here each value goes
+to the nearest level, which needs no data. The bands are the paper's: 2 vectors at 8 bits, 32 at 3
+bits, then as many at 2 bits as keep the whole at one bit a weight, 1/16 of fp16.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from personae._types import SVD, Parts, TensorSpec
+from personae.methods._codec import Bits, Codec, Context, Rest, Treatment
+from personae.methods._registry import codec
+from personae.methods._site import is_projection
+from personae.ops.bits import pack, pack_planes, packed_size, planes_size, unpack, unpack_planes
+from personae.ops.parts import cut, part
+from personae.ops.rows import restore_rows, touched_rows
+
+Count = Annotated[int, Field(ge=1)]
+Precision = Annotated[int, Field(ge=1, le=8)]
+
+GROUP = 128
+"""Consecutive values of a vector that share a scale."""
+
+
+@codec(paper="arXiv:2406.08903")
+class DeltaCoMe(Codec):
+    """Truncated SVD whose leading vectors take more bits than those that follow.
+
+    A value of a vector at b bits becomes one of 2ᵇ evenly spaced levels from -s to s, where s is
+    the largest magnitude among its `GROUP` neighbours. What is no matrix stays exact.
+
+    Parts:
+        singular_values: σ, fp32, [k].
+        scales: fp16, s of each group: vector after vector of U, then of Vᵀ.
+        codes: uint8: for each factor and each precision in it the codes of its vectors, as planes
+            of bits.
+        rows: one bit a row, set for the rows of U that have codes; only if some rows are zero.
+
+    A zero delta has no parts.
+    """
+
+    bands: tuple[tuple[Count, Precision], ...] = Field(
+        default=((2, 8), (32, 3)), description="Leading vectors: how many, and bits a value."
+    )
+    rest_bits: Precision = Field(default=2, description="Bits a value of the vectors after these.")
+    bits_per_weight: float = Field(
+        default=1.0, gt=0, description="Vectors are kept while codes take no more than this."
+    )
+    tensors: Literal["projections", "all"] = Field(
+        default="all", description="What is coded: attention and MLP matrices, or all matrices."
+    )
+    rest: Rest = Field(
+        default="exact", description="Tensors not coded: exact, or left as in the reference."
+    )
+
+    def treats(self, spec: TensorSpec) -> Treatment:
+        """Matrices are coded, or those of attention and MLP alone."""
+        wanted = self.tensors == "all" or is_projection(spec.name, spec.shape)
+        return "code" if len(spec.shape) == 2 and wanted else self.rest
+
+    def rank(self, shape: tuple[int, ...]) -> int:
+        """The most vectors that stay below `bits_per_weight`, but at least one."""
+        if len(shape) != 2 or not all(shape):
+            return 0
+        rows, columns = shape
+        room = self.bits_per_weight * rows * columns / (rows + columns)
+        rank, used = 0, 0
+        for count, width in self.bands:
+            fits = min(count, int((room - used) / width))
+            rank, used = rank + fits, used + fits * width
+            if fits < count:
+                return min(max(rank, 1), *shape)
+        return min(max(rank + int((room - used) / self.rest_bits), 1), *shape)
+
+    def encode(
+        self, delta: Float[Tensor, "..."], svd: SVD | None = None, context: Context | None = None
+    ) -> Parts:
+        """Quantise the leading vectors, each band at its precision."""
+        rank = self.rank(tuple(delta.shape))
+        if rank == 0 or not delta.any():
+            return {}
+        u, singular_values, vh = svd or self.decompose(delta, rank)
+        if not singular_values.any():
+            return {}
+        touched = touched_rows(delta)
+        codes: list[Tensor] = []
+        scales: list[Tensor] = []
+        for vectors in (u[touched, :rank].T, vh[:rank]):
+            peaks = _groups(vectors).abs().amax(dim=2).half()
+            scales.append(peaks.flatten())
+            for width, start, stop in self._runs(len(vectors)):
+                levels = _quantise(vectors[start:stop], peaks[start:stop], width)
+                codes.append(pack_planes(levels.flatten(), width))
+        parts = {
+            "singular_values": singular_values[:rank].clone(),
+            "scales": torch.cat(scales),
+            "codes": torch.cat(codes),
+        }
+        return parts if touched.all() else parts | {"rows": pack(touched.to(torch.uint8), 1)}
+
+    def decode(
+        self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None
+    ) -> Float[Tensor, "..."]:
+        """Rebuild the delta; parts that do not fit the shape are refused."""
+        if not parts:
+            return torch.zeros(shape)
+        rows, columns = shape
+        singular_values = part(parts, "singular_values")
+        rank = len(singular_values)
+        touched = unpack(parts["rows"], rows, 1).bool() if "rows" in parts else None
+        lengths = [rows if touched is None else int(touched.count_nonzero()), columns]
+        runs = list(self._runs(rank))
+        sizes = [planes_size((b - a) * n, width) for n in lengths for width, a, b in runs]
+        codes = iter(cut(parts, "codes", sizes))
+        peaks = cut(parts, "scales", [rank * -(-n // GROUP) for n in lengths])
+        factors: list[Tensor] = []
+        for length, of_factor in zip(lengths, peaks, strict=True):
+            levels = [
+                _dequantise(unpack_planes(next(codes), (b - a) * length, width), width, length)
+                for width, a, b in runs
+            ]
+            scale = of_factor.float().reshape(rank, -1).repeat_interleave(GROUP, dim=1)
+            factors.append(torch.cat(levels) * scale[:, :length])
+        left, right = factors
+        delta = left.T @ (singular_values[:, None] * right)
+        return delta if touched is None else restore_rows(delta, touched)
+
+    def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
+        """Codes and 32 bits a singular value; scales are not counted."""
+        rank = self.rank(shape) if rank is None else rank
+        if not rank:
+            return Bits(0, 0, 0)
+        runs = list(self._runs(rank))
+        counted = sum(width * (b - a) for width, a, b in runs) * sum(shape) + 32 * rank
+        code_bytes = sum(planes_size((b - a) * n, width) for n in shape for width, a, b in runs)
+        groups = rank * sum(-(-n // GROUP) for n in shape)
+        return Bits(counted, counted, 8 * code_bytes + 16 * groups + 32 * rank)
+
+    def zero_bits(self, shape: tuple[int, ...]) -> int:
+        """A bit a row."""
+        return 8 * packed_size(shape[0], 1) if self.rank(shape) else 0
+
+    def _runs(self, rank: int) -> Iterator[tuple[int, int, int]]:
+        """Bits a value, first and last vector of each run of one precision."""
+        widths: Sequence[int] = [width for count, width in self.bands for _ in range(count)]
+        widths = [*widths, *[self.rest_bits] * (rank - len(widths))][:rank]
+        start = 0
+        for width, run in groupby(widths):
+            stop = start + len(list(run))
+            yield width, start, stop
+            start = stop
+
+
+def _groups(vectors: Float[Tensor, "vector value"]) -> Float[Tensor, "vector group _"]:
+    """Cut every vector into groups, the last one padded with zeros."""
+    padded = torch.nn.functional.pad(vectors, (0, -vectors.shape[1] % GROUP))
+    return padded.reshape(len(vectors), -1, GROUP)
+
+
+def _quantise(
+    vectors: Float[Tensor, "vector value"], peaks: Float[Tensor, "vector group"], width: int
+) -> Tensor:
+    """The nearest of the 2ᵇ levels of each value: 0 stands for -s, 2ᵇ - 1 for s."""
+    steps = (1 << width) - 1
+    peak = peaks.float()[:, :, None]
+    share = torch.where(peak > 0, _groups(vectors) / peak, 0.0)
+    levels = ((share + 1) * (steps / 2)).round().clamp(0, steps).long()
+    return levels.flatten(1)[:, : vectors.shape[1]]
+
+
+def _dequantise(codes: Tensor, width: int, length: int) -> Float[Tensor, "vector value"]:
+    """Levels as fractions of the scale, from -1 to 1."""
+    return codes.reshape(-1, length).float() * (2 / ((1 << width) - 1)) - 1

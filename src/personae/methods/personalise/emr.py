@@ -1,0 +1,103 @@
+"""EMR-Merging: one unified vector for all tasks; a mask and a rescaler for each.
+
+arXiv:2405.17461. The paper's rescaler is a quotient of sums over the whole model, the default;
+its code sums the means of each tensor, so that every tensor weighs the same: `tensor_means`.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from personae._types import SVD, Parts
+from personae.methods._codec import Bits, Codec, Context, Look, Looks
+from personae.methods._registry import codec
+from personae.ops.bits import packed_size
+from personae.ops.masks import decode_mask, encode_mask
+from personae.ops.parts import cut
+
+
+@codec(paper="arXiv:2405.17461")
+class EMR(Codec):
+    """Elect, mask, rescale: of the unified vector τ, which all tasks share, each keeps a part.
+
+    γ = sgn Σ τ_n, where 0 counts as negative. τ = γ · max |τ_n| over the experts whose sign is γ.
+    The mask M_n marks entries where τ_n has the sign of τ, and λ_n = Σ |τ_n| / Σ |M_n τ|. What is
+    decoded is λ_n M_n τ.
+
+    Parts:
+        mask, gaps: the entries where the signs agree (see `ops.masks`).
+        scale: λ_n, fp32, [1].
+
+    A delta that agrees nowhere has no parts.
+    """
+
+    shares: ClassVar = True
+    more_bytes_per_entry: ClassVar = 32
+
+    rescaler: Literal["global", "tensor_means"] = Field(
+        default="global", description="λ from sums over the model, or from the mean of each tensor."
+    )
+
+    def share(self, deltas: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
+        """The unified vector: the elected sign with the largest magnitude that has it."""
+        total = deltas[0].double()
+        for delta in deltas[1:]:
+            total = total + delta
+        elected = torch.where(total > 0, 1.0, -1.0)
+        largest = torch.zeros_like(deltas[0])
+        for delta in deltas:
+            largest = torch.maximum(largest, delta * elected)
+        return largest * elected
+
+    def gather(self) -> Looks:
+        """Both sums of the rescaler."""
+        told = yield Look("rescaler", self._sizes, each=True)
+        whole, masked = (
+            torch.stack(list(told.values())).sum(dim=0).cpu().tolist() if told else (0, 0)
+        )
+        return {"scale": whole / masked if masked else 1.0}
+
+    def encode(
+        self, delta: Float[Tensor, "..."], svd: SVD | None = None, context: Context | None = None
+    ) -> Parts:
+        """Mark the entries whose sign is that of the unified vector."""
+        context = context or self.alone(delta)
+        if context.shared is None:
+            return {}
+        mask = encode_mask(_agree(delta, context.shared).flatten())
+        scale = (context.facts or {})["scale"]
+        return mask | {"scale": delta.new_full((1,), scale)} if mask else {}
+
+    def decode(
+        self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None
+    ) -> Float[Tensor, "..."]:
+        """λ_n M_n τ; parts that do not fit the shape are refused."""
+        if not parts or shared is None:
+            return torch.zeros(shape)
+        delta = torch.zeros(shape, device=shared.device)
+        kept = decode_mask(parts, delta.numel())
+        delta.view(-1)[kept] = cut(parts, "scale", [1])[0] * shared.reshape(-1)[kept]
+        return delta
+
+    def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
+        """A bit an element; the rescaler is stored with each tensor and not counted."""
+        count = torch.Size(shape).numel()
+        return Bits(count, count, 8 * (packed_size(count, 1) + 4) if count else 0)
+
+    def _sizes(self, delta: Float[Tensor, "..."], context: Context) -> Float[Tensor, "2"]:
+        """Σ |τ_n| and Σ |M_n τ| of one tensor, or their means; fp64."""
+        if context.shared is None:
+            masked = torch.zeros_like(delta)
+        else:
+            masked = context.shared * _agree(delta, context.shared)
+        sizes = torch.stack([part.abs().sum(dtype=torch.float64) for part in (delta, masked)])
+        return sizes if self.rescaler == "global" else sizes / delta.numel()
+
+
+def _agree(delta: Float[Tensor, "..."], unified: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+    """Where neither is 0 and the signs are the same; their product may underflow."""
+    return (delta.sign() * unified.sign()) > 0

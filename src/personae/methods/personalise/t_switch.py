@@ -1,0 +1,157 @@
+"""T-Switch: the largest entries of a delta as signs, with one scale.
+
+arXiv:2412.00054. Defaults are those of the released code for its vision models: per tensor, 40 %
+of each sign (it keeps 30 % for RoBERTa). `scope` "model" is the form the DTS paper compares with:
+one threshold for each sign and one scale over the whole flattened vector, there with 35 or 30 %.
+"""
+
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from personae._types import SVD, Density, Parts, TensorSpec
+from personae.methods._codec import Bits, Codec, Context, Facts, Look, Looks, Treatment
+from personae.methods._registry import codec
+from personae.ops.bits import pack, packed_size, unpack
+from personae.ops.masks import decode_mask, encode_mask, mask_size
+from personae.ops.parts import cut, part
+from personae.ops.select import TOP, Window, census, kth_magnitude, narrow
+
+_SIGNS = {"positive": 1.0, "negative": -1.0}
+_NOTHING = Window(TOP, TOP + 1)
+"""Infinity, which no entry reaches."""
+
+
+@codec(paper="arXiv:2412.00054")
+class TSwitch(Codec):
+    """The largest entries of each sign become ± one scale, the root mean square of those kept.
+
+    Of n₊ positive entries the ⌊density · n₊⌋ largest are kept, likewise of the negative ones; every
+    other entry becomes 0. Scalars are exact.
+
+    Parts:
+        mask, gaps: which entries are kept (see `ops.masks`).
+        signs: a bit for each of these, 1 for negative.
+        scale: fp32, [1].
+
+    A delta of which no entry is kept has no parts.
+    """
+
+    more_bytes_per_entry: ClassVar = 32
+
+    density: Density = Field(default=0.4, description="Fraction of each sign's entries kept.")
+    scope: Literal["tensor", "model"] = Field(
+        default="tensor", description="What thresholds and scale are taken over."
+    )
+
+    def treats(self, spec: TensorSpec) -> Treatment:
+        """Everything but scalars is coded."""
+        return "code" if spec.shape else "exact"
+
+    def gather(self) -> Looks:
+        """With `scope` "model": both thresholds by counting, then the scale of what they keep."""
+        if self.scope == "tensor":
+            return {}
+        windows = [Window(0, TOP)] * len(_SIGNS)
+        while not all(window.found for window in windows):
+            counts = yield Look("thresholds", partial(_censuses, windows))
+            windows = [
+                narrow(of_sign, window, kept) if kept else _NOTHING
+                for of_sign, window in zip(counts, windows, strict=True)
+                for kept in [_kept(int(of_sign[0]), self.density)]
+            ]
+        facts: Facts = {
+            name: window.magnitude for name, window in zip(_SIGNS, windows, strict=True)
+        }
+        energies = yield Look("scale", lambda delta, _: _energy(delta, facts), each=True)
+        total = torch.stack(list(energies.values())).sum(dim=0) if energies else torch.zeros(2)
+        return {**facts, "scale": _root_mean(*total.cpu().tolist())}
+
+    def encode(
+        self, delta: Float[Tensor, "..."], svd: SVD | None = None, context: Context | None = None
+    ) -> Parts:
+        """Keep the largest entries of each sign."""
+        flat = delta.flatten()
+        if self.scope == "tensor":
+            kept = _largest(flat, self.density)
+            exact = flat[kept].double()
+            scale = _root_mean(float(exact @ exact), float(len(exact)))
+        else:
+            facts = (context or self.alone(delta)).facts or {}
+            kept, scale = _above(flat, facts), facts.get("scale", 0.0)
+        if not kept.any():
+            return {}
+        return encode_mask(kept) | {
+            "signs": pack((flat[kept] < 0).to(torch.uint8), 1),
+            "scale": delta.new_full((1,), scale),
+        }
+
+    def decode(
+        self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None
+    ) -> Float[Tensor, "..."]:
+        """Rebuild the delta; parts that do not fit the shape are refused."""
+        if not parts:
+            return torch.zeros(shape)
+        delta = torch.zeros(shape, device=part(parts, "mask").device)
+        kept = decode_mask(parts, delta.numel())
+        signs = unpack(cut(parts, "signs", [packed_size(len(kept), 1)])[0], len(kept), 1)
+        scale = cut(parts, "scale", [1])[0]
+        delta.view(-1)[kept] = torch.where(signs.bool(), -scale, scale)
+        return delta
+
+    def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
+        """2 bits an element counted; lean, a bit each and a sign for those kept.
+
+        With `scope` "model" a tensor may be kept whole.
+        """
+        count = torch.Size(shape).numel()
+        kept = _kept(count, self.density)
+        most = kept if self.scope == "tensor" else count
+        stored = mask_size(count, most) + packed_size(most, 1) + 4 if most else 0
+        return Bits(2 * count, count + kept, 8 * stored)
+
+
+def _kept(count: int, density: float) -> int:
+    """⌊density · count⌋, where 0.29 · 100 = 28.999… is 29; may be 0."""
+    return int(density * count + 1e-9)
+
+
+def _largest(flat: Float[Tensor, " entry"], density: float) -> Bool[Tensor, " entry"]:
+    """Mark the share of each sign that is largest; of equal ones those first in index order."""
+    marked = torch.zeros_like(flat, dtype=torch.bool)
+    for sign in _SIGNS.values():
+        sizes = (sign * flat).clamp(min=0)
+        kept = _kept(int(sizes.count_nonzero()), density)
+        if kept:
+            least, tied = kth_magnitude(sizes, kept)
+            marked |= sizes > least
+            marked[(sizes == least).nonzero().flatten()[:tied]] = True
+    return marked
+
+
+def _above(flat: Float[Tensor, "*shape"], facts: Facts) -> Bool[Tensor, "*shape"]:
+    """Mark what reaches the threshold of its sign; all that tie with it."""
+    negative = flat <= -facts.get("negative", torch.inf)
+    return (flat >= facts.get("positive", torch.inf)) | negative
+
+
+def _energy(delta: Float[Tensor, "..."], facts: Facts) -> Float[Tensor, "2"]:
+    """Sum of squares of the entries kept, and their number; fp64."""
+    exact = delta[_above(delta, facts)].double()
+    return torch.stack([exact @ exact, exact.new_full((), len(exact))])
+
+
+def _root_mean(energy: float, count: float) -> float:
+    return (energy / count) ** 0.5 if count else 0.0
+
+
+def _censuses(windows: list[Window], delta: Float[Tensor, "..."], _: Context) -> Tensor:
+    """A census of the magnitudes of each sign."""
+    bins = max(window.bins for window in windows)
+    signed = (sign * delta for sign in _SIGNS.values())
+    pairs = zip(signed, windows, strict=True)
+    return torch.stack([census(own[own > 0], window, bins) for own, window in pairs])
