@@ -240,6 +240,22 @@ def test_tied_names_are_in_the_state_dict(tmp_path):
     assert_same({name: state[name] for name in written}, written)
 
 
+def test_transformers_takes_the_mapping_without_a_file(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from toys import perturb, toy_vit
+
+    toy_vit(tmp_path / "base")
+    perturb(tmp_path / "base", tmp_path / "x", seed=1)
+    pack(tmp_path / "base", {"x": tmp_path / "x"}, tmp_path / "p")
+    compose(tmp_path / "p", {"x": 0.5}, tmp_path / "o")
+    state = dict(open_composed(tmp_path / "p", {"x": 0.5}))
+    config = ViTConfig.from_pretrained(tmp_path / "base")
+    found = ViTForImageClassification.from_pretrained(None, config=config, state_dict=state)
+    expected = ViTForImageClassification.from_pretrained(tmp_path / "o")
+    assert_same(found.state_dict(), expected.state_dict())
+
+
 @pytest.mark.parametrize(
     ("weights", "error", "text"),
     [

@@ -1,16 +1,17 @@
 """Scores of an encoder under another model's head."""
 
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from personae.checkpoints import open_checkpoint
-from personae.evaluate.evaluation import evaluate_model
-from personae.evaluate.models import load_model
+from personae.evaluate.evaluation import evaluate_checkpoint
 from personae.evaluate.tasks import Task
 from personae.execute import outline
+from personae.writers import CheckpointWriter
 
 
 def score_with_head(
@@ -29,25 +30,19 @@ def score_with_head(
     """
     reference = open_checkpoint(checkpoint)
     of = outline.of_checkpoint(reference, head)
-    state: dict[str, Tensor] = {}
-    for name, spec in of.specs.items():
-        if name not in of.reference_names:
-            state[name] = of.whole(name)
-            continue
-        tensor = reference.read(of.reference_names[name])
-        added = delta(of.reference_names[name])
-        if added is not None:
-            tensor = (tensor.float() + added).to(spec.dtype)
-        state[name] = torch.cat([tensor, of.whole(name)]) if name in of.grown else tensor
-    state |= {dropped: state[kept] for dropped, kept in of.tied.items()}
-    score = score_state(state, head, task)
+    with tempfile.TemporaryDirectory() as folder:
+        of.copy(Path(folder))
+        with CheckpointWriter(Path(folder), of.specs.values(), tied=of.tied) as writer:
+            for name in of.specs:
+                if name not in of.reference_names:
+                    writer.write(name, of.whole(name))
+                    continue
+                tensor = reference.read(of.reference_names[name])
+                added = delta(of.reference_names[name])
+                tensor = tensor if added is None else tensor.float() + added
+                whole = torch.cat([tensor, of.whole(name)]) if name in of.grown else tensor
+                writer.write(name, whole)
+        score = evaluate_checkpoint(Path(folder), task)
     of.close()
     reference.close()
     return score
-
-
-def score_state(state: Mapping[str, Tensor], head: Path, task: Task) -> float:
-    """Score the model of this directory's configuration with these weights in it."""
-    model = load_model(head, task.model_class)
-    model.load_state_dict(state)
-    return evaluate_model(model, task)

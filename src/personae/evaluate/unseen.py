@@ -7,6 +7,7 @@ tasks alone, the merged references of DTS-D too. As published, the unseen task's
 head is attached, so that the setting is not free of labels.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ from statistics import fmean
 
 from personae.errors import RecipeError, nearest
 from personae.evaluate.evaluation import evaluate_checkpoint
-from personae.evaluate.heads import score_state, score_with_head
+from personae.evaluate.heads import score_with_head
 from personae.evaluate.records import Record, record
 from personae.evaluate.tasks import Task
 from personae.execute.accounting import task_amr_percent
-from personae.execute.compose import open_composed
+from personae.execute.compose import compose
 from personae.execute.merge import merge
 from personae.execute.pack import pack_many
 from personae.execute.weighting import TextEncoder, Weighting, weigh
@@ -142,13 +143,13 @@ def compare_unseen(
                 for task in unseen
             }
         scores = {
-            task.name: _composed(pack, weightings[task.name].weights, source, experts, task)
+            task.name: _composed(pack, weightings[task.name].weights, source, experts, task, work)
             for task in unseen
         }
         add(name, scores, amr)
         if name.startswith("DTS") and "*" not in name:
             even = {task.name: 1 / len(seen) for task in seen}
-            scores = {t.name: _composed(pack, even, source, experts, t) for t in unseen}
+            scores = {t.name: _composed(pack, even, source, experts, t, work) for t in unseen}
             add(f"{name}, {EQUAL}", scores, amr)
     return Unseen(records, weightings)
 
@@ -171,11 +172,12 @@ def _composed(
     base: Path | None,
     experts: Mapping[str, Path],
     task: Task,
+    work: Work,
 ) -> float:
-    composed = open_composed(pack.directory, weights, base=base, head=experts[task.name])
-    state = {name: composed[name] for name in composed}
-    composed.close()
-    return score_state(state, experts[task.name], task)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / task.name
+        compose(pack.directory, weights, out, base=base, head=experts[task.name], work=work)
+        return evaluate_checkpoint(out, task)
 
 
 def _packed(

@@ -36,7 +36,9 @@ RECORD_NAME = "personae.json"
 class Composed(Mapping):
     """A composed model as a lazy state dict: a tensor is composed when it is looked up.
 
-    Tied names are there too, so that `module.load_state_dict(dict(composed))` fits.
+    Names are those in checkpoint files, tied ones too. A class of transformers takes them as
+    `from_pretrained(None, config=config, state_dict=dict(composed))`, a module that names its
+    tensors likewise as `load_state_dict(dict(composed))`.
 
     Attributes:
         outline: Names, dtypes and small files of the result.
@@ -171,7 +173,9 @@ def compose(
     work = work or Work()
     out = Path(out).absolute()
     opened = Pack(Path(pack))
-    inputs = [opened.directory, opened.reference_source(base), head]
+    inputs = [opened.directory, opened.reference_source(base)]
+    if head not in opened.manifest.tasks:
+        inputs.append(head)
     check_output(out, overwrite, inputs=inputs)
     composed = open_composed(pack, weights, base=base, head=head, work=work)
     for text in composed.notes:
