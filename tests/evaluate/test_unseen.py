@@ -14,7 +14,7 @@ from personae.evaluate.unseen import compare_unseen, packed_rows, static_rows
 from personae.execute.unpack import unpack
 from personae.execute.work import Work
 from personae.recipe import MergeSettings, PackSettings
-from toys import perturb, toy_bert
+from toys import load, perturb, toy_bert
 
 pytest.importorskip("transformers")
 NAMES = ("a", "b", "u", "v")
@@ -150,6 +150,34 @@ def test_what_can_be_held_out(family, tmp_path, hold_out, text):
             work=Work(workers=1),
         )
     assert listing(tmp_path) == {}
+
+
+def test_heads_of_another_shape_than_the_base_s_are_left_out_of_merges(tmp_path):
+    # The base has a head over five classes, one expert over five of its own, the others over three.
+    for seed, (name, classes) in enumerate([("base", 5), ("a", 3), ("b", 5), ("u", 3)]):
+        whole = toy_bert(tmp_path / f"whole-{name}", num_labels=classes)
+        perturb(whole, tmp_path / name, seed=seed, scale=0.3)
+    tasks = [_task(name, seed) for seed, name in enumerate("abu")]
+    found = compare_unseen(
+        tmp_path / "base",
+        {name: tmp_path / name for name in "abu"},
+        tasks,
+        ["u"],
+        OneIsNear(),
+        tmp_path / "out",
+        statics={"weight averaging": MergeSettings()},
+        packs={"DTS-T": SETTINGS["DTS-T r=0.5"]},
+        work=Work(workers=1),
+    )
+    assert [one.method for one in found.records][2:] == [
+        "weight averaging",
+        "DTS-T",
+        "DTS-T, equal weights",
+    ]
+    base, merged = load(tmp_path / "base"), load(tmp_path / "out/weight-averaging")
+    assert torch.equal(merged["classifier.weight"], base["classifier.weight"])
+    biases = [load(tmp_path / name)["bert.pooler.dense.bias"] for name in "ab"]
+    torch.testing.assert_close(merged["bert.pooler.dense.bias"], (biases[0] + biases[1]) / 2)
 
 
 def test_the_rows_of_the_benchmark_are_settings_that_hold():

@@ -18,6 +18,8 @@ def score_with_head(
     checkpoint: Path,
     head: Path,
     task: Task,
+    *,
+    private: tuple[str, ...] = (),
     delta: Callable[[str], Tensor | None] = lambda _: None,
 ) -> float:
     """Score a checkpoint on a task, with what only another one of its architecture has.
@@ -26,10 +28,11 @@ def score_with_head(
         checkpoint: Gives every tensor it has.
         head: A whole model whose head, names and configuration are used.
         task: What to score on.
+        private: Patterns of names taken from `head` although the checkpoint has them.
         delta: By the checkpoint's name, fp32 values to add to a tensor; None for nothing.
     """
     reference = open_checkpoint(checkpoint)
-    of = outline.of_checkpoint(reference, head)
+    of = outline.of_checkpoint(reference, head, private=private)
     with tempfile.TemporaryDirectory() as folder:
         of.copy(Path(folder))
         with CheckpointWriter(Path(folder), of.specs.values(), tied=of.tied) as writer:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from torch import Tensor
+
 from personae.errors import RecipeError, nearest
 from personae.evaluate.evaluation import evaluate_checkpoint
 from personae.evaluate.heads import score_with_head
@@ -20,6 +22,7 @@ from personae.evaluate.records import Record, record
 from personae.evaluate.tasks import Task
 from personae.execute.accounting import task_amr_percent
 from personae.execute.compose import compose
+from personae.execute.family import open_family
 from personae.execute.merge import merge
 from personae.execute.pack import pack_many
 from personae.execute.weighting import TextEncoder, Weighting, weigh
@@ -27,9 +30,6 @@ from personae.execute.work import Work
 from personae.methods import CODECS, MERGE_METHODS
 from personae.packs.reader import Pack
 from personae.recipe import MergeSettings, PackSettings
-
-EQUAL = "equal weights"
-SAME = "same weighting"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def packed_rows(rank_fraction: float = 0.3, budget: str = "1%") -> dict[str, Pac
         f"DTS-D r={rank_fraction:g}": PackSettings(parameters=at_rank, vector="difference"),
         f"DTS-D* {budget}": PackSettings(budget=budget, vector="difference"),
     } | {
-        f"{label}, {SAME}": PackSettings(method=method)
+        f"{label}, same weighting": PackSettings(method=method)
         for method, label in others.items()
         if method in CODECS
     }
@@ -107,100 +107,118 @@ def compare_unseen(
         RecipeError: if what is held out is no task, all of them, or none.
     """
     seen, unseen = _split(tasks, hold_out)
-    inputs = {task.name: experts[task.name] for task in seen}
+    held = _HeldOut(base, experts, seen, unseen, _heads(base, experts), directory, work)
     individual = {task.name: evaluate_checkpoint(experts[task.name], task) for task in unseen}
     records: list[Record] = []
 
-    def add(method: str, scores: Mapping[str, float], amr: Sequence[dict[str, float]] = ()) -> None:
-        rates = [fmean(one[rule] for one in amr) if amr else 0.0 for rule in _RULES]
-        if method == "individual":
-            rates = [100.0, 100.0]
-        row = record(
-            method, scores, individual=individual, amr_counted=rates[0], amr_on_disk=rates[1]
-        )
-        records.append(row)
-        report(row)
+    def add(method: str, scores: Mapping[str, float], counted: float, on_disk: float) -> None:
+        rates = {"amr_counted": counted, "amr_on_disk": on_disk}
+        records.append(record(method, scores, individual=individual, **rates))
+        report(records[-1])
 
-    def whole(checkpoint: Path) -> dict[str, float]:
-        return {t.name: score_with_head(checkpoint, experts[t.name], t) for t in unseen}
-
-    add("individual", individual)
-    add("pre-trained (SVD, T-Switch)", whole(base))
+    add("individual", individual, 100.0, 100.0)
+    add("pre-trained (SVD, T-Switch)", held.scores_of(base), 0.0, 0.0)
     for name, settings in statics.items():
-        merged = merge(
-            base, inputs, directory / _file_name(name), settings=settings, overwrite=True, work=work
-        )
-        add(name, whole(merged))
+        add(name, held.scores_of(held.merged(name, settings)), 0.0, 0.0)
     weightings: dict[str, Weighting] = {}
-    for name, pack in _packed(base, inputs, seen, packs, directory, work):
-        source = None if pack.reference_directory else base
+    for name, pack in held.packed(packs).items():
         amr = [task_amr_percent(task) for task in pack.manifest.tasks.values()]
-        if pack.manifest.method == "emr":
-            add("EMR (unified, no mask)", _unified(pack, base, experts, unseen), amr)
-        if not weightings:  # every pack has the same tasks, and they are about the same
-            weightings = {
-                task.name: weigh(pack, task.classes, encoder, gamma=gamma, temperature=temperature)
-                for task in unseen
-            }
-        scores = {
-            task.name: _composed(pack, weightings[task.name].weights, source, experts, task, work)
+        rates = fmean(one["counted"] for one in amr), fmean(one["on_disk_native"] for one in amr)
+        if (shared := pack.open_shared()) is not None and pack.manifest.method == "emr":
+            add("EMR (unified, no mask)", held.scores_of(base, shared.read), *rates)
+        # Every pack has the same tasks, and they are about the same.
+        weightings = weightings or {
+            task.name: weigh(pack, task.classes, encoder, gamma=gamma, temperature=temperature)
             for task in unseen
         }
-        add(name, scores, amr)
-        if name.startswith("DTS") and "*" not in name:
-            even = {task.name: 1 / len(seen) for task in seen}
-            scores = {t.name: _composed(pack, even, source, experts, t, work) for t in unseen}
-            add(f"{name}, {EQUAL}", scores, amr)
+        weights = {task: one.weights for task, one in weightings.items()}
+        add(name, held.scores_composed(pack, weights), *rates)
+        if pack.manifest.method == "dts" and pack.manifest.budget is None:
+            even = {held_out: {task.name: 1 / len(seen) for task in seen} for held_out in weights}
+            add(f"{name}, equal weights", held.scores_composed(pack, even), *rates)
     return Unseen(records, weightings)
 
 
-_RULES = ("counted", "on_disk_native")
+@dataclass(frozen=True)
+class _HeldOut:
+    """A family of which some tasks are held out, and models made of the others."""
 
+    base: Path
+    experts: Mapping[str, Path]
+    seen: Sequence[Task]
+    unseen: Sequence[Task]
+    heads: tuple[str, ...]
+    directory: Path
+    work: Work
 
-def _unified(
-    pack: Pack, base: Path, experts: Mapping[str, Path], unseen: Sequence[Task]
-) -> dict[str, float]:
-    """Scores of θ₀ + τ_uni: EMR without mask and rescaler."""
-    shared = pack.open_shared()
-    assert shared is not None, "an EMR pack has a unified vector"
-    return {t.name: score_with_head(base, experts[t.name], t, shared.read) for t in unseen}
+    @property
+    def _inputs(self) -> dict[str, Path]:
+        return {task.name: self.experts[task.name] for task in self.seen}
 
+    def merged(self, row: str, settings: MergeSettings) -> Path:
+        """The seen experts merged, all but what any task has of its own."""
+        apart = settings.model_copy(update={"skip": (*settings.skip, *self.heads)})
+        out = self.directory / _file_name(row)
+        return merge(self.base, self._inputs, out, settings=apart, overwrite=True, work=self.work)
 
-def _composed(
-    pack: Pack,
-    weights: Mapping[str, float],
-    base: Path | None,
-    experts: Mapping[str, Path],
-    task: Task,
-    work: Work,
-) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / task.name
-        compose(pack.directory, weights, out, base=base, head=experts[task.name], work=work)
-        return evaluate_checkpoint(out, task)
+    def packed(self, rows: Mapping[str, PackSettings]) -> dict[str, Pack]:
+        """The seen experts packed for each row, those that differ in rank alone together."""
+        groups: dict[str, list[str]] = {}
+        for row, settings in rows.items():
+            groups.setdefault(settings.without_rank().model_dump_json(), []).append(row)
+        made: dict[str, Pack] = {}
+        for group in groups.values():
+            outs: dict[str | Path, PackSettings] = {
+                self.directory / _file_name(row): rows[row].model_copy(
+                    update={"private": (*rows[row].private, *self.heads)}
+                )
+                for row in group
+            }
+            packs = pack_many(
+                self.base,
+                self._inputs,
+                outs,
+                characteristics={task.name: task.classes for task in self.seen},
+                overwrite=True,
+                work=self.work,
+            )
+            made |= dict(zip(group, packs, strict=True))
+        return {row: made[row] for row in rows}
 
-
-def _packed(
-    base: Path,
-    experts: Mapping[str, Path],
-    seen: Sequence[Task],
-    rows: Mapping[str, PackSettings],
-    directory: Path,
-    work: Work,
-) -> list[tuple[str, Pack]]:
-    """The seen tasks packed for each row, those that differ in rank alone together."""
-    groups: dict[str, list[str]] = {}
-    for name, settings in rows.items():
-        groups.setdefault(settings.without_rank().model_dump_json(), []).append(name)
-    made: dict[str, Pack] = {}
-    for group in groups.values():
-        outs: dict[str | Path, PackSettings] = {
-            directory / _file_name(name): rows[name] for name in group
+    def scores_of(
+        self, checkpoint: Path, delta: Callable[[str], Tensor | None] = lambda _: None
+    ) -> dict[str, float]:
+        """Scores of one model, plus a delta, under each unseen task's head."""
+        return {
+            task.name: score_with_head(
+                checkpoint, self.experts[task.name], task, private=self.heads, delta=delta
+            )
+            for task in self.unseen
         }
-        about = {task.name: task.classes for task in seen}
-        packs = pack_many(base, experts, outs, characteristics=about, overwrite=True, work=work)
-        made |= dict(zip(group, packs, strict=True))
-    return [(name, made[name]) for name in rows]
+
+    def scores_composed(
+        self, pack: Pack, weights: Mapping[str, Mapping[str, float]]
+    ) -> dict[str, float]:
+        """Scores of the model composed for each unseen task, by its weights, under its head."""
+        scores: dict[str, float] = {}
+        for task in self.unseen:
+            with tempfile.TemporaryDirectory() as folder:
+                out = compose(
+                    pack.directory,
+                    weights[task.name],
+                    Path(folder) / task.name,
+                    base=None if pack.reference_directory else self.base,
+                    head=self.experts[task.name],
+                    work=self.work,
+                )
+                scores[task.name] = evaluate_checkpoint(out, task)
+        return scores
+
+
+def _heads(base: Path, experts: Mapping[str, Path]) -> tuple[str, ...]:
+    """Names of what any expert has of its own: no merge or sum may touch them."""
+    with open_family(base, experts) as family:
+        return tuple(sorted({n for expert in family.experts.values() for n in expert.private}))
 
 
 def _split(tasks: Sequence[Task], hold_out: Sequence[str]) -> tuple[list[Task], list[Task]]:
