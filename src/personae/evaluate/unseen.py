@@ -13,23 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from torch import Tensor
-
+from personae.checkpoints import open_checkpoint
 from personae.errors import RecipeError, nearest
+from personae.evaluate.comparison import merge_rows
 from personae.evaluate.evaluation import evaluate_checkpoint
-from personae.evaluate.heads import score_with_head
+from personae.evaluate.merged import heads_of, score_merged
 from personae.evaluate.records import Record, record
 from personae.evaluate.tasks import Task
 from personae.execute.accounting import task_amr_percent
 from personae.execute.compose import compose
-from personae.execute.family import open_family
 from personae.execute.merge import merge
 from personae.execute.pack import pack_many
 from personae.execute.weighting import TextEncoder, Weighting, weigh
 from personae.execute.work import Work
-from personae.methods import CODECS, MERGE_METHODS
+from personae.methods import CODECS
 from personae.packs.reader import Pack
 from personae.recipe import MergeSettings, PackSettings
+from personae.writers import CheckpointWriter, output_directory
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,8 @@ class Unseen:
 
 
 def static_rows() -> dict[str, MergeSettings]:
-    """The static methods that need nothing but full checkpoints, at their own defaults."""
-    named = {"average": "weight averaging", "task_arithmetic": "task arithmetic", "ties": "TIES"}
-    named |= {"dare_ties": "DARE-TIES", "drm": "DRM"}
-    return {
-        label: MergeSettings(method=method)
-        for method, label in named.items()
-        if method in MERGE_METHODS
-    }
+    """The average, and every static method of the family tables as it is there."""
+    return {"weight averaging": MergeSettings()} | merge_rows()
 
 
 def packed_rows(rank_fraction: float = 0.3, budget: str = "1%") -> dict[str, PackSettings]:
@@ -107,7 +101,7 @@ def compare_unseen(
         RecipeError: if what is held out is no task, all of them, or none.
     """
     seen, unseen = _split(tasks, hold_out)
-    held = _HeldOut(base, experts, seen, unseen, _heads(base, experts), directory, work)
+    held = _HeldOut(base, experts, seen, unseen, heads_of(base, experts), directory, work)
     individual = {task.name: evaluate_checkpoint(experts[task.name], task) for task in unseen}
     records: list[Record] = []
 
@@ -124,8 +118,8 @@ def compare_unseen(
     for name, pack in held.packed(packs).items():
         amr = [task_amr_percent(task) for task in pack.manifest.tasks.values()]
         rates = fmean(one["counted"] for one in amr), fmean(one["on_disk_native"] for one in amr)
-        if (shared := pack.open_shared()) is not None and pack.manifest.method == "emr":
-            add("EMR (unified, no mask)", held.scores_of(base, shared.read), *rates)
+        if pack.manifest.method == "emr":
+            add("EMR (unified, no mask)", held.scores_of(held.unified(name, pack)), *rates)
         # Every pack has the same tasks, and they are about the same.
         weightings = weightings or {
             task.name: weigh(pack, task.classes, encoder, gamma=gamma, temperature=temperature)
@@ -185,15 +179,25 @@ class _HeldOut:
             made |= dict(zip(group, packs, strict=True))
         return {row: made[row] for row in rows}
 
-    def scores_of(
-        self, checkpoint: Path, delta: Callable[[str], Tensor | None] = lambda _: None
-    ) -> dict[str, float]:
-        """Scores of one model, plus a delta, under each unseen task's head."""
+    def unified(self, row: str, pack: Pack) -> Path:
+        """What an EMR pack's tasks share, added to the base: no mask, no rescaler."""
+        shared, base = pack.open_shared(), open_checkpoint(self.base)
+        assert shared is not None, "an EMR pack has a unified vector"
+        out = self.directory / _file_name(f"{row} unified")
+        with (
+            output_directory(out, overwrite=True) as partial,
+            CheckpointWriter(partial, base.specs.values(), tied=base.tied) as writer,
+        ):
+            for name in base.specs:
+                tensor, vector = base.read(name), shared.read(name)
+                writer.write(name, tensor if vector is None else tensor.float() + vector)
+        return out
+
+    def scores_of(self, checkpoint: Path) -> dict[str, float]:
+        """Scores of one model under each unseen task's head."""
         return {
-            task.name: score_with_head(
-                checkpoint, self.experts[task.name], task, private=self.heads, delta=delta
-            )
-            for task in self.unseen
+            t.name: score_merged(self.base, checkpoint, self.experts[t.name], t, self.heads)
+            for t in self.unseen
         }
 
     def scores_composed(
@@ -213,12 +217,6 @@ class _HeldOut:
                 )
                 scores[task.name] = evaluate_checkpoint(out, task)
         return scores
-
-
-def _heads(base: Path, experts: Mapping[str, Path]) -> tuple[str, ...]:
-    """Names of what any expert has of its own: no merge or sum may touch them."""
-    with open_family(base, experts) as family:
-        return tuple(sorted({n for expert in family.experts.values() for n in expert.private}))
 
 
 def _split(tasks: Sequence[Task], hold_out: Sequence[str]) -> tuple[list[Task], list[Task]]:
