@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from oracle import assert_same, coded
 
 from families import State, listing, saved, small_base, tuned
+from personae.checkpoints import open_checkpoint
 from personae.errors import OutputError, PackError, RecipeError
 from personae.execute.compose import compose, open_composed
 from personae.execute.pack import pack
-from personae.execute.unpack import unpack
+from personae.execute.unpack import Rebuilt, unpack
 from personae.execute.work import Work
+from personae.methods import CODECS
 from personae.methods.personalise.dts import DTS
 from personae.methods.personalise.svd import SVD
 from personae.packs.fingerprint import sha256_file
@@ -120,6 +122,24 @@ def test_exact_sums_of_whole_numbers(tmp_path_factory, weights, offset):
     factor = sum(k * weight for k, weight in enumerate(weights, 1))
     assert torch.equal(found["v"], base["v"] + factor * torch.arange(1.0, 7.0))
     assert torch.equal(found["w"], base["w"])
+
+
+@pytest.mark.parametrize("vector", ["task", "difference"])
+@pytest.mark.parametrize("method", CODECS)
+def test_every_codec(tmp_path, method, vector):
+    made = pack(BASE, EXPERTS, tmp_path / "p", settings=PackSettings(method=method, vector=vector))
+    base = BASE if vector == "task" else None
+    reference = open_checkpoint(made.reference_source(base))
+    rebuilt = {name: Rebuilt(made, name, reference) for name in "abc"}
+    weights = {"a": 0.25, "b": 0.5, "c": 0.25}
+    found = open_composed(tmp_path / "p", weights, base=base)
+    for name, tensor in found.items():
+        expected = reference.read(name)
+        for task, weight in weights.items() if tensor.is_floating_point() else ():
+            expected = expected + weight * rebuilt[task].delta(name)
+        torch.testing.assert_close(tensor, expected)
+    unpack(tmp_path / "p", "b", tmp_path / "b", base=base)
+    assert_same(dict(open_composed(tmp_path / "p", {"b": 1.0}, base=base)), load(tmp_path / "b"))
 
 
 def test_order_and_workers_change_no_byte(packs, tmp_path):
@@ -238,6 +258,22 @@ def test_tied_names_are_in_the_state_dict(tmp_path):
     state = dict(open_composed(tmp_path / "p", {"x": 0.5}))
     assert len(state) == len(open_composed(tmp_path / "p", {"x": 0.5}))
     assert_same({name: state[name] for name in written}, written)
+
+
+def test_transformers_takes_the_mapping_without_a_file(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from toys import perturb, toy_vit
+
+    toy_vit(tmp_path / "base")
+    perturb(tmp_path / "base", tmp_path / "x", seed=1)
+    pack(tmp_path / "base", {"x": tmp_path / "x"}, tmp_path / "p")
+    compose(tmp_path / "p", {"x": 0.5}, tmp_path / "o")
+    state = dict(open_composed(tmp_path / "p", {"x": 0.5}))
+    config = ViTConfig.from_pretrained(tmp_path / "base")
+    found = ViTForImageClassification.from_pretrained(None, config=config, state_dict=state)
+    expected = ViTForImageClassification.from_pretrained(tmp_path / "o")
+    assert_same(found.state_dict(), expected.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from families import small_base, tuned
 from personae.checkpoints import open_checkpoint
 from personae.errors import RecipeError
 from personae.execute import encode, pool
+from personae.execute.compose import compose, open_composed
 from personae.execute.pack import pack
 from personae.execute.unpack import Rebuilt, unpack
 from personae.execute.verify import verify
@@ -51,6 +52,7 @@ def test_a_pack_and_what_is_rebuilt_are_the_same(family, tmp_path, request):
     make = partial(pack, base, {"x": expert}, settings=settings)
     make(tmp_path / "here")
     unpack(tmp_path / "here", "x", tmp_path / "x", base=base)
+    composed = dict(open_composed(tmp_path / "here", {"x": 0.5}, base=base))
     request.getfixturevalue("on_pretend_device")
     make(tmp_path / "there")
     for file in ("pack.json", "tasks/x.safetensors"):
@@ -58,6 +60,10 @@ def test_a_pack_and_what_is_rebuilt_are_the_same(family, tmp_path, request):
     unpack(tmp_path / "here", "x", tmp_path / "y", base=base)
     one, other = load(tmp_path / "x"), load(tmp_path / "y")
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    compose(tmp_path / "here", {"x": 0.5}, tmp_path / "z", base=base)
+    third = load(tmp_path / "z")
+    assert third.keys() == composed.keys()
+    assert all(torch.equal(third[n], composed[n]) for n in composed)
     assert verify(tmp_path / "here", against={"x": expert}, base=base)["x"].same_original is True
 
 
@@ -89,8 +95,9 @@ def test_deltas_are_decomposed_and_decoded_there(family, tmp_path, monkeypatch):
         assert seen == [DEVICE]
 
 
-@pytest.mark.parametrize("command", [unpack, verify])
-def test_an_absent_device_is_refused_before_anything_is_read(command, tmp_path):
-    arguments = ("x", tmp_path / "out") if command is unpack else ()
+@pytest.mark.parametrize(
+    ("command", "arguments"), [(unpack, ("x", "out")), (compose, ({"x": 1.0}, "out")), (verify, ())]
+)
+def test_an_absent_device_is_refused_before_anything_is_read(command, arguments, tmp_path):
     with pytest.raises(RecipeError, match="no device 'cuda:99' here"):
         command(tmp_path / "gone", *arguments, work=Work(device="cuda:99"))

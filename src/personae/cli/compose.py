@@ -58,6 +58,7 @@ def compose(
     overwrite: options.Overwrite = False,
     workers: options.Workers = None,
     memory: options.Memory = None,
+    device: options.Device = "cpu",
     json: options.Json = False,
 ) -> None:
     """Compose a model for an unseen task: the reference plus a weighted sum of the tasks' deltas.
@@ -95,7 +96,7 @@ def compose(
                 head=head,
                 overwrite=overwrite,
                 shard_bytes=shard_bytes,
-                work=options.work_from(workers, memory, progress, "cpu"),
+                work=options.work_from(workers, memory, progress, device),
             )
     if json:
         console.facts(weighting.to_json() | {"path": written and str(written)})

@@ -36,7 +36,9 @@ RECORD_NAME = "personae.json"
 class Composed(Mapping):
     """A composed model as a lazy state dict: a tensor is composed when it is looked up.
 
-    Tied names are there too, so that `module.load_state_dict(dict(composed))` fits.
+    Names are those in checkpoint files, tied ones too. A class of transformers takes them as
+    `from_pretrained(None, config=config, state_dict=dict(composed))`, a module that names its
+    tensors likewise as `load_state_dict(dict(composed))`.
 
     Attributes:
         outline: Names, dtypes and small files of the result.
@@ -116,19 +118,20 @@ def open_composed(
         base: Where the reference is, if not where the pack says.
         head: Whose head to attach: a task of the pack, or else a checkpoint (directory, hub id)
             of the same architecture. Without one the result is like the reference.
-        work: Workers for checking the reference.
+        work: Workers for checking the reference, device of the decoding.
 
     Raises:
         PersonaeError: if the pack, its reference, a weight or the head is not what it should be.
     """
     work = work or Work()
+    device = work.torch_device
     opened = Pack(Path(pack))
     weighting = given(weights, opened.manifest, opened.directory)
     reference = open_reference(opened, base, work)
     needed = [name for name, weight in weighting.weights.items() if weight]
     if head in opened.manifest.tasks:
         needed.append(str(head))
-    rebuilt = {name: Rebuilt(opened, name, reference) for name in dict.fromkeys(needed)}
+    rebuilt = {name: Rebuilt(opened, name, reference, device) for name in dict.fromkeys(needed)}
     if head is None:
         of = outline.of_reference(reference)
     elif head in rebuilt:
@@ -160,7 +163,7 @@ def compose(
         head: Whose head to attach; see `open_composed`.
         overwrite: Replace `out` if it exists.
         shard_bytes: Most bytes in one weight file.
-        work: Workers, memory bound, progress.
+        work: Workers, memory bound, device of the decoding, progress.
 
     Returns:
         The directory written; `personae.json` in it says what it was made of.
@@ -169,9 +172,12 @@ def compose(
         PersonaeError: if the pack, its reference, a weight or the output is not what it should be.
     """
     work = work or Work()
+    assert work.torch_device  # refused before anything is read
     out = Path(out).absolute()
     opened = Pack(Path(pack))
-    inputs = [opened.directory, opened.reference_source(base), head]
+    inputs = [opened.directory, opened.reference_source(base)]
+    if head not in opened.manifest.tasks:
+        inputs.append(head)
     check_output(out, overwrite, inputs=inputs)
     composed = open_composed(pack, weights, base=base, head=head, work=work)
     for text in composed.notes:

@@ -63,6 +63,8 @@ def test_given_weights(work):
     compose("p", {"news": 0.25, "law": 0.75}, "q", head="news")
     assert listing(work / "o") == listing(work / "q")
     assert torch.equal(load(work / "o")["head.weight"], HEAD["head.weight"])
+    done("compose p --weights law=0.75,news=0.25 --out s --head news --device cpu --workers 2")
+    assert listing(work / "s") == listing(work / "q")
     facts = json.loads(done("compose p --weights law=0.5 --weights news=0.5 --out r --json"))
     assert facts["weights"] == {"news": 0.5, "law": 0.5} and facts["path"] == str(work / "r")
     assert load(work / "r").keys() == BASE.keys()
@@ -138,6 +140,7 @@ def test_describing_while_packing_and_adding(work):
         ("compose p --weights news=1 --head news", "leave out --head"),
         ("compose p --weights news=1 --gamma softmax --out o", "--gamma belong to --like"),
         ("compose p --weights news=1 --out o --head nowhere", "nowhere: no such file"),
+        ("compose p --weights news=1 --out o --device tpu", "Unknown device 'tpu'"),
         ("compose p --weights news=1 --out base", "overlap"),
         ("compose p --weights news=1 --out law", "not empty"),
         ("compose p --weights news=1 --out o --base law", "is not the reference"),
