@@ -43,8 +43,8 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One pack of three experts a setting, and the base they came from."""
     folder = tmp_path_factory.mktemp("packs")
     saved(BASE, folder / "base")
-    for name, settings in SETTINGS.items():
-        pack(folder / "base", EXPERTS, folder / name, settings=settings)
+    for name, how in SETTINGS.items():
+        pack(folder / "base", EXPERTS, folder / name, settings=how)
     return folder
 
 
