@@ -116,7 +116,7 @@ def compare_unseen(
         add(name, held.scores_of(held.merged(name, settings)), 0.0, 0.0)
     weightings: dict[str, Weighting] = {}
     for name, pack in held.packed(packs).items():
-        amr = [task_amr_percent(task) for task in pack.manifest.tasks.values()]
+        amr = [task_amr_percent(task, pack.manifest) for task in pack.manifest.tasks.values()]
         rates = fmean(one["counted"] for one in amr), fmean(one["on_disk_native"] for one in amr)
         if pack.manifest.method == "emr":
             add("EMR (unified, no mask)", held.scores_of(held.unified(name, pack)), *rates)
