@@ -93,7 +93,7 @@ def test_checkpoints_that_cannot_be_read_are_told_with_bad_names(tmp_path):
 
 
 def test_there_must_be_an_expert(tmp_path):
-    with pytest.raises(RecipeError, match=r"There is no expert to pack. Give at least one"):
+    with pytest.raises(RecipeError, match=r"There is no expert. Give at least one"):
         pack(BASE, {}, tmp_path / "p")
 
 

@@ -98,7 +98,7 @@ def test_the_order_of_the_experts_is_that_of_the_last_run(tmp_path):
     assert list(made.manifest.tasks) == ["z", "y", "x"]
 
 
-@pytest.mark.parametrize("stage", ["merging the reference (average)", "packing x", "packing z"])
+@pytest.mark.parametrize("stage", ["merging (average)", "packing x", "packing z"])
 def test_a_difference_pack_goes_on_too(tmp_path, stage):
     settings = PackSettings(vector="difference")
     pack(BASE, EXPERTS, tmp_path / "whole", settings=settings)
