@@ -72,7 +72,7 @@ def test_mistyped_local_paths_never_go_to_the_hub(
     def ask(source: str) -> None:
         raise AssertionError(f"the hub was asked for {source}")
 
-    monkeypatch.setattr("personae.checkpoints.opening.hub_folder", ask)
+    monkeypatch.setattr("personae.checkpoints.hub.hub_folder", ask)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experts" / "maths").mkdir(parents=True)
     for typo in ("./experts/math", "experts/math", str(tmp_path / "experts" / "math")):

@@ -241,3 +241,36 @@ def test_unknown_method(tmp_path: Path):
     base, experts = family(tmp_path)
     with pytest.raises((MethodError, PersonaeError), match="Did you mean 'average'"):
         merge(base, experts, tmp_path / "out", settings=MergeSettings(method="averge"))
+
+
+def test_an_average_in_16_bits_needs_no_base_and_keeps_what_did_not_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base, experts = family(tmp_path, torch.bfloat16)
+    states = [load(Path(e)) for e in experts.values()]
+    same = {**states[0], "layer.weight": load(Path(base))["layer.weight"]}
+    for name, state in zip(EXPERTS, states, strict=True):
+        state["layer.weight"] = same["layer.weight"]
+        experts[name] = str(saved(state, tmp_path / f"again-{name}"))
+    asked: list[str] = []
+    read = stream.Stacks.read
+    monkeypatch.setattr(
+        stream.Stacks, "read", lambda self, piece, **how: asked.append("") or read(self, piece)
+    )
+    merge(base, experts, tmp_path / "out")
+    found = load(tmp_path / "out")
+    assert not asked
+    assert torch.equal(found["layer.weight"], same["layer.weight"])
+    mean = torch.stack([s["embed.weight"].float() for s in states]).mean(dim=0)
+    assert torch.equal(found["embed.weight"], mean.bfloat16())
+
+
+def test_what_is_read_anew_does_not_show_in_what_was_merged_before(tmp_path: Path):
+    """Stacks are reused: pieces of other sizes follow each other on one thread."""
+    base, experts = family(tmp_path)
+    merge(base, experts, tmp_path / "one", work=Work(workers=1))
+    merged, reference = load(tmp_path / "one"), load(Path(base))
+    for name in FLOATING:
+        vectors = [load(Path(e))[name] - reference[name] for e in experts.values()]
+        mean = reference[name] + torch.stack(vectors).mean(dim=0)
+        torch.testing.assert_close(merged[name], mean)

@@ -11,7 +11,6 @@ from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.adapter import open_adapter
 from personae.checkpoints.adapter_files import CONFIG_FILE
 from personae.checkpoints.folders import Folder, local_folder, lone_file
-from personae.checkpoints.hub import hub_folder
 from personae.checkpoints.memory import InMemory
 from personae.checkpoints.pickles import open_pickles
 from personae.checkpoints.safetensors_files import open_safetensors
@@ -47,6 +46,8 @@ def open_checkpoint(
     if path.is_file():
         return _open_file(lone_file(path, text), path.name)
     if _is_hub_id(source):
+        from personae.checkpoints.hub import hub_folder  # its library takes a while to load
+
         return _open_folder(hub_folder(text), base)
     raise CheckpointError(_no_such_path(text, path))
 

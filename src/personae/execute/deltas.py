@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personae.checkpoints import Checkpoint
+from personae.checkpoints.adapter import Adapter
 from personae.checkpoints.alignment import Alignment
 
 
@@ -54,6 +55,11 @@ class Deltas:
         if not self.from_base:
             return None
         return self.alignment.checkpoint.factors(self.alignment.files[name])
+
+    def stored(self, name: str) -> bool:
+        """Whether the expert's values lie in its file as they are, in 16 bits or fewer."""
+        spec = self.alignment.spec(name)
+        return spec.dtype.itemsize <= 2 and not isinstance(self.alignment.checkpoint, Adapter)
 
     def unchanged(self, name: str) -> bool:
         """Whether the delta is known to be zero without reading it."""

@@ -116,13 +116,14 @@ def _share_of_unit(
             faults += stacks.faults(stack, piece)
         if not faults:
             share = measure.tally(stack, parameters, stacks.site(part))
-            total = share if total is None else total + share
+            total = share.clone() if total is None else total.add_(share)
     return total, faults
 
 
 def _share(measure: Measure, parameters: Parameters, stacks: Stacks, piece: Piece) -> Tensor:
     part = _sampled(piece, measure.sample)
-    return measure.tally(stacks.read(part)[0], parameters, stacks.site(part))
+    stack, _ = stacks.read(part, reuse=True)
+    return measure.tally(stack, parameters, stacks.site(part))
 
 
 def _sampled(piece: Piece, sample: int) -> Piece:

@@ -206,11 +206,16 @@ def _merge_rows(
     job: MergeJob, statistics: Statistics | None, piece: Piece
 ) -> tuple[Tensor, list[str]]:
     """Rows of the result: reference plus merged deltas, fp32."""
-    stack, reference = job.stacks.read(piece)
+    parameters, site = job.parameters_of(piece.spec.name), job.stacks.site(piece)
+    if job.method.translates(parameters) and job.is_narrow(piece.spec.name):
+        values = job.stacks.values(piece)
+        if values is not None:
+            faults = job.stacks.faults(values, piece)
+            return job.method.merge(values, parameters, statistics, site), faults
+    stack, reference = job.stacks.read(piece, reuse=True)
     faults = job.stacks.faults(stack, piece)
     if faults:
         return reference, faults
-    parameters, site = job.parameters_of(piece.spec.name), job.stacks.site(piece)
     return job.method.merge(stack, parameters, statistics, site) + reference, []
 
 

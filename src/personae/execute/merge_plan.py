@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,6 +58,14 @@ class MergeJob:
             for unit in self.units
         ]
         return [unit for unit in kept if unit.pieces]
+
+    def is_narrow(self, name: str) -> bool:
+        """Whether a tensor comes out in 16 bits, so that no rounding of fp32 is seen in it."""
+        return self._dtypes[name].itemsize <= 2
+
+    @cached_property
+    def _dtypes(self) -> Mapping[str, torch.dtype]:
+        return {spec.name: spec.dtype for spec in self.specs}
 
     def cost(self, unit: Unit) -> int:
         """Peak bytes of one unit."""

@@ -6,6 +6,7 @@ costs nothing beside the work. Both follow from headers and method alone, never 
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -140,6 +141,8 @@ class Stacks:
         shared = [{*e.shared} - {*e.grown} for e in family.experts.values()]
         self.names: Sequence[str] = sorted(set[str].intersection(*shared))
         self.experts = len(self._deltas)
+        self._finite = set[tuple[str, int]]()
+        self._own = threading.local()
         self._transposed = transposed_weights(family.base.specs)
 
     def site(self, piece: Piece) -> Site:
@@ -148,9 +151,15 @@ class Stacks:
         start = piece.start * (spec.numel // spec.shape[0]) if piece.start else 0
         return Site(spec.name, spec.shape, start, spec.name in self._transposed)
 
-    def read(self, piece: Piece) -> tuple[Float[Tensor, "expert ..."], Float[Tensor, "..."]]:
-        """The stacked deltas of a piece, and the reference's values; fp32."""
-        stack = torch.empty((self.experts, *piece.shape))
+    def read(
+        self, piece: Piece, *, reuse: bool = False
+    ) -> tuple[Float[Tensor, "expert ..."], Float[Tensor, "..."]]:
+        """The stacked deltas of a piece, and the reference's values; fp32.
+
+        With `reuse` the stack is overwritten by this thread's next one: fresh memory costs as much
+        as filling it.
+        """
+        stack = self._stack(piece, reuse)
         rows = self._rows_present(piece)
         if rows is not None:
             return self._read_settled(piece, stack, *rows)
@@ -170,17 +179,30 @@ class Stacks:
                 place.copy_(self._expert(deltas, piece)).sub_(reference)
         return stack, reference
 
+    def values(self, piece: Piece) -> Float[Tensor, "expert ..."] | None:
+        """The stacked values of the experts, fp32, as `read` with `reuse`.
+
+        None where they are not simply stored: adapters, and vocabularies that differ.
+        """
+        name = piece.spec.name
+        if self._rows_present(piece) is not None or not all(d.stored(name) for d in self._deltas):
+            return None
+        stack = self._stack(piece, reuse=True)
+        for place, deltas in zip(stack, self._deltas, strict=True):
+            place.copy_(self._expert(deltas, piece))
+        return stack
+
     def given(
         self, method: MergeMethod, parameters: Parameters, piece: Piece, undivided: bool
     ) -> tuple[Float[Tensor, "expert ..."], Callable[[Tensor], Tensor]]:
         """What a method is given of a piece, and what makes a task vector of its answer.
 
         For most that is the stack as it is. Matrices of adapters enter as small as the method's
-        symmetry allows (`MergeMethod.in_bases`).
+        symmetry allows (`MergeMethod.in_bases`). Stacks of rows are reused, as `read` says.
         """
         factors = self.factors(piece.spec.name) if undivided else None
         if factors is None:
-            return self.read(piece)[0], lambda merged: merged
+            return self.read(piece, reuse=not undivided)[0], lambda merged: merged
         return method.in_bases(factors, parameters, self.site(piece))
 
     def factors(self, name: str) -> list[Factors] | None:
@@ -209,9 +231,14 @@ class Stacks:
         return _rows(self._reference, piece.spec.name, piece)
 
     def faults(self, stack: Float[Tensor, "expert ..."], piece: Piece) -> list[str]:
-        """What is not finite in a piece, told of base and experts; usually nothing."""
+        """What is not finite in a piece, told of base and experts; usually nothing.
+
+        What was finite once is not asked again.
+        """
+        key = piece.spec.name, piece.start
         # One reduction tells: a sum is finite only if every term is.
-        if not stack.numel() or math.isfinite(float(stack.sum())):
+        if key in self._finite or not stack.numel() or math.isfinite(float(stack.sum())):
+            self._finite.add(key)
             return []
         name, found = piece.spec.name, list[str]()
         if self._family.has_base:
@@ -226,6 +253,15 @@ class Stacks:
         """Peak bytes of merging a piece: read, stacked, worked on, cast and written."""
         stacked = bytes_per_entry * self.experts * piece.numel
         return stacked + (working_bytes(piece.shape) if undivided else 24 * piece.numel)
+
+    def _stack(self, piece: Piece, reuse: bool) -> Float[Tensor, "expert ..."]:
+        shape = (self.experts, *piece.shape)
+        if not reuse:
+            return torch.empty(shape)
+        held = getattr(self._own, "stack", None)
+        if held is None or held.numel() < math.prod(shape):
+            self._own.stack = held = torch.empty(math.prod(shape))
+        return held[: math.prod(shape)].view(shape)
 
     def _rows_present(
         self, piece: Piece

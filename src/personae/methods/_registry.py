@@ -63,6 +63,10 @@ def _never(_: Any, __: Site) -> Side:
     return "none"
 
 
+def _does_not(_: Any) -> bool:
+    return False
+
+
 def merge_method(
     *,
     paper: str,
@@ -71,6 +75,7 @@ def merge_method(
     gather: Callable[[Any, int], Gathering] | None = None,
     scope: Scope = "model",
     equivariant: Callable[[Any, Site], Side] = _never,
+    translates: Callable[[Any], bool] = _does_not,
     needs: Literal["deltas", "base", "adapters"] = "deltas",
     degenerates: str = "",
     looks: int = 0,
@@ -102,6 +107,7 @@ def merge_method(
             scope=scope,
             entrywise=entrywise,
             equivariant=equivariant,
+            translates=translates,
             needs=needs,
             degenerates=degenerates,
             looks=looks,

@@ -38,6 +38,7 @@ def faulty_sum(method: str, weights: tuple[float, ...]) -> str:
     order_free=True,
     entrywise=everywhere,
     check=_check,
+    translates=lambda parameters: parameters.normalize,
     bytes_per_entry=12,
     aliases=("linear",),
 )
