@@ -27,7 +27,9 @@ def inspect(
     ] = None,
     tensor: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Linear layers to analyse [all]; repeatable."),
+        typer.Option(
+            metavar="PATTERN", help="Linear layers to analyse, by default all; repeatable."
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,

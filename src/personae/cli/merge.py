@@ -16,7 +16,8 @@ def merge(
     out: Annotated[Path, typer.Argument(help="Directory of the merged checkpoint.")],
     overwrite: options.Overwrite = False,
     shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Most bytes in one weight file [5GB].")
+        str | None,
+        typer.Option(metavar="SIZE", help="Most bytes in one weight file; by default 5GB."),
     ] = None,
     workers: options.Workers = None,
     memory: options.Memory = None,

@@ -21,7 +21,8 @@ Experts = Annotated[
     ),
 ]
 Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Tensors worked on at once [one a core].")
+    int | None,
+    typer.Option("--workers", min=1, help="Tensors worked on at once; by default one a core."),
 ]
 Memory = Annotated[
     str | None, typer.Option("--memory", metavar="SIZE", help="Bound on working memory, as 2GiB.")

@@ -61,8 +61,8 @@ def pack(
         typer.Option(
             metavar="NAME=TEXT",
             help="What an expert is about: class names with commas between, a sentence, or @FILE "
-            "with one text a line [its config's class names]; repeatable. Alone with --out: of "
-            "tasks that are in the pack.",
+            "with one text a line; by default its config's class names. Repeatable. Alone with "
+            "--out: of tasks that are in the pack.",
         ),
     ] = None,
     add: Annotated[

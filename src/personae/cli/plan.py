@@ -1,4 +1,4 @@
-"""personae plan: what a pack will take and cost, from headers or shapes alone."""
+"""personae plan: what a merge or pack will take and cost, from headers or shapes alone."""
 
 import json as jsonlib
 from dataclasses import asdict
