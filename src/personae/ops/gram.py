@@ -1,10 +1,4 @@
-"""Singular triplets from eigenvectors of A Aᵀ, on the small side of A.
-
-`by_eigenvectors` asks LAPACK for all of them. `by_filter` finds the leading ones by subspace
-iteration with Chebyshev polynomials (Zhou, Saad, Tiago and Chelikowsky 2006): nearly all products.
-"""
-
-import math
+"""Singular triplets from the eigenvectors of A Aᵀ, on the small side of A."""
 
 import torch
 from jaxtyping import Float
@@ -17,18 +11,6 @@ ENERGY_TOLERANCE = 1e-3
 """Relative captured energy (Σσ²) that a solver may miss, by its own estimate."""
 FP32_FLOOR = 1e-4
 """λ_k / λ_1 of A Aᵀ beneath which fp32 (eps 1.2e-7) blurs direction k by more than about 1e-3."""
-FILTER_COLUMNS = 1.25
-"""Columns iterated / rank: more converge in fewer steps, each of which costs more."""
-FILTER_DEGREE = 3
-"""One filter of it leaves 1e-4 to 6e-4 of the energy for σ_i ∝ i^-0.5."""
-FILTERS = 2
-"""Filters tried: the second is for slow spectra; past it an eigendecomposition costs no more."""
-SKETCH_TAIL = 16
-"""Columns of the sketch that tell how large the eigenvalues beyond it are."""
-EDGE_SAFETY = 0.75
-"""Factor on that: an edge too low only damps less, one too high damps what is wanted."""
-MISSED_PER_GAIN = 2.0
-"""Energy missed / estimated gain: 1.1 to 1.6 on power laws and Gaussian noise."""
 
 
 def by_eigenvectors(wide: Float[Tensor, "small large"], rank: int) -> SVD:
@@ -46,45 +28,6 @@ def dominant(rows: Float[Tensor, "small large"], rank: int) -> tuple[Tensor, Ten
         exact = rows.double()
         values, vectors = torch.linalg.eigh(_gram(exact))
     return values[-rank:].flip(0).float(), vectors[:, -rank:].flip(1).float()
-
-
-def filter_columns(rank: int, small: int) -> int:
-    """Columns that `by_filter` iterates."""
-    return min(int(FILTER_COLUMNS * rank) + 1, small)
-
-
-def by_filter(wide: Float[Tensor, "small large"], rank: int, seed: int) -> SVD | None:
-    """The `rank` leading triplets within `ENERGY_TOLERANCE`; None if fp32 squares do not show them.
-
-    A Gaussian sketch of A Aᵀ tells where its lesser eigenvalues lie, a polynomial damps these, and
-    Rayleigh–Ritz takes what is left apart; its last value is a better bound for another filter.
-    Where the filters do not get there, LAPACK's eigenvectors do.
-    """
-    product = _gram(wide)
-    small = len(product)
-    generator = torch.Generator().manual_seed(seed)  # of the CPU: one start for every device
-    start = torch.randn(small, filter_columns(rank, small), generator=generator)
-    basis, r = torch.linalg.qr(product @ start.to(wide.device))
-    # What is new in the last columns has about the norm of the eigenvalues they did not reach.
-    unreached = r.diagonal()[-SKETCH_TAIL:].square().mean() / max(small - len(r), 1)
-    edge = float(unreached.sqrt()) * EDGE_SAFETY
-    for _ in range(FILTERS):
-        basis = _filtered(product, basis, edge)
-        image = product @ basis
-        values, rotation = torch.linalg.eigh(basis.T @ image)
-        edge = float(values[0])
-        values, rotation = values[-rank:].flip(0), rotation[:, -rank:].flip(1)
-        vectors = basis @ rotation
-        residuals = torch.addcmul(image @ rotation, vectors, values, value=-1).norm(dim=0)
-        gain = estimated_gain(values, residuals, edge)
-        steep = bool(values[-1] < FP32_FLOOR * values[0])
-        if gain * MISSED_PER_GAIN <= ENERGY_TOLERANCE:
-            if steep:
-                return rayleigh_ritz(vectors, wide.T @ vectors)
-            return _with_right_vectors(wide, vectors)
-        if steep:
-            return None
-    return _with_right_vectors(wide, torch.linalg.eigh(product)[1][:, -rank:].flip(1))
 
 
 def estimated_gain(values: Tensor, residuals: Tensor, outside: float) -> float:
@@ -131,17 +74,3 @@ def _with_right_vectors(wide: Tensor, vectors: Float[Tensor, "small k"]) -> SVD:
     right = image[:, order] / values
     right = torch.addmm(right, right, right.T @ right, beta=1.5, alpha=-0.5)
     return SVD(vectors[:, order], values, right.T)
-
-
-def _filtered(
-    product: Float[Tensor, "small small"], basis: Float[Tensor, "small k"], edge: float
-) -> Float[Tensor, "small k"]:
-    """An orthonormal basis of p(A Aᵀ)·basis, p the Chebyshev polynomial that is small on [0, edge].
-
-    p is taken factor by factor, and the basis made orthonormal after each: as a whole it would
-    grow so far at the largest eigenvalue that fp32 would see no other.
-    """
-    for step in range(FILTER_DEGREE):
-        root = edge * (1 + math.cos((step + 0.5) * math.pi / FILTER_DEGREE)) / 2
-        basis = torch.linalg.qr(torch.addmm(basis, product, basis, beta=-root))[0]
-    return basis

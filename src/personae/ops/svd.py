@@ -4,13 +4,12 @@ Solvers, of which `auto` takes the cheapest for the shape and rank (`benchmarks/
 what the thresholds rest on):
 
 * `randomised`: block Lanczos (`ops/krylov.py`), for small ranks. Reads A at every step.
-* `filtered`: eigenvectors of A Aᵀ by Chebyshev filters (`ops/gram.py`), for middling ranks.
-* `gram`: eigenvectors of A Aᵀ by LAPACK, in fp64 where squares in fp32 drown small values.
+* `gram`: eigenvectors of A Aᵀ (`ops/gram.py`), in fp64 where squares in fp32 drown small values.
 * `full`: LAPACK's reduced SVD.
 
-The first two stop once they estimate that at most `ENERGY_TOLERANCE` is missed; where a spectrum
-does not let them, `gram` takes over. All but `full` find a subspace of the small side; both
-factors end up orthonormal to fp32 whatever the conditioning.
+The first stops once it estimates that at most `ENERGY_TOLERANCE` is missed; where a spectrum does
+not let it, `gram` takes over. Both find a subspace of the small side; their factors end up
+orthonormal to fp32 whatever the conditioning.
 """
 
 from typing import Literal
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from personae._types import SVD
 from personae.errors import MethodError
-from personae.ops.gram import EPS, by_eigenvectors, by_filter, filter_columns
+from personae.ops.gram import EPS, by_eigenvectors
 from personae.ops.krylov import by_lanczos
 
-Solver = Literal["auto", "randomised", "filtered", "gram", "full"]
+Solver = Literal["auto", "randomised", "gram", "full"]
 Signs = Literal["largest_positive", "solver"]
 
 KRYLOV_LIMIT = 0.75
@@ -61,11 +60,10 @@ def truncated_svd(
     Args:
         matrix: Any floating dtype, finite; computed in fp32, never modified.
         rank: Triplets wanted, at least 0; more than min(out, in) means all.
-        solver: `auto` chooses by shape and rank; `randomised` and `filtered` end as `gram` where
-            their checks fail.
+        solver: `auto` chooses by shape and rank; `randomised` ends as `gram` if its check fails.
         rank_tolerance: Singular values ≤ this · σ₁ are dropped; None: max(out, in) · eps of fp32.
         signs: `largest_positive` applies `fix_signs`; `solver` keeps what came out.
-        seed: Start of the approximate solvers; the global generator is neither read nor moved.
+        seed: Start of the randomised solver; the global generator is neither read nor moved.
 
     Returns:
         Factors in fp32, k ≤ rank of them; k = 0 for an all-zero matrix. Same input and number of
@@ -116,11 +114,7 @@ def _solve(wide: Tensor, rank: int, solver: Solver, seed: int) -> SVD:
     small, large = wide.shape
     found, probe = None, False
     if solver == "auto":
-        costs = _costs(small, large, rank)
-        solver = min(costs, key=costs.__getitem__)
-        probe = solver != "randomised" and _krylov(small, large, PROBE_BLOCK) < (
-            PROBE_SHARE * costs[solver]
-        )
+        solver, probe = _choose(small, large, rank)
     if solver == "full":
         u, values, vh = torch.linalg.svd(wide, full_matrices=False)
         return SVD(u[:, :rank], values[:rank], vh[:rank])
@@ -129,25 +123,17 @@ def _solve(wide: Tensor, rank: int, solver: Solver, seed: int) -> SVD:
         found = by_lanczos(wide, rank, seed, block, limit=int(KRYLOV_LIMIT * small))
     elif probe:
         found = by_lanczos(wide, rank, seed, PROBE_BLOCK, limit=PROBE_BLOCK)
-    if solver == "filtered" and found is None:
-        found = by_filter(wide, rank, seed)
     return by_eigenvectors(wide, rank) if found is None else found
 
 
-def _costs(small: int, large: int, rank: int) -> dict[Solver, float]:
-    """Operations each solver takes, by leading terms, weighed by how slow they are."""
-    gram = 1.5 * small**2 * large
-    costs: dict[Solver, float] = {
-        "gram": gram + 9 * small**3
-    }  # eigh(n): as long as 9 n³ in products
-    if small < SMALLEST_TO_APPROXIMATE:
-        return costs
-    columns = filter_columns(rank, small)
-    iterations = 10 * small**2 * columns + 22 * small * columns**2 + 9 * columns**3
-    costs["filtered"] = gram + iterations
-    if large <= TALLEST_FOR_KRYLOV * small:
-        costs["randomised"] = _krylov(small, large, KRYLOV_COLUMNS * rank)
-    return costs
+def _choose(small: int, large: int, rank: int) -> tuple[Solver, bool]:
+    """The faster solver by leading terms, and whether one Lanczos block is worth trying first."""
+    gram = 1.5 * small**2 * large + 9 * small**3  # eigh(n) takes as long as 9 n³ in products
+    if small < SMALLEST_TO_APPROXIMATE or large > TALLEST_FOR_KRYLOV * small:
+        return "gram", False
+    if _krylov(small, large, KRYLOV_COLUMNS * rank) < gram:
+        return "randomised", False
+    return "gram", _krylov(small, large, PROBE_BLOCK) < PROBE_SHARE * gram
 
 
 def _krylov(small: int, large: int, columns: int | float) -> float:

@@ -86,7 +86,7 @@ class DTS(Codec):
         default="largest_positive",
         description="Signs of singular vectors: largest entry positive, or as they come.",
     )
-    solver: Literal["auto", "randomised", "filtered", "gram", "full"] = Field(
+    solver: Literal["auto", "randomised", "gram", "full"] = Field(
         default="auto", description="Algorithm of the decomposition."
     )
     rank_tolerance: float | None = Field(

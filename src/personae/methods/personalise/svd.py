@@ -37,7 +37,7 @@ class SVD(Codec):
     rank_fraction: RankFraction = Field(
         default=0.03, description="Singular triplets kept, as a fraction of the smaller dimension."
     )
-    solver: Literal["auto", "randomised", "filtered", "gram", "full"] = Field(
+    solver: Literal["auto", "randomised", "gram", "full"] = Field(
         default="auto", description="Algorithm of the decomposition."
     )
     rank_tolerance: float | None = Field(
