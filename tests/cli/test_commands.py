@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from families import listing, saved, small_base, tuned
 from personae import __version__
-from personae.cli import app
+from personae.cli import app, console
 from personae.execute.pack import pack
 from personae.execute.unpack import unpack
 from personae.recipe import PackSettings
@@ -300,3 +300,27 @@ def test_a_file_that_cannot_be_written_to_its_end_is_refused(work):
     assert "Traceback" not in err
     assert not (work / "out").exists()
     done(line)
+
+
+BUSY = """
+import threading, time, typer
+import personae.cli as cli
+def app():
+    threading.Thread(target=time.sleep, args=(300,)).start()
+    print("told before", end="")
+    raise {raised}
+cli.app = app
+"""
+
+
+@pytest.mark.parametrize("raised", ["SystemExit(130)", "KeyboardInterrupt"])
+def test_an_interrupt_waits_for_no_worker(work, raised):
+    """A second Ctrl-C ends the program too, in the middle of handling the first."""
+    process = _start("methods", prelude=BUSY.format(raised=raised))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "told before", "")
+
+
+def test_notes_are_not_folded_away_from_a_terminal(capsys):
+    console.note("kept whole: " + "name " * 60)
+    assert capsys.readouterr().err.count("\n") == 1

@@ -104,8 +104,13 @@ def test_a_run_killed_anywhere_goes_on(stage: str, scope: str, tmp_path: Path):
         merge(base, experts, tmp_path / "out", settings=settings, work=broken)
     assert not (tmp_path / "out").exists()
     steps.clear()
-    again = Work(workers=1, progress=lambda text, done, _: steps.append((text, done)))
+    notes: list[str] = []
+    again = Work(
+        workers=1, progress=lambda text, done, _: steps.append((text, done)), note=notes.append
+    )
     merge(base, experts, tmp_path / "out", settings=settings, work=again)
+    told = [note for note in notes if note.startswith("going on with an interrupted run: 2 of ")]
+    assert len(told) == (stage == "merging")
     assert listing(tmp_path / "out") == listing(tmp_path / "whole")
     assert not (tmp_path / ".out.partial").exists()
     if stage == "merging":  # neither looks nor finished units are done again

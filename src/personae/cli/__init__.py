@@ -1,10 +1,11 @@
 """The command line: one typed function per command, and one place where errors become exits."""
 
+import contextlib
 import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -29,6 +30,20 @@ def main() -> None:
         app()
     except BrokenPipeError:  # the reader of our output has left, as 'head' does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:  # pressed again while the first was being handled
+        _leave()
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            _leave()
+        raise
+
+
+def _leave() -> NoReturn:
+    """Exit at once: waiting for workers would take as long as what they have under way."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(_INTERRUPTED)
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:

@@ -47,7 +47,8 @@ def _line(stage: str, done: int, total: int) -> None:
 
 def note(text: str) -> None:
     """Tell the person something beside the result."""
-    err.print(text, style="dim" if err.is_terminal else None, markup=False)
+    terminal = err.is_terminal
+    err.print(text, style="dim" if terminal else None, markup=False, soft_wrap=not terminal)
 
 
 def facts(values: Any) -> None:

@@ -86,6 +86,11 @@ def merge(
                 "experts": [_weights_of(e.checkpoint) for e in family.experts.values()],
             }
             journal = Journal(directory, identity)
+            if journal.done:
+                work.note(
+                    f"going on with an interrupted run: {len(journal.done)} of {plan.items} "
+                    "items are done"
+                )
             try:
                 run(job, directory, journal, work, shard_bytes)
                 _write_companions(family, directory)
