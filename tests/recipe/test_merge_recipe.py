@@ -503,8 +503,8 @@ def test_faults_beside_the_parameters():
         ("merge_method: average", "'models' is missing"),
         ("models: [{model: a}]", "'merge_method' is missing"),
         ("merge_method: linear\nmodels: []", "There is no expert to merge"),
-        ("merge_method: linear\nmodels: 3", "models = 3: Input should be a valid list"),
-        ("merge_method: linear\nmodels: [3]", "models.0 = 3: Input should be a valid dict"),
+        ("merge_method: linear\nmodels: 3", "models = 3: expected a list"),
+        ("merge_method: linear\nmodels: [3]", "models.0 = 3: expected keys with values"),
         ("merge_method: linear\nmodels: [{model: a}]\n1: 2", "1 = 1: Keys should be strings"),
         ("merge_method: linear\nmodels: &m [{model: a}, *m]", "models.1 = "),
     ],
@@ -611,3 +611,38 @@ def test_weights_reach_the_method():
     vectors = torch.tensor([[4.0], [8.0]])
     merged = settings.merge_method().merge(vectors, settings.for_tensor("x", 1, 2))
     assert merged.tolist() == [7.0]  # (1·4 + 3·8) / 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "models: [org/a]",
+            "models.0 = 'org/a': expected keys with values. Write '- model: org/a'.",
+        ),
+        ("models: org/a", "models = 'org/a': expected a list. Write '- model: org/a'."),
+        ("models: [{model: ''}]", "models.0.model = '': expected a name or path."),
+        ("models: [{model: 3}]", "models.0.model = 3: expected text."),
+    ],
+)
+def test_models_of_another_form_are_one_fault(tmp_path, text, message):
+    said = refused(tmp_path, f"merge_method: average\nbase_model: b\n{text}")
+    assert said.endswith(f"is wrong: line 3: {message}")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("20", "Input should be less than or equal to 1. It is a fraction: 20 % is 0.2."),
+        ("2000", "Input should be less than or equal to 1."),
+        ("yes", "expected a number or word, not true."),
+        ("[{filter: a, value: no}, {value: 0.5}]", "expected a number or word, not false."),
+    ],
+)
+def test_a_density_that_is_no_fraction(tmp_path, value, message):
+    said = refused(
+        tmp_path,
+        "merge_method: ties\nbase_model: b\nmodels: [{model: a}]\n"
+        f"parameters: {{density: {value}, scope: tensor}}",
+    )
+    assert said.endswith(message)

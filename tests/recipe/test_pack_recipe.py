@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from personae.errors import RecipeError
+from personae.checkpoints.naming import name_of
+from personae.errors import MethodError, RecipeError
 from personae.recipe import PackSettings, parse_size, read_recipe, settings_from
 
 WHOLE = """
@@ -163,3 +164,26 @@ def test_what_is_no_number_of_bytes(text):
 def test_unknown_options_suggest_the_nearest():
     with pytest.raises(RecipeError, match=r"Unknown key 'metod'. Did you mean 'method'\?"):
         settings_from({"metod": "dts"})
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("org/name", "name"),
+        ("org/name@refs/pr/1", "name"),
+        ("runs/cola", "cola"),
+        ("/home/me@here/cola", "cola"),
+        ("runs/cola/model.safetensors", "cola"),
+        ("runs/cola/pytorch_model.bin", "cola"),
+        ("runs/cola.safetensors", "cola"),
+        ("runs/v1.5", "v1.5"),
+    ],
+)
+def test_what_an_expert_without_a_name_is_called(model, name):
+    assert name_of(model) == name
+
+
+def test_true_is_no_number_of_a_codec():
+    settings = PackSettings(parameters={"rank_fraction": True})
+    with pytest.raises(MethodError, match=r"rank_fraction = True: expected a number or word, not"):
+        settings.codec()

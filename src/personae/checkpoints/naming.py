@@ -5,12 +5,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from personae._types import TensorSpec
 from personae.errors import Faults
 
 _WRAPPERS = ("module", "_orig_mod")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+@.+")
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _MOST_SHOWN = 5
 
 
@@ -47,6 +50,19 @@ def shown(names: Sequence[str]) -> str:
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a tensor name fits one of the shell-style patterns (`*` also spans dots)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def name_of(model: str) -> str:
+    """What an expert is called that is given no name: after its directory, file or hub id.
+
+    Examples:
+        >>> name_of("org/name@refs/pr/1"), name_of("runs/cola/model.safetensors")
+        ('name', 'cola')
+    """
+    path = Path(model.partition("@")[0] if _HUB_ID.fullmatch(model) else model)
+    if path.suffix not in _WEIGHT_FILES:
+        return path.name
+    return path.parent.name if path.stem in ("model", "pytorch_model") else path.stem
 
 
 def is_safe_name(name: str) -> bool:

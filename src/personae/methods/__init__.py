@@ -7,7 +7,7 @@ from personae.methods import merge, mergekit, personalise
 from personae.methods._blocks import block_bits, decode_block, encode_block
 from personae.methods._codec import Bits, Codec, Context, Facts, Look, Treatment, look
 from personae.methods._merge import Factors, Gathering, Measure, MergeMethod, Statistics
-from personae.methods._parameters import Parameters
+from personae.methods._parameters import Parameters, flag_fault, percent_hint
 from personae.methods._registry import (
     ALIASES,
     CODECS,
@@ -51,6 +51,8 @@ __all__ = [
     "build",
     "decode_block",
     "encode_block",
+    "flag_fault",
     "look",
     "lookup",
+    "percent_hint",
 ]

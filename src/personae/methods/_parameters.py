@@ -1,7 +1,7 @@
 """Typed parameters of a method, and values that differ from expert to expert."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,22 @@ class Parameters(BaseModel):
         fault = type(self).check(self, experts) if sound else ""
         if fault:
             faults.add(fault)
+
+
+def flag_fault(value: object, annotation: Any) -> str:
+    """Say that true or false stands where none is meant; it would pass as the number 1 or 0."""
+    if not isinstance(value, bool) or annotation is bool or bool in get_args(annotation):
+        return ""
+    return f"expected a number or word, not {str(value).lower()}"
+
+
+def percent_hint(value: object, fault: Mapping[str, Any]) -> str:
+    """What a number above 1 was probably meant to be where pydantic found a fraction missing."""
+    if fault["type"] != "less_than_equal" or fault["ctx"]["le"] != 1:
+        return ""
+    if not isinstance(value, int | float) or value > 100:
+        return ""
+    return f" It is a fraction: {value:g} % is {value / 100:g}."
 
 
 def one_each(value: float | tuple[float, ...], experts: int) -> tuple[float, ...]:

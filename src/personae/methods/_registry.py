@@ -17,7 +17,7 @@ from torch import Tensor
 from personae.errors import Faults, MethodError, nearest
 from personae.methods._codec import Codec
 from personae.methods._merge import Gathering, MergeMethod, Scope, Side
-from personae.methods._parameters import Parameters
+from personae.methods._parameters import Parameters, flag_fault, percent_hint
 from personae.methods._site import Site
 
 Conventions = Literal["personae", "mergekit"]
@@ -190,19 +190,27 @@ def build(entry: Buildable, settings: Mapping[str, Any]) -> Any:
     Raises:
         MethodError: naming every unknown parameter and every value out of range.
     """
+    faults = Faults()
+    fields = entry.parameters.model_fields
+    for name, value in settings.items():
+        wrong = flag_fault(value, fields[name].annotation) if name in fields else ""
+        if wrong:
+            faults.add(f"{entry.name}: {name} = {value!r}: {wrong}.")
     try:
-        return entry.parameters(**settings)
+        built = entry.parameters(**settings)
     except ValidationError as error:
-        faults = Faults()
         for fault in error.errors():
             name = str(fault["loc"][0]) if fault["loc"] else entry.name
             if fault["type"] == "extra_forbidden":
-                hint = nearest(name, entry.parameters.model_fields)
+                hint = nearest(name, fields)
                 faults.add(f"{entry.name} has no parameter '{name}'. {hint}")
             else:
-                faults.add(f"{entry.name}: {name} = {fault['input']!r}: {fault['msg']}.")
+                hint = percent_hint(fault["input"], fault)
+                faults.add(f"{entry.name}: {name} = {fault['input']!r}: {fault['msg']}.{hint}")
         faults.raise_if_any(MethodError)
         raise MethodError(str(error)) from error
+    faults.raise_if_any(MethodError)
+    return built
 
 
 def _file_name(thing: Any) -> str:

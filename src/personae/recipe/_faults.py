@@ -10,6 +10,15 @@ from personae.errors import nearest
 Place = tuple[str | int, ...]
 """Where in a file or in settings: keys, and positions in lists."""
 
+_FORMS = {
+    "model_type": "keys with values",
+    "dict_type": "keys with values",
+    "list_type": "a list",
+    "string_type": "text",
+    "string_too_short": "a name or path",
+}
+"""What was expected, for pydantic's kinds of faults."""
+
 
 class Fault(NamedTuple):
     """What is wrong, and where."""
@@ -36,6 +45,10 @@ def faults_in(
             known = nested.get(str(place[0]), model) if len(place) > 1 else model
             hint = nearest(str([*place][-1]), known.model_fields)
             text = f"Unknown key '{shown}'. {hint}"
+        elif fault["type"] in _FORMS:
+            text = f"{shown} = {fault['input']!r}: expected {_FORMS[fault['type']]}."
+            if place[0] == "models" and isinstance(fault["input"], str) and fault["input"]:
+                text += f" Write '- model: {fault['input']}'."
         elif fault["type"] == "missing":
             text = f"'{shown}' is missing."
         else:

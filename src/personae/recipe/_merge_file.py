@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
+from personae.checkpoints.naming import name_of
 from personae.methods import Conventions, MergeMethod
 from personae.recipe._faults import Fault, Place, faults_in
 from personae.recipe.pack_recipe import Strict, Vector
@@ -17,7 +17,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 class Model(Strict):
     """An entry of `models`."""
 
-    model: str
+    model: str = Field(min_length=1)
     name: str | None = None
     parameters: dict[str, Any] = Field(default={})
 
@@ -74,7 +74,8 @@ def validated(content: Mapping[str, Any]) -> tuple[MergeFile | None, list[Fault]
             return MergeFile.model_validate(content), faults
         except ValidationError as error:
             found = faults_in(error, MergeFile, _NESTED)
-            faults += [fault for fault in found if fault not in faults]
+            named = {fault.place for fault in faults}  # missing only as it was taken out
+            faults += [fault for fault in found if fault.place not in named]
             for fault in found:
                 _mend(content, fault.place)
     return None, faults
@@ -139,7 +140,7 @@ def family_of(file: MergeFile, faults: list[Fault]) -> Family:
         model = entry.model
         if file.base_model is not None:  # mergekit's way to write an adapter of a model
             model = model.removeprefix(f"{file.base_model}+")
-        name = entry.name or Path(model.split("@")[0]).name
+        name = entry.name or name_of(model)
         if name in experts:
             text = f"Two models are named '{name}'. Give each its own 'name'."
             faults.append(Fault(("models", n), text))

@@ -55,6 +55,9 @@ def read_merge_recipe(path: str | Path) -> MergeRecipe:
         RecipeError: listing every fault of the file, each with its line.
     """
     document = read_document(Path(path))
+    if "pack_method" in document.content and "merge_method" not in document.content:
+        text = "This is a pack recipe. Run personae pack with it, or write merge_method."
+        raise document.refusal([Fault(("pack_method",), text)])
     file, faults = validated(document.content)
     faults += document.faults
     if file is None:

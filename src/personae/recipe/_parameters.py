@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from personae.errors import Faults, MethodError, nearest
-from personae.methods import MergeMethod, Parameters, build
+from personae.methods import MergeMethod, Parameters, build, flag_fault, percent_hint
 from personae.recipe._faults import Fault
 from personae.recipe._values import (
     MISSING,
@@ -134,11 +134,16 @@ class GivenParameters:
             fields[name].rebuild_annotation(), config=ConfigDict(allow_inf_nan=False)
         )
         for scalar in _probes(value):
+            wrong = flag_fault(scalar, fields[name].annotation)
+            if wrong:
+                yield f"{self.method.name}: {name} = {scalar!r}: {wrong}."
+                continue
             try:
                 adapter.validate_python(scalar)
             except ValidationError as error:
-                message = error.errors()[0]["msg"].removesuffix(".")
-                yield f"{self.method.name}: {name} = {scalar!r}: {message}."
+                fault = error.errors()[0]
+                message = fault["msg"].removesuffix(".") + "." + percent_hint(scalar, fault)
+                yield f"{self.method.name}: {name} = {scalar!r}: {message}"
 
     def _spread_faults(self, experts: Sequence[str]) -> Iterator[Fault]:
         """What is said of some experts alone, or differs where it must not."""

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from personae.checkpoints.naming import name_of
 from personae.errors import Faults, MethodError, RecipeError
 from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, Parameters, build, lookup
 from personae.recipe._faults import faults_in
@@ -122,7 +123,7 @@ class PackRecipe(Strict):
 
 
 class _Expert(Strict):
-    model: str
+    model: str = Field(min_length=1)
     name: str | None = None
 
 
@@ -161,6 +162,11 @@ def read_recipe(path: Path) -> PackRecipe:
         raise RecipeError(f"The recipe {path} is no valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"The recipe {path} holds no settings; see recipes/ for examples.")
+    if "merge_method" in content and "pack_method" not in content:
+        raise RecipeError(
+            f"The recipe {path} merges (merge_method), it does not pack. Run personae merge with "
+            "it, or write pack_method."
+        )
     try:
         file = _File.model_validate(content)
         settings = PackSettings(
@@ -223,7 +229,7 @@ def parse_size(text: str, *, percent: bool = False) -> float | int:
 def _named(models: list[_Expert], path: Path) -> dict[str, str]:
     experts: dict[str, str] = {}
     for entry in models:
-        name = entry.name or Path(entry.model.split("@")[0]).name
+        name = entry.name or name_of(entry.model)
         if name in experts:
             raise RecipeError(
                 f"The recipe {path} has two models named '{name}'. Give each its own 'name'."
