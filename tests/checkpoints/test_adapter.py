@@ -18,6 +18,7 @@ from transformers import (
 
 from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.errors import CheckpointError
+from personae.execute.family import open_family
 from toys import load, toy_bert, toy_gpt2, toy_llama, toy_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -298,3 +299,23 @@ def test_pickled_adapter(tmp_path: Path) -> None:
     base = open_checkpoint(BASE)
     new, old = (open_checkpoint(tmp_path / age, base=base) for age in ("new", "old"))
     assert torch.equal(new.read("a.q.weight"), old.read("a.q.weight"))
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "told"),
+    [("org/other", True), ("hub/Base", False), ("elsewhere/base/", False), (None, False)],
+)
+def test_an_adapter_of_another_base_is_named(
+    tmp_path: Path, trained_on: str | None, told: bool
+) -> None:
+    """Only the last part of a name is compared: a copy of a hub's model lies anywhere."""
+    for name in ("base", "full"):
+        (tmp_path / name).mkdir()
+        save_file(BASE, tmp_path / name / "model.safetensors")
+    write_adapter(tmp_path / "adapter", FITTING, base_model_name_or_path=trained_on)
+    with open_family(str(tmp_path / "base"), {"x": str(tmp_path / "adapter")}) as family:
+        assert family.notes == family.base_notes
+        said = [note for note in family.notes if f"trained on '{trained_on}'" in note]
+    assert len(said) == told
+    with open_family(BASE, {"x": str(tmp_path / "adapter")}) as family:
+        assert family.base_notes == []  # a base in memory has no name

@@ -139,7 +139,10 @@ def test_describing_while_packing_and_adding(work):
         ("compose p --weights news=0 --out o", "would be the reference"),
         ("compose p --weights news=1 --head news", "leave out --head"),
         ("compose p --weights news=1 --gamma softmax --out o", "--gamma belong to --like"),
-        ("compose p --weights news=1 --out o --head nowhere", "nowhere: no such file"),
+        (
+            "compose p --weights news=1 --out o --head nowhere",
+            "p has no task 'nowhere'. Known: law, news.",
+        ),
         ("compose p --weights news=1 --out o --device tpu", "Unknown device 'tpu'"),
         ("compose p --weights news=1 --out base", "overlap"),
         ("compose p --weights news=1 --out law", "not empty"),

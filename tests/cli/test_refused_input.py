@@ -273,3 +273,38 @@ def test_a_stale_pack_is_not_read_as_another(work):
     state = load_file(work / "pack/tasks/news.safetensors")
     save_file(state, work / "pack/tasks/news.safetensors")  # sound, but without our metadata
     refused("verify pack", "news.safetensors is damaged: its SHA-256")
+
+
+MERGE = "merge_method: ties\nbase_model: base\nmodels: [{model: news}, {model: law}]\n"
+
+
+def test_a_recipe_of_the_other_kind(work):
+    (work / "merge.yaml").write_text(MERGE)
+    (work / "pack.yaml").write_text("pack_method: dts\nbase_model: base\nmodels: [{model: law}]\n")
+    refused("pack merge.yaml --out out", "merge.yaml merges (merge_method)", "Run personae merge")
+    refused("merge pack.yaml out", "line 1: This is a pack recipe. Run personae pack")
+
+
+@pytest.mark.parametrize("more", ["--base other", "--budget 1%", "--expert x=law", "--skip a"])
+def test_plan_of_a_merge_takes_no_options_of_packs(work, more):
+    (work / "merge.yaml").write_text(MERGE)
+    refused(f"plan merge.yaml {more}", f"{more.split()[0]} plan a pack", "Leave them out")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_clone_without_its_large_files(work, file):
+    (work / "law/model.safetensors").unlink()
+    (work / "law" / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refused(_pack("x=law"), f"law/{file} is a git-lfs pointer", "git lfs pull")
+
+
+def test_a_mistyped_pattern_beside_the_shapes_it_was_meant_for(work):
+    state = tuned(BASE, 5) | {"layer.bias": torch.zeros(9)}
+    saved(state, work / "odd")
+    text = MERGE.replace("model: law", "model: odd") + "skip: ['layr.*']\n"
+    (work / "merge.yaml").write_text(text)
+    refused("merge merge.yaml out", "'layer.bias' is (9,)", "skip: layr.* matches no tensor")
+
+
+def test_a_budget_is_told_as_it_was_given(work):
+    refused(_pack("x=law", more="--budget 0.0001%"), "The budget of 0.0001 % cannot be met")

@@ -40,6 +40,9 @@ class Adapter:
 
     The merged weight is what PEFT's `merge_and_unload` gives, in fp32: base + scaling * B @ A.
     For a tied embedding that means every use of it is adapted.
+
+    Attributes:
+        trained_on: What its configuration says it was trained on; None if it does not.
     """
 
     def __init__(
@@ -48,9 +51,11 @@ class Adapter:
         base: Checkpoint,
         adapted: Mapping[str, _Adapted],
         replaced: Mapping[str, str],
+        trained_on: str | None,
     ) -> None:
         """Combine headers; `replaced` maps names to stored names. Use `open_adapter`."""
         self.source = tensors.source
+        self.trained_on = trained_on
         self.revision = tensors.revision
         self.companions: Mapping[str, Path] = Companions(
             {*tensors.companions, *base.companions},
@@ -173,7 +178,7 @@ def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Ad
         if name in specs
     }
     faults.raise_if_any(CheckpointError)
-    return Adapter(tensors, base, adapted, replaced)
+    return Adapter(tensors, base, adapted, replaced, config.base_model_name_or_path)
 
 
 def _fit(

@@ -48,6 +48,7 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     peft_type: Literal["LORA"]
+    base_model_name_or_path: str | None = None
     r: int
     lora_alpha: float
     use_rslora: bool = False

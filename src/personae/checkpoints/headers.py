@@ -15,6 +15,7 @@ from personae.checkpoints.specs import READABLE, dtype_fault
 from personae.errors import Faults
 
 LENGTH_BYTES = 8
+_LFS = b"version https://git-lfs"
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 
 Entry = tuple[str, tuple[int, ...], tuple[int, int]]
@@ -42,8 +43,7 @@ def read_header(path: Path) -> tuple[Header, list[str]]:
         metadata = dict(content.pop("__metadata__", None) or {})
         entries = {name: as_entry(**fields) for name, fields in content.items()}
     except (ValueError, TypeError, AttributeError):
-        fault = f"{path} is not a safetensors file, or is damaged: its header makes no sense."
-        return Header({}, {}, {}), [fault]
+        return Header({}, {}, {}), [unreadable(path)]
     return make_header(str(path), entries, metadata, size - LENGTH_BYTES - header_bytes)
 
 
@@ -101,6 +101,22 @@ def _entry_faults(where: str, entries: Mapping[str, Entry], found_bytes: int | N
             "expected. Copy or download it again."
         )
     return faults.messages
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what a clone without git-lfs leaves in place of the weights."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS)) == _LFS
+
+
+def unreadable(path: Path) -> str:
+    """What is to be said of a file that is no safetensors file."""
+    if is_lfs_pointer(path):
+        return f"{path} is a git-lfs pointer, not the weights. Fetch them: git lfs pull."
+    return (
+        f"{path} is not a safetensors file, or is damaged: its header makes no sense. "
+        "Copy or download it again."
+    )
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -69,7 +69,11 @@ def _open_folder(folder: Folder, base: Checkpoint | None) -> Checkpoint:
     if len(pickles) == 1:
         return open_pickles(folder, pickles[0])
     others = pickles or sorted(name for name in names if name.endswith(".safetensors"))
-    found = f"It has {_some(others)}: pass the file you mean." if others else _some(names)
+    found = (
+        f"It has {_some(others)}: pass the file you mean."
+        if others
+        else f"It holds {_some(names)}."
+    )
     raise CheckpointError(
         f"{folder.source} has none of {', '.join((*_FULL_MODEL, CONFIG_FILE))} or "
         f"{', '.join(_FULL_MODEL_PICKLED)}. {found}"

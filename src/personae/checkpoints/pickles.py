@@ -19,6 +19,7 @@ from torch import Tensor
 
 from personae._types import TensorSpec
 from personae.checkpoints.folders import Companions, Folder, read_weight_map
+from personae.checkpoints.headers import is_lfs_pointer, unreadable
 from personae.checkpoints.memory import tensor_fault
 from personae.checkpoints.specs import by_name, check_rows, find_tied, no_such_tensor
 from personae.errors import CheckpointError, Faults
@@ -209,6 +210,8 @@ def _unpickle(path: Path) -> Any:
                 f"{path} is a pickle that would run {what} when loaded; it is refused and nothing "
                 "was run. If you trust it, load it yourself and save its tensors as safetensors."
             ) from error
+        if is_lfs_pointer(path):
+            raise CheckpointError(unreadable(path)) from error
         raise CheckpointError(
             f"{path} is not a readable torch file: damaged, cut short, or another format. "
             "Copy or download it again, or save it as safetensors."

@@ -115,7 +115,9 @@ def _print_analysis(found: dict[str, Any]) -> None:
         [name, *(f"{headline(findings, column):.4f}" for column in columns)]
         for name, findings in found["tensors"].items()
     ]
-    console.table("", ["tensor", *columns], rows)
+    narrow = console.out.width < 120
+    headings = [column.replace(".", "\n") if narrow else column for column in columns]
+    console.table("", ["tensor", *headings], rows)
 
 
 def print_pack(described: dict[str, Any], *, tensors: bool = False) -> None:

@@ -62,6 +62,23 @@ def plan(
 ) -> None:
     """Plan a merge or a pack without reading a weight: faults, bytes, memory, ranks, AMR."""
     if recipe is not None and recipe_kind(recipe) == "merge":
+        _refuse_for_merges(
+            base=base,
+            expert=experts,
+            architecture=architecture,
+            shapes=shapes,
+            tasks=tasks,
+            method=method,
+            rank_fraction=rank_fraction,
+            budget=budget,
+            counting=counting,
+            vector=vector,
+            reference=reference,
+            set=set_,
+            reference_set=reference_set,
+            skip=skip,
+            private=private,
+        )
         _plan_merge(recipe, workers, memory, json)
         return
     parameters = options.values(set_, "--set")
@@ -87,6 +104,20 @@ def plan(
         raise RecipeError("--tasks goes with --architecture or --shapes; experts are counted.")
     else:
         _plan_pack(gathered, workers, memory, json)
+
+
+def _refuse_for_merges(**asked: object) -> None:
+    """A merge recipe says all of a merge: options of packs would do nothing.
+
+    Raises:
+        RecipeError: naming those given.
+    """
+    given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value is not None]
+    if given:
+        raise RecipeError(
+            f"{', '.join(given)} plan a pack, and this is a merge recipe. Leave them out, and say "
+            "in the recipe what is merged and how."
+        )
 
 
 def _plan_shapes(

@@ -155,7 +155,10 @@ def largest_rank_fraction(
     """
     floating = [spec for spec in specs if spec.is_floating]
     if "rank_fraction" not in type(codec).model_fields:
-        raise MethodError(f"{type(codec).__name__} has no rank_fraction that a budget could set.")
+        raise MethodError(
+            f"{type(codec).__name__} has no rank_fraction that a budget could set. Leave the "
+            "budget out, or pack by dts or svd."
+        )
     whole = Denominator.of(floating)
     shapes = [s for _, s in _block_shapes(codec, floating) if _at(codec, 1.0).rank(s)]
     widths = {_at(codec, 1.0).rank(shape) for shape in shapes}
@@ -171,8 +174,8 @@ def largest_rank_fraction(
     if size(steps[0]) > budget:
         least = size(steps[0])
         raise BudgetError(
-            f"The budget of {_written(budget)} cannot be met: the smallest pack of this family "
-            f"costs {_written(least, budget)} counted as '{counting}'. Give that much or more, "
+            f"The budget of {_asked(budget)} cannot be met: the smallest pack of this family "
+            f"costs {_at_least(least, budget)} counted as '{counting}'. Give that much or more, "
             "or keep fewer tensors with 'skip'."
         )
     return steps[bisect.bisect_right(steps, budget, key=size) - 1]
@@ -194,8 +197,13 @@ def is_fraction(budget: float | int) -> bool:
     return isinstance(budget, float)
 
 
-def _written(size: float | int, like: float | int | None = None) -> str:
-    if is_fraction(size if like is None else like):
+def _asked(budget: float | int) -> str:
+    return f"{100 * budget:g} %" if is_fraction(budget) else f"{budget:,} bytes"
+
+
+def _at_least(size: float | int, budget: float | int) -> str:
+    """A size in the budget's unit, rounded up: given as the budget, it is enough."""
+    if is_fraction(budget):
         return f"{math.ceil(1e5 * size) / 1e3:g} %"
     return f"{math.ceil(size):,} bytes"
 

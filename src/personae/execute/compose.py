@@ -137,6 +137,7 @@ def open_composed(
     elif head in rebuilt:
         of = outline.of_task(opened, rebuilt[str(head)], str(head))
     else:
+        _refuse_task(opened, head)
         manifest = opened.manifest
         of = outline.of_checkpoint(reference, head, manifest.skip, manifest.private)
     return Composed(reference, rebuilt, weighting, of)
@@ -177,6 +178,7 @@ def compose(
     opened = Pack(Path(pack))
     inputs = [opened.directory, opened.reference_source(base)]
     if head not in opened.manifest.tasks:
+        _refuse_task(opened, head)
         inputs.append(head)
     check_output(out, overwrite, inputs=inputs)
     composed = open_composed(pack, weights, base=base, head=head, work=work)
@@ -199,6 +201,16 @@ def compose(
             work.progress("composing", done, len(specs))
     composed.close()
     return out
+
+
+def _refuse_task(pack: Pack, head: str | Path | None) -> None:
+    """A word that is neither a task nor a path was meant to be a task.
+
+    Raises:
+        PackError: naming the nearest task.
+    """
+    if isinstance(head, str) and "/" not in head and not Path(head).exists():
+        pack.task(head)
 
 
 def _write(composed: Composed, writer: CheckpointWriter, spec: TensorSpec) -> None:

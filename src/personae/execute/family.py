@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
+from personae.checkpoints.adapter import Adapter
 from personae.checkpoints.family import Alignment, align
 from personae.checkpoints.mean import MeanOf
+from personae.checkpoints.memory import InMemory
 from personae.checkpoints.naming import check_names, matches
 from personae.checkpoints.vocabularies import MergedVocabulary
 from personae.errors import CheckpointError, Faults, RecipeError
@@ -37,8 +40,9 @@ class Family:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should be told about the alignment."""
+        """What a person who packs should be told about the alignment."""
         notes = [note for expert in self.experts.values() for note in expert.notes]
+        notes += self.base_notes
         names = set(self.base.specs).union(
             *(expert.checkpoint.specs for expert in self.experts.values())
         )
@@ -52,6 +56,22 @@ class Family:
                 and "config.json" not in expert.checkpoint.companions
             ):
                 notes.append(f"{name}: has no config.json; rebuilt, it will have the base's")
+        return notes
+
+    @property
+    def base_notes(self) -> list[str]:
+        """Which experts do not seem to have been fine-tuned from this base."""
+        notes: list[str] = []
+        for name, expert in self.experts.items():
+            adapter, base = expert.checkpoint, self.base.source
+            wanted = adapter.trained_on if isinstance(adapter, Adapter) else None
+            if isinstance(self.base, InMemory):
+                continue  # it has no name
+            if wanted and Path(wanted).name.lower() != Path(base.split("@")[0]).name.lower():
+                notes.append(
+                    f"{name}: its adapter_config.json says it was trained on '{wanted}', the base "
+                    f"is '{base}'; they must be the same model"
+                )
         return notes
 
     def shared_specs(self, name: str) -> list[TensorSpec]:

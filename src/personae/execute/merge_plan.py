@@ -181,6 +181,9 @@ def prepare(family: Family, settings: MergeSettings) -> MergeJob:
     if not family.has_base:
         _check_average(family, settings, faults)
     _check_adapters(family, settings.merge_method(), faults)
+    if faults.messages:  # such as shapes that a mistyped 'skip' does not leave out
+        for pattern in settings.unmatched(family.base.specs):
+            faults.add(f"{pattern} matches no tensor; '*' stands for any text.")
     faults.raise_if_any(CheckpointError)
     layers = count_layers(family.base.specs)
     experts = len(family.experts)
@@ -260,8 +263,8 @@ def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
 
 
 def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
-    notes: list[str] = []
     family = job.family
+    notes = family.base_notes if family.has_base else []
     for name, expert in family.experts.items():
         notes += expert.naming_notes
         if expert.private:
