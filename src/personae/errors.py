@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-_MOST_LISTED = 12
+_MOST_LISTED = 16
 
 
 class PersonaeError(Exception):
@@ -70,9 +70,10 @@ class Faults:
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known name `name` was probably meant to be, or list what is known."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    lowered = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
     if close:
-        return f"Did you mean '{close[0]}'?"
+        return f"Did you mean '{lowered[close[0]]}'?"
     rest = len(known) - _MOST_LISTED
     more = f" and {rest} more" if rest > 0 else ""
     return f"Known: {', '.join(known[:_MOST_LISTED])}{more}."

@@ -308,3 +308,20 @@ def test_a_mistyped_pattern_beside_the_shapes_it_was_meant_for(work):
 
 def test_a_budget_is_told_as_it_was_given(work):
     refused(_pack("x=law", more="--budget 0.0001%"), "The budget of 0.0001 % cannot be met")
+
+
+def test_a_merge_of_no_tensor(work):
+    (work / "merge.yaml").write_text(MERGE + "only: ['*nope*']\n")
+    refused("merge merge.yaml out", "There is no tensor to merge", "'only' (*nope*)")
+
+
+def test_a_recipe_that_is_no_yaml(work):
+    (work / "bad.yaml").write_text("merge_method: [ties\nmodels: []\n")
+    for command in ("merge bad.yaml out", "pack bad.yaml --out out"):
+        said = refused(command, "bad.yaml is no valid YAML", "line 1, column 15")
+        assert "unicode string" not in said.stderr
+
+
+def test_capitals_are_no_other_method(work):
+    (work / "merge.yaml").write_text(MERGE.replace("ties", "TIES"))
+    refused("merge merge.yaml out", "Unknown method 'TIES'. Did you mean 'ties'?")

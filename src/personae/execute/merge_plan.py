@@ -192,7 +192,13 @@ def prepare(family: Family, settings: MergeSettings) -> MergeJob:
         return settings.for_tensor(name, layers=layers, experts=experts)
 
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    return job_of(family, settings.merge_method(), parameters_of, settings.only, dtype)
+    job = job_of(family, settings.merge_method(), parameters_of, settings.only, dtype)
+    if not job.merged:
+        raise CheckpointError(
+            f"There is no tensor to merge: none of the {len(family.base.specs)} is in 'only' "
+            f"({', '.join(settings.only)}) and not in 'skip'. '*' stands for any text."
+        )
+    return job
 
 
 def job_of(

@@ -59,13 +59,18 @@ def read_document(path: Path) -> Document:
     except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe {path} is no valid YAML: {error}") from error
+        raise RecipeError(f"The recipe {path} is no valid YAML: {yaml_fault(error)}") from error
     if not isinstance(content, dict) or node is None:
         raise RecipeError(f"The recipe {path} holds no settings; see recipes/ for examples.")
     lines: dict[Place, int] = {}
     faults: list[Fault] = []
     _walk(node, (), lines, faults, set())
     return Document(path, text, content, lines, tuple(faults))
+
+
+def yaml_fault(error: Exception) -> str:
+    """What YAML says is wrong, without its name for texts."""
+    return str(error).replace('in "<unicode string>", ', "")
 
 
 def _walk(

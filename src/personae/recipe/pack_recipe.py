@@ -18,6 +18,7 @@ from personae.checkpoints.naming import name_of
 from personae.errors import Faults, MethodError, RecipeError
 from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, Parameters, build, lookup
 from personae.recipe._faults import faults_in
+from personae.recipe._yaml import yaml_fault
 
 Vector = Literal["task", "difference"]
 Counting = Literal["counted", "counted_lean", "on_disk_fp32", "on_disk_native"]
@@ -159,7 +160,7 @@ def read_recipe(path: Path) -> PackRecipe:
     except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe {path} is no valid YAML: {error}") from error
+        raise RecipeError(f"The recipe {path} is no valid YAML: {yaml_fault(error)}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"The recipe {path} holds no settings; see recipes/ for examples.")
     if "merge_method" in content and "pack_method" not in content:
