@@ -121,6 +121,18 @@ def test_what_inspect_tells_of_a_checkpoint(work):
     assert "673 parameters" in done("inspect news")
 
 
+def test_what_inspect_tells_of_an_adapter(work):
+    """It has no base here, so its own tensors are shown."""
+    state = {f"base_model.model.layer.lora_{side}.weight": torch.ones(2, 16) for side in "AB"}
+    saved(state, work / "adapter")
+    (work / "adapter/model.safetensors").rename(work / "adapter/adapter_model.safetensors")
+    (work / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for path in ("adapter", "adapter/adapter_model.safetensors"):
+        told = facts(f"inspect {path}")
+        assert (told["parameters"], told["bytes"]) == (64, 256)
+        assert list(told["tensors"]) == sorted(state)
+
+
 def test_verify(work):
     done(PACK)
     found = facts("verify p --against news=news --base base")

@@ -25,7 +25,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def open_checkpoint(
-    source: str | Path | nn.Module | Mapping[str, Tensor], *, base: Checkpoint | None = None
+    source: str | Path | nn.Module | Mapping[str, Tensor],
+    *,
+    base: Checkpoint | None = None,
+    as_stored: bool = False,
 ) -> Checkpoint:
     """Open any checkpoint for lazy reading. Only headers are read.
 
@@ -34,6 +37,7 @@ def open_checkpoint(
             `org/name[@revision]`, a module, or a mapping of names to tensors. A path that exists
             is never taken for a hub id.
         base: What an adapter sits on; not used for a full checkpoint.
+        as_stored: Opens an adapter as the tensors it stores; it needs no base then.
 
     Raises:
         CheckpointError: There is no such checkpoint, or it cannot be read; every fault at once.
@@ -42,17 +46,17 @@ def open_checkpoint(
         return InMemory(source)
     text, path = str(source), Path(source).expanduser()
     if path.is_dir():
-        return _open_folder(local_folder(path, text), base)
+        return _open_folder(local_folder(path, text), base, as_stored)
     if path.is_file():
-        return _open_file(lone_file(path, text), path.name)
+        return _open_file(lone_file(path, text), path.name, as_stored)
     if _is_hub_id(source):
         from personae.checkpoints.hub import hub_folder  # its library takes a while to load
 
-        return _open_folder(hub_folder(text), base)
+        return _open_folder(hub_folder(text), base, as_stored)
     raise CheckpointError(_no_such_path(text, path))
 
 
-def _open_folder(folder: Folder, base: Checkpoint | None) -> Checkpoint:
+def _open_folder(folder: Folder, base: Checkpoint | None, as_stored: bool) -> Checkpoint:
     """Open what a folder holds: a full model before an adapter, safetensors before pickles.
 
     Raises:
@@ -62,7 +66,7 @@ def _open_folder(folder: Folder, base: Checkpoint | None) -> Checkpoint:
     for file in (name for name in _FULL_MODEL if name in names):
         return open_safetensors(folder, file)
     if CONFIG_FILE in names:
-        return _open_adapter(folder, base)
+        return _open_adapter(folder, base, as_stored)
     for file in (name for name in _FULL_MODEL_PICKLED if name in names):
         return open_pickles(folder, file)
     pickles = sorted(name for name in names if _is_weights_pickle(name))
@@ -80,14 +84,14 @@ def _open_folder(folder: Folder, base: Checkpoint | None) -> Checkpoint:
     )
 
 
-def _open_adapter(folder: Folder, base: Checkpoint | None) -> Checkpoint:
+def _open_adapter(folder: Folder, base: Checkpoint | None, as_stored: bool) -> Checkpoint:
     file = next((name for name in _ADAPTER if name in folder.names), None)
     if file is None:
         raise CheckpointError(
             f"{folder.source} has {CONFIG_FILE} but neither {' nor '.join(_ADAPTER)}. "
             "Complete the copy, or save the adapter again."
         )
-    if base is None:
+    if base is None and not as_stored:
         raise CheckpointError(
             f"{folder.source} is a PEFT adapter and needs the model it was trained on. "
             "Pass that as the base."
@@ -97,10 +101,12 @@ def _open_adapter(folder: Folder, base: Checkpoint | None) -> Checkpoint:
         if file.endswith(".safetensors")
         else open_pickles(folder, file)
     )
+    if base is None or as_stored:
+        return tensors
     return open_adapter(tensors, folder.locate(CONFIG_FILE), base)
 
 
-def _open_file(folder: Folder, name: str) -> Checkpoint:
+def _open_file(folder: Folder, name: str, as_stored: bool) -> Checkpoint:
     """Open a single file by its ending.
 
     Raises:
@@ -115,7 +121,7 @@ def _open_file(folder: Folder, name: str) -> Checkpoint:
             f"{folder.source} is no kind of checkpoint known here. Pass a directory, or a file "
             f"ending in .safetensors, {', '.join(_PICKLE_ENDINGS)}."
         )
-    if any(".lora_A." in tensor for tensor in opened.specs):
+    if not as_stored and any(".lora_A." in tensor for tensor in opened.specs):
         raise CheckpointError(
             f"{folder.source} holds a LoRA adapter. Pass its directory, which has the "
             f"{CONFIG_FILE} that says how to scale it."

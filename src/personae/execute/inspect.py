@@ -49,8 +49,8 @@ def inspect_pack(pack: Pack) -> dict[str, Any]:
 
 
 def inspect_checkpoint(source: str) -> dict[str, Any]:
-    """Describe a checkpoint from its headers: totals and every tensor."""
-    checkpoint = open_checkpoint(source)
+    """Describe a checkpoint (an adapter as it is stored) from its headers: totals, every tensor."""
+    checkpoint = open_checkpoint(source, as_stored=True)
     specs = checkpoint.specs.values()
     return {
         "kind": "checkpoint",
