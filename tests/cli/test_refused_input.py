@@ -1,5 +1,6 @@
 """Bad input: exit 2, a message that names it, and every file as it was before."""
 
+import errno
 import json
 import os
 import pickle
@@ -325,3 +326,30 @@ def test_a_recipe_that_is_no_yaml(work):
 def test_capitals_are_no_other_method(work):
     (work / "merge.yaml").write_text(MERGE.replace("ties", "TIES"))
     refused("merge merge.yaml out", "Unknown method 'TIES'. Did you mean 'ties'?")
+
+
+@pytest.mark.parametrize("at", ["expert", "expert/model.safetensors"])
+@pytest.mark.parametrize("command", [_pack("x=expert"), "merge merge.yaml out", "inspect expert"])
+def test_what_may_not_be_read(work, monkeypatch, at, command):
+    """The system's refusal is pretended: root may read everything."""
+    shutil.copytree(work / "law", work / "expert")
+    (work / "merge.yaml").write_text(MERGE.replace("model: law", "model: expert"))
+
+    def refusing(plain):
+        def call(self: Path, *rest, **more):
+            if str(self) == at:
+                raise PermissionError(errno.EACCES, "Permission denied", at)
+            return plain(self, *rest, **more)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "iterdir", refusing(Path.iterdir))
+        patched.setattr(Path, "open", refusing(Path.open))
+        result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 2, result.exception
+    assert result.stderr.endswith(
+        f"error: Cannot use '{at}': Permission denied. See that it is there and that you may "
+        "read it.\n"
+    )
+    assert not (work / "out").exists()

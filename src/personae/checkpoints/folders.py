@@ -99,8 +99,12 @@ def is_companion(name: str) -> bool:
 
 
 def local_folder(directory: Path, source: str, revision: str | None = None) -> Folder:
-    """Describe a directory; files down to one subfolder count."""
-    found = [path for pattern in ("*", "*/*") for path in directory.glob(pattern)]
+    """Describe a directory; files down to one subfolder count.
+
+    Raises:
+        OSError: It may not be read.
+    """
+    found = [*directory.iterdir(), *directory.glob("*/*")]  # glob takes a refusal for emptiness
     return Folder(
         source,
         frozenset(path.relative_to(directory).as_posix() for path in found if path.is_file()),

@@ -14,6 +14,7 @@ from personae.cli import compose, demo, inspect, merge, methods, pack, plan, unp
 from personae.cli.console import err
 from personae.errors import PersonaeError
 
+_REFUSED = 2
 _INTERRUPTED = 130
 
 app = typer.Typer(
@@ -47,7 +48,7 @@ def _leave() -> NoReturn:
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Print this package's errors instead of raising them, and exit with their code."""
+    """Print errors instead of raising them: this package's, and what the system refuses to read."""
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
@@ -56,6 +57,12 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         except PersonaeError as error:
             err.print(f"error: {error}", markup=False, soft_wrap=True)
             raise typer.Exit(error.exit_code) from error
+        except OSError as error:
+            if error.filename is None or isinstance(error, BrokenPipeError):
+                raise
+            text = f"error: Cannot use '{error.filename}': {error.strerror}. See that it is there "
+            err.print(f"{text}and that you may read it.", markup=False, soft_wrap=True)
+            raise typer.Exit(_REFUSED) from error
         except KeyboardInterrupt as error:
             err.print("Interrupted; nothing half-done was kept under a final name.", markup=False)
             if command in (merge.merge, pack.pack):
