@@ -56,8 +56,10 @@ def gather_tensor(
     try:
         measure = next(looks)
         while True:
-            shares = [_share(measure, parameters, stacks, piece) for piece in pieces]
-            measure = looks.send(sum(shares[1:], shares[0]))
+            total = _share(measure, parameters, stacks, pieces[0]).clone()
+            for piece in pieces[1:]:
+                total.add_(_share(measure, parameters, stacks, piece))
+            measure = looks.send(total)
     except StopIteration as done:
         return done.value
 
