@@ -24,9 +24,9 @@ from personae.execute.scan import not_finite
 from personae.methods import Factors, MergeMethod, Parameters, Site
 from personae.ops.layout import transposed_weights
 
-PIECE_ENTRIES = 1 << 18
+PIECE_ENTRIES = 1 << 20
 """Entries of one expert in a block of rows: the stack of a few experts stays near the cache."""
-UNIT_ENTRIES = 1 << 21
+UNIT_ENTRIES = 1 << 22
 """Entries of the pieces of one unit, about: some ten milliseconds of work."""
 UNIT_PIECES = 256
 """Pieces of one unit, at most: of tiny tensors the number is the work."""

@@ -15,7 +15,7 @@ from personae.ops.signs import Ballot
 
 PerExpert = float | tuple[float, ...]
 
-BLOCK = 1 << 17
+BLOCK = 1 << 19
 """Entries of each expert worked on at once: few enough for the last cache, many beside the cost of
 a call."""
 
