@@ -212,11 +212,11 @@ def _merge_rows(
 ) -> tuple[Tensor, list[str]]:
     """Rows of the result: reference plus merged deltas, fp32."""
     parameters, site = job.parameters_of(piece.spec.name), job.stacks.site(piece)
-    if job.method.translates(parameters) and job.is_narrow(piece.spec.name):
-        values = job.stacks.values(piece)
-        if values is not None:
-            faults = job.stacks.faults(values, piece)
-            return job.method.merge(values, parameters, statistics, site), faults
+    coefficients = job.method.coefficients(parameters, job.stacks.experts)
+    if coefficients is not None and job.is_narrow(piece.spec.name):
+        value = job.stacks.combined(piece, coefficients)
+        if value is not None:
+            return value, job.stacks.faults(value, piece)
     stack, reference = job.stacks.read(piece, reuse=True)
     faults = job.stacks.faults(stack, piece)
     if faults:

@@ -179,18 +179,25 @@ class Stacks:
                 place.copy_(self._expert(deltas, piece)).sub_(reference)
         return stack, reference
 
-    def values(self, piece: Piece) -> Float[Tensor, "expert ..."] | None:
-        """The stacked values of the experts, fp32, as `read` with `reuse`.
+    def combined(self, piece: Piece, coefficients: Sequence[float]) -> Float[Tensor, "..."] | None:
+        """(1 - Σ c_n) θ₀ + Σ c_n θ_n of a piece, fp32; the base is not read if that is 0.
 
-        None where they are not simply stored: adapters, and vocabularies that differ.
+        None where the experts' values are not simply stored in 16 bits, as of adapters, and for
+        vocabularies that differ.
         """
-        name = piece.spec.name
+        name, rest = piece.spec.name, 1.0 - math.fsum(coefficients)
+        needs_base = abs(rest) > 1e-12
+        if needs_base and not self._family.has_base:
+            return None
         if self._rows_present(piece) is not None or not all(d.stored(name) for d in self._deltas):
             return None
-        stack = self._stack(piece, reuse=True)
-        for place, deltas in zip(stack, self._deltas, strict=True):
-            place.copy_(self._expert(deltas, piece))
-        return stack
+        values = self._stack(piece, reuse=True)[0]
+        total = torch.zeros(piece.shape)
+        if needs_base:
+            total.add_(values.copy_(_rows(self._reference, name, piece)), alpha=rest)
+        for coefficient, deltas in zip(coefficients, self._deltas, strict=True):
+            total.add_(values.copy_(self._expert(deltas, piece)), alpha=coefficient)
+        return total
 
     def given(
         self, method: MergeMethod, parameters: Parameters, piece: Piece, undivided: bool
@@ -230,7 +237,7 @@ class Stacks:
             return self.read(piece)[1]
         return _rows(self._reference, piece.spec.name, piece)
 
-    def faults(self, stack: Float[Tensor, "expert ..."], piece: Piece) -> list[str]:
+    def faults(self, stack: Float[Tensor, "..."], piece: Piece) -> list[str]:
         """What is not finite in a piece, told of base and experts; usually nothing.
 
         What was finite once is not asked again.

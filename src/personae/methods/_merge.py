@@ -70,8 +70,8 @@ class MergeMethod:
         equivariant: `equivariant(parameters, site)`: whether turning all task vectors (matrices)
             by one orthogonal matrix from this side turns the result. Adapters are then merged as
             small matrices, exactly.
-        translates: `translates(parameters)`: whether moving all experts by one vector moves the
-            merged model by it, so that the experts' own values can be merged without a reference.
+        coefficients: `coefficients(parameters, experts)`: c_n if the result is Σ c_n τ_n; or None.
+            Where rounding in fp32 does not show, (1 - Σ c_n) θ₀ + Σ c_n θ_n is formed instead.
         needs: "deltas": task vectors, or difference vectors where there is no base. "base": task
             vectors alone. "adapters": task vectors of LoRA adapters.
         degenerates: On difference vectors, what it amounts to; empty if to nothing simpler.
@@ -91,7 +91,7 @@ class MergeMethod:
     scope: Scope
     entrywise: Callable[[Any, Site], bool]
     equivariant: Callable[[Any, Site], Side]
-    translates: Callable[[Any], bool]
+    coefficients: Callable[[Any, int], Sequence[float] | None]
     needs: Literal["deltas", "base", "adapters"]
     degenerates: str
     looks: int

@@ -63,8 +63,8 @@ def _never(_: Any, __: Site) -> Side:
     return "none"
 
 
-def _does_not(_: Any) -> bool:
-    return False
+def _not_linear_in_experts(_: Any, __: int) -> None:
+    return None
 
 
 def merge_method(
@@ -75,7 +75,7 @@ def merge_method(
     gather: Callable[[Any, int], Gathering] | None = None,
     scope: Scope = "model",
     equivariant: Callable[[Any, Site], Side] = _never,
-    translates: Callable[[Any], bool] = _does_not,
+    coefficients: Callable[[Any, int], Sequence[float] | None] = _not_linear_in_experts,
     needs: Literal["deltas", "base", "adapters"] = "deltas",
     degenerates: str = "",
     looks: int = 0,
@@ -107,7 +107,7 @@ def merge_method(
             scope=scope,
             entrywise=entrywise,
             equivariant=equivariant,
-            translates=translates,
+            coefficients=coefficients,
             needs=needs,
             degenerates=degenerates,
             looks=looks,

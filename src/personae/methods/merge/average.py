@@ -16,6 +16,12 @@ from personae.methods._registry import everywhere, merge_method
 _RELATIVE_ZERO = 1e-6
 
 
+def _coefficients(parameters: Any, experts: int) -> list[float]:
+    weights = one_each(parameters.weight, experts)
+    total = sum(weights) if parameters.normalize else 1.0
+    return [weight / total for weight in weights]
+
+
 def _check(parameters: Any, experts: int) -> str:
     if not parameters.normalize:
         return ""
@@ -38,7 +44,7 @@ def faulty_sum(method: str, weights: tuple[float, ...]) -> str:
     order_free=True,
     entrywise=everywhere,
     check=_check,
-    translates=lambda parameters: parameters.normalize,
+    coefficients=_coefficients,
     bytes_per_entry=12,
     aliases=("linear",),
 )

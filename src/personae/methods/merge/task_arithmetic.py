@@ -5,17 +5,25 @@ With several experts that overshoots; the papers use less: DTS's code a scale of
 tasks, DRM's 0.4, the original 0.3 to 0.4 found on validation data.
 """
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 
 from personae.methods._entries import weighted_sum
+from personae.methods._parameters import one_each
 from personae.methods._registry import everywhere, merge_method
+
+
+def _coefficients(parameters: Any, experts: int) -> list[float]:
+    return [parameters.scale * weight for weight in one_each(parameters.weight, experts)]
 
 
 @merge_method(
     paper="arXiv:2212.04089",
     order_free=True,
     entrywise=everywhere,
+    coefficients=_coefficients,
     degenerates="the average whatever the scale, where all weights are the same",
     bytes_per_entry=12,
 )
