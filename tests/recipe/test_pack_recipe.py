@@ -187,3 +187,9 @@ def test_true_is_no_number_of_a_codec():
     settings = PackSettings(parameters={"rank_fraction": True})
     with pytest.raises(MethodError, match=r"rank_fraction = True: expected a number or word, not"):
         settings.codec()
+
+
+def test_a_reference_that_merges_adapters_alone_is_refused():
+    settings = PackSettings(vector="difference", reference="core_space")
+    with pytest.raises(MethodError, match="core_space merges LoRA adapters"):
+        settings.merge()

@@ -112,6 +112,11 @@ class PackSettings(Strict):
             MethodError: for an unknown method or parameter, or a value out of range.
         """
         method = lookup(MERGE_METHODS, self.reference or "average")
+        if method.needs == "adapters":
+            raise MethodError(
+                f"{method.name} merges LoRA adapters, which a difference pack is not made of. "
+                "Name another reference, such as average or ties."
+            )
         return method, build(method, self.reference_parameters)
 
 
