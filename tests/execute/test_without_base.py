@@ -66,8 +66,8 @@ def test_the_same_as_with_a_base_up_to_rounding(tmp_path):
 def test_task_vectors_need_a_base(tmp_path):
     with pytest.raises(RecipeError, match="Task vectors need the base: give it"):
         pack(None, EXPERTS, tmp_path / "p")
-    settings = PackSettings(vector="difference", reference="core_space")
-    with pytest.raises(RecipeError, match="core_space merges task vectors, which need the base"):
+    settings = PackSettings(vector="difference", reference="wudi")
+    with pytest.raises(RecipeError, match="wudi merges task vectors, which need the base"):
         pack(None, EXPERTS, tmp_path / "p", settings=settings)
     assert list(tmp_path.iterdir()) == []
 
