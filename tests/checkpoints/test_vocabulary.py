@@ -22,7 +22,7 @@ from personae.checkpoints.vocabulary import (
     read_vocabulary,
 )
 from personae.checkpoints.vocabulary_files import companions_with
-from personae.checkpoints.vocabulary_rows import ModelRows, WithRows, settle, voters
+from personae.checkpoints.vocabulary_rows import ModelRows, WithRows, settle
 from personae.errors import CheckpointError
 
 WORDS = ("<unk>", "a", "b", "ab")
@@ -403,12 +403,6 @@ def test_a_token_the_base_lacks_has_the_mean_of_those_who_have_it_as_reference()
     # row 0: the base lacks it; (4 + 8) / 2. Row 1: 3 - 1, absent. Row 2: absent, 5 - 1.
     assert reference.flatten().tolist() == [6.0, 1.0, 1.0]
     assert values[..., 0].tolist() == [[-2.0, 2.0, 0.0], [2.0, 0.0, 4.0]]
-
-
-def test_rows_are_grouped_by_who_votes():
-    present = torch.tensor([[True, True, False, True], [True, False, False, True]])
-    found = {experts: rows.tolist() for experts, rows in voters(present)}
-    assert found == {(0, 1): [0, 3], (0,): [1], (): [2]}
 
 
 @given(

@@ -135,17 +135,3 @@ def settle(
         reference[lacking] = total / having.sum(dim=0).clamp(min=1)
     values.sub_(reference)
     values[~present] = 0.0
-
-
-def voters(
-    present: Bool[Tensor, "expert row"],
-) -> Iterator[tuple[tuple[int, ...], Int64[Tensor, " some"]]]:
-    """Rows grouped by the experts that have them, so that the others do not vote.
-
-    Yields:
-        Positions of the experts, and the rows that they and no others have.
-    """
-    kinds, kind_of = torch.unique(present, dim=1, return_inverse=True)
-    for n in range(kinds.shape[1]):
-        experts = tuple(kinds[:, n].nonzero().flatten().tolist())
-        yield experts, (kind_of == n).nonzero().flatten()

@@ -99,7 +99,7 @@ def merge(
             except PersonaeError as error:
                 journal.close(complete=False)
                 if not isinstance(error, OutputError):  # the same inputs will not do better
-                    _clear(directory)
+                    journal.discard()
                 raise
             except BaseException:
                 journal.close(complete=False)
@@ -259,8 +259,3 @@ def _weights_of(checkpoint: Checkpoint) -> list[Any]:
 def _stamp(file: Path) -> tuple[str, int, int]:
     status = file.stat()
     return file.name, status.st_size, status.st_mtime_ns
-
-
-def _clear(directory: Path) -> None:
-    for child in directory.iterdir():
-        shutil.rmtree(child) if child.is_dir() else child.unlink()

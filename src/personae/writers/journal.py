@@ -55,6 +55,10 @@ class Journal:
         with output_errors(self.directory / _FILE):
             os.write(self._file, f"{step}\n".encode())
 
+    def discard(self) -> None:
+        """Remove all that the run wrote, which will not become an output."""
+        _clear(self.directory)
+
     def close(self, complete: bool) -> None:
         """Release the note; a complete run no longer needs it."""
         os.close(self._file)
