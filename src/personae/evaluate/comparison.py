@@ -81,7 +81,10 @@ def merge_rows() -> dict[str, MergeSettings]:
 
 
 def method_rows() -> dict[str, PackSettings]:
-    """Every personalised method at its defaults: on task vectors, and on difference vectors."""
+    """Every personalised method at its defaults: on task vectors, and on difference vectors.
+
+    DTS stands at the rank fraction of its paper's tables.
+    """
     rows: dict[str, PackSettings] = {}
     vectors: dict[str, Vector] = {"": "task", "-diff": "difference"}
     for suffix, vector in vectors.items():
@@ -130,6 +133,8 @@ def compare(
 ) -> list[Record]:
     """Score the experts, merged models, and each expert rebuilt from each pack.
 
+    Packs of difference vectors from the experts' average are made without the base.
+
     Args:
         base: The base's checkpoint directory.
         experts: Task name to the expert's checkpoint directory.
@@ -160,7 +165,8 @@ def compare(
             directory / name.replace(" ", "-").replace("%", "-percent"): rows[name]
             for name in group
         }
-        packs = pack_many(base, experts, outs, overwrite=True, work=work)
+        needed = base if _needs_base(rows[group[0]]) else None
+        packs = pack_many(needed, experts, outs, overwrite=True, work=work)
         for name, pack in zip(group, packs, strict=True):
             amr = [task_amr_percent(task, pack.manifest) for task in pack.manifest.tasks.values()]
             add(
@@ -178,6 +184,11 @@ def _sharing_decompositions(rows: Mapping[str, PackSettings]) -> list[list[str]]
     for name, settings in rows.items():
         groups.setdefault(settings.common().model_dump_json(), []).append(name)
     return list(groups.values())
+
+
+def _needs_base(settings: PackSettings) -> bool:
+    """Whether a pack is made with the base: difference vectors from the average are not."""
+    return settings.vector == "task" or settings.reference not in (None, "average")
 
 
 def _scores(pack: Pack, base: Path, tasks: Sequence[Task], work: Work) -> dict[str, float]:
