@@ -39,15 +39,18 @@ class StackedSVD(NamedTuple):
         basis: U, orthonormal columns; fp32.
         values: σ, descending up to rounding; fp32.
         coordinates: Σ V_tᵀ of each matrix; fp32.
+        lengths: Norm of each row of the coordinates; fp32.
     """
 
     basis: Float[Tensor, "out rank"]
     values: Float[Tensor, " rank"]
     coordinates: Float[Tensor, "expert rank in"]
+    lengths: Float[Tensor, "expert rank"]
 
     def cut(self, rank: int) -> "StackedSVD":
         """The leading `rank` directions alone."""
-        return StackedSVD(self.basis[:, :rank], self.values[:rank], self.coordinates[:, :rank])
+        basis, values, coordinates, lengths = self
+        return StackedSVD(basis[:, :rank], values[:rank], coordinates[:, :rank], lengths[:, :rank])
 
 
 def stacked_svd(stack: Float[Tensor, "expert out in"], rank_tolerance: float = 0.0) -> StackedSVD:
@@ -68,19 +71,26 @@ def stacked_svd(stack: Float[Tensor, "expert out in"], rank_tolerance: float = 0
     vectors, ratio = _leading(blocks, tolerance, _precision(blocks, tolerance if wide else 0.0))
     if not vectors.shape[1]:
         nothing = stack.new_zeros
-        return StackedSVD(nothing(rows, 0), nothing(0), nothing(experts, 0, columns))
+        return StackedSVD(
+            nothing(rows, 0), nothing(0), nothing(experts, 0, columns), nothing(experts, 0)
+        )
     # Where U comes from the projection it must be orthonormal: fp64, whatever the spectrum.
     vectors = vectors if ratio < FP32_PROJECTION or not wide else vectors.float()
-    images = torch.stack([vectors.T @ block.to(vectors.dtype) for block in blocks])
-    values = torch.linalg.vector_norm(images, dim=(0, 2), dtype=torch.float64)
     if wide:
-        basis, coordinates = vectors, images
+        basis = vectors * largest_positive(vectors)
+        coordinates = torch.stack([basis.T @ block.to(basis.dtype) for block in blocks])
     else:
-        basis = (images[0] / values[:, None]).T
-        coordinates = (vectors * values).T.reshape(-1, experts, columns).movedim(0, 1)
-    signs = largest_positive(basis)
-    coordinates = coordinates.float() * signs[:, None].float()
-    return StackedSVD((basis * signs).float(), values.float(), coordinates)
+        image = vectors.T @ blocks[0].to(vectors.dtype)
+        found = torch.linalg.vector_norm(image, dim=1, keepdim=True)
+        basis = (image / found).T
+        signs = largest_positive(basis)
+        basis = basis * signs
+        coordinates = vectors.T * (found * signs[:, None])
+        coordinates = coordinates.reshape(-1, experts, columns).movedim(0, 1)
+    # fp64: squares of very small deltas would vanish in fp32.
+    lengths = torch.linalg.vector_norm(coordinates, dim=2, dtype=torch.float64)
+    values = torch.linalg.vector_norm(lengths, dim=0)
+    return StackedSVD(basis.float(), values.float(), coordinates.float(), lengths.float())
 
 
 def stacked_rank(stack: Float[Tensor, "expert out in"], rank_tolerance: float) -> int:

@@ -176,9 +176,8 @@ def kept_rank(rank: int, rank_drop: float) -> int:
 
 def rows_of_unit_length(svd: StackedSVD) -> Float[Tensor, "expert rank in"]:
     """Ṽ_tᵀ: each row of V_tᵀ brought to length 1; rows of zeros stay zero."""
-    # fp64: squares of very small deltas would vanish in fp32.
-    lengths = torch.linalg.vector_norm(svd.coordinates, dim=2, keepdim=True, dtype=torch.float64)
-    return svd.coordinates / lengths.float().clamp(min=torch.finfo(torch.float32).tiny)
+    floor = torch.finfo(torch.float32).tiny
+    return svd.coordinates / svd.lengths.clamp(min=floor)[:, :, None]
 
 
 def pruned(

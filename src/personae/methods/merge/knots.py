@@ -100,7 +100,7 @@ def knots(
     merging = _rule(rule, density, scope, scale, seed)
     if not_linear(None, site):
         return merging.merge(task_vectors, statistics, site)
-    basis, _, coordinates = _align(_horizontal(task_vectors, site), singular_cutoff)
+    basis, _, coordinates, _ = _align(_horizontal(task_vectors, site), singular_cutoff)
     merged = basis @ merging.merge(coordinates, statistics, _place(coordinates, site))
     return merged.T if site.transposed else merged
 
