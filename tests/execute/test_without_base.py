@@ -79,6 +79,36 @@ def test_one_expert_is_its_own_average(tmp_path):
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.parametrize(
+    ("method", "names", "told"),
+    [
+        ("tall_mask", "xyz", "keeps that average for every task"),
+        ("emr", "xy", "keeps half of each vector"),
+        ("emr", "xyz", ""),
+        ("dts", "xy", ""),
+    ],
+)
+def test_a_codec_that_loses_its_point_there_says_so(method, names, told):
+    experts = {name: EXPERTS[name] for name in names}
+    settings = PackSettings(method=method, vector="difference")
+    with open_family(None, experts) as family:
+        notes = "".join(plan_pack(family, settings).notes)
+    with open_family(BASE, experts) as family:
+        against_ties = plan_pack(family, settings.model_copy(update={"reference": "ties"})).notes
+    assert told in notes
+    assert ("keeps" in notes) == bool(told)
+    assert not any("keeps" in note for note in against_ties)
+
+
+def test_tall_mask_rebuilds_the_average(tmp_path):
+    settings = PackSettings(method="tall_mask", vector="difference")
+    pack(None, EXPERTS, tmp_path / "p", settings=settings)
+    merged = load(tmp_path / "p/reference")
+    rebuilt = load(unpack(tmp_path / "p", "x", tmp_path / "x"))
+    for name in merged:
+        torch.testing.assert_close(rebuilt[name], merged[name], rtol=1e-5, atol=1e-6)
+
+
 def test_values_that_are_not_finite_are_told(tmp_path):
     bad = EXPERTS | {"y": EXPERTS["y"] | {"layer.bias": torch.full((16,), torch.nan)}}
     with pytest.raises(CheckpointError, match=r"Expert 'y': tensor 'layer.bias' holds 16 value"):

@@ -9,7 +9,7 @@ from personae.checkpoints.adapter import Adapter
 from personae.errors import CheckpointError, Faults, PackError, RecipeError
 from personae.execute.describe import Characteristics, checked
 from personae.execute.family import Family, open_family
-from personae.execute.plan import check_output, plan_pack
+from personae.execute.plan import check_output, pack_notes, plan_pack
 from personae.execute.reference import check_fingerprint, make_reference, relative_to_merged
 from personae.execute.scan import Scanned
 from personae.execute.tasks import add_experts, codec_for
@@ -98,7 +98,7 @@ def pack_many(
     if base is None:
         _check_no_base_needed(first)
     with open_family(base, experts, skip=first.skip, private=first.private) as family:
-        for text in family.notes:
+        for text in pack_notes(family, first):
             work.note(text)
         for out, settings in variants.items():
             # What a task vector leaves unchanged is free, which headers cannot tell: a budget on

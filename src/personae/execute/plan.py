@@ -189,8 +189,20 @@ def plan_pack(
         bytes_out=written + merged,
         peak_memory=held + (peak if memory is None else min(peak, memory)),
         workers=workers,
-        notes=family.notes,
+        notes=pack_notes(family, settings),
     )
+
+
+def pack_notes(family: Family, settings: PackSettings) -> list[str]:
+    """What a person should know of this pack before it is made."""
+    notes = family.notes
+    if settings.vector == "difference" and settings.reference in (None, "average"):
+        left = settings.codec().degenerates(len(family.experts))
+        if left:
+            notes.append(
+                f"On difference vectors from the average, {settings.method} keeps {left}."
+            )
+    return notes
 
 
 def check_output(out: Path, overwrite: bool, inputs: Sequence[Any] = ()) -> None:

@@ -143,6 +143,10 @@ class Codec(Parameters, ABC):
         """
         return self
 
+    def degenerates(self, experts: int) -> str:
+        """What difference vectors from the average of so many experts become; empty if no less."""
+        return ""
+
     def rank(self, shape: tuple[int, ...]) -> int:
         """Rank wanted of a decomposition of a delta of this shape; 0 if it needs none."""
         return 0

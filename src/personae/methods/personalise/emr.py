@@ -42,6 +42,10 @@ class EMR(Codec):
         default="global", description="λ from sums over the model, or from the mean of each tensor."
     )
 
+    def degenerates(self, experts: int) -> str:
+        """Two vectors are opposite, so that no entry of the unified one serves both."""
+        return "half of each vector: those of two experts are opposite" if experts == 2 else ""
+
     def share(self, deltas: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
         """The unified vector: the elected sign with the largest magnitude that has it."""
         total = deltas[0].double()

@@ -56,6 +56,10 @@ class TALLMask(Codec):
             )
         return self.model_copy(update={"threshold": self.threshold[task]})
 
+    def degenerates(self, experts: int) -> str:
+        """The multi-task vector is the sum, which is 0 there."""
+        return "that average for every task: what tasks share is the sum of their vectors, here 0"
+
     def share(self, deltas: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
         """The multi-task vector, summed in fp64."""
         total = deltas[0].double()
