@@ -9,15 +9,15 @@ from torch import Tensor
 
 from families import listing
 from personae.errors import RecipeError
-from personae.evaluate import Task, evaluate_checkpoint, evaluate_model, load_model
+from personae.evaluate import evaluate_checkpoint, evaluate_model, load_model
 from personae.evaluate.unseen import compare_unseen, packed_rows, static_rows
 from personae.execute.unpack import unpack
 from personae.execute.work import Work
 from personae.recipe import MergeSettings, PackSettings
+from toy_tasks import NAMES, toy_text_family, toy_text_task
 from toys import load, perturb, toy_bert
 
 pytest.importorskip("transformers")
-NAMES = ("a", "b", "u", "v")
 SETTINGS = {
     "DTS-T r=0.5": PackSettings(parameters={"rank_fraction": 0.5}),
     "DTS-D r=0.5": PackSettings(parameters={"rank_fraction": 0.5}, vector="difference"),
@@ -35,34 +35,14 @@ class OneIsNear:
         return torch.tensor([[1.0, 0.0] if text[0] in "au" else [0.0, 1.0] for text in texts])
 
 
-def _task(name: str, seed: int) -> Task:
-    generator = torch.Generator().manual_seed(seed)
-    examples = {
-        "input_ids": torch.randint(0, 40, (60, 8), generator=generator),
-        "attention_mask": torch.ones(60, 8, dtype=torch.int64),
-        "labels": torch.randint(0, 3, (60,), generator=generator),
-    }
-    classes = tuple(f"{name}{k}" for k in range(3))
-    model_class = "AutoModelForSequenceClassification"
-    return Task(name, model_class, "accuracy", classes, examples, examples)
-
-
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bare base, as on the hub, and four experts with a prefix and heads of their own."""
-    from transformers import BertForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("family")
-    whole = toy_bert(folder / "whole")
-    BertForSequenceClassification.from_pretrained(whole).bert.save_pretrained(folder / "base")
-    for seed, name in enumerate(NAMES, 1):
-        perturb(whole, folder / name, seed=seed, scale=0.3)
-    return folder
+    return toy_text_family(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture(scope="module")
 def found(family, tmp_path_factory):
-    tasks = [_task(name, seed) for seed, name in enumerate(NAMES)]
+    tasks = [toy_text_task(name, seed) for seed, name in enumerate(NAMES)]
     return compare_unseen(
         family / "base",
         {name: family / name for name in NAMES},
@@ -78,7 +58,7 @@ def found(family, tmp_path_factory):
 
 def _with_encoder_of(family: Path, encoder: Path | dict[str, Tensor], name: str) -> float:
     """The score of a task's own head on another encoder, put together in memory."""
-    task = _task(name, NAMES.index(name))
+    task = toy_text_task(name, NAMES.index(name))
     model = load_model(family / name, task.model_class)
     state = encoder if isinstance(encoder, dict) else load_model(encoder, "AutoModel").state_dict()
     model.base_model.load_state_dict(state, strict=False)  # pyright: ignore
@@ -113,7 +93,7 @@ def test_weights_come_from_class_names(found):
 def test_what_is_scored(found, family, tmp_path):
     score = {one.method: one.scores for one in found.records}
     for name in "uv":
-        task = _task(name, NAMES.index(name))
+        task = toy_text_task(name, NAMES.index(name))
         assert score["individual"][name] == evaluate_checkpoint(family / name, task)
         assert score["pre-trained (SVD, T-Switch)"][name] == _with_encoder_of(
             family, family / "base", name
@@ -133,7 +113,7 @@ def _elected(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
     return sign * (vectors * sign).clamp(min=0).amax(dim=0)
 
 
-def test_composed_rows_are_those_of_the_nearest_task(family, found, tmp_path):
+def test_composed_rows_are_those_of_the_nearesttoy_text_task(family, found, tmp_path):
     from personae.execute.pack import pack
 
     experts = {name: family / name for name in "ab"}  # none of what is held out
@@ -149,7 +129,7 @@ def test_composed_rows_are_those_of_the_nearest_task(family, found, tmp_path):
     [(["x"], "no task 'x' to hold out"), ([], "0 of 2"), (["u", "a"], "2 of 2")],
 )
 def test_what_can_be_held_out(family, tmp_path, hold_out, text):
-    tasks = [_task("a", 0), _task("u", 1)]
+    tasks = [toy_text_task("a", 0), toy_text_task("u", 1)]
     with pytest.raises(RecipeError, match=text):
         compare_unseen(
             family / "base",
@@ -170,7 +150,7 @@ def test_heads_of_another_shape_than_the_base_s_are_left_out_of_merges(tmp_path)
     for seed, (name, classes) in enumerate([("base", 5), ("a", 3), ("b", 5), ("u", 3)]):
         whole = toy_bert(tmp_path / f"whole-{name}", num_labels=classes)
         perturb(whole, tmp_path / name, seed=seed, scale=0.3)
-    tasks = [_task(name, seed) for seed, name in enumerate("abu")]
+    tasks = [toy_text_task(name, seed) for seed, name in enumerate("abu")]
     found = compare_unseen(
         tmp_path / "base",
         {name: tmp_path / name for name in "abu"},

@@ -133,7 +133,8 @@ def compare(
 ) -> list[Record]:
     """Score the experts, merged models, and each expert rebuilt from each pack.
 
-    Packs of difference vectors from the experts' average are made without the base.
+    Packs of difference vectors from the experts' average are made without the base, so that heads
+    are told by their shapes alone.
 
     Args:
         base: The base's checkpoint directory.

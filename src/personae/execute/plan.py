@@ -199,9 +199,7 @@ def pack_notes(family: Family, settings: PackSettings) -> list[str]:
     if settings.vector == "difference" and settings.reference in (None, "average"):
         left = settings.codec().degenerates(len(family.experts))
         if left:
-            notes.append(
-                f"On difference vectors from the average, {settings.method} keeps {left}."
-            )
+            notes.append(f"On difference vectors from the average, {settings.method} keeps {left}.")
     return notes
 
 
