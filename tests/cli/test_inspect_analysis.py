@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from families import saved, small_base, tuned
-from personae.cli import app
+from personae.cli import app, console
 from personae.execute.analyse import analyse
 
 BASE = small_base()
@@ -52,6 +53,22 @@ def test_the_table_has_a_row_for_each_tensor_and_a_column_for_each_headline():
     assert all(0.5 <= float(number) <= 1 for number in row.split()[1:])
 
 
+def test_on_a_narrow_terminal_names_are_told_apart_by_what_differs(work, monkeypatch):
+    weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    names = [f"model.layers.{n}.self_attn.{p}_proj.weight" for n in (0, 1) for p in "qk"]
+    base = dict.fromkeys(names, weight)
+    for number, folder in enumerate(("base", "news", "law")):
+        saved({name: number * 0.1 + weight.roll(number) for name in base}, work / "deep" / folder)
+    (work / "deep/merge.yaml").write_text(
+        "merge_method: drm\nbase_model: deep/base\nmodels: [{model: deep/news}, {model: deep/law}]"
+    )
+    monkeypatch.setattr(console.out, "width", 80)
+    printed = run("inspect deep/merge.yaml --analysis sign_agreement")
+    assert "tensors: model.layers.*.weight" in printed
+    rows = [line.split()[0] for line in printed.splitlines()[-4:]]
+    assert rows == [f"{n}.self_attn.{p}_proj" for n in (0, 1) for p in "kq"]
+
+
 def test_a_plot_is_drawn_beside(work: Path):
     if importlib.util.find_spec("matplotlib") is None:
         pytest.skip("matplotlib is not installed: pip install 'personae[plots]'")
@@ -65,6 +82,8 @@ def test_refusals(work: Path):
     assert "go with --analysis" in run("inspect base --tensor layer*", 2)
     assert "'rank_drop'" in run("inspect merge.yaml --analysis rank_dorp", 2)
     assert "not as 'p.gif'" in run("inspect merge.yaml --analysis rank_drop --plot p.gif", 2)
+    refused = run("inspect merge.yaml --analysis rank_drop --plot merge.yaml/p.png", 2)
+    assert "merge.yaml is a file" in refused
     assert "absent.yaml" in run("inspect absent.yaml --analysis rank_drop", 2)
     assert sorted(path.name for path in work.iterdir() if path.is_file()) == [
         "merge.yaml",

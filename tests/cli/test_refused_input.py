@@ -217,6 +217,7 @@ def test_plan_with_a_memory_bound_that_cannot_be(work, command):
         ("inspect .", "holds 1 packs; inspect one of them: pack"),
         ("plan --shapes s.json --base base", "plan without checkpoints: leave out --base"),
         ("plan --base base --expert x=news -r 0.3 --budget 9%", "give --budget or --rank-fraction"),
+        ("plan --base base --expert x=news --model-class AutoModel", "goes with --architecture"),
         ("pack --out pack --remove news --expert x=news", "--remove takes --out alone"),
         ("pack --out pack --add --expert x=news --method svd", "--add takes codec, ranks"),
         ("methods dtss", "Unknown method 'dtss'. Did you mean 'dts'?"),

@@ -489,6 +489,8 @@ def test_faults_beside_the_parameters():
         MergeSettings(vector="difference", tokenizer_source="base").check(["a"])
     with pytest.raises(RecipeError, match=r"Unknown method 'avrage'. Did you mean 'average'\?"):
         MergeSettings(method="avrage").check(["a"])
+    with pytest.raises(RecipeError, match="'della' is a method of mergekit that personae does not"):
+        MergeSettings(method="della", conventions="mergekit").check(["a"])
     with pytest.raises(MethodError, match="'dts' codes models, it does not merge them"):
         MergeSettings(method="dts").merge_method()
 

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from personae.errors import OutputError
-from personae.writers import atomic_file, output_directory, output_errors, require_space
+from personae.writers import (
+    atomic_file,
+    output_directory,
+    output_errors,
+    require_folder,
+    require_space,
+)
 
 
 def entries(directory: Path) -> list[str]:
@@ -191,3 +197,23 @@ def test_require_space(tmp_path: Path):
     require_space(tmp_path / "not" / "yet" / "there", 1)
     with pytest.raises(OutputError, match=r"needs 1,000,000,000,000,000,000 bytes .* free\. Free"):
         require_space(tmp_path / "x", 10**18)
+
+
+def test_a_folder_above_that_is_a_file_is_named(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OutputError, match=rf"{tmp_path}/file\)\. A file of that name exists"),
+        output_directory(tmp_path / "file" / "out", overwrite=False),
+    ):
+        pytest.fail("the work began")
+    with pytest.raises(OutputError, match=rf"{tmp_path}/file is a file"):
+        require_folder(tmp_path / "file" / "deeper" / "x")
+    with pytest.raises(OutputError, match="it is a folder"):
+        require_folder(tmp_path)
+    require_folder(tmp_path / "not" / "yet" / "there")
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OutputError, match=f"{tmp_path} refuses. Write to a folder you may"):
+        require_folder(tmp_path / "x")

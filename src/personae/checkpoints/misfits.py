@@ -26,8 +26,8 @@ def check_fit(
     if not found.shared:
         faults.add(
             f"Expert '{found.name}' ({found.checkpoint.source}) shares no tensor with the base "
-            f"({reference.source}) that 'skip' and 'private' leave to code. Was it fine-tuned "
-            "from it?"
+            f"({reference.source})" + (" but what is left out by name" if allowed else "") + ". "
+            "Was it fine-tuned from it?"
         )
         return
     lacking = [

@@ -1,5 +1,7 @@
 """personae inspect: what a checkpoint or pack holds, or how a family's task vectors look."""
 
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,13 +113,33 @@ def _print_analysis(found: dict[str, Any]) -> None:
     given = ", ".join(f"{key} {value}" for key, value in found["parameters"].items())
     console.out.print(f"{found['summary']}\n{found['analysis']}: {given}", markup=False)
     columns = ANALYSES[found["analysis"]].headlines
+    narrow = console.out.width < 120
+    names, around = _abridged(list(found["tensors"])) if narrow else (list(found["tensors"]), "")
+    if around:
+        console.out.print(f"tensors: {around}", markup=False)
     rows = [
         [name, *(f"{headline(findings, column):.4f}" for column in columns)]
-        for name, findings in found["tensors"].items()
+        for name, findings in zip(names, found["tensors"].values(), strict=True)
     ]
-    narrow = console.out.width < 120
     headings = [column.replace(".", "\n") if narrow else column for column in columns]
     console.table("", ["tensor", *headings], rows)
+
+
+def _abridged(names: list[str]) -> tuple[list[str], str]:
+    """Names without the parts that all begin and end with; and those parts, around "*"."""
+    parts = [name.split(".") for name in names]
+    first = _agreeing(parts)
+    last = _agreeing([name[first:][::-1] for name in parts])
+    if len(names) < 2 or first + last == 0:
+        return names, ""
+    start, end = parts[0][:first], parts[0][len(parts[0]) - last :]
+    kept = [".".join(name[first : len(name) - last]) for name in parts]
+    return kept, ".".join([*start, "*", *end])
+
+
+def _agreeing(rows: Sequence[Sequence[str]]) -> int:
+    """How many of their first items all rows have in common."""
+    return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*rows, strict=False)))
 
 
 def print_pack(described: dict[str, Any], *, tensors: bool = False) -> None:

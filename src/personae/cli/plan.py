@@ -25,8 +25,12 @@ def plan(
         Path | None, typer.Option(help="A config.json; no weights needed.")
     ] = None,
     model_class: Annotated[
-        str, typer.Option(help="With --architecture: the class built; AutoModel has no head.")
-    ] = "AutoModel",
+        str | None,
+        typer.Option(
+            help="With --architecture: the class built; AutoModel has no head.",
+            show_default="AutoModel",
+        ),
+    ] = None,
     shapes: Annotated[Path | None, typer.Option(help="A JSON file: tensor name to shape.")] = None,
     tasks: Annotated[
         int | None,
@@ -66,6 +70,7 @@ def plan(
             base=base,
             expert=experts,
             architecture=architecture,
+            model_class=model_class,
             shapes=shapes,
             tasks=tasks,
             method=method,
@@ -98,6 +103,8 @@ def plan(
         "private": private,
     }
     gathered = options.gather_recipe(recipe, base, experts, asked)
+    if model_class is not None and not architecture:
+        raise RecipeError("--model-class goes with --architecture.")
     if architecture or shapes:
         _plan_shapes(architecture, shapes, model_class, tasks, gathered, json)
     elif tasks is not None:
@@ -123,7 +130,7 @@ def _refuse_for_merges(**asked: object) -> None:
 def _plan_shapes(
     architecture: Path | None,
     shapes: Path | None,
-    model_class: str,
+    model_class: str | None,
     tasks: int | None,
     recipe: PackRecipe,
     json: bool,
@@ -134,7 +141,7 @@ def _plan_shapes(
         raise RecipeError("--architecture and --shapes plan without checkpoints: leave out --base.")
     skip = (*recipe.settings.skip, *recipe.settings.private)  # neither is coded
     if architecture:
-        specs = specs_of_architecture(architecture, model_class, skip)
+        specs = specs_of_architecture(architecture, model_class or "AutoModel", skip)
     else:
         assert shapes is not None
         specs = specs_of_shapes(_read_shapes(shapes), skip)
@@ -177,11 +184,12 @@ def _plan_merge(recipe: Path, workers: int | None, memory: str | None, json: boo
         console.facts(planned.to_json())
         return
     size = console.size
+    looks = f", usually with {planned.looks} look(s) before" if planned.looks else ""
     console.out.print(
         f"{planned.method} on {planned.vector} vectors: {planned.merged} tensors merged, "
         f"{len(planned.copied)} as in the base; {planned.parameters:,} parameters\n"
-        f"reads {size(planned.bytes_in)} ({size(planned.bytes_read)} in all, with "
-        f"{planned.looks} looks before), writes {size(planned.bytes_out)}\n"
+        f"reads {size(planned.bytes_in)} ({size(planned.bytes_read)} in all{looks}), "
+        f"writes {size(planned.bytes_out)}\n"
         f"working memory at most {size(planned.peak_memory)} with {planned.workers} worker(s) on "
         f"{planned.items} items, the largest {size(planned.largest)}",
         markup=False,

@@ -54,7 +54,10 @@ def analyse(
     chosen = ANALYSES[analysis]
     built = build(chosen, parameters or {})
     with open_family(base, experts, skip=skip) as family:
-        for note in family.notes:
+        for expert in family.experts.values():
+            for note in expert.naming_notes:
+                work.note(note)
+        for note in family.base_notes:
             work.note(note)
         stacks = Stacks(family)
         specs = family.base.specs

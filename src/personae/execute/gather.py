@@ -39,10 +39,13 @@ def gather_model(
     """
     assert method.gather is not None
     looks = method.gather(parameters_of(""), stacks.experts)
+    number = 1
     try:
         measure = next(looks)
         while True:
-            measure = looks.send(_look(method, measure, parameters_of, stacks, units, cost, work))
+            stage = f"measuring {measure.name}, look {number}"
+            found = _look(method, measure, parameters_of, stacks, units, cost, work, stage)
+            measure, number = looks.send(found), number + 1
     except StopIteration as done:
         return done.value
 
@@ -72,6 +75,7 @@ def _look(
     units: Sequence[Unit],
     cost: Callable[[Unit], int],
     work: Work,
+    stage: str,
 ) -> Tensor:
     """The sum of one measure over all units; floating shares are summed in the units' order."""
     faults = Faults()
@@ -92,7 +96,7 @@ def _look(
             waiting[unit.number] = share
         elif share is not None:
             total = share if total is None else total.add_(share)
-        work.progress(f"measuring {measure.name}", done, len(units))
+        work.progress(stage, done, len(units))
     faults.raise_if_any(CheckpointError)
     for _, share in sorted(waiting.items()):
         total = share if total is None else total + share

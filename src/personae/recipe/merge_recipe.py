@@ -10,6 +10,7 @@ from personae.checkpoints.naming import matches
 from personae.errors import Faults, MethodError, RecipeError, nearest
 from personae.methods import (
     CODECS,
+    MERGE_METHODS,
     METHODS_BY_CONVENTIONS,
     Conventions,
     MergeMethod,
@@ -23,6 +24,14 @@ from personae.recipe._values import filters_of, fits, is_gradient, is_scalar
 from personae.recipe.pack_recipe import Strict, Vector
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+
+_MERGEKIT_ALONE = frozenset(
+    {
+        *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "karcher"),
+        *("model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram"),
+        *("ramplus_tl", "sce", "slerp"),
+    }
+)
 
 
 class MergeSettings(Strict):
@@ -181,6 +190,11 @@ def find_method(name: str, conventions: Conventions) -> MergeMethod:
     if name in CODECS:
         raise MethodError(
             f"'{name}' codes models, it does not merge them. To pack them by it: pack_method."
+        )
+    if name in _MERGEKIT_ALONE:
+        raise MethodError(
+            f"'{name}' is a method of mergekit that personae does not have. "
+            f"Known: {', '.join(sorted(MERGE_METHODS))}."
         )
     return lookup(methods_under(conventions), name)
 

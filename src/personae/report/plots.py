@@ -8,7 +8,7 @@ from typing import Any
 
 from personae.errors import RecipeError
 from personae.methods.analyses import Findings
-from personae.writers import atomic_file
+from personae.writers import atomic_file, require_folder
 
 SUFFIXES = (".png", ".svg", ".pdf")
 MOST_PANELS = 9
@@ -21,10 +21,12 @@ def check(path: Path) -> None:
 
     Raises:
         RecipeError: if matplotlib is not installed, or the suffix is none it is drawn as.
+        OutputError: if no file can be written there.
     """
     if path.suffix not in SUFFIXES:
         raise RecipeError(f"A plot is drawn as {', '.join(SUFFIXES)}, not as '{path.name}'.")
     _figure_module()
+    require_folder(path)
 
 
 def draw(found: dict[str, Any], path: Path) -> int:

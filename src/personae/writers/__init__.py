@@ -5,6 +5,7 @@ from personae.writers.atomic import (
     locked,
     output_directory,
     output_errors,
+    require_folder,
     require_space,
 )
 from personae.writers.checkpoint import CheckpointWriter
@@ -17,5 +18,6 @@ __all__ = [
     "locked",
     "output_directory",
     "output_errors",
+    "require_folder",
     "require_space",
 ]

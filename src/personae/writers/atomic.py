@@ -52,7 +52,9 @@ def output_errors(
         remedy = remedies.get(error.errno or 0)
         if remedy is None:
             raise
-        raise OutputError(f"Cannot write '{path}': {error.strerror}. {remedy}") from error
+        found = error.filename
+        place = f" ({found})" if found is not None and Path(str(found)) != path else ""
+        raise OutputError(f"Cannot write '{path}': {error.strerror}{place}. {remedy}") from error
 
 
 def require_space(path: Path, nbytes: int) -> None:
@@ -69,6 +71,22 @@ def require_space(path: Path, nbytes: int) -> None:
             f"Cannot write '{path}': it needs {nbytes:,} bytes and the disk has {free:,} free. "
             f"Free {nbytes - free:,} bytes, or write to another disk."
         )
+
+
+def require_folder(path: Path) -> None:
+    """Check that a file could be written at `path`, before what goes into it is computed.
+
+    Raises:
+        OutputError: if a folder above it is a file or may not be written to, or `path` is a folder.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise OutputError(f"Cannot write '{path}': it is a folder. Choose another name.")
+    existing = next(place for place in path.parents if place.exists())
+    if not existing.is_dir():
+        raise OutputError(f"Cannot write '{path}': {existing} is a file. Choose another name.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"Cannot write '{path}': {existing} refuses. {_FORBIDDEN}")
 
 
 @contextmanager
