@@ -14,6 +14,8 @@ from personae.evaluate import Task, evaluate_model
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("PERSONAE_DATA", REPOSITORY.parent / "shared" / "data"))
 RUNS = REPOSITORY / "runs" / "families"
+VALIDATION = 500
+"""Examples that are chosen on: the last of the training split, in the order they are drawn in."""
 
 
 def say(text: str) -> None:

@@ -2,7 +2,8 @@
 
 `python benchmarks/families/pack_family.py text|vision`, once the family is trained. `--rows` says
 which packs: `dts` (DTS-T and DTS-D at r = 0.3 and under budgets), `methods` (every personalised
-method, on task and on difference vectors) or `sweep` (DTS-T over ranks, ablations and budgets).
+method, on task and on difference vectors; TALL-masks also at thresholds chosen on validation
+examples) or `sweep` (DTS-T over ranks, ablations and budgets).
 """
 
 from pathlib import Path
@@ -16,11 +17,11 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from personae import Work
-from personae.evaluate import Record, Task, records_to_json
+from personae.evaluate import Record, Task, choose_thresholds, records_to_json
 from personae.evaluate.comparison import compare, dts_rows, method_rows, sweep_rows
 from personae.report.table import accuracy_size_table, markdown
 
-ROWS = {"dts": dts_rows, "methods": method_rows, "sweep": sweep_rows}
+ROWS = ("dts", "methods", "sweep")
 
 
 def read_tasks(family: str, directory: Path, data: Path) -> list[Task]:
@@ -53,11 +54,17 @@ def main(
     def report(one: Record) -> None:
         say(f"{one.method}: average {100 * one.average:.2f} %, ADR {one.adr:.2f} %")
 
+    base, experts = directory / "base", {task.name: directory / task.name for task in tasks}
+    packed = dts_rows() if rows == "dts" else sweep_rows()
+    if rows == "methods":
+        chosen = choose_thresholds(base, experts, tasks, work=Work(workers=threads))
+        say(f"thresholds of TALL-masks: {chosen}")
+        packed = method_rows(chosen)
     records = compare(
-        directory / "base",
-        {task.name: directory / task.name for task in tasks},
+        base,
+        experts,
         tasks,
-        ROWS[rows](),
+        packed,
         runs / "packs" / family,
         work=Work(workers=threads),
         report=report,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import typer
-from common import DATA, RUNS, classes_of, say, train_experts
+from common import DATA, RUNS, VALIDATION, classes_of, say, train_experts
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -32,12 +32,12 @@ def released_encoder() -> Path:
     return Path(package.origin).parent / "model"
 
 
-def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Examples:
-    """Read and tokenise one split, keeping `limit` examples drawn at random."""
+def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, kept: slice) -> Examples:
+    """Read and tokenise one split, keeping a slice of its examples in random order."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    kept = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:limit]
-    rows = [rows[i] for i in kept.tolist()]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    rows = [rows[i] for i in order[kept].tolist()]
     tokens = tokenizer(
         [row["text"] for row in rows],
         truncation=True,
@@ -55,15 +55,16 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | N
 def read_task(
     name: str, tokenizer: PreTrainedTokenizerBase, data: Path = DATA, limit: int | None = None
 ) -> Task:
-    """Read one task; `limit` holds for the training examples."""
+    """Read one task; `limit` holds for the training examples, and validation takes the last."""
     directory = data / "text" / name
     return Task(
         name=name,
         model_class=MODEL_CLASS,
         metric="matthews" if name == "cola" else "accuracy",
         classes=classes_of(directory),
-        train=read_examples(directory / "train.jsonl.gz", tokenizer, limit),
-        test=read_examples(directory / "test.jsonl.gz", tokenizer, None),
+        train=read_examples(directory / "train.jsonl.gz", tokenizer, slice(limit)),
+        test=read_examples(directory / "test.jsonl.gz", tokenizer, slice(None)),
+        validation=read_examples(directory / "train.jsonl.gz", tokenizer, slice(-VALIDATION, None)),
     )
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import typer
-from common import DATA, RUNS, classes_of, say, train_experts
+from common import DATA, RUNS, VALIDATION, classes_of, say, train_experts
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
 
 from personae.demo.training import complete_directory, joined, train, with_new_head
-from personae.evaluate import Task, save_model
+from personae.evaluate import Examples, Task, save_model
 
 TASKS = (
     "mnist",
@@ -41,21 +41,33 @@ def pixels(images: np.ndarray) -> Tensor:
     return functional.pad(values, (margin,) * 4, value=-1.0).contiguous()
 
 
+def examples(images: np.ndarray, labels: Tensor) -> Examples:
+    """Images as the model takes them, with their labels."""
+    return {"pixel_values": pixels(images), "labels": labels}
+
+
 def read_task(name: str, data: Path = DATA, limit: int | None = None) -> Task:
-    """Read one task; `limit` holds for the training examples, drawn at random."""
+    """Read one task; `limit` holds for the training examples, drawn at random.
+
+    Validation examples are the last of the same draw: of small tasks they were trained on.
+    """
     directory = data / "vision" / name
     with np.load(directory / "data.npz") as arrays:
-        count = len(arrays["train_labels"])
-        kept = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].numpy()
-        train_images, train_labels = arrays["train_images"][kept], arrays["train_labels"][kept]
-        test_images, test_labels = arrays["test_images"], arrays["test_labels"]
+        images, labels = arrays["train_images"], torch.from_numpy(arrays["train_labels"])
+        test = examples(arrays["test_images"], torch.from_numpy(arrays["test_labels"]))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, validation = (
+        examples(images[kept.numpy()], labels[kept])
+        for kept in (order[:limit], order[-VALIDATION:])
+    )
     return Task(
         name=name,
         model_class=MODEL_CLASS,
         metric="accuracy",
         classes=classes_of(directory),
-        train={"pixel_values": pixels(train_images), "labels": torch.from_numpy(train_labels)},
-        test={"pixel_values": pixels(test_images), "labels": torch.from_numpy(test_labels)},
+        train=train,
+        test=test,
+        validation=validation,
     )
 
 

@@ -5,11 +5,13 @@ from personae.evaluate.merged import evaluate_merge
 from personae.evaluate.models import load_model, save_model
 from personae.evaluate.records import Record, record, records_from_json, records_to_json
 from personae.evaluate.tasks import Examples, Task
+from personae.evaluate.thresholds import choose_thresholds
 
 __all__ = [
     "Examples",
     "Record",
     "Task",
+    "choose_thresholds",
     "evaluate_checkpoint",
     "evaluate_merge",
     "evaluate_model",

@@ -80,10 +80,13 @@ def merge_rows() -> dict[str, MergeSettings]:
     return rows
 
 
-def method_rows() -> dict[str, PackSettings]:
+def method_rows(thresholds: Mapping[str, float] | None = None) -> dict[str, PackSettings]:
     """Every personalised method at its defaults: on task vectors, and on difference vectors.
 
     DTS stands at the rank fraction of its paper's tables.
+
+    Args:
+        thresholds: Of TALL-masks, one a task, for a row of their own; see `choose_thresholds`.
     """
     rows: dict[str, PackSettings] = {}
     vectors: dict[str, Vector] = {"": "task", "-diff": "difference"}
@@ -92,6 +95,10 @@ def method_rows() -> dict[str, PackSettings]:
             rows[title + suffix] = PackSettings(
                 method=method, parameters=dict(parameters), vector=vector
             )
+            if method == "tall_mask" and vector == "task" and thresholds:
+                rows["TALL-Mask chosen"] = PackSettings(
+                    method=method, parameters={"threshold": dict(thresholds)}
+                )
     return rows
 
 

@@ -26,6 +26,7 @@ class Task:
         classes: Class names, in label order.
         train: What experts are trained on.
         test: What they are scored on.
+        validation: What is chosen on, neither trained nor scored on; None if nothing is.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Task:
     classes: tuple[str, ...]
     train: Examples
     test: Examples
+    validation: Examples | None = None
 
 
 def batches(
