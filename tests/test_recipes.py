@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from personae import pack, unpack
+from personae.methods import CODECS
 from personae.recipe import PackRecipe, read_recipe
 from toys import load, perturb, toy_bert
 
@@ -14,6 +15,7 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 def test_recipes_are_found() -> None:
     assert {path.stem for path in RECIPES} >= {"dts-task", "dts-budget", "svd"}
+    assert {read_recipe(path).settings.method for path in RECIPES} == set(CODECS)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,9 @@ def test_shipped_recipe_packs_and_unpacks(path: Path, toys: list[Path], tmp_path
     assert (manifest.method, manifest.vector) == (shipped.settings.method, shipped.settings.vector)
     if shipped.settings.vector == "difference":
         assert manifest.reference.method == shipped.settings.reference
-    assert 0 < max(task.relative_error for task in manifest.tasks.values()) < 1
+    errors = [task.relative_error for task in manifest.tasks.values()]
+    # UltraDelta drops 97 % of the entries at random and scales the rest up: right on average alone.
+    assert min(errors) > 0 and (max(errors) < 1 or manifest.method == "ultradelta")
     task = next(iter(manifest.tasks))
     rebuilt = load(unpack(tmp_path / "pack", task, tmp_path / "rebuilt"))
     assert rebuilt.keys() == load(toys[1]).keys()

@@ -12,6 +12,7 @@ from families import listing, saved, small_base, tuned
 from personae.cli import app
 from personae.encoders import ENCODERS
 from personae.execute.compose import compose
+from personae.packs.reader import Pack
 from toy_encoders import toy_clip, toy_sentence_encoder
 from toys import load
 
@@ -68,6 +69,21 @@ def test_given_weights(work):
     facts = json.loads(done("compose p --weights law=0.5 --weights news=0.5 --out r --json"))
     assert facts["weights"] == {"news": 0.5, "law": 0.5} and facts["path"] == str(work / "r")
     assert load(work / "r").keys() == BASE.keys()
+
+
+def test_a_recipe_says_what_its_tasks_are_about(work):
+    models = "models: [{model: news, describe: [cat, dog]}, {model: law, describe: bird}]"
+    (work / "r.yaml").write_text(f"base_model: base\n{models}\nparameters: {{rank_fraction: 0.5}}")
+    done("pack r.yaml --out q")
+    done("pack r.yaml --describe law=fish --out r")
+    done("pack r.yaml --expert other=law --out s")
+    texts = {
+        name: {task: one.characteristics for task, one in Pack(work / name).manifest.tasks.items()}
+        for name in "qrs"
+    }
+    assert texts["q"] == {"news": ("cat", "dog"), "law": ("bird",)}
+    assert texts["r"] == {"news": ("cat", "dog"), "law": ("fish",)}
+    assert texts["s"] == {"other": ()}
 
 
 @pytest.mark.parametrize(("kind", "more"), [("sentence", []), ("clip", ["a photo of a {}"])])

@@ -14,7 +14,10 @@ base_model: some/base@main
 models:
   - model: some/expert
     name: news
+    describe: [sports, "politics"]
   - model: ./local/law/
+    describe: What a court has decided.
+  - model: a/third
 parameters:
   qkv: split
 budget: 1%
@@ -37,7 +40,11 @@ def _read(tmp_path: Path, text: str):
 def test_everything_a_recipe_can_say(tmp_path):
     recipe = _read(tmp_path, WHOLE)
     assert recipe.base == "some/base@main"
-    assert recipe.experts == {"news": "some/expert", "law": "./local/law/"}
+    assert recipe.experts == {"news": "some/expert", "law": "./local/law/", "third": "a/third"}
+    assert recipe.characteristics == {
+        "news": ("sports", "politics"),
+        "law": ("What a court has decided.",),
+    }
     assert recipe.settings == PackSettings(
         method="dts",
         parameters={"qkv": "split"},

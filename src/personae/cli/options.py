@@ -118,8 +118,10 @@ def gather_recipe(
     if "parameters" in given:
         given["parameters"] = {**read.settings.parameters, **given["parameters"]}
     merged = read.settings.model_dump() | given
+    replaced = named(experts, "--expert")
     return PackRecipe(
         base=base or read.base,
-        experts=named(experts, "--expert") or read.experts,
+        experts=replaced or read.experts,
         settings=settings_from(merged),
+        characteristics={} if replaced else read.characteristics,
     )

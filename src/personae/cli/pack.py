@@ -131,7 +131,7 @@ def pack(
                 gathered.base,
                 gathered.experts,
                 outs,
-                characteristics=about,
+                characteristics=gathered.characteristics | about,
                 overwrite=overwrite,
                 work=work,
             )

@@ -121,16 +121,25 @@ class PackSettings(Strict):
 
 
 class PackRecipe(Strict):
-    """A family and how to pack it, as read from YAML."""
+    """A family and how to pack it, as read from YAML.
+
+    Attributes:
+        base: Path or hub id; None if there is none.
+        experts: Task name to path or hub id.
+        settings: How to pack.
+        characteristics: Task name to class names or a description, of experts that have any.
+    """
 
     base: str | None
     experts: dict[str, str]
     settings: PackSettings
+    characteristics: dict[str, tuple[str, ...]] = {}
 
 
 class _Expert(Strict):
     model: str = Field(min_length=1)
     name: str | None = None
+    describe: str | list[str] = []
 
 
 class _Reference(Strict):
@@ -188,7 +197,15 @@ def read_recipe(path: Path) -> PackRecipe:
         )
     except ValidationError as error:
         raise RecipeError(f"The recipe {path} is wrong. {faults_of(error, _File)}") from error
-    return PackRecipe(base=file.base_model, experts=_named(file.models, path), settings=settings)
+    experts = _named(file.models, path)
+    said = {
+        name: (entry.describe,) if isinstance(entry.describe, str) else tuple(entry.describe)
+        for name, entry in zip(experts, file.models, strict=True)
+        if entry.describe
+    }
+    return PackRecipe(
+        base=file.base_model, experts=experts, settings=settings, characteristics=said
+    )
 
 
 def settings_from(options: Mapping[str, Any]) -> PackSettings:
