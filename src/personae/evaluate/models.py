@@ -1,12 +1,11 @@
 """Opening and saving a checkpoint as a `transformers` model, quietly."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from personae._quiet import quiet_transformers
 from personae.errors import CheckpointError
 
 
@@ -28,28 +27,12 @@ def load_model(directory: Path, model_class: str, **options: Any) -> nn.Module:
             f"no checkpoint directory at '{directory}'. Give the directory that holds "
             "config.json and the weights."
         )
-    with _quiet():
+    with quiet_transformers():
         loader = getattr(transformers, model_class)
         return loader.from_pretrained(directory, dtype="float32", **options).eval()
 
 
 def save_model(model: nn.Module, directory: Path) -> None:
     """Write a `transformers` model as a checkpoint directory."""
-    with _quiet():
+    with quiet_transformers():
         model.save_pretrained(directory)  # pyright: ignore[reportCallIssue]
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Silence load reports and progress bars of `transformers`, then put them back."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

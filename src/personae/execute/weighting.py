@@ -74,6 +74,40 @@ class Weighting:
         return asdict(self)
 
 
+def weighable(
+    pack: Pack, like: Sequence[str], *, gamma: str = "ratio", temperature: float | None = None
+) -> dict[str, tuple[str, ...]]:
+    """Check all that `weigh` refuses before it embeds a text, so that no encoder is loaded in vain.
+
+    Returns:
+        Task name to the texts that say what it is about.
+
+    Raises:
+        PackError: naming every task without any.
+        RecipeError: if there is no text to be like, or an option is none of those.
+    """
+    faults = Faults()
+    if not like or not all(text.strip() for text in like):
+        faults.add("There is an empty text, or none, to be like. Give class names, or a sentence.")
+    if gamma not in GAMMAS:
+        faults.add(f"Unknown gamma '{gamma}'. {nearest(gamma, GAMMAS)}")
+    elif gamma != "softmax" and temperature is not None:
+        faults.add("A temperature belongs to gamma softmax; the ratio has none.")
+    if temperature is not None and not 0 < temperature < math.inf:
+        faults.add(f"A temperature of {temperature:g} makes no weights. Give one above 0, as 0.1.")
+    faults.raise_if_any(RecipeError)
+    tasks = pack.manifest.tasks
+    silent = [name for name, record in tasks.items() if not record.characteristics]
+    if silent or not tasks:
+        fix = " ".join(f"--describe {name}=TEXT" for name in silent[:3])
+        raise PackError(
+            f"{pack.directory} does not say what these tasks are about: {', '.join(silent)}. "
+            f"Say it: personae pack --out {pack.directory} {fix} (class names with commas between, "
+            "a sentence, or @FILE). Or give --weights."
+        )
+    return {name: record.characteristics for name, record in tasks.items()}
+
+
 def weigh(
     pack: str | Path | Pack,
     like: Sequence[str],
@@ -99,8 +133,7 @@ def weigh(
         MethodError: if the cosines make no weights.
     """
     opened = pack if isinstance(pack, Pack) else Pack(Path(pack))
-    _check(like, gamma, temperature)
-    described = _characteristics(opened)
+    described = weighable(opened, like, gamma=gamma, temperature=temperature)
     embedded = [mean_embedding(encoder(texts)) for texts in (like, *described.values())]
     found = cosines(embedded[0], torch.stack(embedded[1:]))
     known = dict(zip(described, found.tolist(), strict=True))
@@ -145,34 +178,3 @@ def given(weights: Mapping[str, float] | Weighting, manifest: Manifest, where: P
     faults.raise_if_any(RecipeError)
     ordered = {n: weighting.weights[n] for n in manifest.tasks if n in weighting.weights}
     return replace(weighting, weights=ordered)
-
-
-def _check(like: Sequence[str], gamma: str, temperature: float | None) -> None:
-    faults = Faults()
-    if not like or not all(text.strip() for text in like):
-        faults.add("There is an empty text, or none, to be like. Give class names, or a sentence.")
-    if gamma not in GAMMAS:
-        faults.add(f"Unknown gamma '{gamma}'. {nearest(gamma, GAMMAS)}")
-    elif gamma != "softmax" and temperature is not None:
-        faults.add("A temperature belongs to gamma softmax; the ratio has none.")
-    if temperature is not None and not 0 < temperature < math.inf:
-        faults.add(f"A temperature of {temperature:g} makes no weights. Give one above 0, as 0.1.")
-    faults.raise_if_any(RecipeError)
-
-
-def _characteristics(pack: Pack) -> dict[str, tuple[str, ...]]:
-    """Task name to the texts that say what it is about.
-
-    Raises:
-        PackError: naming every task without any.
-    """
-    tasks = pack.manifest.tasks
-    silent = [name for name, record in tasks.items() if not record.characteristics]
-    if silent or not tasks:
-        fix = " ".join(f"--describe {name}=TEXT" for name in silent[:3])
-        raise PackError(
-            f"{pack.directory} does not say what these tasks are about: {', '.join(silent)}. "
-            f"Say it: personae pack --out {pack.directory} {fix} (class names with commas between, "
-            "a sentence, or @FILE). Or give --weights."
-        )
-    return {name: record.characteristics for name, record in tasks.items()}
