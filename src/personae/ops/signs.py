@@ -59,13 +59,13 @@ class Ballot:
             self.losses[:] = self.kept.amin(dim=0).clamp_max(0)
         elif reduce == "mean" and elect == "mass":
             self._count()
-        total = self.winning()
+        total = torch.from_numpy(self.winning())
         if reduce == "mean":
-            up, down = self.up.view(np.uint8), self.down.view(np.uint8)
-            agreeing = np.maximum(self.ups * up + self.downs * down, 1)
-            np.copyto(self._spare, agreeing)
-            np.divide(total, self._spare, out=total)
-        return torch.from_numpy(total)
+            self.ups *= self.up.view(np.uint8)
+            self.downs *= self.down.view(np.uint8)
+            np.copyto(self._spare, np.add(self.ups, self.downs, out=self.ups))
+            total.div_(torch.from_numpy(self._spare).clamp_min_(1))
+        return total
 
     def elect(self, elect: Elect, majority: int) -> None:
         """Find the sign that wins each entry: `up` and `down`.
