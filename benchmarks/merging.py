@@ -50,18 +50,18 @@ class Taken:
     anonymous_mib: float
 
 
-def qwen2_specs(size: str, tensors: int = 0) -> list[TensorSpec]:
+def qwen2_specs(size: str, tensors: int = 0, layers: int = 0) -> list[TensorSpec]:
     """Shapes of Qwen2 (tied embeddings), or `tensors` many matrices of 64 x 16."""
     if tensors:
         names = [f"model.layers.{n // 64}.mlp.experts.{n % 64}.weight" for n in range(tensors)]
         return [TensorSpec(name, (64, 16), torch.bfloat16) for name in names]
-    width, layers, inner, kv = SIZES[size]
+    width, usual, inner, kv = SIZES[size]
     rows = VOCABULARY if size != "tiny" else 256
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (rows, width),
         "model.norm.weight": (width,),
     }
-    for n in range(layers):
+    for n in range(layers or usual):
         layer = f"model.layers.{n}"
         for name, out in (("q", width), ("k", kv), ("v", kv)):
             shapes[f"{layer}.self_attn.{name}_proj.weight"] = (out, width)
@@ -75,16 +75,17 @@ def qwen2_specs(size: str, tensors: int = 0) -> list[TensorSpec]:
     return [TensorSpec(name, shape, torch.bfloat16) for name, shape in shapes.items()]
 
 
-def make_family(size: str, tensors: int = 0) -> Path:
+def make_family(size: str, tensors: int = 0, layers: int = 0) -> Path:
     """Write base and experts below `runs/bench`; what is there is kept."""
-    root = RUNS / (f"tensors-{tensors}" if tensors else f"qwen2-{size}")
-    specs = qwen2_specs(size, tensors)
-    width, layers, inner, kv = SIZES[size]
+    deep = f"-{layers}-layers" if layers else ""
+    root = RUNS / (f"tensors-{tensors}" if tensors else f"qwen2-{size}{deep}")
+    specs = qwen2_specs(size, tensors, layers)
+    width, usual, inner, kv = SIZES[size]
     config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "hidden_size": width,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": layers or usual,
         "intermediate_size": inner,
         "num_attention_heads": max(width // 64, 1),
         "num_key_value_heads": max(kv // 64, 1),
@@ -253,12 +254,13 @@ def main(
     against: Annotated[bool, typer.Option(help="Run mergekit too.")] = True,
     cold: Annotated[bool, typer.Option(help="Drop the family from the page cache first.")] = False,
     tensors: Annotated[int, typer.Option(help="Instead: so many tensors of 64 x 16.")] = 0,
+    layers: Annotated[int, typer.Option(help="So many layers, not those of the size.")] = 0,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Time whole commands side by side; start-up is what the tiny family takes."""
     theirs = mergekit() if against else None
     tiny = make_family("tiny")
-    root = make_family("tiny" if tensors else size, tensors)
+    root = make_family("tiny" if tensors else size, tensors, layers)
     rows: list[dict[str, Any]] = []
     for method in methods.split(","):
         start = measure(tiny, method, turns, theirs, cold=False)

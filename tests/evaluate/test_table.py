@@ -74,6 +74,12 @@ def test_a_score_of_one_and_a_negative_score_fit():
     assert row.split() == ["x", "100", "-12", "43.85", "12.30", "0.00", "0.00"]
 
 
+def test_no_loss_has_no_sign():
+    scores, better = {"a": 0.80002}, {"a": 0.8}  # ADR -0.0025
+    one = record("x", scores, individual=better, amr_counted=0.0, amr_on_disk=0.0)
+    assert markdown([one]).splitlines()[-1] == "| x | 80.0 | 80.00 | 0.00 | 0.00 | 0.00 |"
+
+
 def test_markdown_has_full_names_and_values():
     header, rule, _, row = markdown(RECORDS).splitlines()
     assert header.split(" | ")[1:-4] == list(TASKS)

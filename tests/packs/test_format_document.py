@@ -135,8 +135,11 @@ def decode_bands(parts: Any, shape: tuple[int, int], parameters: Any) -> Any:
 def decode_of_version_2(method: str, parts: Any, shape: Any, parameters: Any, shared: Any) -> Any:
     if not parts:
         return np.zeros(shape, np.float32)
-    if set(parts) == {"exact"}:
-        return parts["exact"].reshape(shape)
+    if "exact" in parts:
+        delta = np.zeros(shape, np.float32)
+        kept = bits(parts["rows"], 1)[: shape[0]] > 0 if "rows" in parts else ...
+        delta[kept] = parts["exact"].reshape(delta[kept].shape)
+        return delta
     if method == "tsv_c":
         return decode_svd(parts, shape, parameters)
     if method == "delta_come":
@@ -314,6 +317,9 @@ def test_the_family_needs_every_rule(family: dict[str, Path], tmp_path: Path) ->
     assert set(task.private) == {"head.weight", "model.embed.weight", "model.position_ids"}
     assert "same.weight" not in task.tensors
     assert task.tensors["thin.weight"].blocks[0].parts == {}  # ⌊0.3 · 1⌋ = 0: dropped
+    exact = pack(base, family, tmp_path / "exact", settings=SETTINGS["bitdelta"]).manifest
+    kept = exact.tasks["wrapped"].tensors.values()
+    assert any(tensor.blocks[0].parts.keys() == {"exact", "rows"} for tensor in kept)
 
 
 def test_fingerprints_are_what_the_page_says(family: dict[str, Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import logging
 import pickle
 import re
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,9 @@ def _unpickle(path: Path) -> Any:
         CheckpointError: The file holds code, or is damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        with warnings.catch_warnings():  # a protocol that torch does not write is read or refused
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         text = str(error)
         wanted = re.search(r"GLOBAL ([\w.]+)", text)

@@ -142,8 +142,8 @@ def _agreeing(rows: Sequence[Sequence[str]]) -> int:
     return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*rows, strict=False)))
 
 
-def print_pack(described: dict[str, Any], *, tensors: bool = False) -> None:
-    """Print a pack's tasks as a table, and each task's tensors if asked."""
+def print_pack(described: dict[str, Any], *, tensors: bool = False, uncoded: bool = True) -> None:
+    """Print a pack's tasks as a table; what is not coded, and each task's tensors, if asked."""
     reference = described["reference"]
     made = f"{reference['source']}" if reference["kind"] == "base" else reference["method"]
     console.out.print(
@@ -187,7 +187,7 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False) -> None:
             "AMR is with a task's share of it",
             markup=False,
         )
-    for name, task in described["tasks"].items():
+    for name, task in described["tasks"].items() if uncoded else ():
         _print_uncoded(name, task["tensors"])
     for name, task in described["tasks"].items() if tensors else ():
         console.table(

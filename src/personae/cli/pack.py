@@ -186,4 +186,4 @@ def _show(packs: list[Pack], json: bool) -> None:
         console.facts(described[0] if len(described) == 1 else described)
         return
     for facts in described:
-        print_pack(facts)
+        print_pack(facts, uncoded=False)  # a note has told it

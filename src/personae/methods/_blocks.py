@@ -8,7 +8,9 @@ from torch import Tensor
 
 from personae._types import SVD, Parts
 from personae.methods._codec import Bits, Codec, Context, Treatment
+from personae.ops.bits import pack, unpack
 from personae.ops.parts import cut
+from personae.ops.rows import restore_rows, touched_rows
 
 
 def encode_block(
@@ -18,10 +20,10 @@ def encode_block(
     svd: SVD | None = None,
     context: Context | None = None,
 ) -> Parts:
-    """Parts of one block: the codec's; or `exact`, its elements in fp32; or none."""
+    """Parts of one block: the codec's; or what keeps it exact; or none."""
     if treatment == "code":
         return codec.encode(delta, svd, context)
-    return {"exact": delta.flatten().clone()} if treatment == "exact" and delta.any() else {}
+    return _exact(delta) if treatment == "exact" and delta.any() else {}
 
 
 def decode_block(
@@ -30,6 +32,11 @@ def decode_block(
     """Undo `encode_block`; parts that do not fit the shape are refused."""
     if parts.keys() == {"exact"}:
         return cut(parts, "exact", [prod(shape)])[0].reshape(shape).clone()
+    if parts.keys() == {"exact", "rows"}:
+        touched = unpack(parts["rows"], shape[0], 1).bool()
+        columns = prod(shape[1:])
+        kept = cut(parts, "exact", [int(touched.count_nonzero()) * columns])[0]
+        return restore_rows(kept.reshape(-1, columns), touched).reshape(shape).clone()
     return codec.decode(parts, shape, shared) if parts else torch.zeros(shape)
 
 
@@ -41,3 +48,14 @@ def block_bits(
         return codec.bits(shape, rank)
     whole = 32 * prod(shape) if treatment == "exact" else 0
     return Bits(whole, whole, whole)
+
+
+def _exact(delta: Float[Tensor, "..."]) -> Parts:
+    """`exact`, its elements in fp32; of a matrix those of the rows marked in `rows`, if shorter."""
+    whole = {"exact": delta.flatten().clone()}
+    if delta.ndim < 2:
+        return whole
+    matrix = delta.reshape(len(delta), -1)
+    touched = touched_rows(matrix)
+    fewer = {"exact": matrix[touched].flatten(), "rows": pack(touched.to(torch.uint8), 1)}
+    return min(whole, fewer, key=lambda parts: sum(part.nbytes for part in parts.values()))

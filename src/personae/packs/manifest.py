@@ -70,7 +70,9 @@ class TensorRecord(Record):
     def treatment(self) -> Literal["coded", "exact", "skipped"]:
         """Whether it is coded, kept exact, or left as in the reference."""
         parts = {part for block in self.blocks for part in block.parts}
-        return "exact" if parts == {"exact"} else "coded" if parts else "skipped"
+        if "exact" in parts and parts <= {"exact", "rows"}:
+            return "exact"
+        return "coded" if parts else "skipped"
 
 
 class PrivateRecord(Record):

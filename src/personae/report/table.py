@@ -110,4 +110,5 @@ def _costs(one: Record) -> list[str]:
 
 
 def _rate(percent: float) -> str:
-    return f"{percent:.2f}" if abs(percent) < 99.995 else f"{percent:.0f}"
+    # Rounded first, and 0 added: nobody loses -0.00 %.
+    return f"{round(percent, 2) + 0.0:.2f}" if abs(percent) < 99.995 else f"{percent:.0f}"

@@ -194,7 +194,7 @@ class UltraDelta(Codec):
 def _deviation(delta: Float[Tensor, "..."]) -> Float[Tensor, "2"]:
     """Standard deviation of a tensor (of all its entries) and their number; fp64."""
     exact = delta.double()
-    deviation = exact.std(correction=0)
+    deviation = exact.std(correction=0) if exact.numel() else exact.new_zeros(())
     return torch.stack([deviation, torch.full_like(deviation, delta.numel())])
 
 
