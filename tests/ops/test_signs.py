@@ -40,7 +40,7 @@ def test_the_sign_is_that_of_the_exact_sum(rows: np.ndarray, elect: Any, majorit
         won = sign(sum(cast))
         votes += won
         wanted = won or (majority if any(column) else 0)
-        assert int(made.up[p]) - int(made.down[p]) == wanted
+        assert int(made.signs[p]) == wanted
     assert made.majority_votes(elect) == votes
 
 

@@ -11,6 +11,7 @@ import typer
 
 from personae import __version__
 from personae.cli import compose, demo, inspect, merge, methods, pack, plan, unpack, verify
+from personae.cli.allocator import keep_freed_memory
 from personae.cli.console import err
 from personae.errors import PersonaeError
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; exits 0 done, 1 failed on the work, 2 refused input, 130 interrupt."""
+    keep_freed_memory()
     try:
         app()
     except BrokenPipeError:  # the reader of our output has left, as 'head' does

@@ -37,7 +37,8 @@ def dropper(
             else:
                 first = site.start + start
                 mask = keep_mask(kept, first, len(row), seed=seed, name=site.name, expert=expert)
-                np.multiply(row.numpy(), mask, out=target.numpy())
+                np.copyto(target.numpy(), mask)  # numbers multiply faster than flags do
+                target.mul_(row)
             if factors[expert] != 1:
                 target.mul_(factors[expert])
 

@@ -30,7 +30,7 @@ tensor are not alike, so that their sample is worse than one of independent entr
 _COARSE_BITS = 12
 _BIN_BITS = 14  # a sampled bin: 2^14 patterns, 512 to the octave
 _FLOOR = (127 - 32) << 23  # the pattern of 2^-32: bins reach from there to 1
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
 _MOST_WAITING = 1 << 20
 _STEP = 64
 _FEW = 1 << 14  # entries that are selected faster by partition

@@ -71,11 +71,11 @@ def consensus(
 ) -> Float[Tensor, " entry"]:
     """Σ of the entries whose sign is that of Σ w_n δ_n (0 counts as +), over Σ of their w_n."""
     ballot.elect("mass", majority=1)
-    merged = torch.from_numpy(ballot.winning())
+    ballot.keep_agreeing()
+    merged = ballot.sum_of_kept().mul_(ballot.signs)
     if normalize:
         divisor = torch.zeros_like(merged)
         for row, weight in zip(ballot.kept.numpy(), weights, strict=True):
-            agrees = ((row > 0) & ballot.up) | ((row < 0) & ballot.down)
-            divisor += torch.from_numpy(agrees.astype(np.float32)).mul_(weight)
+            divisor += torch.from_numpy((row > 0).astype(np.float32)).mul_(weight)
         merged /= divisor.add_((divisor == 0).float())
     return merged.mul_(scale)
