@@ -29,7 +29,9 @@ FP32_TOLERANCE = 1e-2
 """Smallest tolerance with which a Gram matrix in fp32 will do for large matrices."""
 LARGE_SIDE = 1024
 """Short side above which the eigenvectors take longer than all else."""
-_PANELS = 4
+SQUARES_VANISH = 1e-15
+"""Length in fp32 below which squares of entries may have left its range."""
+_PANELS = 8
 
 
 class StackedSVD(NamedTuple):
@@ -78,7 +80,9 @@ def stacked_svd(stack: Float[Tensor, "expert out in"], rank_tolerance: float = 0
     vectors = vectors if ratio < FP32_PROJECTION or not wide else vectors.float()
     if wide:
         basis = vectors * largest_positive(vectors)
-        coordinates = torch.stack([basis.T @ block.to(basis.dtype) for block in blocks])
+        coordinates = basis.new_empty(experts, basis.shape[1], columns)
+        for block, place in zip(blocks, coordinates, strict=True):
+            torch.mm(basis.T, block.to(basis.dtype), out=place)
     else:
         image = vectors.T @ blocks[0].to(vectors.dtype)
         found = torch.linalg.vector_norm(image, dim=1, keepdim=True)
@@ -87,9 +91,10 @@ def stacked_svd(stack: Float[Tensor, "expert out in"], rank_tolerance: float = 0
         basis = basis * signs
         coordinates = vectors.T * (found * signs[:, None])
         coordinates = coordinates.reshape(-1, experts, columns).movedim(0, 1)
-    # fp64: squares of very small deltas would vanish in fp32.
-    lengths = torch.linalg.vector_norm(coordinates, dim=2, dtype=torch.float64)
-    values = torch.linalg.vector_norm(lengths, dim=0)
+    lengths = torch.linalg.vector_norm(coordinates, dim=2)
+    if float(lengths.min()) < SQUARES_VANISH:
+        lengths = torch.linalg.vector_norm(coordinates, dim=2, dtype=torch.float64)
+    values = torch.linalg.vector_norm(lengths, dim=0, dtype=torch.float64)
     return StackedSVD(basis.float(), values.float(), coordinates.float(), lengths.float())
 
 
