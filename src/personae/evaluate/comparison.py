@@ -173,7 +173,7 @@ def compare(
             directory / name.replace(" ", "-").replace("%", "-percent"): rows[name]
             for name in group
         }
-        needed = base if _needs_base(rows[group[0]]) else None
+        needed = None if rows[group[0]].from_average else base
         packs = pack_many(needed, experts, outs, overwrite=True, work=work)
         for name, pack in zip(group, packs, strict=True):
             amr = [task_amr_percent(task, pack.manifest) for task in pack.manifest.tasks.values()]
@@ -192,11 +192,6 @@ def _sharing_decompositions(rows: Mapping[str, PackSettings]) -> list[list[str]]
     for name, settings in rows.items():
         groups.setdefault(settings.common().model_dump_json(), []).append(name)
     return list(groups.values())
-
-
-def _needs_base(settings: PackSettings) -> bool:
-    """Whether a pack is made with the base: difference vectors from the average are not."""
-    return settings.vector == "task" or settings.reference not in (None, "average")
 
 
 def _scores(pack: Pack, base: Path, tasks: Sequence[Task], work: Work) -> dict[str, float]:

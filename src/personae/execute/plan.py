@@ -196,7 +196,7 @@ def plan_pack(
 def pack_notes(family: Family, settings: PackSettings) -> list[str]:
     """What a person should know of this pack before it is made."""
     notes = family.notes
-    if settings.vector == "difference" and settings.reference in (None, "average"):
+    if settings.from_average:
         left = settings.codec().degenerates(len(family.experts))
         if left:
             notes.append(f"On difference vectors from the average, {settings.method} keeps {left}.")

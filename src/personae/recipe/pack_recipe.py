@@ -73,6 +73,15 @@ class PackSettings(Strict):
             raise ValueError("a merged reference needs vector: difference (--vector difference)")
         return self
 
+    @property
+    def from_average(self) -> bool:
+        """Whether deltas are differences from the plain average of the experts."""
+        return (
+            self.vector == "difference"
+            and self.reference in (None, "average", "linear")
+            and (not self.reference_parameters)
+        )
+
     def common(self) -> "PackSettings":
         """What packs must have in common to share the decomposition of each delta.
 
