@@ -3,12 +3,13 @@
 from fractions import Fraction
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from personae.ops.sums import magnitude_sums, total
+from personae.ops.sums import absolute_sum, magnitude_sums, squared_norm, total
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True)
 vectors = hnp.arrays(np.float32, st.integers(0, 30), elements=floats).map(torch.from_numpy)
@@ -35,3 +36,19 @@ def test_a_long_stream():
     values = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).exp()
     exact = sum(map(Fraction, values.tolist()), Fraction(0))
     assert total(magnitude_sums(values)) == float(exact)
+
+
+def test_sums_in_fp64_by_hand():
+    # In fp32 2^24 + 1 is 2^24: |3| + |-4| + 2^24 + 1 = 16777224; 9 + 16 + 2^48 + 1.
+    values = torch.tensor([[3.0, -4.0], [2.0**24, 1.0]])
+    for tensor in (values, values.mT):
+        assert absolute_sum(tensor) == 2**24 + 8
+        assert squared_norm(tensor) == 2**48 + 26
+    assert absolute_sum(torch.zeros(0, 3)) == squared_norm(torch.zeros(0, 3)) == 0
+
+
+def test_sums_in_fp64_of_more_than_one_chunk():
+    values = torch.randn(3, 100_001, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = [Fraction(value) for value in values.flatten().tolist()]
+    assert absolute_sum(values) == pytest.approx(float(sum(map(abs, exact))), rel=1e-14)
+    assert squared_norm(values) == pytest.approx(float(sum(x * x for x in exact)), rel=1e-14)

@@ -15,6 +15,7 @@ from personae.execute.scan import TensorFacts
 from personae.execute.statistics import Known, encoding_bytes
 from personae.execute.work import Progress
 from personae.methods import Block, Codec, Context, Treatment, decode_block, encode_block
+from personae.ops.sums import squared_norm
 from personae.packs.writer import CodedTensor
 
 
@@ -79,7 +80,7 @@ def _encode_tensor(
         )
         for block in blocks
     ]
-    energy = _squared_norm(delta)
+    energy = squared_norm(delta)
     return [
         CodedTensor(
             shape=spec.shape,
@@ -110,7 +111,7 @@ def _encode_block(
     for codec in codecs:
         parts = encode_block(codec, treatment, delta, svd, context)
         decoded = decode_block(codec, parts, shape, context.shared)
-        coded.append((parts, _squared_norm(delta - decoded)))
+        coded.append((parts, squared_norm(delta - decoded)))
     return coded
 
 
@@ -133,7 +134,3 @@ def _rank(parts: Parts) -> int | None:
     if not parts:
         return 0
     return len(parts["singular_values"]) if "singular_values" in parts else None
-
-
-def _squared_norm(tensor: Float[Tensor, "..."]) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2

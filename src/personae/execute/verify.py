@@ -16,6 +16,7 @@ from personae.execute.deltas import Deltas
 from personae.execute.scan import fingerprint
 from personae.execute.unpack import Rebuilt, open_reference
 from personae.execute.work import Work
+from personae.ops.sums import squared_norm
 from personae.packs.reader import Pack
 
 _SLACK = 1e-3
@@ -98,9 +99,7 @@ def _compare(rebuilt: Rebuilt, deltas: Deltas, work: Work, faults: Faults) -> Ve
     def measure(name: str) -> tuple[float, float]:
         delta = deltas.read(name)
         error = delta - rebuilt.delta(name)
-        return tuple(  # pyright: ignore[reportReturnType]
-            float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in (error, delta)
-        )
+        return squared_norm(error), squared_norm(delta)
 
     lost, energy = list[float](), list[float]()  # summed exactly: they come in any order
     results = pool.run(

@@ -170,10 +170,9 @@ def largest(tensor: Float[Tensor, "*shape"], k: int) -> Bool[Tensor, "*shape"]:
     if k == 0:
         return torch.zeros_like(tensor, dtype=torch.bool)
     threshold, tied = kth_magnitude(tensor, k)
-    magnitudes = tensor.abs()
-    marked = magnitudes >= threshold
-    if int(marked.sum()) > k:
-        equal = (magnitudes.reshape(-1) == threshold).nonzero()[:, 0]
+    marked = (tensor >= threshold).logical_or_(tensor <= -threshold)
+    if int(marked.count_nonzero()) > k:
+        equal = (tensor.abs().reshape(-1) == threshold).nonzero()[:, 0]
         marked = marked.contiguous()
         marked.view(-1)[equal[tied:]] = False
     return marked

@@ -31,6 +31,8 @@ LARGE_SIDE = 1024
 """Short side above which the eigenvectors take longer than all else."""
 SQUARES_VANISH = 1e-15
 """Length in fp32 below which squares of entries may have left its range."""
+SQUARES_STAY = 1e-12, 1e12
+"""Largest magnitudes of a stack between which the sums of its squares stay well inside fp32."""
 _PANELS = 8
 
 
@@ -79,7 +81,7 @@ def stacked_svd(stack: Float[Tensor, "expert out in"], rank_tolerance: float = 0
     # Where U comes from the projection it must be orthonormal: fp64, whatever the spectrum.
     vectors = vectors if ratio < FP32_PROJECTION or not wide else vectors.float()
     if wide:
-        basis = vectors * largest_positive(vectors)
+        basis = vectors.mul_(largest_positive(vectors))
         coordinates = basis.new_empty(experts, basis.shape[1], columns)
         for block, place in zip(blocks, coordinates, strict=True):
             torch.mm(basis.T, block.to(basis.dtype), out=place)
@@ -140,7 +142,7 @@ def _leading(
         whole = turned if frame is None else frame @ turned
         vectors.append(whole[:, :kept])
         if kept == len(found) or floor <= tolerance * top:
-            return torch.cat(vectors, dim=1), ratio
+            return vectors[0] if frame is None else torch.cat(vectors, dim=1), ratio
         frame = whole[:, kept:]
         blocks = [turned[:, kept:].T @ block.to(dtype) for block in blocks]
 
@@ -150,15 +152,17 @@ def _gram(
 ) -> Float[Tensor, "short short"]:
     """Lower triangle (what `eigh` reads) of Σ block · blockᵀ, by panels of rows.
 
-    In fp32 of the blocks over their largest magnitude, as squares would leave its range.
+    In fp32 of the blocks over their largest magnitude, where squares would leave its range.
     """
     short = len(blocks[0])
     gram = torch.zeros(short, short, dtype=dtype, device=blocks[0].device)
-    peak = 1.0
+    unit = 1.0
     if dtype == torch.float32:
-        peak = max(float(torch.stack(block.aminmax()).abs().max()) for block in blocks) or 1.0
+        peak = max(float(torch.stack(block.aminmax()).abs().max()) for block in blocks)
+        if peak and not SQUARES_STAY[0] < peak < SQUARES_STAY[1]:
+            unit = peak
     for block in blocks:
-        rows = block.to(dtype) / peak
+        rows = block.to(dtype) if unit == 1 else block / unit
         for start, stop in _panels(short):
             gram[start:stop, :stop].addmm_(rows[start:stop], rows[:stop].T)
     return gram

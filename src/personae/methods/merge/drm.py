@@ -191,7 +191,7 @@ def pruned(
     groups = [compared] if pruning == "joint" else list(compared)
     marks = [largest(group, kept_entries(group.numel(), density)) for group in groups]
     kept = marks[0] if pruning == "joint" else torch.stack(marks)
-    return svd.coordinates * kept
+    return torch.where(kept, svd.coordinates, compared.new_zeros(()), out=compared)
 
 
 def kept_entries(numel: int, density: float) -> int:
@@ -201,7 +201,10 @@ def kept_entries(numel: int, density: float) -> int:
 
 def elected(entries: Float[Tensor, "expert *shape"]) -> Float[Tensor, "*shape"]:
     """The sign of the sum over experts, 1, -1 or 0; in fp64, so that their order cannot flip it."""
-    return entries.sum(dim=0, dtype=torch.float64).sign().float()
+    total = torch.zeros_like(entries[0], dtype=torch.float64)
+    for of_expert in entries:
+        total.add_(of_expert)
+    return total.sign_().float()
 
 
 def combine(
@@ -220,9 +223,11 @@ def combine(
         signs = elected(entries)
         signs.masked_fill_(signs == 0, float(signs.sum().sign() if majority is None else majority))
     total = torch.zeros_like(entries[0], memory_format=torch.contiguous_format)
-    count = torch.zeros_like(total)
+    count, room = torch.zeros_like(total), torch.empty_like(total)
     for of_expert, weight in zip(entries, weights, strict=True):
-        agreeing = of_expert if signs is None else (of_expert * signs).clamp_(min=0)
+        agreeing = of_expert
+        if signs is not None:
+            agreeing = torch.mul(of_expert, signs, out=room).clamp_(min=0)
         total.add_(agreeing, alpha=weight)
         if disjoint:
             count.add_(agreeing != 0)

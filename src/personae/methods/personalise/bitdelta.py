@@ -19,6 +19,7 @@ from personae.methods._site import is_projection
 from personae.ops.bits import pack, packed_size, unpack
 from personae.ops.masks import decode_mask, encode_mask
 from personae.ops.parts import cut
+from personae.ops.sums import absolute_sum
 
 
 @codec(paper="arXiv:2402.10193")
@@ -59,10 +60,10 @@ class BitDelta(Codec):
         changed = flat != 0
         if not changed.any():
             return {}
-        scale = flat.abs().sum(dtype=torch.float64) / changed.count_nonzero()
+        scale = absolute_sum(flat) / int(changed.count_nonzero())
         mask = {} if changed.all() else encode_mask(changed)
         signs = pack((flat[changed] < 0).to(torch.uint8), 1)
-        return mask | {"signs": signs, "scale": scale.float().reshape(1)}
+        return mask | {"signs": signs, "scale": flat.new_full((1,), scale)}
 
     def decode(
         self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None

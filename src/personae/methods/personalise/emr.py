@@ -18,6 +18,7 @@ from personae.methods._registry import codec
 from personae.ops.bits import packed_size
 from personae.ops.masks import decode_mask, encode_mask
 from personae.ops.parts import cut
+from personae.ops.sums import absolute_sum
 
 
 @codec(paper="arXiv:2405.17461")
@@ -98,7 +99,7 @@ class EMR(Codec):
             masked = torch.zeros_like(delta)
         else:
             masked = context.shared * _agree(delta, context.shared)
-        sizes = torch.stack([part.abs().sum(dtype=torch.float64) for part in (delta, masked)])
+        sizes = torch.tensor([absolute_sum(part) for part in (delta, masked)], dtype=torch.float64)
         return sizes if self.rescaler == "global" else sizes / delta.numel()
 
 
