@@ -89,6 +89,16 @@ def test_a_union_merges_shared_rows_and_copies_the_others(family, tmp_path):
     model: Any = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.vocab_size == 6
     assert torch.equal(model.get_input_embeddings().weight, found[EMBEDDINGS[0]])
+    assert model(tokens("x <p>y <q>", return_tensors="pt").input_ids).logits.shape == (1, 4, 6)
+    mean: Any = AutoModelForCausalLM.from_pretrained(family["base"])  # of the rows all have
+    mean.load_state_dict(
+        {
+            name: torch.stack([own[n][name][: len(kept)] for n in names]).mean(dim=0)
+            for name, kept in load(family["base"]).items()
+        }
+    )
+    shared = tokens("x y z z y", return_tensors="pt").input_ids
+    torch.testing.assert_close(model(shared).logits[..., :4], mean(shared).logits)
     again = merge(
         str(family["base"]),
         experts(family, *names),

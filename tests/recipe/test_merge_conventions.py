@@ -1,0 +1,156 @@
+"""Merge recipes: by whose method a recipe is merged where mergekit has one of the name too."""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import pytest
+from merge_recipes import read, refused
+from pydantic import Field
+from torch import Tensor
+
+from personae.errors import MethodError, RecipeError
+from personae.methods import MERGE_METHODS, MERGEKIT_METHODS, MergeMethod
+from personae.methods._registry import everywhere, merge_method
+from personae.recipe import MergeSettings
+
+MERGEKIT_RECIPES = {
+    "task_arithmetic": """
+models:
+  - model: org/a
+    parameters: {weight: 0.6}
+  - model: org/b
+    parameters: {weight: [0, 0.5, 1]}
+""",
+    "ties": """
+models:
+  - model: org/a
+    parameters:
+      density: [1, 0.7, 0.1]
+      weight: 1.0
+  - model: org/b
+    parameters:
+      density: 0.5
+      weight: [0, 0.3, 0.7, 1]
+  - model: org/c
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - value: 0
+""",
+    "dare_ties": """
+models:
+  - model: org/base
+  - model: org/a
+    parameters: {weight: 0.5, density: 0.53}
+  - model: org/b
+    parameters: {weight: 0.3, density: [0.9, 0.4]}
+""",
+    "dare_linear": """
+models:
+  - model: org/a
+    parameters: {weight: 0.5, density: 0.53}
+  - model: org/b
+    parameters: {weight: 0.3, density: 0.53}
+""",
+}
+
+
+@pytest.fixture
+def thinned() -> Iterator[str]:
+    """A method of ours, and mergekit's of the same name, which takes more."""
+
+    def method(
+        task_vectors: Tensor, *, density: Annotated[float, Field(gt=0, le=1)], reduce: str = "mean"
+    ) -> Tensor:
+        """Nothing, by our rule."""
+        return task_vectors[0] * density
+
+    def theirs(
+        task_vectors: Tensor,
+        *,
+        density: float | tuple[float, ...] = 1.0,
+        weight: float | tuple[float, ...],
+        normalize: bool = True,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """Nothing, by theirs."""
+        return task_vectors[0]
+
+    method.__module__ = theirs.__module__ = "thinned"
+    merge_method(paper="none", order_free=True, entrywise=everywhere)(method)
+    merge_method(paper="none", order_free=True, entrywise=everywhere, conventions="mergekit")(
+        theirs
+    )
+    yield "thinned"
+    del MERGE_METHODS["thinned"], MERGEKIT_METHODS["thinned"]
+
+
+def test_what_only_mergekit_s_method_takes_is_merged_by_it(tmp_path, thinned):
+    text = """
+merge_method: thinned
+base_model: a/base
+models:
+  - {model: a/x, parameters: {density: [1, 0.7, 0.1], weight: 1}}
+  - {model: a/y, parameters: {density: 0.5, weight: [0, 1]}}
+parameters: {normalize: true, lambda: 0.5}
+"""
+    recipe = read(tmp_path, text)
+    assert recipe.settings.conventions == "mergekit"
+    assert recipe.settings.merge_method() is MERGEKIT_METHODS["thinned"]
+    assert recipe.settings.parameters == {"normalize": True, "scale": 0.5}
+    assert recipe.notes[-1].startswith("thinned is mergekit's (conventions: mergekit), as this")
+    assert "thinned has no parameter 'weight'" in recipe.notes[-1]
+    told = refused(tmp_path, text + "conventions: personae")
+    assert "line 5: thinned has no parameter 'weight'" in told
+    assert "mergekit's can: conventions: mergekit." in told
+
+
+def test_ours_is_taken_where_both_can(tmp_path, thinned):
+    text = "merge_method: thinned\nbase_model: b\nmodels: [{model: x}]\n"
+    ours = read(tmp_path, text + "parameters: {density: 0.5}").settings
+    assert ours.merge_method() is MERGE_METHODS["thinned"]
+    weighted = text + "parameters: {weight: 1, density: 0.5}\nconventions: mergekit"
+    assert read(tmp_path, weighted).settings.merge_method() is MERGEKIT_METHODS["thinned"]
+
+
+def test_under_mergekit_s_conventions_ours_serve_where_they_have_none():
+    settings = MergeSettings(method="linear", conventions="mergekit")
+    method = settings.merge_method()
+    assert isinstance(method, MergeMethod) and method.name in ("average", "linear")
+
+
+def test_a_required_parameter(tmp_path, thinned):
+    told = refused(tmp_path, "merge_method: thinned\nbase_model: b\nmodels: [{model: x}]")
+    assert "thinned needs 'density'" in told
+    filtered = MergeSettings(
+        method="thinned", parameters={"density": [{"filter": "mlp", "value": 0.5}]}
+    )
+    told = "thinned: no filter of density fits the tensor 'attention'. Add an entry without"
+    with pytest.raises(MethodError, match=told):
+        filtered.for_tensor("attention", 2, 1)
+    with pytest.raises(RecipeError, match="no filter of density fits"):
+        filtered.check(["x"])
+
+
+@pytest.mark.parametrize("method", MERGEKIT_RECIPES)
+@pytest.mark.parametrize("extra", ["{int8_mask: true}", "{lambda: 0.9, int8_mask: true}"])
+def test_features_of_mergekit_s_examples_load_unchanged(tmp_path, method, extra):
+    text = f"{MERGEKIT_RECIPES[method]}\nmerge_method: {method}\nbase_model: org/base\n"
+    recipe = read(tmp_path, f"{text}parameters: {extra}\ndtype: bfloat16\n")
+    assert "base" not in recipe.experts
+    count = len(recipe.experts)
+    first, last = (
+        recipe.settings.for_tensor(f"model.layers.{n}.mlp.x", 32, count) for n in (0, 31)
+    )
+    assert recipe.settings.dtype == "bfloat16"
+    if method == "ties":  # our own looks at the whole model, where a density cannot vary
+        assert recipe.settings.conventions == "mergekit"
+        assert first.model_dump()["density"] == (1.0, 0.5, 0.33)
+        assert last.model_dump()["density"] == pytest.approx((0.1, 0.5, 0.33))
+        assert last.model_dump()["weight"] == (1.0, 1.0, 0.5)
+    elif method == "dare_ties":
+        assert last.model_dump()["density"] == pytest.approx((0.53, 0.4))
+    else:
+        assert first.model_dump()["weight"][0] == recipe.settings.expert_parameters[0]["weight"]

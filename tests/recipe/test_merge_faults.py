@@ -1,0 +1,213 @@
+"""Merge recipes: every fault in one error, with its line."""
+
+from typing import Any
+
+import pytest
+from merge_recipes import refused
+
+from personae.errors import MethodError, RecipeError
+from personae.recipe import MergeSettings, read_merge_recipe
+
+
+def test_all_faults_in_one_error_with_their_lines(tmp_path):
+    told = refused(
+        tmp_path,
+        """\
+merge_method: tise
+base_modle: a/base
+models:
+  - model: a/x
+    parameters: {weight: 1}
+  - model: b/x
+  - modle: a/y
+    layer_range: [0, 4]
+dtype: float61
+dtype: float16
+out_dtype: float16
+slices: [1]
+chat_template: auto
+tokenizer: {source: unoin, tokens: {}}
+random: 1
+""",
+    )
+    lines = [line.split(". ", 1)[1] for line in told.splitlines()[1:]]
+    wanted = [
+        "line 1: Unknown method 'tise'. Did you mean 'ties'?",
+        "line 2: Unknown key 'base_modle'. Did you mean 'base_model'?",
+        "line 6: Two models are named 'x'. Give each its own 'name'.",
+        "line 7: 'models.2.model' is missing.",
+        "line 7: Unknown key 'models.2.modle'. Did you mean 'model'?",
+        "line 8: 'layer_range' takes some layers of a model.",
+        "line 10: 'dtype' is there twice, in line 9 too. Keep one.",
+        "line 12: 'slices' builds a model of parts of others.",
+        "line 13: A chat template is not set by a merge",
+        "line 14: Rows of single tokens cannot be chosen.",
+        "line 14: There is no vocabulary 'unoin'. Did you mean 'union'?",
+        "line 15: Unknown key 'random'.",
+    ]
+    assert len(lines) == len(wanted)
+    for line, start in zip(lines, wanted, strict=True):
+        assert line.startswith(start)
+
+
+def test_faults_of_parameters_with_their_lines(tmp_path):
+    told = refused(
+        tmp_path,
+        """\
+merge_method: ties
+base_model: a/base
+models:
+  - model: a/x
+    parameters:
+      density: 0.4
+  - model: a/y
+    parameters:
+      wieght: 2
+parameters:
+  scale: .nan
+  elect:
+    - filter: mlp
+      value: cuont
+    - value: mass
+  scope: [0.1, 0.2]
+  reduce: [{filter: mlp, vlaue: mean}]
+""",
+    )
+    for fault in (
+        "line 9: ties has no parameter 'wieght'. Did you mean 'weight'?",
+        "line 11: ties: scale = nan: Input should be a finite number.",
+        "line 12: ties: elect = 'cuont': Input should be 'mass' or 'count'.",
+        "line 16: ties: scope = 0.1: Input should be 'model' or 'tensor'.",
+        "line 17: reduce = [{'filter': 'mlp', 'vlaue': 'mean'}]: expected a value, a list of",
+    ):
+        assert fault in told
+
+
+def test_values_on_a_gradient_are_looked_at_too(tmp_path):
+    told = refused(
+        tmp_path,
+        """
+merge_method: ties
+base_model: a/base
+models: [{model: a/x}]
+parameters: {scope: tensor, density: [1.0, 0.5, 1.2]}
+""",
+    )
+    assert "line 5: ties: density = 1.2: Input should be less than or equal to 1" in told
+
+
+def test_weights_of_some_experts_alone():
+    settings = MergeSettings(expert_parameters=({"weight": 1.0}, {}))
+    with pytest.raises(RecipeError, match="weight is given for 1 of 2 experts, not for 'b'"):
+        settings.check(["a", "b"])
+    MergeSettings(parameters={"weight": 2.0}, expert_parameters=({"weight": 1.0}, {})).check(
+        ["a", "b"]
+    )
+    with pytest.raises(RecipeError, match="given for 2 experts, but there are 3"):
+        settings.check(["a", "b", "c"])
+
+
+def test_what_all_experts_share_may_be_said_of_each():
+    same = ({"scale": 0.3}, {"scale": 0.3})
+    settings = MergeSettings(method="ties", expert_parameters=same)
+    settings.check(["a", "b"])
+    assert settings.for_tensor("x", 1, 2).model_dump()["scale"] == 0.3
+    apart = MergeSettings(method="ties", expert_parameters=({"scale": 0.3}, {"scale": 0.4}))
+    with pytest.raises(RecipeError, match="ties takes one scale for all experts"):
+        apart.check(["a", "b"])
+
+
+def test_values_that_are_wrong_together():
+    apart = ({"weight": [1.0, -1.0]}, {"weight": 1.0})
+    with pytest.raises(RecipeError, match="sum to 0"):  # in the last layer
+        MergeSettings(expert_parameters=apart).check(["a", "b"])
+    in_filter = ({"weight": [{"filter": "*.mlp.*", "value": -1}, {"value": 1}]}, {"weight": 1})
+    with pytest.raises(RecipeError, match="sum to 0"):
+        MergeSettings(expert_parameters=in_filter).check(["a", "b"])
+    MergeSettings(expert_parameters=({"weight": [1.0, 0.0]}, {"weight": 1.0})).check(["a", "b"])
+
+
+def test_what_the_whole_model_is_looked_at_for_cannot_vary():
+    varying: dict[str, Any] = {"density": [0.1, 0.9]}
+    with pytest.raises(RecipeError, match="looks at the whole model, so density cannot differ"):
+        MergeSettings(method="ties", parameters=varying).check(["a"])
+    MergeSettings(method="ties", parameters=varying | {"scope": "tensor"}).check(["a"])
+    MergeSettings(method="ties", parameters={"scale": [0.1, 0.9]}).check(["a"])
+    filtered = {"density": [{"filter": "mlp", "value": 0.2}]}  # elsewhere the default
+    with pytest.raises(RecipeError, match="or 'scope: tensor'"):
+        MergeSettings(method="ties", parameters=filtered).check(["a"])
+
+
+def test_faults_beside_the_parameters():
+    with pytest.raises(RecipeError, match="There is no expert to merge"):
+        MergeSettings().check([])
+    with pytest.raises(RecipeError, match=r"no vocabulary 'mth'. Did you mean 'math'\?"):
+        MergeSettings(tokenizer_source="mth").check(["math"])
+    with pytest.raises(RecipeError, match="no base whose vocabulary could come out"):
+        MergeSettings(vector="difference", tokenizer_source="base").check(["a"])
+    with pytest.raises(RecipeError, match=r"Unknown method 'avrage'. Did you mean 'average'\?"):
+        MergeSettings(method="avrage").check(["a"])
+    with pytest.raises(RecipeError, match="'della' is a method of mergekit that personae does not"):
+        MergeSettings(method="della", conventions="mergekit").check(["a"])
+    with pytest.raises(MethodError, match="'dts' codes models, it does not merge them"):
+        MergeSettings(method="dts").merge_method()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no settings"),
+        ("- a", "holds no settings"),
+        ("models: [", "is no valid YAML"),
+        ("models: !!python/object/apply:os.system [true]", "is no valid YAML"),
+        ("merge_method: average", "'models' is missing"),
+        ("models: [{model: a}]", "'merge_method' is missing"),
+        ("merge_method: linear\nmodels: []", "There is no expert to merge"),
+        ("merge_method: linear\nmodels: 3", "models = 3: expected a list"),
+        ("merge_method: linear\nmodels: [3]", "models.0 = 3: expected keys with values"),
+        ("merge_method: linear\nmodels: [{model: a}]\n1: 2", "1 = 1: Keys should be strings"),
+        ("merge_method: linear\nmodels: &m [{model: a}, *m]", "models.1 = "),
+    ],
+)
+def test_what_is_no_recipe(tmp_path, text, message):
+    assert message in refused(tmp_path, text)
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(RecipeError, match=r"none.yaml cannot be read: No such file"):
+        read_merge_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "models: [org/a]",
+            "models.0 = 'org/a': expected keys with values. Write '- model: org/a'.",
+        ),
+        ("models: org/a", "models = 'org/a': expected a list. Write '- model: org/a'."),
+        ("models: [{model: ''}]", "models.0.model = '': expected a name or path."),
+        ("models: [{model: 3}]", "models.0.model = 3: expected text."),
+    ],
+)
+def test_models_of_another_form_are_one_fault(tmp_path, text, message):
+    said = refused(tmp_path, f"merge_method: average\nbase_model: b\n{text}")
+    assert said.endswith(f"is wrong: line 3: {message}")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("20", "Input should be less than or equal to 1. It is a fraction: 20 % is 0.2."),
+        ("2000", "Input should be less than or equal to 1."),
+        ("yes", "expected a number or word, not true."),
+        ("[{filter: a, value: no}, {value: 0.5}]", "expected a number or word, not false."),
+    ],
+)
+def test_a_density_that_is_no_fraction(tmp_path, value, message):
+    said = refused(
+        tmp_path,
+        "merge_method: ties\nbase_model: b\nmodels: [{model: a}]\n"
+        f"parameters: {{density: {value}, scope: tensor}}",
+    )
+    assert said.endswith(message)

@@ -1,0 +1,153 @@
+"""Merge recipes: mergekit's shape, and what is read from it."""
+
+import pytest
+from merge_recipes import LINEAR, read, refused
+
+from personae.errors import RecipeError
+from personae.recipe import MergeSettings, merge_recipe_text, read_merge_recipe, recipe_kind
+
+
+def test_a_recipe_of_mergekit_s_users_loads_unchanged(tmp_path):
+    recipe = read(tmp_path, LINEAR)
+    assert recipe.base == "some/base"
+    assert recipe.experts == {"math": "some/math", "code": "some/code"}
+    assert recipe.settings == MergeSettings(
+        method="average",
+        parameters={"normalize": True},
+        expert_parameters=(
+            {"weight": [0, 0.3, 0.6]},
+            {"weight": [{"filter": "mlp", "value": 0.5}, {"value": 0.2}]},
+        ),
+        dtype="float16",
+    )
+    assert recipe.text == LINEAR
+    assert recipe.notes == [
+        "int8_mask is left out: masks take no memory here, results are the same."
+    ]
+    recipe.settings.check(list(recipe.experts))
+
+
+def test_everything_a_recipe_can_say(tmp_path):
+    recipe = read(
+        tmp_path,
+        """
+merge_method: ties
+conventions: personae
+base_model: some/base@main
+models:
+  - {model: some/expert, name: news}
+  - {model: ./local/law/}
+parameters: {density: 0.3, scope: tensor, lambda: 0.7, normalize: false}
+dtype: float32
+out_dtype: bfloat16
+tokenizer: {source: some/expert}
+skip: ["visual.*"]
+only: ["*.mlp.*"]
+vector: task
+""",
+    )
+    assert (recipe.base, recipe.experts) == (
+        "some/base@main",
+        {"news": "some/expert", "law": "./local/law/"},
+    )
+    assert recipe.settings == MergeSettings(
+        method="ties",
+        parameters={"density": 0.3, "scope": "tensor", "scale": 0.7, "reduce": "sum"},
+        dtype="bfloat16",
+        tokenizer_source="news",
+        skip=("visual.*",),
+        only=("*.mlp.*",),
+    )
+    assert recipe.notes == [
+        "lambda is called scale here.",
+        "normalize: false is called reduce: sum here.",
+        "dtype: float32 is not used: sums are in float32 here.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("tokenizer_source: base", "base"),
+        ("tokenizer_source: union", "union"),
+        ("tokenizer_source: a/base", "base"),
+        ("tokenizer: {source: model:a/x}", "x"),
+        ("tokenizer_source: x", "x"),
+        ("dtype: float16", None),
+    ],
+)
+def test_whose_tokenizer_comes_out(tmp_path, said, meant):
+    text = f"merge_method: average\nbase_model: a/base\nmodels: [{{model: a/x}}]\n{said}"
+    assert read(tmp_path, text).settings.tokenizer_source == meant
+
+
+def test_an_average_needs_no_base(tmp_path):
+    recipe = read(tmp_path, "merge_method: linear\nmodels: [{model: a/x}, {model: a/y}]")
+    assert recipe.base is None
+    assert recipe.settings.vector == "difference"
+
+
+def test_other_methods_say_so_without_a_base(tmp_path):
+    text = "merge_method: ties\nmodels: [{model: a/x}, {model: a/y}]\n"
+    assert "line 1: ties needs 'base_model'" in refused(tmp_path, text)
+    assert read(tmp_path, text + "vector: difference").settings.vector == "difference"
+    both = refused(tmp_path, text + "vector: difference\nbase_model: a/b")
+    assert "line 3: Differences are from the experts' average: leave base_model out" in both
+
+
+def test_a_base_with_parameters_is_an_expert_too(tmp_path):
+    text = """
+merge_method: linear
+base_model: a/base
+models:
+  - {model: a/base, parameters: {weight: 1}}
+  - {model: a/x, parameters: {weight: 2}}
+"""
+    assert list(read(tmp_path, text).experts) == ["base", "x"]
+
+
+def test_an_adapter_written_as_mergekit_does(tmp_path):
+    text = "merge_method: linear\nbase_model: a/base\nmodels: [{model: a/base+b/lora}]"
+    assert read(tmp_path, text).experts == {"lora": "b/lora"}
+
+
+def test_which_kind_a_recipe_is(tmp_path):
+    path = tmp_path / "r.yaml"
+    for text, kind in {
+        "merge_method: ties": "merge",
+        "pack_method: dts": "pack",
+        "models: []\nreference: {merge_method: ties}": "pack",
+    }.items():
+        path.write_text(text)
+        assert recipe_kind(path) == kind
+    path.write_text("merge_method: ties\npack_method: dts")
+    with pytest.raises(RecipeError, match="line 2: A recipe merges or packs"):
+        recipe_kind(path)
+    with pytest.raises(RecipeError, match="line 2: A recipe merges or packs"):
+        read_merge_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        MergeSettings(),
+        MergeSettings(vector="difference", method="ties", dtype="float16"),
+        MergeSettings(
+            method="ties",
+            parameters={"scale": [0.5, 1.0], "reduce": "sum", "density": 0.3},
+            expert_parameters=({}, {}),
+            tokenizer_source="union",
+            skip=("*.bias",),
+            only=("*.mlp.*", "x"),
+        ),
+        MergeSettings(expert_parameters=({"weight": 1.5}, {"weight": [0.0, 1.0]})),
+    ],
+)
+def test_settings_as_a_recipe_read_back_the_same(tmp_path, settings):
+    base = None if settings.vector == "difference" else "a/base"
+    experts = {"x": "a/x", "y": "./y: z"}
+    recipe = read(tmp_path, merge_recipe_text(base, experts, settings))
+    assert (recipe.base, recipe.experts) == (base, experts)
+    if not any(settings.expert_parameters):
+        settings = settings.model_copy(update={"expert_parameters": ()})
+    assert recipe.settings == settings
