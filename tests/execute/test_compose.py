@@ -17,7 +17,8 @@ from personae.checkpoints import open_checkpoint
 from personae.errors import OutputError, PackError, RecipeError
 from personae.execute.compose import compose, open_composed
 from personae.execute.pack import pack
-from personae.execute.unpack import Rebuilt, unpack
+from personae.execute.rebuilt import Rebuilt
+from personae.execute.unpack import unpack
 from personae.execute.work import Work
 from personae.methods import CODECS
 from personae.methods.personalise.dts import DTS

@@ -11,7 +11,8 @@ from personae.errors import RecipeError
 from personae.execute import encode, pool
 from personae.execute.compose import compose, open_composed
 from personae.execute.pack import pack
-from personae.execute.unpack import Rebuilt, unpack
+from personae.execute.rebuilt import Rebuilt
+from personae.execute.unpack import unpack
 from personae.execute.verify import verify
 from personae.execute.work import Work
 from personae.packs.reader import Pack

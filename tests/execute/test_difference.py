@@ -54,7 +54,7 @@ def test_relative_to_the_average(tmp_path, dtype):
     assert (record.kind, record.method, record.source) == ("merged", "average", "reference")
     assert record.experts == ("x", "y", "z")
     on_disk = open_checkpoint(tmp_path / "p/reference")
-    assert record.fingerprint == fingerprint(on_disk, workers=1, faults=Faults(), label="")
+    assert record.fingerprint == fingerprint(on_disk, "", Work(), Faults())
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])

@@ -97,9 +97,9 @@ def test_an_unchecked_tensor_still_counts_in_the_fingerprint():
     of = [
         fingerprint(
             open_checkpoint({"a": torch.tensor([value, math.nan])}),
-            workers=1,
-            faults=faults,
-            label="It",
+            "It",
+            Work(workers=1),
+            faults,
             unchecked={"a"},
         )
         for value in (1.0, 2.0)

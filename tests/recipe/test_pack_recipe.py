@@ -1,5 +1,6 @@
 """Recipes: what is read, and every fault of a file in one error."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -81,17 +82,48 @@ reference: {merge_methd: ties}
     with pytest.raises(RecipeError) as caught:
         _read(tmp_path, text)
     message = str(caught.value)
-    assert "recipe.yaml is wrong." in message
+    assert "recipe.yaml is wrong in 7 places:" in message
     for fault in (
-        "Unknown key 'pack_methd'. Did you mean 'pack_method'?",
-        "'models.0.model' is missing.",
-        "Unknown key 'models.0.modle'. Did you mean 'model'?",
-        "vector = 'sideways': Input should be 'task' or 'difference'",
-        "budget = 'lots': 'lots' is no size of a byte or more. Write '1%', '900KB' or '1.5MiB'.",
-        "counting = 'bytes': Input should be 'counted'",
-        "Unknown key 'reference.merge_methd'. Did you mean 'merge_method'?",
+        "line 2: Unknown key 'pack_methd'. Did you mean 'pack_method'?",
+        "line 4: 'models.0.model' is missing.",
+        "line 4: Unknown key 'models.0.modle'. Did you mean 'model'?",
+        "line 5: vector = 'sideways': Input should be 'task' or 'difference'",
+        "line 6: budget = 'lots': 'lots' is no size of a byte or more. Write '1%', '900KB' or",
+        "line 7: counting = 'bytes': Input should be 'counted'",
+        "line 8: Unknown key 'reference.merge_methd'. Did you mean 'merge_method'?",
     ):
         assert fault in message
+
+
+def test_faults_of_every_kind_in_one_error(tmp_path):
+    text = """
+pack_method: dts
+models:
+  - model: a/x
+  - model: b/x
+parameters: {rank_fracton: 0.3}
+budgt: 1%
+vector: difference
+reference: {merge_method: average, parameters: {weight: [1, 2, 3]}}
+pack_method: svd
+"""
+    with pytest.raises(RecipeError) as caught:
+        _read(tmp_path, text)
+    message = str(caught.value)
+    for fault in (
+        "line 5: Two models are named 'x'. Give each its own 'name'.",
+        "line 7: Unknown key 'budgt'. Did you mean 'budget'?",
+        "line 9: weight has 3 values for 2 experts.",
+        "line 10: 'pack_method' is there twice, in line 2 too. Keep one.",
+    ):
+        assert fault in message
+    assert re.search(r"line 6: .*rank_fracton.* Did you mean 'rank_fraction'\?", message)
+
+
+def test_values_of_the_reference_must_fit_the_experts():
+    settings = PackSettings(vector="difference", reference_parameters={"weight": [1, -1]})
+    with pytest.raises(MethodError, match="sum to 0"):
+        settings.merge(2)
 
 
 def test_models_are_needed(tmp_path):
@@ -108,7 +140,7 @@ def test_bad_budgets(tmp_path, budget):
 
 
 def test_two_models_of_one_name(tmp_path):
-    with pytest.raises(RecipeError, match=r"two models named 'x'. Give each its own 'name'"):
+    with pytest.raises(RecipeError, match=r"Two models are named 'x'. Give each its own 'name'"):
         _read(tmp_path, "models: [{model: a/x}, {model: b/x}, {model: c, name: y}]")
 
 
@@ -199,4 +231,4 @@ def test_true_is_no_number_of_a_codec():
 def test_a_reference_that_merges_adapters_alone_is_refused():
     settings = PackSettings(vector="difference", reference="core_space")
     with pytest.raises(MethodError, match="core_space merges LoRA adapters"):
-        settings.merge()
+        settings.merge(2)

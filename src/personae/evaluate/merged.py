@@ -8,10 +8,10 @@ from personae.checkpoints import open_checkpoint
 from personae.checkpoints.family import align
 from personae.evaluate.evaluation import evaluate_checkpoint
 from personae.evaluate.tasks import Task
-from personae.execute.merge import copy_companions, merge
+from personae.execute.merge import merge
 from personae.execute.work import Work
 from personae.recipe import MergeSettings
-from personae.writers import CheckpointWriter
+from personae.writers import CheckpointWriter, write_companions
 
 
 def evaluate_merge(
@@ -77,7 +77,7 @@ def attach_head(
         for raw in specs:
             source, name = (values, shared[raw]) if raw in shared else (own.checkpoint, raw)
             writer.write(raw, source.read(name))
-    copy_companions(own.checkpoint, directory)
+    write_companions(own.checkpoint.companions, directory)
 
 
 def heads_of(base: Path, experts: Mapping[str, Path]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ decoded delta at a time. Heads are never mixed: they answer different questions.
 
 import json
 from collections.abc import Iterator, Mapping
-from functools import partial
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,18 @@ from personae._types import TensorSpec
 from personae._version import __version__
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.naming import shown
-from personae.execute import outline, pool
+from personae.execute import outline
 from personae.execute.deltas import working_bytes
 from personae.execute.outline import Outline
-from personae.execute.plan import check_output
-from personae.execute.unpack import Rebuilt, open_reference
+from personae.execute.output import check_output, write_model
+from personae.execute.rebuilt import Rebuilt, held
+from personae.execute.reference import open_reference
 from personae.execute.weighting import Weighting, given
 from personae.execute.work import Work
 from personae.packs.fingerprint import sha256_file
 from personae.packs.manifest import MANIFEST_NAME
 from personae.packs.reader import Pack
-from personae.writers import CheckpointWriter, output_directory, require_space
+from personae.writers import SHARD_BYTES
 
 RECORD_NAME = "personae.json"
 """What a composed checkpoint was made of, beside its weights."""
@@ -75,9 +76,7 @@ class Composed(Mapping):
             total = delta.mul_(weight) if total is None else total.add_(delta, alpha=weight)
         tensor = self._reference.read(ref_name)
         if total is not None:
-            tensor = total.add_(tensor)
-            if self.outline.specs[name].dtype == torch.float16:  # as in unpacking: no overshoot
-                tensor.clamp_(torch.finfo(torch.float16).min, torch.finfo(torch.float16).max)
+            tensor = held(total.add_(tensor), self.outline.specs[name].dtype)
         if name in self.outline.grown:
             tensor = torch.cat([tensor, self.outline.whole(name)])
         return tensor
@@ -151,7 +150,7 @@ def compose(
     base: Any = None,
     head: str | Path | None = None,
     overwrite: bool = False,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
     work: Work | None = None,
 ) -> Path:
     """Write the composed model as a checkpoint directory that `transformers` loads.
@@ -181,25 +180,24 @@ def compose(
         _refuse_task(opened, head)
         inputs.append(head)
     check_output(out, overwrite, inputs=inputs)
-    composed = open_composed(pack, weights, base=base, head=head, work=work)
-    for text in composed.notes:
-        work.note(text)
-    specs = list(composed.outline.specs.values())
-    require_space(out, sum(spec.nbytes for spec in specs))
-    with (
-        output_directory(out, overwrite=overwrite) as partial_out,
-        CheckpointWriter(
-            partial_out, specs, shard_bytes=shard_bytes, tied=composed.outline.tied
-        ) as writer,
-    ):
-        composed.outline.copy(partial_out)
+    with closing(open_composed(pack, weights, base=base, head=head, work=work)) as composed:
+        for text in composed.notes:
+            work.note(text)
         made_of = json.dumps(_about(opened, composed.weighting, head), indent=2, ensure_ascii=False)
-        (partial_out / RECORD_NAME).write_text(made_of + "\n", "utf-8")
-        write = partial(_write, composed, writer)
-        results = pool.run(specs, write, cost=_cost, workers=work.threads, memory=work.memory)
-        for done, _ in enumerate(results, 1):
-            work.progress("composing", done, len(specs))
-    composed.close()
+        files: dict[str, Path | bytes] = {**composed.outline.companions()}
+        files[RECORD_NAME] = (made_of + "\n").encode()
+        write_model(
+            out,
+            list(composed.outline.specs.values()),
+            composed.compose,
+            tied=composed.outline.tied,
+            companions=files,
+            cost=_cost,
+            overwrite=overwrite,
+            shard_bytes=shard_bytes,
+            stage="composing",
+            work=work,
+        )
     return out
 
 
@@ -211,10 +209,6 @@ def _refuse_task(pack: Pack, head: str | Path | None) -> None:
     """
     if isinstance(head, str) and "/" not in head and not Path(head).exists():
         pack.task(head)
-
-
-def _write(composed: Composed, writer: CheckpointWriter, spec: TensorSpec) -> None:
-    writer.write(spec.name, composed.compose(spec.name))
 
 
 def _cost(spec: TensorSpec) -> int:

@@ -13,7 +13,7 @@ from personae.execute import pool
 from personae.execute.deltas import Deltas
 from personae.execute.scan import TensorFacts
 from personae.execute.statistics import Known, encoding_bytes
-from personae.execute.work import Progress
+from personae.execute.work import Work
 from personae.methods import Block, Codec, Context, Treatment, decode_block, encode_block
 from personae.ops.sums import squared_norm
 from personae.packs.writer import CodedTensor
@@ -24,11 +24,7 @@ def encode_expert(
     codecs: Sequence[Codec],
     facts: Mapping[str, TensorFacts],
     known: Known,
-    *,
-    workers: int,
-    memory: int | None,
-    device: torch.device,
-    progress: Progress,
+    work: Work,
 ) -> list[dict[str, CodedTensor]]:
     """Code every changed tensor of one expert.
 
@@ -37,10 +33,7 @@ def encode_expert(
         codecs: One codec, or several that differ in their `free` parameters alone.
         facts: What a scan found, by reference name.
         known: What is known of the expert beside its deltas.
-        workers: Tensors worked on at once.
-        memory: Bound in bytes on their working memory.
-        device: Where decompositions run.
-        progress: Told after each tensor.
+        work: Workers, memory, the device decompositions run on.
 
     Returns:
         For each codec, reference name to coded tensor, sorted by name.
@@ -49,15 +42,15 @@ def encode_expert(
     coded: list[dict[str, CodedTensor]] = [{} for _ in codecs]
     results = pool.run(
         names,
-        partial(_encode_tensor, deltas, codecs, known, device),
+        partial(_encode_tensor, deltas, codecs, known, work.torch_device),
         cost=partial(encoding_bytes, codecs[0], deltas),
-        workers=workers,
-        memory=memory,
+        workers=work.threads,
+        memory=work.memory,
     )
     for done, (name, tensors) in enumerate(results, 1):
         for place, tensor in zip(coded, tensors, strict=True):
             place[name] = tensor
-        progress(f"packing {deltas.alignment.name}", done, len(names))
+        work.progress(f"packing {deltas.alignment.name}", done, len(names))
     return [{name: place[name] for name in names} for place in coded]
 
 

@@ -1,6 +1,5 @@
 """Merges a family into one ordinary checkpoint, streamed through bounded memory."""
 
-import shutil
 import uuid
 from collections.abc import Mapping
 from functools import partial
@@ -20,20 +19,21 @@ from personae.execute.family import Family
 from personae.execute.gather import gather_model, gather_tensor
 from personae.execute.merge_card import merge_card
 from personae.execute.merge_plan import MergeJob, open_to_merge, plan_job, prepare, settings_for
-from personae.execute.plan import check_output
+from personae.execute.output import check_output
 from personae.execute.stream import Piece, Unit
 from personae.execute.work import Work
 from personae.methods import Statistics
 from personae.recipe import MergeSettings
 from personae.writers import (
+    SHARD_BYTES,
     CheckpointWriter,
     Journal,
     atomic_file,
     output_directory,
     require_space,
+    write_companions,
 )
 
-SHARD_BYTES = 5_000_000_000
 _STATISTICS = "statistics.safetensors"
 
 
@@ -93,7 +93,7 @@ def merge(
                 )
             try:
                 run(job, directory, journal, work, shard_bytes)
-                _write_companions(family, directory)
+                write_companions(_companions(family), directory)
                 card = merge_card(family, settings, recipe)
                 (directory / "README.md").write_text(card, encoding="utf-8")
             except PersonaeError as error:
@@ -142,23 +142,11 @@ def run(job: MergeJob, directory: Path, journal: Journal, work: Work, shard_byte
         faults.raise_if_any(CheckpointError)
 
 
-def copy_companions(reference: Checkpoint, directory: Path) -> None:
-    """Copy the reference's small files: configuration, tokenizer, generation settings."""
-    for relative, path in reference.companions.items():
-        target = directory / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-
-
-def _write_companions(family: Family, directory: Path) -> None:
-    """Write the small files; the tokenizer is that of the vocabulary that was chosen."""
+def _companions(family: Family) -> Mapping[str, Path | bytes]:
+    """The small files of the result; the tokenizer is that of the vocabulary that was chosen."""
     if family.vocabulary is None:
-        copy_companions(family.base, directory)
-        return
-    for relative, content in companions_with(family.vocabulary, family.base).items():
-        target = directory / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        return family.base.companions
+    return companions_with(family.vocabulary, family.base)
 
 
 def _statistics(job: MergeJob, directory: Path, work: Work) -> Statistics | None:

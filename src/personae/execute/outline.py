@@ -1,6 +1,5 @@
 """What a checkpoint made of a reference and one task's head is like: names, dtypes, small files."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from torch import Tensor
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.family import align
-from personae.execute.unpack import Rebuilt, copy_companions
+from personae.execute.rebuilt import Rebuilt
+from personae.execute.unpack import companions_of
 from personae.packs.reader import Pack
 
 
@@ -25,7 +25,7 @@ class Outline:
         grown: Names of those to which `whole` adds rows.
         whole: Reads what the reference has not: a tensor, or the rows added to one, by name.
         tied: Dropped name to the kept one it shares storage with.
-        copy: Copies the small files (configuration, tokenizer) into a directory.
+        companions: Finds the small files (configuration, tokenizer), by relative name.
         close: Releases files opened for it.
     """
 
@@ -34,7 +34,7 @@ class Outline:
     grown: frozenset[str]
     whole: Callable[[str], Tensor]
     tied: Mapping[str, str]
-    copy: Callable[[Path], None]
+    companions: Callable[[], Mapping[str, Path]]
     close: Callable[[], None] = lambda: None
 
     @property
@@ -55,7 +55,7 @@ def of_reference(reference: Checkpoint) -> Outline:
         grown=frozenset(),
         whole=none,
         tied=reference.tied,
-        copy=lambda out: _copy(out, reference.companions),
+        companions=lambda: reference.companions,
     )
 
 
@@ -68,7 +68,7 @@ def of_task(pack: Pack, rebuilt: Rebuilt, task: str) -> Outline:
         grown=frozenset(grown),
         whole=rebuilt.private,
         tied=rebuilt.record.tied,
-        copy=lambda out: copy_companions(pack, task, rebuilt.reference, out),
+        companions=lambda: companions_of(pack, task, rebuilt.reference),
     )
 
 
@@ -108,18 +108,10 @@ def of_checkpoint(
         grown=frozenset(grown),
         whole=whole,
         tied=found.tied,
-        copy=lambda out: _copy(out, reference.companions, checkpoint.companions),
+        companions=lambda: {**reference.companions, **checkpoint.companions},
         close=checkpoint.close,
     )
 
 
 def _named(name: str, spec: TensorSpec) -> TensorSpec:
     return TensorSpec(name, spec.shape, spec.dtype)
-
-
-def _copy(out: Path, *sources: Mapping[str, Path]) -> None:
-    """Copy small files; what a later source has replaces an earlier one's."""
-    for relative in sorted({name for source in sources for name in source}):
-        source = next(source for source in reversed(sources) if relative in source)
-        (out / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source[relative], out / relative)

@@ -9,7 +9,8 @@ from personae.checkpoints.adapter import Adapter
 from personae.errors import CheckpointError, Faults, PackError, RecipeError
 from personae.execute.describe import Characteristics, checked
 from personae.execute.family import Family, open_family
-from personae.execute.plan import check_output, pack_notes, plan_pack
+from personae.execute.output import check_output
+from personae.execute.plan import pack_notes, plan_pack
 from personae.execute.reference import check_fingerprint, make_reference, relative_to_merged
 from personae.execute.scan import Scanned
 from personae.execute.tasks import add_experts, codec_for
@@ -96,7 +97,7 @@ def pack_many(
         check_output(out, overwrite, inputs=[base, *experts.values()])
     first = next(iter(variants.values()))
     if base is None:
-        _check_no_base_needed(first)
+        _check_no_base_needed(first, len(experts))
     with open_family(base, experts, skip=first.skip, private=first.private) as family:
         for text in pack_notes(family, first):
             work.note(text)
@@ -222,7 +223,7 @@ def _check_alike(settings: Sequence[PackSettings]) -> None:
         )
 
 
-def _check_no_base_needed(settings: PackSettings) -> None:
+def _check_no_base_needed(settings: PackSettings, experts: int) -> None:
     """Without a base there are difference vectors alone, and methods that merge these.
 
     Raises:
@@ -233,7 +234,7 @@ def _check_no_base_needed(settings: PackSettings) -> None:
             "Task vectors need the base: give it (--base), or pack difference vectors, which are "
             "relative to a merged model (vector: difference, --vector difference)."
         )
-    method, _ = settings.merge()
+    method, _ = settings.merge(experts)
     if method.needs != "deltas":
         raise RecipeError(
             f"{method.name} merges task vectors, which need the base: give it (--base), or another "

@@ -3,14 +3,13 @@
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from personae._types import TensorSpec
 from personae.checkpoints.naming import matches
-from personae.errors import BudgetError, OutputError, RecipeError
+from personae.errors import BudgetError, RecipeError
 from personae.execute import pool
 from personae.execute.accounting import (
     HEADER_BYTES,
@@ -28,7 +27,6 @@ from personae.execute.statistics import sharing_bytes
 from personae.methods import Codec
 from personae.recipe import PackSettings, parse_size
 
-_OUTPUTS = ("pack.json", "*/pack.json", "*.safetensors", "pytorch_model*.bin")
 """What tells that a directory may be replaced on request: nothing else is."""
 
 RECORD_BYTES = 600
@@ -163,7 +161,7 @@ def plan_pack(
     """
     workers = workers or pool.default_workers()
     if settings.vector == "difference":
-        settings.merge()
+        settings.merge(len(family.experts))
     for name in family.experts:
         settings.codec().for_task(name)
     tasks = {name: _plan_task(family, name, settings) for name in family.experts}
@@ -201,44 +199,6 @@ def pack_notes(family: Family, settings: PackSettings) -> list[str]:
         if left:
             notes.append(f"On difference vectors from the average, {settings.method} keeps {left}.")
     return notes
-
-
-def check_output(out: Path, overwrite: bool, inputs: Sequence[Any] = ()) -> None:
-    """Refuse an output that exists, or that would replace what is read, before any work.
-
-    Args:
-        out: The output directory, absolute.
-        overwrite: Whether a directory that holds something may be replaced.
-        inputs: Sources of the run; those that are no local path do not matter.
-
-    Raises:
-        OutputError: if `out` is a file, a directory that holds something, or is, contains or lies
-            inside an input.
-    """
-    for source in inputs:
-        if not isinstance(source, str | Path) or not Path(source).exists():
-            continue
-        read, written = Path(source).resolve(), out.resolve()
-        if read == written or read in written.parents or written in read.parents:
-            raise OutputError(
-                f"'{out}' and the input '{source}' overlap: writing one would harm the other. "
-                "Choose an output beside it."
-            )
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise OutputError(
-            f"'{out}' exists and is not empty. Choose another name, or give --overwrite."
-        )
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"'{out}' is a file. Choose another name.")
-    if (
-        out.is_dir()
-        and any(out.iterdir())
-        and not any(any(out.glob(pattern)) for pattern in _OUTPUTS)
-    ):
-        raise OutputError(
-            f"'{out}' holds neither a pack nor a model, so it is not replaced. Choose another "
-            "name, or empty it by hand."
-        )
 
 
 def _plan_task(family: Family, name: str, settings: PackSettings) -> TaskPlan:

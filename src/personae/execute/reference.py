@@ -1,20 +1,22 @@
-"""The merged model a difference pack is relative to, streamed to disk tensor by tensor."""
+"""The reference of a pack: the base, or a merged model streamed to disk; made, opened, checked."""
 
 from pathlib import Path
+from typing import Any
 
-from personae.checkpoints import open_checkpoint
+from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.family import align
 from personae.errors import CheckpointError, Faults, PackError
 from personae.execute.family import Family
-from personae.execute.merge import SHARD_BYTES, copy_companions, run
+from personae.execute.merge import run
 from personae.execute.merge_plan import job_of
 from personae.execute.scan import fingerprint, uncoded
 from personae.execute.work import Work
 from personae.methods import MergeMethod, Parameters
 from personae.packs.manifest import ReferenceRecord
+from personae.packs.reader import Pack
 from personae.packs.writer import REFERENCE
 from personae.recipe import PackSettings
-from personae.writers import Journal, output_directory
+from personae.writers import SHARD_BYTES, Journal, output_directory, write_companions
 
 
 def write_merged_reference(
@@ -34,7 +36,7 @@ def write_merged_reference(
         journal = Journal(partial, {})
         try:
             run(job, partial, journal, work, SHARD_BYTES)
-            copy_companions(family.base, partial)
+            write_companions(family.base.companions, partial)
         finally:
             journal.close(complete=True)
 
@@ -55,17 +57,12 @@ def make_reference(
             revision=base.revision,
             fingerprint=base_fingerprint,
         )
-    method, parameters = settings.merge()
+    method, parameters = settings.merge(len(family.experts))
     write_merged_reference(family, method, parameters, directory / REFERENCE, work)
     faults = Faults()
     merged = open_checkpoint(directory / REFERENCE)
-    found = fingerprint(
-        merged,
-        workers=work.threads,
-        faults=faults,
-        label="The merged reference",
-        unchecked=uncoded(family),
-    )
+    unchecked = uncoded(family)
+    found = fingerprint(merged, "The merged reference", work, faults, unchecked=unchecked)
     merged.close()
     faults.raise_if_any(CheckpointError)
     return ReferenceRecord(
@@ -97,3 +94,22 @@ def check_fingerprint(reference: ReferenceRecord, found: str, source: str) -> No
             f"the pack was made from {reference.source} with {reference.fingerprint}. "
             "Give the right one with --base."
         )
+
+
+def open_reference(pack: Pack, base: Any, work: Work) -> Checkpoint:
+    """Open the reference of a pack and check its fingerprint.
+
+    Raises:
+        PackError: if it is not found, or its weights are others.
+    """
+    try:
+        reference = open_checkpoint(pack.reference_source(base))
+    except CheckpointError as error:
+        raise PackError(
+            f"The reference of {pack.directory} cannot be opened: {error} "
+            "Say where it is with --base."
+        ) from error
+    unchecked = reference.specs  # the weights that were packed have been looked at then
+    found = fingerprint(reference, "The reference", work, Faults(), unchecked=unchecked)
+    check_fingerprint(pack.manifest.reference, found, reference.source)
+    return reference

@@ -57,7 +57,7 @@ class _Look:
     faults: list[str] = field(default_factory=list[str])
 
 
-def scan(deltas: Deltas, *, workers: int, memory: int | None, faults: Faults) -> Facts:
+def scan(deltas: Deltas, work: Work, faults: Faults) -> Facts:
     """Look at every tensor of one expert once: finite? changed? which zeros? which weights?
 
     Faults (NaN or Inf in a weight, an expert equal to the reference) are added to `faults`.
@@ -71,8 +71,8 @@ def scan(deltas: Deltas, *, workers: int, memory: int | None, faults: Faults) ->
         list(taken),
         partial(_look, deltas, taken),
         cost=lambda raw: working_bytes(alignment.checkpoint.specs[raw].shape),
-        workers=workers,
-        memory=memory,
+        workers=work.threads,
+        memory=work.memory,
     )
     for raw, seen in sorted(results, key=itemgetter(0)):  # faults in an order of their own
         digests[raw] = seen.digest
@@ -134,10 +134,10 @@ def _look(deltas: Deltas, taken: Mapping[str, str | None], raw_name: str) -> _Lo
 
 def fingerprint(
     checkpoint: Checkpoint,
-    *,
-    workers: int,
-    faults: Faults,
     label: str,
+    work: Work,
+    faults: Faults,
+    *,
     names: Sequence[str] | None = None,
     unchecked: Collection[str] = (),
 ) -> str:
@@ -156,7 +156,8 @@ def fingerprint(
         names or list(checkpoint.specs),
         look,
         cost=lambda n: checkpoint.specs[n].nbytes,
-        workers=workers,
+        workers=work.threads,
+        memory=work.memory,
     )
     for name, (digest, found) in sorted(results, key=itemgetter(0)):
         digests[name] = digest
@@ -201,21 +202,10 @@ class Scanned:
             CheckpointError: naming every weight that is not finite, and experts equal to the base.
         """
         faults = Faults()
-        found = fingerprint(
-            family.base,
-            workers=work.threads,
-            faults=faults,
-            label="The base",
-            unchecked=uncoded(family),
-        )
+        found = fingerprint(family.base, "The base", work, faults, unchecked=uncoded(family))
         facts: dict[str, Facts] = {}
         for done, (name, expert) in enumerate(family.experts.items(), 1):
-            facts[name] = scan(
-                Deltas(expert, family.base, from_base),
-                workers=work.threads,
-                memory=work.memory,
-                faults=faults,
-            )
+            facts[name] = scan(Deltas(expert, family.base, from_base), work, faults)
             expert.checkpoint.close()
             work.progress("reading the family", done, len(family.experts))
         faults.raise_if_any(CheckpointError)
@@ -231,13 +221,8 @@ class Scanned:
         faults = Faults()
         facts: dict[str, Facts] = {}
         for done, (name, expert) in enumerate(family.experts.items(), 1):
-            found = fingerprint(
-                expert.checkpoint,
-                workers=work.threads,
-                faults=faults,
-                label=f"Expert '{name}'",
-                names=list(expert.taken),
-            )
+            names = list(expert.taken)
+            found = fingerprint(expert.checkpoint, f"Expert '{name}'", work, faults, names=names)
             facts[name] = Facts({}, (), found)
             work.progress("reading the family", done, len(family.experts))
         faults.raise_if_any(CheckpointError)

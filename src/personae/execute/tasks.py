@@ -143,16 +143,8 @@ class _Coding:
         while True:
             # All packs, also where the task is done: the largest rank decides how it is decomposed.
             codecs = [self._codec(*pair) for pair in zip(settings, spare, strict=True)]
-            coded = encode_expert(
-                self.deltas,
-                codecs,
-                self.facts.tensors,
-                self.known,
-                workers=self.work.threads,
-                memory=self.work.memory,
-                device=self.work.torch_device,
-                progress=self.work.progress,
-            )
+            facts = self.facts.tensors
+            coded = encode_expert(self.deltas, codecs, facts, self.known, self.work)
             excess = [self._excess(*three) for three in zip(settings, codecs, coded, strict=True)]
             if all(bits <= room + _SLACK_BITS for bits, room in zip(excess, spare, strict=True)):
                 return codecs, coded

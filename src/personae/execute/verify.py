@@ -1,6 +1,7 @@
 """Verification: checksums, the reference's fingerprint, and the error against an original."""
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
@@ -13,10 +14,12 @@ from personae.checkpoints.family import align
 from personae.errors import Faults, PackError, WorkError, nearest
 from personae.execute import pool
 from personae.execute.deltas import Deltas
+from personae.execute.rebuilt import Rebuilt
+from personae.execute.reference import open_reference
 from personae.execute.scan import fingerprint
-from personae.execute.unpack import Rebuilt, open_reference
 from personae.execute.work import Work
 from personae.ops.sums import squared_norm
+from personae.packs.manifest import Manifest
 from personae.packs.reader import Pack
 
 _SLACK = 1e-3
@@ -76,20 +79,23 @@ def verify(
         name: Verified(record.relative_error) for name, record in opened.manifest.tasks.items()
     }
     if against or base is not None or opened.reference_directory is not None:
-        reference = open_reference(opened, base, work)
-        for task, source in (against or {}).items():
-            rebuilt = Rebuilt(opened, task, reference, device)
-            manifest = opened.manifest
-            from_base = manifest.reference.kind == "base"  # an adapter sits on nothing else
-            original = open_checkpoint(source, base=reference if from_base else None)
-            found = align(
-                reference, {task: original}, skip=manifest.skip, private=manifest.private
-            )[task]
-            deltas = Deltas(found, reference, from_base)
-            verified[task] = _compare(rebuilt, deltas, work, faults)
-        reference.close()
+        with closing(open_reference(opened, base, work)) as reference:
+            for task, source in (against or {}).items():
+                rebuilt = Rebuilt(opened, task, reference, device)
+                verified[task] = _verify(rebuilt, task, source, opened.manifest, work, faults)
     faults.raise_if_any(WorkError)
     return verified
+
+
+def _verify(
+    rebuilt: Rebuilt, task: str, source: Any, manifest: Manifest, work: Work, faults: Faults
+) -> Verified:
+    """Compare one task with the model it was made from."""
+    reference = rebuilt.reference
+    from_base = manifest.reference.kind == "base"  # an adapter sits on nothing else
+    with closing(open_checkpoint(source, base=reference if from_base else None)) as original:
+        found = align(reference, {task: original}, skip=manifest.skip, private=manifest.private)
+        return _compare(rebuilt, Deltas(found[task], reference, from_base), work, faults)
 
 
 def _compare(rebuilt: Rebuilt, deltas: Deltas, work: Work, faults: Faults) -> Verified:
@@ -112,13 +118,7 @@ def _compare(rebuilt: Rebuilt, deltas: Deltas, work: Work, faults: Faults) -> Ve
     measured = fsum(lost) / fsum(energy) if any(energy) else 0.0
     recorded = rebuilt.record.relative_error
     label = f"Expert '{original.name}'"
-    found = fingerprint(
-        original.checkpoint,
-        workers=work.threads,
-        faults=faults,
-        label=label,
-        names=list(original.taken),
-    )
+    found = fingerprint(original.checkpoint, label, work, faults, names=list(original.taken))
     same = found == rebuilt.record.fingerprint
     if not same:
         faults.add(

@@ -1,7 +1,10 @@
 """Recipes: YAML to frozen, validated settings. Opens no checkpoint."""
 
+from personae.recipe._base import Vector
 from personae.recipe._merge_reading import read_merge_recipe, recipe_kind
 from personae.recipe._merge_text import merge_recipe_text
+from personae.recipe._pack_reading import read_recipe
+from personae.recipe._sizes import parse_size
 from personae.recipe._values import count_layers
 from personae.recipe.merge_recipe import MergeRecipe, MergeSettings
 from personae.recipe.pack_recipe import (
@@ -9,9 +12,6 @@ from personae.recipe.pack_recipe import (
     Counting,
     PackRecipe,
     PackSettings,
-    Vector,
-    parse_size,
-    read_recipe,
     settings_from,
 )
 

@@ -1,11 +1,14 @@
 """What is wrong with a recipe, and where; what pydantic says of it in sentences."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from copy import deepcopy
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from personae.errors import nearest
+
+Model = TypeVar("Model", bound=BaseModel)
 
 Place = tuple[str | int, ...]
 """Where in a file or in settings: keys, and positions in lists."""
@@ -56,3 +59,45 @@ def faults_in(
             text = f"{shown} = {fault['input']!r}: {message}." if shown else f"{message}."
         faults.append(Fault(place, text))
     return faults
+
+
+def validated(
+    content: Mapping[str, Any],
+    model: type[Model],
+    nested: Mapping[str, type[BaseModel]],
+    faults: list[Fault],
+) -> Model | None:
+    """The content without what is wrong in it; None if nothing is left to look at.
+
+    Args:
+        content: What a file says.
+        model: What it should be.
+        nested: Of what lies under these keys of it.
+        faults: What is wrong already; every fault of keys, types and choices is added.
+    """
+    content = deepcopy(dict(content))
+    for _ in range(2):  # again without what was wrong, so that what is left can be looked at
+        try:
+            return model.model_validate(content)
+        except ValidationError as error:
+            found = faults_in(error, model, nested)
+            named = {fault.place for fault in faults}  # missing only as it was taken out
+            faults += [fault for fault in found if fault.place not in named]
+            for fault in found:
+                _mend(content, fault.place)
+    return None
+
+
+def _mend(content: Any, place: Place) -> None:
+    """Take out what is wrong; a model that is not said gets a name that stands for it."""
+    *outer, last = place
+    for key in outer:
+        content = content[key] if _has(content, key) else None
+    if isinstance(content, dict) and content.pop(last, None) is None and last == "model":
+        content["model"] = ".".join(map(str, place))
+
+
+def _has(content: Any, key: str | int) -> bool:
+    if isinstance(content, dict):
+        return key in content
+    return isinstance(content, list) and isinstance(key, int) and key < len(content)

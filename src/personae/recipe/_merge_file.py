@@ -2,16 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from personae.checkpoints.naming import name_of
 from personae.methods import Conventions, MergeMethod
-from personae.recipe._faults import Fault, Place, faults_in
-from personae.recipe.pack_recipe import Strict, Vector
-
-Dtype = Literal["float32", "float16", "bfloat16"]
+from personae.recipe._base import Dtype, Strict, Vector
+from personae.recipe._faults import Fault, validated
 
 
 class Model(Strict):
@@ -61,7 +59,7 @@ _REFUSED_INSIDE: dict[tuple[str, str], str] = {
 _NESTED: dict[str, type[Strict]] = {"models": Model, "tokenizer": _Tokenizer}
 
 
-def validated(content: Mapping[str, Any]) -> tuple[MergeFile | None, list[Fault]]:
+def read_file(content: Mapping[str, Any]) -> tuple[MergeFile | None, list[Fault]]:
     """The file, without what is wrong in it; None if nothing is left to look at.
 
     Returns:
@@ -69,16 +67,7 @@ def validated(content: Mapping[str, Any]) -> tuple[MergeFile | None, list[Fault]
     """
     content = deepcopy(dict(content))
     faults = list(_refuse(content))
-    for _ in range(2):  # again without what was wrong, so that what is left can be looked at
-        try:
-            return MergeFile.model_validate(content), faults
-        except ValidationError as error:
-            found = faults_in(error, MergeFile, _NESTED)
-            named = {fault.place for fault in faults}  # missing only as it was taken out
-            faults += [fault for fault in found if fault.place not in named]
-            for fault in found:
-                _mend(content, fault.place)
-    return None, faults
+    return validated(content, MergeFile, _NESTED, faults), faults
 
 
 def _refuse(content: dict[str, Any]) -> Iterator[Fault]:
@@ -96,21 +85,6 @@ def _refuse(content: dict[str, Any]) -> Iterator[Fault]:
         for n, part in enumerate(within) if isinstance(within, list) else [(None, within)]:
             if isinstance(part, dict) and part.pop(inner, None) is not None:
                 yield Fault((outer, inner) if n is None else (outer, n, inner), text)
-
-
-def _mend(content: Any, place: Place) -> None:
-    """Take out what is wrong; a model that is not said gets a name that stands for it."""
-    *outer, last = place
-    for key in outer:
-        content = content[key] if _has(content, key) else None
-    if isinstance(content, dict) and content.pop(last, None) is None and last == "model":
-        content["model"] = ".".join(map(str, place))
-
-
-def _has(content: Any, key: str | int) -> bool:
-    if isinstance(content, dict):
-        return key in content
-    return isinstance(content, list) and isinstance(key, int) and key < len(content)
 
 
 class Family(NamedTuple):

@@ -13,8 +13,8 @@ from personae.recipe._merge_file import (
     MergeFile,
     family_of,
     native,
+    read_file,
     tokenizer_of,
-    validated,
 )
 from personae.recipe._yaml import read_document
 from personae.recipe.merge_recipe import MergeRecipe, MergeSettings, find_method, methods_under
@@ -58,7 +58,7 @@ def read_merge_recipe(path: str | Path) -> MergeRecipe:
     if "pack_method" in document.content and "merge_method" not in document.content:
         text = "This is a pack recipe. Run personae pack with it, or write merge_method."
         raise document.refusal([Fault(("pack_method",), text)])
-    file, faults = validated(document.content)
+    file, faults = read_file(document.content)
     faults += document.faults
     if file is None:
         raise document.refusal(faults)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
@@ -18,12 +18,10 @@ from personae.methods import (
     build,
     lookup,
 )
+from personae.recipe._base import Dtype, Strict, Vector
 from personae.recipe._faults import Fault
 from personae.recipe._parameters import GivenParameters
 from personae.recipe._values import filters_of, fits, is_gradient, is_scalar
-from personae.recipe.pack_recipe import Strict, Vector
-
-Dtype = Literal["float32", "float16", "bfloat16"]
 
 _MERGEKIT_ALONE = frozenset(
     {

@@ -1,40 +1,18 @@
-"""What a pack shall be: codec, reference, budget. Read from YAML or given as options."""
+"""What a pack shall be: codec, reference, budget."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from personae.checkpoints.naming import name_of
 from personae.errors import Faults, MethodError, RecipeError
 from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, Parameters, build, lookup
+from personae.recipe._base import Strict, Vector
 from personae.recipe._faults import faults_in
-from personae.recipe._yaml import yaml_fault
+from personae.recipe._sizes import parse_size
 
-Vector = Literal["task", "difference"]
 Counting = Literal["counted", "counted_lean", "on_disk_fp32", "on_disk_native"]
 COUNTING: tuple[Counting, ...] = get_args(Counting)
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9} | {
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
-
-
-class Strict(BaseModel):
-    """Frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def _budget_reads(value: object) -> str | None:
@@ -57,7 +35,7 @@ class PackSettings(Strict):
     reference: str | None = Field(
         default=None, description="Merge method of a difference pack; by default average"
     )
-    reference_parameters: dict[str, Any] = {}
+    reference_parameters: dict[str, Any] = Field(default={})
     skip: tuple[str, ...] = Field(default=(), description="Patterns of tensors to leave out")
     private: tuple[str, ...] = Field(default=(), description="Patterns of tensors to keep whole")
 
@@ -114,8 +92,8 @@ class PackSettings(Strict):
             )
         return build(lookup(CODECS, self.method), self.parameters)
 
-    def merge(self) -> tuple[MergeMethod, Parameters]:
-        """The merge method of the reference with its parameters, validated.
+    def merge(self, experts: int) -> tuple[MergeMethod, Parameters]:
+        """The merge method of the reference with its parameters, validated for so many experts.
 
         Raises:
             MethodError: for an unknown method or parameter, or a value out of range.
@@ -126,7 +104,11 @@ class PackSettings(Strict):
                 f"{method.name} merges LoRA adapters, which a difference pack is not made of. "
                 "Name another reference, such as average or ties."
             )
-        return method, build(method, self.reference_parameters)
+        built: Parameters = build(method, self.reference_parameters)
+        faults = Faults()
+        built.check_experts(experts, faults)
+        faults.raise_if_any(MethodError)
+        return method, built
 
 
 class PackRecipe(Strict):
@@ -142,79 +124,7 @@ class PackRecipe(Strict):
     base: str | None
     experts: dict[str, str]
     settings: PackSettings
-    characteristics: dict[str, tuple[str, ...]] = {}
-
-
-class _Expert(Strict):
-    model: str = Field(min_length=1)
-    name: str | None = None
-    describe: str | list[str] = []
-
-
-class _Reference(Strict):
-    merge_method: str | None = None
-    parameters: dict[str, Any] = {}
-
-
-class _File(Strict):
-    pack_method: str = "dts"
-    base_model: str | None = None
-    models: list[_Expert]
-    parameters: dict[str, Any] = {}
-    budget: Budget = None
-    counting: Counting = "on_disk_native"
-    vector: Vector = "task"
-    reference: _Reference = _Reference()
-    skip: list[str] = []
-    private: list[str] = []
-
-
-_NESTED: dict[str, type[BaseModel]] = {"models": _Expert, "reference": _Reference}
-
-
-def read_recipe(path: Path) -> PackRecipe:
-    """Read and validate a pack recipe; opens no checkpoint.
-
-    Raises:
-        RecipeError: listing every fault of the file.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe {path} is no valid YAML: {yaml_fault(error)}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"The recipe {path} holds no settings; see recipes/ for examples.")
-    if "merge_method" in content and "pack_method" not in content:
-        raise RecipeError(
-            f"The recipe {path} merges (merge_method), it does not pack. Run personae merge with "
-            "it, or write pack_method."
-        )
-    try:
-        file = _File.model_validate(content)
-        settings = PackSettings(
-            method=file.pack_method,
-            parameters=file.parameters,
-            budget=file.budget,
-            counting=file.counting,
-            vector=file.vector,
-            reference=file.reference.merge_method,
-            reference_parameters=file.reference.parameters,
-            skip=tuple(file.skip),
-            private=tuple(file.private),
-        )
-    except ValidationError as error:
-        raise RecipeError(f"The recipe {path} is wrong. {faults_of(error, _File)}") from error
-    experts = _named(file.models, path)
-    said = {
-        name: (entry.describe,) if isinstance(entry.describe, str) else tuple(entry.describe)
-        for name, entry in zip(experts, file.models, strict=True)
-        if entry.describe
-    }
-    return PackRecipe(
-        base=file.base_model, experts=experts, settings=settings, characteristics=said
-    )
+    characteristics: dict[str, tuple[str, ...]] = Field(default={})
 
 
 def settings_from(options: Mapping[str, Any]) -> PackSettings:
@@ -226,45 +136,5 @@ def settings_from(options: Mapping[str, Any]) -> PackSettings:
     try:
         return PackSettings(**options)
     except ValidationError as error:
-        raise RecipeError(faults_of(error, PackSettings)) from error
-
-
-def faults_of(error: ValidationError, model: type[BaseModel]) -> str:
-    """Every fault of a validation, a sentence each, with the nearest name for unknown keys."""
-    faults = Faults()
-    for fault in faults_in(error, model, _NESTED):
-        faults.add(fault.text)
-    return " ".join(faults.messages)
-
-
-def parse_size(text: str, *, percent: bool = False) -> float | int:
-    """Read '1%' as the fraction 0.01 (float) and '900KB', '1.5GiB' as bytes (int).
-
-    Raises:
-        ValueError: if the text is neither, or not above zero.
-    """
-    plain = text.strip().replace(" ", "").replace("_", "")
-    number = plain.rstrip("%ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
-    unit = plain[len(number) :]
-    try:
-        value = float(number)
-    except ValueError:
-        value = 0.0
-    if value > 0 and unit == "%" and percent:
-        return value / 100
-    if unit.upper() in _UNITS and value * _UNITS[unit.upper()] >= 1:
-        return int(value * _UNITS[unit.upper()])
-    kinds = "'1%', '900KB' or '1.5MiB'" if percent else "'900MB' or '2GiB'"
-    raise ValueError(f"'{text}' is no size of a byte or more. Write {kinds}.")
-
-
-def _named(models: list[_Expert], path: Path) -> dict[str, str]:
-    experts: dict[str, str] = {}
-    for entry in models:
-        name = entry.name or name_of(entry.model)
-        if name in experts:
-            raise RecipeError(
-                f"The recipe {path} has two models named '{name}'. Give each its own 'name'."
-            )
-        experts[name] = entry.model
-    return experts
+        texts = dict.fromkeys(fault.text for fault in faults_in(error, PackSettings, {}))
+        raise RecipeError(" ".join(texts)) from error

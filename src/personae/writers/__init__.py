@@ -8,10 +8,12 @@ from personae.writers.atomic import (
     require_folder,
     require_space,
 )
-from personae.writers.checkpoint import CheckpointWriter
+from personae.writers.checkpoint import SHARD_BYTES, CheckpointWriter
+from personae.writers.companions import write_companions
 from personae.writers.journal import Journal
 
 __all__ = [
+    "SHARD_BYTES",
     "CheckpointWriter",
     "Journal",
     "atomic_file",
@@ -20,4 +22,5 @@ __all__ = [
     "output_errors",
     "require_folder",
     "require_space",
+    "write_companions",
 ]

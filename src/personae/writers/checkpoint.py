@@ -40,6 +40,9 @@ _CODES = {
 _MOST_AT_ONCE = 1 << 30  # some systems refuse 2 GiB
 _LAYOUT_ORDER = {dtype: -place for place, dtype in enumerate(_CODES)}
 
+SHARD_BYTES = 5_000_000_000
+"""Most bytes in one weight file, unless something else is asked for."""
+
 
 class _Place(NamedTuple):
     """Where one tensor's bytes go, and which `(start, stop)` of them are there."""
@@ -65,7 +68,7 @@ class CheckpointWriter:
         directory: Path,
         specs: Iterable[TensorSpec],
         *,
-        shard_bytes: int = 5_000_000_000,
+        shard_bytes: int = SHARD_BYTES,
         tied: Mapping[str, str] | None = None,
         again: bool = False,
     ) -> None:

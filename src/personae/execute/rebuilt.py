@@ -1,0 +1,152 @@
+"""An expert as its pack tells it: every tensor decoded when it is asked for."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from personae._types import Parts, TensorSpec
+from personae.checkpoints import Checkpoint
+from personae.checkpoints.naming import Renaming
+from personae.methods import CODECS, Codec, build, decode_block, lookup
+from personae.packs.manifest import TaskRecord
+from personae.packs.reader import Pack
+from personae.packs.shared_file import SharedFile
+from personae.packs.task_file import TaskFile
+
+_CPU = torch.device("cpu")
+
+
+class Rebuilt:
+    """One expert as its pack tells it: specs from records, tensors decoded on demand.
+
+    Attributes:
+        specs: The expert's names to specs.
+        record: The task's record.
+        reference: What the task is relative to.
+        reference_names: The expert's name to the reference's, of all that the reference has.
+    """
+
+    def __init__(
+        self, pack: Pack, task: str, reference: Checkpoint, device: torch.device = _CPU
+    ) -> None:
+        """Check the task's files and lay out its tensors; decodes nothing yet.
+
+        Tensors will be decoded on `device` and come back to the CPU.
+
+        Raises:
+            PackError: if the task is unknown, or its files are damaged or do not fit.
+        """
+        self.record = pack.task(task)
+        self.reference = reference
+        self._device = device
+        self._file = pack.open_task(task)
+        self._shared = pack.open_shared()
+        entry = lookup(CODECS, pack.manifest.method)
+        self._codec: Codec = build(entry, self.record.parameters)
+        self._private = self.record.private
+        self.reference_names = _expert_names(self.record, reference)
+        self.specs: Mapping[str, TensorSpec] = self._lay_out()
+
+    def _lay_out(self) -> dict[str, TensorSpec]:
+        specs: dict[str, TensorSpec] = {}
+        for name, ref_name in self.reference_names.items():
+            spec = self.reference.specs[ref_name]
+            dtype = getattr(torch, self.record.dtypes.get(ref_name, ""), spec.dtype)
+            shape = spec.shape
+            if ref_name in self.record.grown:
+                shape = (shape[0] + self._private[name].shape[0], *shape[1:])
+            specs[name] = TensorSpec(name, shape, dtype)
+        for name, record in self._private.items():
+            if name not in specs:
+                specs[name] = TensorSpec(name, record.shape, getattr(torch, record.dtype))
+        return specs
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the expert: fp32 if it is coded, else of its own dtype."""
+        ref_name = self.reference_names.get(name)
+        if ref_name is None:
+            return self.private(name)
+        tensor = self.reference.read(ref_name)
+        if ref_name in self.record.tensors:
+            tensor = self.delta(ref_name).add_(tensor)  # fp32, in place: θ + Δ = Δ + θ to the bit
+            tensor = held(tensor, self.specs[name].dtype)
+        if ref_name in self.record.grown:
+            tensor = torch.cat([tensor, self.private(name)])  # to the wider of both dtypes
+        return tensor
+
+    def private(self, name: str) -> Tensor:
+        """One tensor (or the extra rows of one) kept whole, by the expert's name."""
+        return self._file.private(name)
+
+    def delta(self, ref_name: str) -> Tensor:
+        """The decoded delta of one reference tensor, fp32; zeros if it is unchanged."""
+        if ref_name not in self.record.tensors:
+            return torch.zeros(self.reference.specs[ref_name].shape)
+        return decode(self._codec, self._file, ref_name, self._shared, self._device)
+
+
+def decode(
+    codec: Codec,
+    file: TaskFile,
+    name: str,
+    shared: SharedFile | None = None,
+    device: torch.device = _CPU,
+) -> Tensor:
+    """The delta of one tensor, decoded on `device`: fp32, of the reference's shape, on the CPU."""
+    record = file.record.tensors[name]
+    shape = record.shape
+    common = shared.read(name) if shared else None
+    if not shape:
+        ((_, parts),) = file.blocks(name)
+        return _decode_block(codec, parts, shape, common, device)
+    delta: Tensor | None = None
+    for block, parts in file.blocks(name):
+        length = block.stop - block.start
+        cut = (*shape[: block.axis], length, *shape[block.axis + 1 :])
+        own = None if common is None else common.narrow(block.axis, block.start, length)
+        share = _decode_block(codec, parts, cut, own, device)
+        if length == shape[block.axis]:
+            return share
+        delta = torch.zeros(shape) if delta is None else delta
+        delta.narrow(block.axis, block.start, length).copy_(share)
+    assert delta is not None
+    return delta
+
+
+def _decode_block(
+    codec: Codec,
+    parts: Parts,
+    shape: tuple[int, ...],
+    shared: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    there = {name: part.to(device) for name, part in parts.items()}
+    shared = None if shared is None else shared.to(device)
+    return decode_block(codec, there, shape, shared).cpu()
+
+
+def held(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor, clamped in place to what fp16 can hold if it will be cast to it.
+
+    Coding may overshoot that, where the expert itself stays inside.
+    """
+    if dtype == torch.float16:
+        tensor.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return tensor
+
+
+def _expert_names(record: TaskRecord, reference: Checkpoint) -> dict[str, str]:
+    """The expert's name of each reference tensor it has, other than those kept whole."""
+    rule = Renaming(
+        add=record.renaming.add,
+        strip=record.renaming.strip,
+        plain=frozenset(record.renaming.plain),
+    )
+    names: dict[str, str] = {}
+    absent, grown = set(record.absent), set(record.grown)
+    for ref_name in reference.specs:
+        name = rule.expert_name(ref_name)
+        if ref_name not in absent and (name not in record.private or ref_name in grown):
+            names[name] = ref_name
+    return names
