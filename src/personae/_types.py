@@ -19,6 +19,11 @@ Parts = dict[str, Tensor]
 """What a codec stores for one tensor: part name to a 1-D tensor (uint8, int32 or floating)."""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as configurations and recipes write it, such as 'bfloat16'."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """What a header says of one tensor, without its values."""
@@ -36,6 +41,11 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes of the values at this dtype."""
         return self.numel * self.dtype.itemsize
+
+    @property
+    def dtype_name(self) -> str:
+        """Its dtype as configurations write it."""
+        return dtype_name(self.dtype)
 
     @property
     def is_floating(self) -> bool:

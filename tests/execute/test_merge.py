@@ -8,7 +8,7 @@ import torch
 
 from families import State, listing, saved, small_base, tuned
 from personae.errors import BudgetError, CheckpointError, MethodError, OutputError, PersonaeError
-from personae.execute import stream
+from personae.execute import pieces, stream
 from personae.execute.merge import merge
 from personae.execute.work import Work
 from personae.methods import MERGE_METHODS, Site, build, lookup
@@ -25,8 +25,8 @@ runnable = pytest.mark.parametrize(
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts even tiny tensors: blocks of 50 entries, units of 90."""
-    monkeypatch.setattr(stream, "PIECE_ENTRIES", 50)
-    monkeypatch.setattr(stream, "UNIT_ENTRIES", 90)
+    monkeypatch.setattr(pieces, "PIECE_ENTRIES", 50)
+    monkeypatch.setattr(pieces, "UNIT_ENTRIES", 90)
 
 
 def family(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[str, dict[str, str]]:

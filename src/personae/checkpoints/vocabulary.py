@@ -128,7 +128,7 @@ def _read_tokens(path: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]]]
     if path.name == "vocab.txt":
         lines = path.read_text("utf-8").removesuffix("\n").split("\n")
         return {token.removesuffix("\r"): row for row, token in enumerate(lines)}, {}
-    content = _read_json(path)
+    content = read_json(path)
     try:
         if path.name == "vocab.json":
             return {str(token): int(row) for token, row in content.items()}, {}
@@ -147,7 +147,7 @@ def _read_added(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         CheckpointError: if the file is not what its name says.
     """
-    content = _read_json(path)
+    content = read_json(path)
     try:
         if path.name == "added_tokens.json":
             return {token: {"id": int(row), "content": token} for token, row in content.items()}
@@ -161,7 +161,7 @@ def _by_content(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {entry["content"]: {**entry, "id": int(entry["id"])} for entry in entries}
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """A JSON file.
 
     Raises:

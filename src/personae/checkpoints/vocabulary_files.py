@@ -8,6 +8,7 @@ from typing import Any
 
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.vocabularies import MergedVocabulary
+from personae.checkpoints.vocabulary import read_json
 from personae.errors import CheckpointError
 
 _OF_TOKENIZER = re.compile(
@@ -96,10 +97,7 @@ def _read(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file holds none.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON. Copy or download it again.") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no JSON object. Copy or download it again.")
     return content

@@ -8,7 +8,8 @@ from personae.checkpoints.naming import matches
 from personae.errors import CheckpointError, Faults, MethodError, RecipeError, nearest
 from personae.execute import pool
 from personae.execute.family import open_family
-from personae.execute.stream import Piece, Stacks, whole
+from personae.execute.pieces import Piece, whole
+from personae.execute.stream import Stacks
 from personae.execute.work import Work
 from personae.methods import Parameters, build
 from personae.methods.analyses import ANALYSES, Analysis, Findings

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from personae.errors import CheckpointError, Faults
 from personae.execute import pool
-from personae.execute.stream import Piece, Stacks, Unit
+from personae.execute.pieces import Piece, Unit
+from personae.execute.stream import Stacks
 from personae.execute.work import Work
-from personae.methods import Measure, MergeMethod, Parameters, Statistics
+from personae.methods import Measure, MergeMethod, Parameters, Statistics, gathered
 
 ParametersOf = Callable[[str], Parameters]
 """The parameters of a method for the tensor of this reference name."""
@@ -38,16 +40,13 @@ def gather_model(
         CheckpointError: naming every weight that is not finite.
     """
     assert method.gather is not None
-    looks = method.gather(parameters_of(""), stacks.experts)
-    number = 1
-    try:
-        measure = next(looks)
-        while True:
-            stage = f"measuring {measure.name}, look {number}"
-            found = _look(method, measure, parameters_of, stacks, units, cost, work, stage)
-            measure, number = looks.send(found), number + 1
-    except StopIteration as done:
-        return done.value
+    numbers = count(1)
+
+    def answer(measure: Measure) -> Tensor:
+        stage = f"measuring {measure.name}, look {next(numbers)}"
+        return _look(method, measure, parameters_of, stacks, units, cost, work, stage)
+
+    return gathered(method.gather(parameters_of(""), stacks.experts), answer)
 
 
 def gather_tensor(
@@ -55,16 +54,14 @@ def gather_tensor(
 ) -> Statistics:
     """Look at one tensor alone, given as its pieces."""
     assert method.gather is not None
-    looks = method.gather(parameters, stacks.experts)
-    try:
-        measure = next(looks)
-        while True:
-            total = _share(measure, parameters, stacks, pieces[0]).clone()
-            for piece in pieces[1:]:
-                total.add_(_share(measure, parameters, stacks, piece))
-            measure = looks.send(total)
-    except StopIteration as done:
-        return done.value
+
+    def answer(measure: Measure) -> Tensor:
+        total = _share(measure, parameters, stacks, pieces[0]).clone()
+        for piece in pieces[1:]:
+            total.add_(_share(measure, parameters, stacks, piece))
+        return total
+
+    return gathered(method.gather(parameters, stacks.experts), answer)
 
 
 def _look(

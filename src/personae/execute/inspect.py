@@ -7,7 +7,6 @@ from personae.checkpoints import open_checkpoint
 from personae.execute.accounting import task_amr_percent
 from personae.packs.manifest import MANIFEST_NAME, TaskRecord
 from personae.packs.reader import Pack
-from personae.packs.writer import dtype_name
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -63,7 +62,7 @@ def inspect_checkpoint(source: str) -> dict[str, Any]:
         "tensors": {
             spec.name: {
                 "shape": list(spec.shape),
-                "dtype": dtype_name(spec.dtype),
+                "dtype": spec.dtype_name,
                 "bytes": spec.nbytes,
             }
             for spec in specs

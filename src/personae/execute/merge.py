@@ -13,14 +13,14 @@ from torch import Tensor
 
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.vocabulary_files import companions_with
-from personae.errors import CheckpointError, Faults, OutputError, PersonaeError
+from personae.errors import CheckpointError, Faults
 from personae.execute import pool
 from personae.execute.family import Family
 from personae.execute.gather import gather_model, gather_tensor
 from personae.execute.merge_card import merge_card
 from personae.execute.merge_plan import MergeJob, open_to_merge, plan_job, prepare, settings_for
 from personae.execute.output import check_output
-from personae.execute.stream import Piece, Unit
+from personae.execute.pieces import Piece, Unit
 from personae.execute.work import Work
 from personae.methods import Statistics
 from personae.recipe import MergeSettings
@@ -85,31 +85,26 @@ def merge(
                 "base": _weights_of(family.base) if family.has_base else None,
                 "experts": [_weights_of(e.checkpoint) for e in family.experts.values()],
             }
-            journal = Journal(directory, identity)
-            if journal.done:
-                work.note(
-                    f"going on with an interrupted run: {len(journal.done)} of {plan.items} "
-                    "items are done"
-                )
-            try:
-                run(job, directory, journal, work, shard_bytes)
+            with Journal(directory, identity) as journal:
+                if journal.done:
+                    work.note(
+                        f"going on with an interrupted run: {len(journal.done)} of {plan.items} "
+                        "items are done"
+                    )
+                run(job, directory, work, shard_bytes, journal)
                 write_companions(_companions(family), directory)
                 card = merge_card(family, settings, recipe)
                 (directory / "README.md").write_text(card, encoding="utf-8")
-            except PersonaeError as error:
-                journal.close(complete=False)
-                if not isinstance(error, OutputError):  # the same inputs will not do better
-                    journal.discard()
-                raise
-            except BaseException:
-                journal.close(complete=False)
-                raise
-            (directory / _STATISTICS).unlink(missing_ok=True)
-            journal.close(complete=True)
     return out
 
 
-def run(job: MergeJob, directory: Path, journal: Journal, work: Work, shard_bytes: int) -> None:
+def run(
+    job: MergeJob,
+    directory: Path,
+    work: Work,
+    shard_bytes: int = SHARD_BYTES,
+    journal: Journal | None = None,
+) -> None:
     """Write the weights of a merge into a directory, but for units that the journal has as done.
 
     Raises:
@@ -121,9 +116,10 @@ def run(job: MergeJob, directory: Path, journal: Journal, work: Work, shard_byte
     with CheckpointWriter(
         directory, job.specs, shard_bytes=shard_bytes, tied=job.family.base.tied, again=True
     ) as writer:
-        due = [unit for unit in job.units if unit.number not in journal.done]
+        before = journal.done if journal else set[int]()
+        due = [unit for unit in job.units if unit.number not in before]
         for unit in job.units:
-            for piece in unit.pieces if unit.number in journal.done else ():
+            for piece in unit.pieces if unit.number in before else ():
                 writer.mark(piece.spec.name, piece.start, piece.stop)
         results = pool.run(
             due,
@@ -136,10 +132,11 @@ def run(job: MergeJob, directory: Path, journal: Journal, work: Work, shard_byte
         for done, (unit, found) in enumerate(results, 1 + len(job.units) - len(due)):
             for fault in found:
                 faults.add(fault)
-            if not found:
+            if journal and not found:
                 journal.add(unit.number)
             work.progress(f"merging ({job.method.name})", done, len(job.units))
         faults.raise_if_any(CheckpointError)
+    (directory / _STATISTICS).unlink(missing_ok=True)
 
 
 def _companions(family: Family) -> Mapping[str, Path | bytes]:

@@ -10,17 +10,15 @@ import torch
 
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint
-from personae.checkpoints.adapter import Adapter
-from personae.checkpoints.alignment import Alignment
-from personae.checkpoints.mean import MeanOf
-from personae.checkpoints.misfits import reference_name
 from personae.checkpoints.naming import matches, shown
 from personae.checkpoints.vocabularies import MergedVocabulary, merge_vocabularies
-from personae.errors import CheckpointError, Faults
+from personae.errors import CheckpointError
 from personae.execute import pool
 from personae.execute.family import Family, open_family
 from personae.execute.gather import ParametersOf
-from personae.execute.stream import Piece, Stacks, Unit, units
+from personae.execute.merge_faults import check_family
+from personae.execute.pieces import Piece, Unit, units
+from personae.execute.stream import Stacks
 from personae.execute.work import Work
 from personae.methods import MergeMethod
 from personae.recipe import MergeSettings, count_layers
@@ -174,17 +172,7 @@ def prepare(family: Family, settings: MergeSettings) -> MergeJob:
         CheckpointError: naming everything in the headers that does not fit.
     """
     settings.check(list(family.experts))
-    faults = Faults()
-    for name, expert in family.experts.items():
-        _check_shapes(name, expert, family, faults)
-        _check_dtypes(name, expert, family, settings, faults)
-    if not family.has_base:
-        _check_average(family, settings, faults)
-    _check_adapters(family, settings.merge_method(), faults)
-    if faults.messages:  # such as shapes that a mistyped 'skip' does not leave out
-        for pattern in settings.unmatched(family.base.specs):
-            faults.add(f"{pattern} matches no tensor; '*' stands for any text.")
-    faults.raise_if_any(CheckpointError)
+    check_family(family, settings)
     layers = count_layers(family.base.specs)
     experts = len(family.experts)
 
@@ -281,65 +269,3 @@ def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
     if left:
         notes.append(f"left as in the base: {shown(left)}")
     return notes
-
-
-def _check_shapes(name: str, expert: Alignment, family: Family, faults: Faults) -> None:
-    if not family.has_base:
-        return
-    specs = family.base.specs
-    odd = [(own, reference_name(own, expert, family.base)) for own in expert.private]
-    for own, known in odd:
-        if known:
-            faults.add(
-                f"Expert '{name}': tensor '{own}' is {expert.private_spec(own).shape}, the base "
-                f"has {specs[known].shape}. Tensors of two shapes cannot be merged: leave it as "
-                f"in the base with skip: ['{known}']."
-            )
-    for grown in expert.grown:
-        faults.add(
-            f"Expert '{name}': '{grown}' has {expert.spec(grown).shape[0]} rows, the base "
-            f"{specs[grown].shape[0]}. Say whose vocabulary the result has: tokenizer_source."
-        )
-
-
-def _check_dtypes(
-    name: str, expert: Alignment, family: Family, settings: MergeSettings, faults: Faults
-) -> None:
-    """Experts of another dtype can be merged, once it is said what shall come out."""
-    if settings.dtype is not None or isinstance(expert.checkpoint, Adapter):
-        return
-    for shared in expert.shared:
-        found, wanted = expert.spec(shared).dtype, family.base.specs[shared].dtype
-        if found != wanted:
-            faults.add(
-                f"Expert '{name}': '{shared}' is {_plain(found)}, the base's is {_plain(wanted)}. "
-                f"Say what comes out: dtype: {_plain(wanted)}."
-            )
-            return
-
-
-def _check_average(family: Family, settings: MergeSettings, faults: Faults) -> None:
-    """Without a base, what the experts do not share in one shape has nothing to stay as."""
-    assert isinstance(family.base, MeanOf)
-    for name, expert in family.experts.items():
-        odd = [own for own in expert.private if not matches(own, settings.skip)]
-        if odd:
-            faults.add(
-                f"Expert '{name}': {len(odd)} tensor(s) are not in every expert in one shape: "
-                f"{shown(odd)}. Leave them as in the first with 'skip', or give a base."
-            )
-
-
-def _check_adapters(family: Family, method: MergeMethod, faults: Faults) -> None:
-    if method.needs != "adapters":
-        return
-    for name, expert in family.experts.items():
-        if not isinstance(expert.checkpoint, Adapter):
-            faults.add(
-                f"Expert '{name}' is no LoRA adapter, and {method.name} merges only those. "
-                "Give its adapter directory, or another method (knots, tsv_m)."
-            )
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

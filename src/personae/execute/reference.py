@@ -16,7 +16,7 @@ from personae.packs.manifest import ReferenceRecord
 from personae.packs.reader import Pack
 from personae.packs.writer import REFERENCE
 from personae.recipe import PackSettings
-from personae.writers import SHARD_BYTES, Journal, output_directory, write_companions
+from personae.writers import output_directory, write_companions
 
 
 def write_merged_reference(
@@ -33,12 +33,8 @@ def write_merged_reference(
     """
     job = job_of(family, method, lambda _: parameters)
     with output_directory(directory, overwrite=True) as partial:
-        journal = Journal(partial, {})
-        try:
-            run(job, partial, journal, work, SHARD_BYTES)
-            write_companions(family.base.companions, partial)
-        finally:
-            journal.close(complete=True)
+        run(job, partial, work)
+        write_companions(family.base.companions, partial)
 
 
 def make_reference(

@@ -20,7 +20,7 @@ from personae.execute.work import Work
 from personae.methods import Codec
 from personae.packs.manifest import RenamingRecord
 from personae.packs.reader import Pack
-from personae.packs.writer import CodedTensor, PackWriter, dtype_name
+from personae.packs.writer import CodedTensor, PackWriter
 from personae.recipe import PackSettings, parse_size
 
 _SLACK_BITS = 8 * 192
@@ -225,7 +225,7 @@ def _write_task(
         grown=expert.grown,
         absent=expert.absent,
         dtypes={
-            name: dtype_name(expert.spec(name).dtype)
+            name: expert.spec(name).dtype_name
             for name in expert.shared
             if expert.spec(name).dtype != reference[name].dtype
         },

@@ -6,7 +6,7 @@ import pkgutil
 from personae.methods import merge, mergekit, personalise
 from personae.methods._blocks import block_bits, decode_block, encode_block
 from personae.methods._codec import Bits, Codec, Context, Facts, Look, Treatment, look
-from personae.methods._merge import Factors, Gathering, Measure, MergeMethod, Statistics
+from personae.methods._merge import Factors, Gathering, Measure, MergeMethod, Statistics, gathered
 from personae.methods._parameters import Parameters, flag_fault, percent_hint
 from personae.methods._registry import (
     ALIASES,
@@ -52,6 +52,7 @@ __all__ = [
     "decode_block",
     "encode_block",
     "flag_fault",
+    "gathered",
     "look",
     "lookup",
     "percent_hint",

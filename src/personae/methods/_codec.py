@@ -7,7 +7,7 @@ are called in this order; by default none does anything:
 1. `treats(spec)`: which tensors it codes; the others are kept exact or left as in the reference.
 2. `share(deltas)`: from all experts' deltas of a tensor, what all tasks share of it, stored once.
 3. `gather()`: looks at all deltas of one expert; what they tell is given to `encode`.
-4. `for_family(statistics)`, `for_task(name)`: parameters that depend on the family, or on the task,
+4. `for_family(facts)`, `for_task(name)`: parameters that depend on the family, or on the task,
    are filled in. What comes out is recorded with each task.
 """
 

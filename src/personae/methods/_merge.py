@@ -50,6 +50,17 @@ Gathering = Generator[Measure, Tensor, Statistics]
 """Yields what to measure, is sent the sum over all tensors, returns the statistics."""
 
 
+def gathered(gathering: Gathering, answer: Callable[[Measure], Tensor]) -> Statistics:
+    """The statistics, once `answer` has told the sum of each measure."""
+    told: Any = None
+    while True:
+        try:
+            measure = gathering.send(told)
+        except StopIteration as done:  # of the gathering alone: an answer's would be a fault
+            return done.value
+        told = answer(measure)
+
+
 @dataclass(frozen=True)
 class MergeMethod:
     """A registered static method; what it computes is `merge`.
@@ -180,18 +191,16 @@ class MergeMethod:
         if self.gather is None:
             return {}
         model = list(stacks)
-        looks = self.gather(parameters, len(model[0][1]))
-        try:
-            measure = next(looks)
-            while True:
-                shares = [
-                    measure.tally(one_row_in(measure.sample, vectors), parameters, site)
-                    for site, vectors in model
-                    if measure.applies(parameters, site)
-                ]
-                measure = looks.send(sum(shares[1:], shares[0]) if shares else torch.zeros(()))
-        except StopIteration as done:
-            return done.value
+
+        def answer(measure: Measure) -> Tensor:
+            shares = [
+                measure.tally(one_row_in(measure.sample, vectors), parameters, site)
+                for site, vectors in model
+                if measure.applies(parameters, site)
+            ]
+            return sum(shares[1:], shares[0]) if shares else torch.zeros(())
+
+        return gathered(self.gather(parameters, len(model[0][1])), answer)
 
     @cached_property
     def _takes(self) -> set[str]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -84,7 +83,7 @@ class PrivateRecord(Record):
 
 
 class RenamingRecord(Record):
-    """The rule from reference names to the expert's names (see checkpoints.family.Renaming)."""
+    """The rule from reference names to the expert's names (see checkpoints.naming.Renaming)."""
 
     add: str = ""
     strip: str = ""
@@ -166,11 +165,6 @@ class SharedRecord(Record):
     bytes: int
     tensors: dict[str, tuple[int, ...]] = Field(description="Reference name to its shape")
     counted_bits: int = Field(description="Bits by the papers' rule, of which a task has its share")
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of its tensors, without the header of the file."""
-        return sum(4 * prod(shape) for shape in self.tensors.values())
 
 
 class Manifest(Record):

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from personae._types import Parts, TensorSpec
+from personae._types import Parts, TensorSpec, dtype_name
 from personae._version import __version__
 from personae.packs.fingerprint import sha256_file
 from personae.packs.manifest import (
@@ -238,8 +237,3 @@ def _private_record(tensor: Tensor) -> PrivateRecord:
         dtype=dtype_name(tensor.dtype),
         bytes=tensor.numel() * tensor.itemsize,
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name a dtype goes by in records, such as 'bfloat16'."""
-    return str(dtype).removeprefix("torch.")

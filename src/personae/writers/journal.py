@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from personae._version import __version__
+from personae.errors import OutputError, PersonaeError
 from personae.writers.atomic import output_errors
 
 _FILE = ".journal"
@@ -55,15 +56,20 @@ class Journal:
         with output_errors(self.directory / _FILE):
             os.write(self._file, f"{step}\n".encode())
 
-    def discard(self) -> None:
-        """Remove all that the run wrote, which will not become an output."""
-        _clear(self.directory)
+    def __enter__(self) -> "Journal":
+        """Begin the run."""
+        return self
 
-    def close(self, complete: bool) -> None:
-        """Release the note; a complete run no longer needs it."""
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Release the note, which a complete run no longer needs.
+
+        What a run wrote before it failed stays for the next, unless its inputs are at fault.
+        """
         os.close(self._file)
-        if complete:
+        if error is None:
             (self.directory / _FILE).unlink()
+        elif isinstance(error, PersonaeError) and not isinstance(error, OutputError):
+            _clear(self.directory)
 
 
 def _read(path: Path) -> str:
