@@ -18,7 +18,7 @@ from personae.execute.accounting import (
 )
 from personae.execute.pack import pack
 from personae.execute.plan import plan_shapes
-from personae.execute.scan import TensorFacts
+from personae.execute.scan import TensorScan
 from personae.methods.personalise.dts import DTS
 from personae.recipe import COUNTING, PackSettings
 
@@ -108,7 +108,7 @@ def test_a_pack_fits_its_budget_and_the_next_rank_would_not(tmp_path, counting, 
     if not later:
         assert fraction == 1
         return
-    facts = {n: TensorFacts(True) for n in base}  # no zeros: nothing but the next rank counts
+    facts = {n: TensorScan(True) for n in base}  # no zeros: nothing but the next rank counts
     bits = cost(DTS(rank_fraction=later[0]), specs, facts)
     size = {"counted": bits.counted, "counted_lean": bits.counted_lean}.get(
         counting, bits.stored + 8 * HEADER_BYTES + 8 * 400

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from personae._types import TensorSpec
 from personae.errors import BudgetError, MethodError
-from personae.execute.scan import TensorFacts
+from personae.execute.scan import TensorScan
 from personae.methods import Bits, Codec, Treatment, block_bits
 from personae.packs.manifest import Manifest, TaskRecord
 from personae.recipe import Counting
@@ -61,7 +61,7 @@ def amr_percent(bits: Bits, whole: Denominator, share: Share = _NO_SHARE) -> dic
 
 
 def cost(
-    codec: Codec, specs: Sequence[TensorSpec], facts: Mapping[str, TensorFacts] | None = None
+    codec: Codec, specs: Sequence[TensorSpec], facts: Mapping[str, TensorScan] | None = None
 ) -> Bits:
     """Bits of coding these tensors.
 
@@ -136,7 +136,7 @@ def largest_rank_fraction(
     specs: Iterable[TensorSpec],
     budget: float | int,
     counting: Counting,
-    facts: Mapping[str, TensorFacts] | None = None,
+    facts: Mapping[str, TensorScan] | None = None,
     reserve: int = 0,
 ) -> float:
     """The largest rank fraction whose cost fits a budget (methods.md 6.3).
@@ -234,7 +234,7 @@ def block_shapes(codec: Codec, spec: TensorSpec) -> list[tuple[int, ...]]:
     ]
 
 
-def _stored(codec: Codec, spec: TensorSpec, facts: TensorFacts) -> int:
+def _stored(codec: Codec, spec: TensorSpec, facts: TensorScan) -> int:
     """Bits stored for one tensor, with the masks its zeros need; an upper bound."""
     treatment = codec.treats(spec)
     if not facts.changed or treatment != "code":

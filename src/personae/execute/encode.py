@@ -10,9 +10,9 @@ from torch import Tensor
 
 from personae._types import SVD, Parts, TensorSpec
 from personae.execute import pool
+from personae.execute.codec_looks import Known, encoding_bytes
 from personae.execute.deltas import Deltas
-from personae.execute.scan import TensorFacts
-from personae.execute.statistics import Known, encoding_bytes
+from personae.execute.scan import TensorScan
 from personae.execute.work import Work
 from personae.methods import Block, Codec, Context, Treatment, decode_block, encode_block
 from personae.ops.sums import squared_norm
@@ -22,7 +22,7 @@ from personae.packs.writer import CodedTensor
 def encode_expert(
     deltas: Deltas,
     codecs: Sequence[Codec],
-    facts: Mapping[str, TensorFacts],
+    scan: Mapping[str, TensorScan],
     known: Known,
     work: Work,
 ) -> list[dict[str, CodedTensor]]:
@@ -31,14 +31,14 @@ def encode_expert(
     Args:
         deltas: The expert's deltas.
         codecs: One codec, or several that differ in their `free` parameters alone.
-        facts: What a scan found, by reference name.
+        scan: What a first look found, by reference name.
         known: What is known of the expert beside its deltas.
         work: Workers, memory, the device decompositions run on.
 
     Returns:
         For each codec, reference name to coded tensor, sorted by name.
     """
-    names = [name for name in deltas.alignment.shared if facts[name].changed]
+    names = [name for name in deltas.alignment.shared if scan[name].changed]
     coded: list[dict[str, CodedTensor]] = [{} for _ in codecs]
     results = pool.run(
         names,

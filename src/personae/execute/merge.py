@@ -16,8 +16,8 @@ from personae.checkpoints.vocabulary_files import companions_with
 from personae.errors import CheckpointError, Faults
 from personae.execute import pool
 from personae.execute.family import Family
-from personae.execute.gather import gather_model, gather_tensor
 from personae.execute.merge_card import merge_card
+from personae.execute.merge_looks import gather_model, gather_tensor
 from personae.execute.merge_plan import MergeJob, open_to_merge, plan_job, prepare, settings_for
 from personae.execute.output import check_output
 from personae.execute.pieces import Piece, Unit

@@ -15,8 +15,8 @@ from personae.checkpoints.vocabularies import MergedVocabulary, merge_vocabulari
 from personae.errors import CheckpointError
 from personae.execute import pool
 from personae.execute.family import Family, open_family
-from personae.execute.gather import ParametersOf
 from personae.execute.merge_faults import check_family
+from personae.execute.merge_looks import ParametersOf
 from personae.execute.pieces import Piece, Unit, units
 from personae.execute.stream import Stacks
 from personae.execute.work import Work

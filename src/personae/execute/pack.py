@@ -7,13 +7,13 @@ from typing import Any
 
 from personae.checkpoints.adapter import Adapter
 from personae.errors import CheckpointError, Faults, PackError, RecipeError
+from personae.execute.add_experts import add_experts, codec_for
 from personae.execute.describe import Characteristics, checked
 from personae.execute.family import Family, open_family
 from personae.execute.output import check_output
 from personae.execute.plan import pack_notes, plan_pack
 from personae.execute.reference import check_fingerprint, make_reference, relative_to_merged
 from personae.execute.scan import Scanned
-from personae.execute.tasks import add_experts, codec_for
 from personae.execute.work import Work
 from personae.packs.manifest import Manifest
 from personae.packs.reader import Pack
@@ -108,10 +108,10 @@ def pack_many(
             planned = plan_pack(family, told, workers=work.workers, memory=work.memory)
             require_space(out, planned.bytes_out)
         scanned = Scanned.of(family, work) if family.has_base else Scanned.of_weights(family, work)
-        if first.vector == "task":  # else facts are known only once the reference is there
+        if first.vector == "task":  # else zeros are known only once the reference is there
             for settings in variants.values():
-                for name, facts in scanned.facts.items():
-                    codec_for(settings, family, name, facts)
+                for name, scan in scanned.experts.items():
+                    codec_for(settings, family, name, scan)
         with ExitStack() as stack:
             directories = [
                 stack.enter_context(output_directory(out, overwrite=overwrite, resumable=True))
@@ -182,9 +182,9 @@ def _refuse_taken(pack: Pack, scanned: Scanned) -> None:
     """
     faults = Faults()
     there = {name.lower(): name for name in pack.manifest.tasks}  # file names may ignore case
-    for name, facts in scanned.facts.items():
+    for name, scan in scanned.experts.items():
         taken = there.get(name.lower())
-        if taken and (taken != name or pack.manifest.tasks[taken].fingerprint != facts.fingerprint):
+        if taken and (taken != name or pack.manifest.tasks[taken].fingerprint != scan.fingerprint):
             faults.add(
                 f"{pack.directory} already has a task '{taken}'. Remove it first, or give the new "
                 "one another name."
@@ -252,7 +252,7 @@ def _fill(
 ) -> None:
     """Write the packs into their (partial) directories, going on where a killed run stopped."""
     writers: list[PackWriter] = []
-    experts = {name: facts.fingerprint for name, facts in scanned.facts.items()}
+    experts = {name: scan.fingerprint for name, scan in scanned.experts.items()}
     for directory, setting in zip(directories, settings, strict=True):
         identity = {
             "settings": setting.model_dump(mode="json"),

@@ -21,9 +21,9 @@ from personae.execute.accounting import (
     mask_bytes,
     shared_bytes,
 )
+from personae.execute.codec_looks import sharing_bytes
 from personae.execute.deltas import working_bytes
 from personae.execute.family import Family
-from personae.execute.statistics import sharing_bytes
 from personae.methods import Codec
 from personae.recipe import PackSettings, parse_size
 

@@ -18,7 +18,7 @@ from personae.packs.fingerprint import combine, tensor_digest
 
 
 @dataclass(frozen=True)
-class TensorFacts:
+class TensorScan:
     """What a first look at one delta tells.
 
     Attributes:
@@ -35,7 +35,7 @@ class TensorFacts:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ExpertScan:
     """What a first look at all deltas of one expert tells.
 
     Attributes:
@@ -44,26 +44,26 @@ class Facts:
         fingerprint: Of the expert's own weights.
     """
 
-    tensors: dict[str, TensorFacts]
+    tensors: dict[str, TensorScan]
     differing_buffers: tuple[str, ...]
     fingerprint: str
 
 
 @dataclass
 class _Look:
-    facts: TensorFacts | None = None
+    scan: TensorScan | None = None
     differs: bool = False
     digest: str = ""
     faults: list[str] = field(default_factory=list[str])
 
 
-def scan(deltas: Deltas, work: Work, faults: Faults) -> Facts:
+def scan(deltas: Deltas, work: Work, faults: Faults) -> ExpertScan:
     """Look at every tensor of one expert once: finite? changed? which zeros? which weights?
 
     Faults (NaN or Inf in a weight, an expert equal to the reference) are added to `faults`.
     """
     alignment = deltas.alignment
-    tensors: dict[str, TensorFacts] = {}
+    tensors: dict[str, TensorScan] = {}
     digests: dict[str, str] = {}
     differing: list[str] = []
     taken = alignment.taken
@@ -79,14 +79,14 @@ def scan(deltas: Deltas, work: Work, faults: Faults) -> Facts:
         for fault in seen.faults:
             faults.add(fault)
         name = taken[raw]
-        if name is not None and seen.facts is not None:
-            tensors[name] = seen.facts
+        if name is not None and seen.scan is not None:
+            tensors[name] = seen.scan
         if name is not None and seen.differs:
             differing.append(name)
     of_its_own = alignment.private or alignment.grown or differing
     if not of_its_own and not any(seen.changed for seen in tensors.values()):
         faults.add(_says_equal(deltas, len(tensors)))
-    return Facts(tensors, tuple(sorted(differing)), combine(digests))
+    return ExpertScan(tensors, tuple(sorted(differing)), combine(digests))
 
 
 def _says_equal(deltas: Deltas, count: int) -> str:
@@ -115,20 +115,20 @@ def _look(deltas: Deltas, taken: Mapping[str, str | None], raw_name: str) -> _Lo
         seen.faults = not_finite(f"Expert '{alignment.name}'", raw_name, raw)
         return seen
     if deltas.unchanged(name):
-        seen.facts = TensorFacts(changed=False)
+        seen.scan = TensorScan(changed=False)
         return seen
     seen.faults = not_finite(f"Expert '{alignment.name}'", raw_name, raw)
     delta = deltas.read(name)
     if delta.ndim == 2:
         rows, columns = delta.any(dim=1), delta.any(dim=0)
-        seen.facts = TensorFacts(
+        seen.scan = TensorScan(
             changed=bool(rows.any()),
             zero_rows=int((~rows).sum()),
             zero_columns=int((~columns).sum()),
         )
     else:
         zeros = delta.numel() - int(torch.count_nonzero(delta))
-        seen.facts = TensorFacts(zeros < delta.numel(), zeros=zeros)
+        seen.scan = TensorScan(zeros < delta.numel(), zeros=zeros)
     return seen
 
 
@@ -192,7 +192,7 @@ class Scanned:
     """The reference's fingerprint, and what a first look at each expert told."""
 
     reference: str
-    facts: dict[str, Facts]
+    experts: dict[str, ExpertScan]
 
     @classmethod
     def of(cls, family: Family, work: Work, from_base: bool = True) -> "Scanned":
@@ -203,13 +203,13 @@ class Scanned:
         """
         faults = Faults()
         found = fingerprint(family.base, "The base", work, faults, unchecked=uncoded(family))
-        facts: dict[str, Facts] = {}
+        scans: dict[str, ExpertScan] = {}
         for done, (name, expert) in enumerate(family.experts.items(), 1):
-            facts[name] = scan(Deltas(expert, family.base, from_base), work, faults)
+            scans[name] = scan(Deltas(expert, family.base, from_base), work, faults)
             expert.checkpoint.close()
             work.progress("reading the family", done, len(family.experts))
         faults.raise_if_any(CheckpointError)
-        return cls(found, facts)
+        return cls(found, scans)
 
     @classmethod
     def of_weights(cls, family: Family, work: Work) -> "Scanned":
@@ -219,11 +219,11 @@ class Scanned:
             CheckpointError: naming every weight that is not finite.
         """
         faults = Faults()
-        facts: dict[str, Facts] = {}
+        scans: dict[str, ExpertScan] = {}
         for done, (name, expert) in enumerate(family.experts.items(), 1):
             names = list(expert.taken)
             found = fingerprint(expert.checkpoint, f"Expert '{name}'", work, faults, names=names)
-            facts[name] = Facts({}, (), found)
+            scans[name] = ExpertScan({}, (), found)
             work.progress("reading the family", done, len(family.experts))
         faults.raise_if_any(CheckpointError)
-        return cls("", facts)
+        return cls("", scans)

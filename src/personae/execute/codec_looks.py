@@ -10,7 +10,7 @@ from torch import Tensor
 from personae._types import TensorSpec
 from personae.execute import pool
 from personae.execute.deltas import Deltas, working_bytes
-from personae.execute.scan import Facts as Scan
+from personae.execute.scan import ExpertScan
 from personae.execute.work import Work
 from personae.methods import Codec, Context, Facts, Look, Site, look
 from personae.packs.shared_file import SharedFile
@@ -38,7 +38,7 @@ class Known:
         return Context(Site(spec.name, spec.shape), self.task, shared, self.facts)
 
 
-def coded_names(codec: Codec, deltas: Deltas, scan: Scan) -> list[str]:
+def coded_names(codec: Codec, deltas: Deltas, scan: ExpertScan) -> list[str]:
     """Reference names of the tensors that changed and are coded, sorted."""
     return [
         name
@@ -47,7 +47,7 @@ def coded_names(codec: Codec, deltas: Deltas, scan: Scan) -> list[str]:
     ]
 
 
-def gather(codec: Codec, deltas: Deltas, scan: Scan, known: Known, work: Work) -> Facts:
+def gather(codec: Codec, deltas: Deltas, scan: ExpertScan, known: Known, work: Work) -> Facts:
     """Take a codec's looks at one expert."""
     names = coded_names(codec, deltas, scan)
 
@@ -77,7 +77,7 @@ def gather(codec: Codec, deltas: Deltas, scan: Scan, known: Known, work: Work) -
 def write_shared(
     codec: Codec,
     experts: Sequence[Deltas],
-    scans: Mapping[str, Scan],
+    scans: Mapping[str, ExpertScan],
     writer: PackWriter,
     work: Work,
 ) -> None:

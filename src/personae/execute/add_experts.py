@@ -10,12 +10,12 @@ from personae.checkpoints.family import Alignment
 from personae.checkpoints.naming import shown
 from personae.errors import BudgetError
 from personae.execute.accounting import cost, counted_bits, largest_rank_fraction
+from personae.execute.codec_looks import Known, gather, write_shared
 from personae.execute.deltas import Deltas
 from personae.execute.describe import class_names
 from personae.execute.encode import encode_expert
 from personae.execute.family import Family
-from personae.execute.scan import Facts, Scanned
-from personae.execute.statistics import Known, gather, write_shared
+from personae.execute.scan import ExpertScan, Scanned
 from personae.execute.work import Work
 from personae.methods import Codec
 from personae.packs.manifest import RenamingRecord
@@ -59,13 +59,13 @@ def add_experts(
         if name not in due:
             work.note(f"{name}: done by an earlier run")
             continue
-        facts = scanned.facts[name]
-        coding = _Coding(all_deltas[name], facts, known[name], filled, family, work)
+        scan = scanned.experts[name]
+        coding = _Coding(all_deltas[name], scan, known[name], filled, family, work)
         codecs, coded = coding.within_budgets(settings)
         for writer, codec, tensors in zip(writers, codecs, coded, strict=True):
             if name not in writer.manifest.tasks:
                 about = characteristics.get(name) or class_names(expert.checkpoint.companions)
-                _write_task(writer, codec, family, expert, facts, tensors, about)
+                _write_task(writer, codec, family, expert, scan, tensors, about)
                 _note_what_is_not_coded(name, codec, tensors, work)
         expert.checkpoint.close()
 
@@ -81,7 +81,7 @@ def _know(
     """What the codec has to know of each expert that is due; what is shared is written first."""
     codec, writer = settings[0].codec(), writers[0]
     if codec.shares and writer.manifest.shared is None:
-        write_shared(codec, list(deltas.values()), scanned.facts, writer, work)
+        write_shared(codec, list(deltas.values()), scanned.experts, writer, work)
     elif codec.shares and due:
         work.note("coded against what the pack's tasks share already, which stays as it is")
     shared = Pack(writer.directory).open_shared() if codec.shares else None
@@ -89,7 +89,7 @@ def _know(
     for name in due:
         own = codec.for_task(name)
         known[name] = Known(name, shared)
-        looked = gather(own, deltas[name], scanned.facts[name], known[name], work)
+        looked = gather(own, deltas[name], scanned.experts[name], known[name], work)
         known[name] = Known(name, shared, looked)
         deltas[name].alignment.checkpoint.close()
     return known
@@ -125,7 +125,7 @@ class _Coding:
     """What coding one expert needs."""
 
     deltas: Deltas
-    facts: Facts
+    scan: ExpertScan
     known: Known
     filled: Mapping[str, Any]
     family: Family
@@ -143,8 +143,8 @@ class _Coding:
         while True:
             # All packs, also where the task is done: the largest rank decides how it is decomposed.
             codecs = [self._codec(*pair) for pair in zip(settings, spare, strict=True)]
-            facts = self.facts.tensors
-            coded = encode_expert(self.deltas, codecs, facts, self.known, self.work)
+            scan = self.scan.tensors
+            coded = encode_expert(self.deltas, codecs, scan, self.known, self.work)
             excess = [self._excess(*three) for three in zip(settings, codecs, coded, strict=True)]
             if all(bits <= room + _SLACK_BITS for bits, room in zip(excess, spare, strict=True)):
                 return codecs, coded
@@ -152,7 +152,7 @@ class _Coding:
 
     def _codec(self, settings: PackSettings, reserve: int) -> Codec:
         task = self.known.task
-        codec = codec_for(settings, self.family, task, self.facts, reserve)
+        codec = codec_for(settings, self.family, task, self.scan, reserve)
         return codec.model_copy(update=dict(self.filled)).for_task(task)
 
     def _excess(
@@ -162,12 +162,12 @@ class _Coding:
         if settings.budget is None:
             return 0
         shared = self.family.shared_specs(self.known.task)
-        foreseen = cost(codec, shared, self.facts.tensors).stored
+        foreseen = cost(codec, shared, self.scan.tensors).stored
         return 8 * sum(tensor.nbytes for tensor in coded.values()) - foreseen
 
 
 def codec_for(
-    settings: PackSettings, family: Family, name: str, facts: Facts, reserve: int = 0
+    settings: PackSettings, family: Family, name: str, scan: ExpertScan, reserve: int = 0
 ) -> Codec:
     """The codec, at the largest rank the budget allows this expert.
 
@@ -183,7 +183,7 @@ def codec_for(
             family.shared_specs(name),
             parse_size(settings.budget, percent=True),
             settings.counting,
-            facts.tensors,
+            scan.tensors,
             reserve=reserve + 8 * _header_bytes(family.experts[name]),
         )
     except BudgetError as error:
@@ -201,7 +201,7 @@ def _write_task(
     codec: Codec,
     family: Family,
     expert: Alignment,
-    facts: Facts,
+    scan: ExpertScan,
     coded: Mapping[str, CodedTensor],
     characteristics: tuple[str, ...],
 ) -> None:
@@ -214,12 +214,12 @@ def _write_task(
     writer.add_task(
         expert.name,
         coded,
-        _private(expert, family, facts),
+        _private(expert, family, scan),
         expert.checkpoint.companions,
         family.base.companions,
         source=expert.checkpoint.source,
         revision=expert.checkpoint.revision,
-        fingerprint=facts.fingerprint,
+        fingerprint=scan.fingerprint,
         parameters=codec.model_dump(mode="json"),
         renaming=RenamingRecord(add=rule.add, strip=rule.strip, plain=tuple(sorted(rule.plain))),
         grown=expert.grown,
@@ -238,7 +238,7 @@ def _write_task(
     )
 
 
-def _private(expert: Alignment, family: Family, facts: Facts) -> dict[str, Tensor]:
+def _private(expert: Alignment, family: Family, scan: ExpertScan) -> dict[str, Tensor]:
     """What is kept whole: private tensors, extra rows of grown ones, buffers with other values."""
     checkpoint = expert.checkpoint
     whole = {name: checkpoint.read(raw) for name, raw in expert.private_files.items()}
@@ -246,6 +246,6 @@ def _private(expert: Alignment, family: Family, facts: Facts) -> dict[str, Tenso
         rows, own = family.base.specs[name].shape[0], expert.spec(name)
         extra = checkpoint.read_rows(expert.files[name], rows, own.shape[0])
         whole[expert.renaming.expert_name(name)] = extra
-    for name in facts.differing_buffers:
+    for name in scan.differing_buffers:
         whole[expert.renaming.expert_name(name)] = checkpoint.read(expert.files[name])
     return whole
