@@ -182,7 +182,7 @@ def test_a_rank_fraction_out_of_range(work, fraction, limit):
         ("--set split=[", "--set: write a number, true, false or a word"),
         ("--vector sideways", "vector = 'sideways'"),
         ("--vector difference --reference tise", "Unknown method 'tise'. Did you mean 'ties'?"),
-        ("--counting bytes", "counting = 'bytes'"),
+        ("--budget 30% --counting bytes", "counting = 'bytes'"),
         ("--device gpu", "Unknown device 'gpu'. Give auto, cpu, cuda or cuda:N."),
         ("--workers 0", "--workers"),
         ("--memory much", "--memory: 'much' is no size"),
@@ -209,8 +209,14 @@ def test_plan_with_a_memory_bound_that_cannot_be(work, command):
         ("unpack gone --task x --out out", "gone is no pack"),
         ("unpack pack --task news --out out --device gpu", "Unknown device 'gpu'"),
         ("unpack pack --task news --out out --device cuda:99", "There is no device 'cuda:99' here"),
-        ("verify pack --device cuda:x", "Unknown device 'cuda:x'. Give auto, cpu, cuda or cuda:N"),
-        ("verify pack --device cuda:99", "There is no device 'cuda:99' here. Give auto or cpu."),
+        (
+            "verify pack --against news=news --device cuda:x",
+            "Unknown device 'cuda:x'. Give auto, cpu, cuda or cuda:N",
+        ),
+        (
+            "verify pack --against news=news --device cuda:99",
+            "There is no device 'cuda:99' here. Give auto or cpu.",
+        ),
         ("pack --base base --expert x=news --out o --device cuda:99", "There is no device"),
         ("unpack pack --task news --out out --shard-size x", "--shard-size: 'x' is no size"),
         ("inspect gone", "gone: no such file or directory"),
@@ -283,7 +289,11 @@ MERGE = "merge_method: ties\nbase_model: base\nmodels: [{model: news}, {model: l
 def test_a_recipe_of_the_other_kind(work):
     (work / "merge.yaml").write_text(MERGE)
     (work / "pack.yaml").write_text("pack_method: dts\nbase_model: base\nmodels: [{model: law}]\n")
-    refused("pack merge.yaml --out out", "merge.yaml merges (merge_method)", "Run personae merge")
+    refused(
+        "pack merge.yaml --out out",
+        "merge.yaml is wrong: line 1: This is a merge",
+        "Run personae merge",
+    )
     refused("merge pack.yaml out", "line 1: This is a pack recipe. Run personae pack")
 
 

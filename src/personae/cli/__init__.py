@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from personae import __version__
 from personae.cli import compose, demo, inspect, merge, methods, pack, plan, unpack, verify
@@ -17,6 +18,13 @@ from personae.errors import PersonaeError
 
 _REFUSED = 2
 _INTERRUPTED = 130
+
+
+class _Command(TyperCommand):
+    """One whose context is what commands annotate; typer's own is of the class above it."""
+
+    context_class = typer.Context
+
 
 app = typer.Typer(
     name="personae",
@@ -104,4 +112,4 @@ for _command in (
     methods.methods,
     demo.demo,
 ):
-    app.command()(_guarded(_command))
+    app.command(cls=_Command)(_guarded(_command))

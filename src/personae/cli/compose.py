@@ -13,8 +13,12 @@ from personae.execute import compose as composing
 from personae.execute.weighting import TEMPERATURE, Weighting, given, weigh, weighable
 from personae.packs.reader import Pack
 
+_OF_LIKE = ("gamma", "temperature", "encoder", "template")
+_OF_WRITING = ("head", "base", "shard_size", "overwrite", "workers", "memory", "device")
+
 
 def compose(
+    context: typer.Context,
     pack: Annotated[Path, typer.Argument(help="The pack's directory.")],
     like: Annotated[
         list[str] | None,
@@ -54,7 +58,7 @@ def compose(
         typer.Option(help="What each text is put into, such as 'a photo of a {}'."),
     ] = None,
     base: options.Base = None,
-    shard_size: Annotated[str, typer.Option(help="Most bytes in one weight file.")] = "5GB",
+    shard_size: options.ShardSize = "5GB",
     overwrite: options.Overwrite = False,
     workers: options.Workers = None,
     memory: options.Memory = None,
@@ -66,25 +70,23 @@ def compose(
     Heads are not part of the sum; --head attaches one.
     """
     shard_bytes = options.bytes_of("--shard-size", shard_size)
-    assert shard_bytes is not None
     if bool(like) == bool(weights):
         raise RecipeError(
             "Say what the task is like (--like TEXT), or give --weights; one of them."
         )
-    if out is None and (head or overwrite):
-        raise RecipeError("Nothing is written without --out, so leave out --head and --overwrite.")
+    options.refuse_unused(
+        context,
+        ("{} belong to --like; with --weights, leave them out.", _OF_LIKE if weights else ()),
+        ("Nothing is written without --out: leave out {}.", _OF_WRITING if out is None else ()),
+    )
     opened = Pack(pack)
-    if like:
-        texts, gamma = texts_from(like, "--like"), gamma or "ratio"
-        weighable(opened, texts, gamma=gamma, temperature=temperature)
-        embed = text_encoder(encoder or "minilm", template=template or "{}")
-        weighting = weigh(opened, texts, embed, gamma=gamma, temperature=temperature)
+    if weights:
+        weighting = given(weights_from(weights), opened.manifest, pack)
     else:
-        _refuse_unused(gamma=gamma, temperature=temperature, encoder=encoder, template=template)
-        weighting = given(weights_from(weights or []), opened.manifest, pack)
+        weighting = _weighting(opened, like or [], gamma or "ratio", temperature, encoder, template)
     written = None
     if out is not None:
-        with console.progress() as progress:
+        with options.working(workers, memory, device) as work:
             written = composing.compose(
                 pack,
                 weighting,
@@ -93,7 +95,7 @@ def compose(
                 head=head,
                 overwrite=overwrite,
                 shard_bytes=shard_bytes,
-                work=options.work_from(workers, memory, progress, device),
+                work=work,
             )
     if json:
         console.facts(weighting.to_json() | {"path": written and str(written)})
@@ -106,15 +108,18 @@ def compose(
         console.out.print(f"composed in {written}", markup=False)
 
 
-def _refuse_unused(**asked: object) -> None:
-    """Options of --like say nothing where weights are given.
-
-    Raises:
-        RecipeError: naming those given.
-    """
-    unused = [f"--{name}" for name, value in asked.items() if value is not None]
-    if unused:
-        raise RecipeError(f"{', '.join(unused)} belong to --like; with --weights, leave them out.")
+def _weighting(
+    pack: Pack,
+    like: list[str],
+    gamma: str,
+    temperature: float | None,
+    encoder: str | None,
+    template: str | None,
+) -> Weighting:
+    texts = texts_from(like, "--like")
+    weighable(pack, texts, gamma=gamma, temperature=temperature)
+    embed = text_encoder(encoder or "minilm", template=template or "{}")
+    return weigh(pack, texts, embed, gamma=gamma, temperature=temperature)
 
 
 def _show(weighting: Weighting) -> None:

@@ -28,8 +28,7 @@ def demo(
     from personae.evaluate import records_to_json
     from personae.report.table import accuracy_size_table
 
-    with console.progress() as progress:
-        work = options.work_from(workers, None, progress, "cpu")
+    with options.working(workers, None) as work:
         records = run_demo(out, console.note, work)
     written = records_to_json(records)
     with atomic_file(out / "results.json") as partial:

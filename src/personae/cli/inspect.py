@@ -16,8 +16,18 @@ from personae.methods.analyses import ANALYSES, headline
 from personae.recipe import read_merge_recipe, read_recipe, recipe_kind
 from personae.report import plots
 
+_OF_ANALYSES = (
+    "{} go with --analysis. To list tensors: --tensors.",
+    ("tensor", "set_", "plot", "workers", "memory"),
+)
+_NOT_OF_ANALYSES = (
+    "--analysis measures a family: leave out {}. To choose layers: --tensor PATTERN.",
+    ("tensors",),
+)
+
 
 def inspect(
+    context: typer.Context,
     path: Annotated[
         str,
         typer.Argument(help="A pack, checkpoint directory, file or hub id; a recipe to analyse."),
@@ -53,16 +63,12 @@ def inspect(
             if is_recipe
             else f"--analysis takes a merge or pack recipe (.yaml), not {path}."
         )
+    options.refuse_unused(context, _OF_ANALYSES if analysis is None else _NOT_OF_ANALYSES)
     if analysis is not None:
         _analyse(
             Path(path), analysis, tensor, options.values(set_, "--set"), plot, workers, memory, json
         )
         return
-    if tensor or set_ or plot or workers or memory:
-        raise RecipeError(
-            "--tensor, --set, --plot, --workers and --memory go with --analysis. "
-            "To list tensors: --tensors."
-        )
     swept = sorted(found.parent for found in Path(path).glob("*/pack.json"))
     if swept and not (Path(path) / "pack.json").exists():  # what a sweep of ranks has left
         raise RecipeError(
@@ -90,7 +96,7 @@ def _analyse(
     if plot is not None:
         plots.check(plot)
     recipe = read_merge_recipe(path) if recipe_kind(path) == "merge" else read_recipe(path)
-    with console.progress() as progress:
+    with options.working(workers, memory) as work:
         found = analyse(
             recipe.base,
             recipe.experts,
@@ -98,7 +104,7 @@ def _analyse(
             tensors=tensors or (),
             parameters=parameters,
             skip=recipe.settings.skip,
-            work=options.work_from(workers, memory, progress, "cpu"),
+            work=work,
         )
     if plot is not None:
         left_out = plots.draw(found, plot)

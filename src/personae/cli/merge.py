@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from personae.cli import console, options
-from personae.execute.merge import SHARD_BYTES
 from personae.execute.merge import merge as run_merge
 from personae.recipe import read_merge_recipe
 
@@ -15,10 +14,7 @@ def merge(
     recipe: Annotated[Path, typer.Argument(help="A merge recipe (YAML, mergekit's shape).")],
     out: Annotated[Path, typer.Argument(help="Directory of the merged checkpoint.")],
     overwrite: options.Overwrite = False,
-    shard_size: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Most bytes in one weight file; by default 5GB."),
-    ] = None,
+    shard_size: options.ShardSize = "5GB",
     workers: options.Workers = None,
     memory: options.Memory = None,
     device: options.Device = "cpu",
@@ -28,9 +24,8 @@ def merge(
     read = read_merge_recipe(recipe)
     for text in read.notes:
         console.note(text)
-    shard_bytes = options.bytes_of("--shard-size", shard_size) or SHARD_BYTES
-    with console.progress() as progress:
-        work = options.work_from(workers, memory, progress, device)
+    shard_bytes = options.bytes_of("--shard-size", shard_size)
+    with options.working(workers, memory, device) as work:
         written = run_merge(
             read.base,
             read.experts,

@@ -1,5 +1,7 @@
-"""Options that several commands share, and how their texts become settings."""
+"""Options that several commands share, how their texts become settings, which go together."""
 
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,11 +10,21 @@ import yaml
 
 from personae.cli import console
 from personae.errors import Faults, RecipeError
-from personae.execute.work import Progress, Work
-from personae.recipe import PackRecipe, PackSettings, parse_size, read_recipe, settings_from
+from personae.execute.work import Work
+from personae.recipe import (
+    COUNTING,
+    PackRecipe,
+    PackSettings,
+    parse_size,
+    read_recipe,
+    settings_from,
+)
 
 Base = Annotated[
-    str | None, typer.Option("--base", "-b", help="The base: a path or a hub id (org/name@rev).")
+    str | None,
+    typer.Option(
+        "--base", "-b", metavar="PATH", help="The base: a path or a hub id (org/name@rev)."
+    ),
 ]
 Experts = Annotated[
     list[str] | None,
@@ -20,6 +32,47 @@ Experts = Annotated[
         "--expert", "-e", metavar="NAME=PATH", help="An expert (path or hub id); repeat for each."
     ),
 ]
+Method = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Codec; see 'personae methods'.", show_default="dts"),
+]
+Counting = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RULE",
+        help=f"Rule of a budget: {', '.join(COUNTING)}.",
+        show_default="on_disk_native",
+    ),
+]
+Vector = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND",
+        help="task (from the base) or difference (from a merged model).",
+        show_default="task",
+    ),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Merge method of a difference pack.", show_default="average"),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the codec; repeatable."),
+]
+ReferenceSet = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="A parameter of the merge method; repeatable."),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Tensors to leave out; repeatable."),
+]
+Private = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Tensors to keep whole; repeatable."),
+]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes in one weight file.")]
 Workers = Annotated[
     int | None,
     typer.Option("--workers", min=1, help="Tensors worked on at once; by default one a core."),
@@ -30,33 +83,113 @@ Memory = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        "--device", help="auto, cpu or cuda[:i]; a GPU's results may differ in the last bits."
+        "--device",
+        metavar="NAME",
+        help="auto, cpu or cuda[:i]; a GPU's results may differ in the last bits.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
+CODING = (
+    "method",
+    "rank_fraction",
+    "budget",
+    "counting",
+    "vector",
+    "reference",
+    "set_",
+    "reference_set",
+    "skip",
+    "private",
+)
+"""Parameters of `pack` and `plan` that say how a family is coded."""
 
-def work_from(workers: int | None, memory: str | None, progress: Progress, device: str) -> Work:
-    """How to work, from options.
+Case = tuple[str, Collection[str]]
+"""Why options would do nothing, with {} where they are named; and their parameters."""
+
+
+def refuse_unused(context: typer.Context, *cases: Case) -> None:
+    """Refuse options that were given and would do nothing, all of them at once.
+
+    Args:
+        context: Of the command that runs.
+        cases: What would do nothing in this run, and why.
+
+    Raises:
+        RecipeError: naming every such option.
+    """
+    spelt = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    faults = Faults()
+    for why, unused in cases:
+        assert spelt.keys() >= set(unused)
+        given = [spelt[name] for name in unused if _is_given(context, name)]
+        if given:
+            words = [word if word.startswith("-") else f"the {word}" for word in given]
+            faults.add(why.format(", ".join(words)))
+    faults.raise_if_any(RecipeError)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter is on the command line, be it with its default value."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def unused_coding(parameters: Mapping[str, Any], budgeted: bool) -> tuple[Case, Case]:
+    """Cases of `refuse_unused` that `pack` and `plan` share.
+
+    Args:
+        parameters: Those that --set gives.
+        budgeted: Whether there is a budget.
+    """
+    twice = "rank_fraction" in parameters
+    return (
+        (
+            "{} is the rule of a budget: give --budget, or leave it out.",
+            () if budgeted else ("counting",),
+        ),
+        (
+            "{} and --set rank_fraction=… say the same: give one of them.",
+            ("rank_fraction",) if twice else (),
+        ),
+    )
+
+
+@contextmanager
+def working(workers: int | None, memory: str | None, device: str = "cpu") -> Generator[Work]:
+    """Yield how to work, with progress shown meanwhile.
 
     Raises:
         RecipeError: if the memory bound is no size, or the device is not here.
     """
-    bound = bytes_of("--memory", memory)
-    work = Work(workers=workers, memory=bound, device=device, progress=progress, note=console.note)
-    assert work.torch_device
-    return work
+    with console.progress() as progress:
+        work = Work(
+            workers=workers,
+            memory=memory_from(memory),
+            device=device,
+            progress=progress,
+            note=console.note,
+        )
+        assert work.torch_device
+        yield work
 
 
-def bytes_of(option: str, size: str | None) -> int | None:
+def memory_from(memory: str | None) -> int | None:
+    """The memory bound in bytes, if there is one.
+
+    Raises:
+        RecipeError: if it is no size.
+    """
+    return None if memory is None else bytes_of("--memory", memory)
+
+
+def bytes_of(option: str, size: str) -> int:
     """A size such as 2GiB in bytes.
 
     Raises:
         RecipeError: if the text is no size.
     """
-    if size is None:
-        return None
     try:
         return int(parse_size(size))
     except ValueError as error:
@@ -95,26 +228,32 @@ def values(pairs: list[str] | None, option: str) -> dict[str, Any]:
         raise RecipeError(f"{option}: write a number, true, false or a word: {error}") from error
 
 
-def gather_recipe(
-    recipe: Path | None, base: str | None, experts: list[str] | None, options: dict[str, Any]
+def recipe_from(recipe: Path | None) -> PackRecipe:
+    """The pack recipe of a file; without one, a recipe that says nothing yet.
+
+    Raises:
+        RecipeError: for a bad recipe.
+    """
+    if recipe is None:
+        return PackRecipe(base=None, experts={}, settings=PackSettings())
+    return read_recipe(recipe)
+
+
+def overridden(
+    read: PackRecipe, base: str | None, experts: list[str] | None, asked: dict[str, Any]
 ) -> PackRecipe:
     """What to pack: the recipe, with whatever the options say on top of it.
 
     Args:
-        recipe: A YAML file, or None.
+        read: The recipe.
         base: Replaces the recipe's base.
         experts: `NAME=PATH` texts; replace the recipe's experts.
-        options: Settings; those that are None leave the recipe's.
+        asked: Settings; those that are None or empty leave the recipe's.
 
     Raises:
-        RecipeError: for a bad recipe or option.
+        RecipeError: for a bad option.
     """
-    read = (
-        read_recipe(recipe)
-        if recipe
-        else PackRecipe(base=None, experts={}, settings=PackSettings())
-    )
-    given = {key: value for key, value in options.items() if value not in (None, {}, [])}
+    given = {key: value for key, value in asked.items() if value not in (None, {}, [])}
     if "parameters" in given:
         given["parameters"] = {**read.settings.parameters, **given["parameters"]}
     merged = read.settings.model_dump() | given

@@ -12,50 +12,55 @@ from personae.errors import RecipeError
 from personae.execute.describe import describe as describe_tasks
 from personae.execute.inspect import inspect_pack
 from personae.execute.pack import add_tasks, pack_many, remove_task
+from personae.execute.work import Work
 from personae.packs.reader import Pack
 from personae.recipe import PackRecipe, PackSettings, settings_from
 
+_WORK = ("workers", "memory", "device")
+_PACKING = ("recipe", "base", "experts", *options.CODING, "overwrite", *_WORK)
+_BESIDE_REMOVE = (
+    "--remove takes --out alone: leave out {}, or give that to another command.",
+    ("add", "describe", *_PACKING),
+)
+_BESIDE_DESCRIBE = (
+    "--describe without an expert describes tasks that are in the pack: leave out {}. To pack, "
+    "give --expert NAME=PATH.",
+    _PACKING,
+)
+_BESIDE_ADD = (
+    "--add takes codec, ranks and reference from the pack, and replaces nothing: leave out {}. "
+    "It needs --expert, --out and, if the reference has moved, --base.",
+    ("recipe", *options.CODING, "overwrite"),
+)
+
 
 def pack(
+    context: typer.Context,
     recipe: Annotated[Path | None, typer.Argument(help="A recipe; options override it.")] = None,
     base: options.Base = None,
     experts: options.Experts = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The pack's directory.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="Codec; see 'personae methods'.", show_default="dts")
-    ] = None,
+    method: options.Method = None,
     rank_fraction: Annotated[
         list[float] | None,
-        typer.Option("--rank-fraction", "-r", help="Singular directions kept; repeat for a sweep."),
+        typer.Option(
+            "--rank-fraction",
+            "-r",
+            metavar="FRACTION",
+            help="Singular directions kept; repeat for a sweep.",
+        ),
     ] = None,
     budget: Annotated[
         list[str] | None,
-        typer.Option("--budget", help="Size a task may cost: 1% or 900KB; repeat for a sweep."),
+        typer.Option(metavar="SIZE", help="What a task may cost: 1% or 900KB; repeat for a sweep."),
     ] = None,
-    counting: Annotated[
-        str | None,
-        typer.Option(help="Rule of a budget: counted, counted_lean, on_disk_fp32, on_disk_native."),
-    ] = None,
-    vector: Annotated[
-        str | None, typer.Option(help="task (from the base) or difference (from a merged model).")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Merge method of a difference pack.", show_default="average")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the codec; repeatable."),
-    ] = None,
-    reference_set: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="A parameter of the merge method; repeatable."),
-    ] = None,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Pattern of tensors to leave out; repeatable.")
-    ] = None,
-    private: Annotated[
-        list[str] | None, typer.Option(help="Pattern of tensors to keep whole; repeatable.")
-    ] = None,
+    counting: options.Counting = None,
+    vector: options.Vector = None,
+    reference: options.Reference = None,
+    set_: options.Set = None,
+    reference_set: options.ReferenceSet = None,
+    skip: options.Skip = None,
+    private: options.Private = None,
     describe: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,7 +74,8 @@ def pack(
         bool, typer.Option("--add", help="Add the experts to the pack in --out.")
     ] = False,
     remove: Annotated[
-        list[str] | None, typer.Option(help="Remove a task from the pack in --out; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Remove a task from the pack in --out; repeatable."),
     ] = None,
     overwrite: options.Overwrite = False,
     workers: options.Workers = None,
@@ -79,63 +85,64 @@ def pack(
 ) -> None:
     """Pack experts fine-tuned from one base: a small file each, from which each is rebuilt.
 
-    Several --rank-fraction or --budget share one decomposition; each gets a pack of its own
-    below --out.
+    Several --rank-fraction or --budget share one decomposition; each gets a pack below --out.
     """
     if out is None:
         raise RecipeError("Say where the pack goes: --out DIR.")
-    about = described(describe or [])
     if remove:
-        if experts or base or recipe or add or about:
-            raise RecipeError("--remove takes --out alone. Add and remove in two commands.")
-        _remove(out, remove, json)
-        return
-    asked: dict[str, Any] = {
-        "method": method,
-        "counting": counting,
-        "vector": vector,
-        "reference": reference,
-        "parameters": options.values(set_, "--set"),
-        "reference_parameters": options.values(reference_set, "--reference-set"),
-        "skip": skip,
-        "private": private,
-    }
-    if budget and "rank_fraction" in asked["parameters"]:
-        raise RecipeError("A budget sets the rank: give budget or rank_fraction, not both.")
-    if about and not (experts or recipe or add):
-        if base or overwrite or rank_fraction or budget or any(asked.values()):
-            raise RecipeError(
-                "--describe without an expert describes tasks that are in the pack: give --out "
-                "alone beside it. To pack, give --expert NAME=PATH."
-            )
-        _show([describe_tasks(out, about)], json)
-        return
-    gathered = options.gather_recipe(recipe, base, experts, asked)
-    with console.progress() as progress:
-        work = options.work_from(workers, memory, progress, device)
-        if add:
-            _refuse_settings(asked, rank_fraction, budget, recipe)
-            packs = [
-                add_tasks(
-                    out, gathered.experts, base=gathered.base, characteristics=about, work=work
-                )
-            ]
-        else:
-            if gathered.base is None and gathered.settings.vector == "task":
-                raise RecipeError(
-                    "Say what the experts were fine-tuned from: --base PATH. Without it there are "
-                    "difference vectors, from the experts' average: --vector difference."
-                )
-            outs = _variants(out, gathered, rank_fraction or [], budget or [])
-            packs = pack_many(
-                gathered.base,
-                gathered.experts,
-                outs,
-                characteristics=gathered.characteristics | about,
-                overwrite=overwrite,
-                work=work,
-            )
+        options.refuse_unused(context, _BESIDE_REMOVE)
+        packs = [_remove(out, remove)]
+    elif describe and not (experts or recipe or add):
+        options.refuse_unused(context, _BESIDE_DESCRIBE)
+        packs = [describe_tasks(out, described(describe))]
+    elif add:
+        options.refuse_unused(context, _BESIDE_ADD)
+        about, added = described(describe or []), options.named(experts, "--expert")
+        with options.working(workers, memory, device) as work:
+            packs = [add_tasks(out, added, base=base, characteristics=about, work=work)]
+    else:
+        about, read = described(describe or []), options.recipe_from(recipe)
+        asked: dict[str, Any] = {
+            "method": method,
+            "counting": counting,
+            "vector": vector,
+            "reference": reference,
+            "parameters": options.values(set_, "--set"),
+            "reference_parameters": options.values(reference_set, "--reference-set"),
+            "skip": skip,
+            "private": private,
+        }
+        if budget and "rank_fraction" in asked["parameters"]:
+            raise RecipeError("A budget sets the rank: give budget or rank_fraction, not both.")
+        budgeted = bool(budget or (read.settings.budget and not rank_fraction))
+        options.refuse_unused(context, *options.unused_coding(asked["parameters"], budgeted))
+        gathered = options.overridden(read, base, experts, asked)
+        outs = _variants(out, gathered, rank_fraction or [], budget or [])
+        with options.working(workers, memory, device) as work:
+            packs = _make(gathered, outs, about, overwrite, work)
     _show(packs, json)
+
+
+def _make(
+    recipe: PackRecipe,
+    outs: dict[str | Path, PackSettings],
+    about: dict[str, tuple[str, ...]],
+    overwrite: bool,
+    work: Work,
+) -> list[Pack]:
+    if recipe.base is None and recipe.settings.vector == "task":
+        raise RecipeError(
+            "Say what the experts were fine-tuned from: --base PATH. Without it there are "
+            "difference vectors, from the experts' average: --vector difference."
+        )
+    return pack_many(
+        recipe.base,
+        recipe.experts,
+        outs,
+        characteristics=recipe.characteristics | about,
+        overwrite=overwrite,
+        work=work,
+    )
 
 
 def _variants(
@@ -157,27 +164,13 @@ def _variants(
     return {out: next(iter(chosen.values()), settings)}
 
 
-def _refuse_settings(asked: dict[str, Any], *more: object) -> None:
-    """An existing pack keeps its codec, ranks and reference.
-
-    Raises:
-        RecipeError: if options would change them.
-    """
-    given = [key for key, value in asked.items() if value not in (None, {}, [])]
-    if given or any(more):
-        raise RecipeError(
-            "--add takes codec, ranks and reference from the pack: give --expert, --out and, if "
-            f"the reference has moved, --base. Also given: {', '.join(given) or 'ranks or recipe'}."
-        )
-
-
-def _remove(out: Path, names: list[str], json: bool) -> None:
+def _remove(out: Path, names: list[str]) -> Pack:
     opened = Pack(out)
     for name in names:
         opened.task(name)
     for name in names:
         opened = remove_task(out, name)
-    _show([opened], json)
+    return opened
 
 
 def _show(packs: list[Pack], json: bool) -> None:

@@ -14,79 +14,76 @@ from personae.execute.family import open_family
 from personae.execute.merge_plan import plan_merge
 from personae.execute.plan import PackPlan, ShapesPlan, plan_pack, plan_shapes, specs_of_shapes
 from personae.execute.work import Work
-from personae.recipe import PackRecipe, read_merge_recipe, recipe_kind
+from personae.recipe import PackRecipe, PackSettings, read_merge_recipe, recipe_kind
+
+_NOT_OF_MERGES = (
+    "{} plan a pack, and this is a merge recipe. Leave them out, and say in the recipe what is "
+    "merged and how.",
+    ("base", "experts", "architecture", "model_class", "shapes", "tasks", *options.CODING),
+)
+_OF_ARCHITECTURES = ("{} goes with --architecture.", ("model_class",))
+_OF_SHAPES = ("{} goes with --architecture or --shapes; experts are counted.", ("tasks",))
+_NOT_OF_SHAPES = (
+    "--architecture and --shapes plan without checkpoints: leave out {}.",
+    ("recipe", "base", "experts", "vector", "reference", "reference_set", "workers", "memory"),
+)
 
 
 def plan(
+    context: typer.Context,
     recipe: Annotated[Path | None, typer.Argument(help="A merge or pack recipe.")] = None,
     base: options.Base = None,
     experts: options.Experts = None,
     architecture: Annotated[
-        Path | None, typer.Option(help="A config.json; no weights needed.")
+        Path | None, typer.Option(metavar="FILE", help="A config.json; no weights needed.")
     ] = None,
     model_class: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME",
             help="With --architecture: the class built; AutoModel has no head.",
             show_default="AutoModel",
         ),
     ] = None,
-    shapes: Annotated[Path | None, typer.Option(help="A JSON file: tensor name to shape.")] = None,
+    shapes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A JSON file: tensor name to shape.")
+    ] = None,
     tasks: Annotated[
         int | None,
         typer.Option(min=1, help="With --architecture or --shapes: number of tasks."),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Codec.", show_default="dts")] = None,
+    method: options.Method = None,
     rank_fraction: Annotated[
-        float | None, typer.Option("--rank-fraction", "-r", help="Singular directions kept.")
+        float | None,
+        typer.Option("--rank-fraction", "-r", metavar="FRACTION", help="Singular directions kept."),
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="Size a task may cost: 1% or 900KB.")] = None,
-    counting: Annotated[str | None, typer.Option(help="Rule a budget is counted by.")] = None,
-    vector: Annotated[str | None, typer.Option(help="task or difference.")] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Merge method of a difference pack.", show_default="average")
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What a task may cost: 1% or 900KB.")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the codec; repeatable."),
-    ] = None,
-    reference_set: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="A parameter of the merge method; repeatable."),
-    ] = None,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Pattern of tensors to leave out; repeatable.")
-    ] = None,
-    private: Annotated[
-        list[str] | None, typer.Option(help="Pattern of tensors to keep whole; repeatable.")
-    ] = None,
+    counting: options.Counting = None,
+    vector: options.Vector = None,
+    reference: options.Reference = None,
+    set_: options.Set = None,
+    reference_set: options.ReferenceSet = None,
+    skip: options.Skip = None,
+    private: options.Private = None,
     workers: options.Workers = None,
     memory: options.Memory = None,
     json: options.Json = False,
 ) -> None:
     """Plan a merge or a pack without reading a weight: faults, bytes, memory, ranks, AMR."""
     if recipe is not None and recipe_kind(recipe) == "merge":
-        _refuse_for_merges(
-            base=base,
-            expert=experts,
-            architecture=architecture,
-            model_class=model_class,
-            shapes=shapes,
-            tasks=tasks,
-            method=method,
-            rank_fraction=rank_fraction,
-            budget=budget,
-            counting=counting,
-            vector=vector,
-            reference=reference,
-            set=set_,
-            reference_set=reference_set,
-            skip=skip,
-            private=private,
-        )
+        options.refuse_unused(context, _NOT_OF_MERGES)
         _plan_merge(recipe, workers, memory, json)
         return
-    parameters = options.values(set_, "--set")
+    read, parameters = options.recipe_from(recipe), options.values(set_, "--set")
+    shaped = bool(architecture or shapes)
+    options.refuse_unused(
+        context,
+        *([] if architecture else [_OF_ARCHITECTURES]),
+        _NOT_OF_SHAPES if shaped else _OF_SHAPES,
+        *options.unused_coding(parameters, bool(budget or read.settings.budget)),
+    )
     if rank_fraction is not None and budget is not None:
         raise RecipeError("A budget sets the rank: give --budget or --rank-fraction, not both.")
     if rank_fraction is not None:
@@ -102,29 +99,11 @@ def plan(
         "skip": skip,
         "private": private,
     }
-    gathered = options.gather_recipe(recipe, base, experts, asked)
-    if model_class is not None and not architecture:
-        raise RecipeError("--model-class goes with --architecture.")
-    if architecture or shapes:
-        _plan_shapes(architecture, shapes, model_class, tasks, gathered, json)
-    elif tasks is not None:
-        raise RecipeError("--tasks goes with --architecture or --shapes; experts are counted.")
+    gathered = options.overridden(read, base, experts, asked)
+    if shaped:
+        _plan_shapes(architecture, shapes, model_class, tasks, gathered.settings, json)
     else:
         _plan_pack(gathered, workers, memory, json)
-
-
-def _refuse_for_merges(**asked: object) -> None:
-    """A merge recipe says all of a merge: options of packs would do nothing.
-
-    Raises:
-        RecipeError: naming those given.
-    """
-    given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value is not None]
-    if given:
-        raise RecipeError(
-            f"{', '.join(given)} plan a pack, and this is a merge recipe. Leave them out, and say "
-            "in the recipe what is merged and how."
-        )
 
 
 def _plan_shapes(
@@ -132,20 +111,18 @@ def _plan_shapes(
     shapes: Path | None,
     model_class: str | None,
     tasks: int | None,
-    recipe: PackRecipe,
+    settings: PackSettings,
     json: bool,
 ) -> None:
     if architecture and shapes:
         raise RecipeError("Give --architecture or --shapes, not both.")
-    if recipe.experts or recipe.base:
-        raise RecipeError("--architecture and --shapes plan without checkpoints: leave out --base.")
-    skip = (*recipe.settings.skip, *recipe.settings.private)  # neither is coded
+    skip = (*settings.skip, *settings.private)  # neither is coded
     if architecture:
         specs = specs_of_architecture(architecture, model_class or "AutoModel", skip)
     else:
         assert shapes is not None
         specs = specs_of_shapes(_read_shapes(shapes), skip)
-    planned = plan_shapes(specs, recipe.settings, tasks)
+    planned = plan_shapes(specs, settings, tasks)
     if json:
         console.facts(asdict(planned))
         return
@@ -165,7 +142,7 @@ def _plan_pack(recipe: PackRecipe, workers: int | None, memory: str | None, json
             "or --shapes FILE.json."
         )
     settings = recipe.settings
-    bound = options.bytes_of("--memory", memory)
+    bound = options.memory_from(memory)
     with open_family(
         recipe.base, recipe.experts, skip=settings.skip, private=settings.private
     ) as family:
@@ -178,7 +155,7 @@ def _plan_pack(recipe: PackRecipe, workers: int | None, memory: str | None, json
 
 def _plan_merge(recipe: Path, workers: int | None, memory: str | None, json: bool) -> None:
     read = read_merge_recipe(recipe)
-    work = Work(workers=workers, memory=options.bytes_of("--memory", memory))
+    work = Work(workers=workers, memory=options.memory_from(memory))
     planned = plan_merge(read.base, read.experts, read.settings, work)
     if json:
         console.facts(planned.to_json())

@@ -14,7 +14,7 @@ def unpack(
     task: Annotated[str, typer.Option("--task", "-t", help="Which expert to rebuild.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.")],
     base: options.Base = None,
-    shard_size: Annotated[str, typer.Option(help="Most bytes in one weight file.")] = "5GB",
+    shard_size: options.ShardSize = "5GB",
     overwrite: options.Overwrite = False,
     workers: options.Workers = None,
     memory: options.Memory = None,
@@ -23,8 +23,7 @@ def unpack(
 ) -> None:
     """Rebuild one expert as a checkpoint directory that transformers loads."""
     shard_bytes = options.bytes_of("--shard-size", shard_size)
-    assert shard_bytes is not None
-    with console.progress() as progress:
+    with options.working(workers, memory, device) as work:
         written = rebuilding.unpack(
             pack,
             task,
@@ -32,7 +31,7 @@ def unpack(
             base=base,
             overwrite=overwrite,
             shard_bytes=shard_bytes,
-            work=options.work_from(workers, memory, progress, device),
+            work=work,
         )
     if json:
         console.facts({"task": task, "path": str(written)})

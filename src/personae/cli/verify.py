@@ -9,8 +9,11 @@ import typer
 from personae.cli import console, options
 from personae.execute import verify as verification
 
+_OF_REBUILDING = ("device",)
+
 
 def verify(
+    context: typer.Context,
     pack: Annotated[Path, typer.Argument(help="The pack's directory.")],
     against: Annotated[
         list[str] | None,
@@ -23,12 +26,14 @@ def verify(
     json: options.Json = False,
 ) -> None:
     """Check a pack's checksums and, given originals, what is rebuilt against them."""
-    with console.progress() as progress:
+    unused = () if against else _OF_REBUILDING
+    options.refuse_unused(context, ("Nothing is rebuilt without --against: leave out {}.", unused))
+    with options.working(workers, memory, device) as work:
         verified = verification.verify(
             pack,
             against=options.named(against, "--against"),
             base=base,
-            work=options.work_from(workers, memory, progress, device),
+            work=work,
         )
     if json:
         console.facts({name: asdict(found) for name, found in verified.items()})
