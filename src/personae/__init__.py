@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from personae.execute.merge import merge
     from personae.execute.merge_plan import plan_merge
     from personae.execute.pack import add_tasks, pack, pack_many, remove_task
-    from personae.execute.plan import plan_pack, plan_shapes
+    from personae.execute.pack_plan import plan_pack, plan_shapes
     from personae.execute.unpack import unpack
     from personae.execute.verify import verify
     from personae.execute.weighting import Weighting, weigh
@@ -44,8 +44,8 @@ _HOMES = {
     "pack": "execute.pack",
     "pack_many": "execute.pack",
     "plan_merge": "execute.merge_plan",
-    "plan_pack": "execute.plan",
-    "plan_shapes": "execute.plan",
+    "plan_pack": "execute.pack_plan",
+    "plan_shapes": "execute.pack_plan",
     "remove_task": "execute.pack",
     "text_encoder": "encoders",
     "unpack": "execute.unpack",

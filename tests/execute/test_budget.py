@@ -17,7 +17,7 @@ from personae.execute.accounting import (
     task_amr_percent,
 )
 from personae.execute.pack import pack
-from personae.execute.plan import plan_shapes
+from personae.execute.pack_plan import plan_shapes
 from personae.execute.scan import TensorScan
 from personae.methods.personalise.dts import DTS
 from personae.recipe import COUNTING, PackSettings

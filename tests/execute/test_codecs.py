@@ -188,11 +188,9 @@ def load_shared(directory: Path) -> State:
 
 @each
 def test_measured_bytes_are_those_recorded_and_no_more_than_planned(settings, tmp_path):
-    from personae.execute.family import open_family
-    from personae.execute.plan import plan_pack
+    from personae.execute.pack_plan import plan_pack
 
-    with open_family(BASE, EXPERTS) as family:
-        planned = plan_pack(family, settings)
+    planned = plan_pack(BASE, EXPERTS, settings)
     made = pack(BASE, EXPERTS, tmp_path / "p", settings=settings)
     for name, record in made.manifest.tasks.items():
         raw = (tmp_path / "p" / record.file).read_bytes()

@@ -5,9 +5,8 @@ import torch
 
 from families import State, saved, small_base, tuned
 from personae.errors import CheckpointError, RecipeError
-from personae.execute.family import open_family
 from personae.execute.pack import add_tasks, pack
-from personae.execute.plan import plan_pack
+from personae.execute.pack_plan import plan_pack
 from personae.execute.unpack import unpack
 from personae.execute.verify import verify
 from personae.methods import CODECS
@@ -91,10 +90,8 @@ def test_one_expert_is_its_own_average(tmp_path):
 def test_a_codec_that_loses_its_point_there_says_so(method, names, told):
     experts = {name: EXPERTS[name] for name in names}
     settings = PackSettings(method=method, vector="difference")
-    with open_family(None, experts) as family:
-        notes = "".join(plan_pack(family, settings).notes)
-    with open_family(BASE, experts) as family:
-        against_ties = plan_pack(family, settings.model_copy(update={"reference": "ties"})).notes
+    notes = "".join(plan_pack(None, experts, settings).notes)
+    against_ties = plan_pack(BASE, experts, settings.model_copy(update={"reference": "ties"})).notes
     assert told in notes
     assert ("keeps" in notes) == bool(told)
     assert not any("keeps" in note for note in against_ties)
@@ -124,8 +121,7 @@ def test_a_task_is_added_to_such_a_pack(tmp_path):
 
 def test_directories_and_a_plan(tmp_path):
     sources = {n: str(saved(e, tmp_path / n, f'{{"of": "{n}"}}')) for n, e in EXPERTS.items()}
-    with open_family(None, sources) as family:
-        planned = plan_pack(family, DIFFERENCE)
+    planned = plan_pack(None, sources, DIFFERENCE)
     pack(None, sources, tmp_path / "p", settings=DIFFERENCE)
     files = [path for path in (tmp_path / "p").rglob("*.safetensors")]
     assert sum(path.stat().st_size for path in files) <= planned.bytes_out

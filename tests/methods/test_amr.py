@@ -13,7 +13,8 @@ import torch
 
 from personae._types import TensorSpec
 from personae.errors import RecipeError
-from personae.execute.plan import plan_shapes, specs_of_shapes
+from personae.execute.architecture import specs_of_shapes
+from personae.execute.pack_plan import plan_shapes
 from personae.methods import Codec
 from personae.methods.personalise.delta_come import DeltaCoMe
 from personae.methods.personalise.dts import DTS

@@ -9,10 +9,9 @@ import typer
 
 from personae.cli import console, options
 from personae.errors import RecipeError
-from personae.execute.architecture import specs_of_architecture
-from personae.execute.family import open_family
+from personae.execute.architecture import specs_of_architecture, specs_of_shapes
 from personae.execute.merge_plan import plan_merge
-from personae.execute.plan import PackPlan, ShapesPlan, plan_pack, plan_shapes, specs_of_shapes
+from personae.execute.pack_plan import PackPlan, ShapesPlan, plan_pack, plan_shapes
 from personae.execute.work import Work
 from personae.recipe import PackRecipe, PackSettings, read_merge_recipe, recipe_kind
 
@@ -141,12 +140,8 @@ def _plan_pack(recipe: PackRecipe, workers: int | None, memory: str | None, json
             "difference), a recipe, --architecture CONFIG.json "
             "or --shapes FILE.json."
         )
-    settings = recipe.settings
-    bound = options.memory_from(memory)
-    with open_family(
-        recipe.base, recipe.experts, skip=settings.skip, private=settings.private
-    ) as family:
-        planned = plan_pack(family, settings, workers=workers, memory=bound)
+    work = Work(workers=workers, memory=options.memory_from(memory))
+    planned = plan_pack(recipe.base, recipe.experts, recipe.settings, work)
     if json:
         console.facts(planned.to_json())
         return

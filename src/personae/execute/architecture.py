@@ -1,7 +1,7 @@
-"""Tensor specs of an architecture that nobody has trained yet, from its config.json."""
+"""Tensor specs of a model that nobody has trained yet: from its config.json, or from shapes."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -47,5 +47,16 @@ def specs_of_architecture(
     return [
         TensorSpec(name, tuple(parameter.shape), parameter.dtype)
         for name, parameter in model.named_parameters()
+        if not matches(name, skip)
+    ]
+
+
+def specs_of_shapes(
+    shapes: Mapping[str, Sequence[int]], skip: Sequence[str] = ()
+) -> list[TensorSpec]:
+    """Tensor specs (fp32) from a mapping of names to shapes, without those `skip` matches."""
+    return [
+        TensorSpec(name, tuple(shape), torch.float32)
+        for name, shape in shapes.items()
         if not matches(name, skip)
     ]

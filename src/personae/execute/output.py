@@ -13,6 +13,7 @@ from personae.execute.work import Work
 from personae.writers import CheckpointWriter, output_directory, require_space, write_companions
 
 _OUTPUTS = ("pack.json", "*/pack.json", "*.safetensors", "pytorch_model*.bin")
+"""What tells that a directory may be replaced on request: nothing else is."""
 
 
 def check_output(out: Path, overwrite: bool, inputs: Sequence[Any] = ()) -> None:

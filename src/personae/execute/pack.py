@@ -11,7 +11,7 @@ from personae.execute.add_experts import add_experts, codec_for
 from personae.execute.describe import Characteristics, checked
 from personae.execute.family import Family, open_family
 from personae.execute.output import check_output
-from personae.execute.plan import pack_notes, plan_pack
+from personae.execute.pack_plan import check_no_base_needed, pack_notes, plan_family
 from personae.execute.reference import check_fingerprint, make_reference, relative_to_merged
 from personae.execute.scan import Scanned
 from personae.execute.work import Work
@@ -97,7 +97,7 @@ def pack_many(
         check_output(out, overwrite, inputs=[base, *experts.values()])
     first = next(iter(variants.values()))
     if base is None:
-        _check_no_base_needed(first, len(experts))
+        check_no_base_needed(first, len(experts))
     with open_family(base, experts, skip=first.skip, private=first.private) as family:
         for text in pack_notes(family, first):
             work.note(text)
@@ -105,7 +105,7 @@ def pack_many(
             # What a task vector leaves unchanged is free, which headers cannot tell: a budget on
             # task vectors is judged after a look at the weights.
             told = settings if settings.vector == "difference" else settings.without_budget()
-            planned = plan_pack(family, told, workers=work.workers, memory=work.memory)
+            planned = plan_family(family, told, work)
             require_space(out, planned.bytes_out)
         scanned = Scanned.of(family, work) if family.has_base else Scanned.of_weights(family, work)
         if first.vector == "task":  # else zeros are known only once the reference is there
@@ -220,25 +220,6 @@ def _check_alike(settings: Sequence[PackSettings]) -> None:
         raise RecipeError(
             "Settings of packs made together differ in more than the budget and what one "
             f"decomposition serves (of {settings[0].method}: {free}). Make these packs one by one."
-        )
-
-
-def _check_no_base_needed(settings: PackSettings, experts: int) -> None:
-    """Without a base there are difference vectors alone, and methods that merge these.
-
-    Raises:
-        RecipeError: if something else is asked for.
-    """
-    if settings.vector == "task":
-        raise RecipeError(
-            "Task vectors need the base: give it (--base), or pack difference vectors, which are "
-            "relative to a merged model (vector: difference, --vector difference)."
-        )
-    method, _ = settings.merge(experts)
-    if method.needs != "deltas":
-        raise RecipeError(
-            f"{method.name} merges task vectors, which need the base: give it (--base), or another "
-            "merge method of the reference, such as average."
         )
 
 

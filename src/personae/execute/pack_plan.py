@@ -5,10 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from personae._types import TensorSpec
-from personae.checkpoints.naming import matches
 from personae.errors import BudgetError, RecipeError
 from personae.execute import pool
 from personae.execute.accounting import (
@@ -23,11 +20,10 @@ from personae.execute.accounting import (
 )
 from personae.execute.codec_looks import sharing_bytes
 from personae.execute.deltas import working_bytes
-from personae.execute.family import Family
+from personae.execute.family import Family, open_family
+from personae.execute.work import Work
 from personae.methods import Codec
 from personae.recipe import PackSettings, parse_size
-
-"""What tells that a directory may be replaced on request: nothing else is."""
 
 RECORD_BYTES = 600
 """What a tensor's record takes in pack.json, about."""
@@ -141,25 +137,56 @@ def plan_shapes(
 
 
 def plan_pack(
-    family: Family,
-    settings: PackSettings,
-    *,
-    workers: int | None = None,
-    memory: int | None = None,
+    base: Any,
+    experts: Mapping[str, Any],
+    settings: PackSettings | None = None,
+    work: Work | None = None,
 ) -> PackPlan:
     """Plan a pack from the headers of its family.
 
     Args:
-        family: Base and experts, opened and aligned.
-        settings: Codec, reference, budget.
-        workers: Tensors worked on at once; None for one a core.
-        memory: Bound in bytes on the working memory.
+        base: As for `pack`.
+        experts: As for `pack`.
+        settings: As for `pack`.
+        work: Workers and memory bound.
+
+    Raises:
+        PersonaeError: for anything wrong that headers tell.
+    """
+    settings = settings or PackSettings()
+    if base is None:
+        check_no_base_needed(settings, len(experts))
+    with open_family(base, experts, skip=settings.skip, private=settings.private) as family:
+        return plan_family(family, settings, work or Work())
+
+
+def check_no_base_needed(settings: PackSettings, experts: int) -> None:
+    """Without a base there are difference vectors alone, and methods that merge these.
+
+    Raises:
+        RecipeError: if something else is asked for.
+    """
+    if settings.vector == "task":
+        raise RecipeError(
+            "Task vectors need the base: give it (--base), or pack difference vectors, which are "
+            "relative to a merged model (vector: difference, --vector difference)."
+        )
+    method, _ = settings.merge(experts)
+    if method.needs != "deltas":
+        raise RecipeError(
+            f"{method.name} merges task vectors, which need the base: give it (--base), or another "
+            "merge method of the reference, such as average."
+        )
+
+
+def plan_family(family: Family, settings: PackSettings, work: Work) -> PackPlan:
+    """Plan a pack of a family that is open.
 
     Raises:
         MethodError: for an unknown method or parameter.
         BudgetError: if the budget, or the memory bound, cannot be met.
     """
-    workers = workers or pool.default_workers()
+    workers, memory = work.threads, work.memory
     if settings.vector == "difference":
         settings.merge(len(family.experts))
     for name in family.experts:
@@ -250,14 +277,3 @@ def _codec(settings: PackSettings, specs: Sequence[TensorSpec]) -> Codec:
         codec, specs, parse_size(settings.budget, percent=True), settings.counting
     )
     return codec.model_copy(update={"rank_fraction": fraction})
-
-
-def specs_of_shapes(
-    shapes: Mapping[str, Sequence[int]], skip: Sequence[str] = ()
-) -> list[TensorSpec]:
-    """Tensor specs (fp32) from a mapping of names to shapes, without those `skip` matches."""
-    return [
-        TensorSpec(name, tuple(shape), torch.float32)
-        for name, shape in shapes.items()
-        if not matches(name, skip)
-    ]

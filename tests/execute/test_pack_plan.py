@@ -11,10 +11,11 @@ from families import saved, small_base, tuned
 from personae._types import TensorSpec
 from personae.errors import BudgetError, RecipeError
 from personae.execute.accounting import HEADER_BYTES
-from personae.execute.architecture import specs_of_architecture
+from personae.execute.architecture import specs_of_architecture, specs_of_shapes
 from personae.execute.family import open_family
 from personae.execute.pack import pack
-from personae.execute.plan import RECORD_BYTES, plan_pack, plan_shapes, specs_of_shapes
+from personae.execute.pack_plan import RECORD_BYTES, plan_family, plan_pack, plan_shapes
+from personae.execute.work import Work
 from personae.recipe import PackSettings
 
 DATA = Path(__file__).parents[1] / "data"
@@ -25,8 +26,7 @@ def test_the_figures_are_those_of_the_file_where_everything_changed(tmp_path):
     base = small_base()
     experts = {"x": tuned(base, 1) | {"head": torch.ones(5)}, "y": tuned(base, 2)}
     made = pack(base, experts, tmp_path / "p", settings=HALF)
-    with open_family(base, experts) as family:
-        planned = plan_pack(family, HALF, workers=2)
+    planned = plan_pack(base, experts, HALF, Work(workers=2))
     for name, task in planned.tasks.items():
         record = made.task(name)
         assert task.coded.bytes == record.coded_bytes
@@ -68,8 +68,7 @@ def test_nothing_written_exceeds_the_plan(tmp_path, vector):
         expert["embed.weight"][::3] = base["embed.weight"][::3]
         expert["embed.weight"] = torch.cat([expert["embed.weight"], torch.ones(4, 16)])
     settings = HALF.model_copy(update={"vector": vector})
-    with open_family(base, experts) as family:
-        planned = plan_pack(family, settings)
+    planned = plan_pack(base, experts, settings)
     made = pack(base, experts, tmp_path / "p", settings=settings)
     written = sum(record.bytes for record in made.manifest.tasks.values())
     if vector == "difference":
@@ -79,19 +78,20 @@ def test_nothing_written_exceeds_the_plan(tmp_path, vector):
 
 def test_a_bound_on_memory_is_a_bound_on_the_plan(tmp_path):
     base = small_base()
-    with open_family(base, {"x": tuned(base, 1)}) as family:
-        free = plan_pack(family, HALF, workers=8).peak_memory
-        one = plan_pack(family, HALF, workers=1).peak_memory  # 32 · (320 + 16²) = 18,432
-        bounded = plan_pack(family, HALF, workers=8, memory=19_000).peak_memory
-        assert bounded == one + 19_000 - 18_432 < free
-        with pytest.raises(BudgetError, match=r"largest tensor needs 18,432 bytes .* is 9,000"):
-            plan_pack(family, HALF, workers=1, memory=9_000)
+    family = base, {"x": tuned(base, 1)}
+    free = plan_pack(*family, HALF, Work(workers=8)).peak_memory
+    one = plan_pack(*family, HALF, Work(workers=1)).peak_memory  # 32 · (320 + 16²) = 18,432
+    bounded = plan_pack(*family, HALF, Work(workers=8, memory=19_000)).peak_memory
+    assert bounded == one + 19_000 - 18_432 < free
+    with pytest.raises(BudgetError, match=r"largest tensor needs 18,432 bytes .* is 9,000"):
+        plan_pack(*family, HALF, Work(workers=1, memory=9_000))
 
 
 def test_a_large_private_tensor_is_in_the_memory_planned():
     base = small_base()
-    with open_family(base, {"x": tuned(base, 1) | {"head": torch.ones(1000)}}) as family:
-        planned = plan_pack(family, HALF, workers=1)
+    planned = plan_pack(
+        base, {"x": tuned(base, 1) | {"head": torch.ones(1000)}}, HALF, Work(workers=1)
+    )
     coded = planned.tasks["x"].coded
     held = 2 * (coded.bytes + coded.mask_bytes + 4000)
     assert planned.peak_memory == 32 * 1000 + held
@@ -102,23 +102,21 @@ def test_a_plan_reads_no_weight(tmp_path):
     expert = saved(tuned(small_base(), 1), tmp_path / "x")
     with open_family(str(path), {"x": str(expert)}) as family:
         family.base.read = family.experts["x"].checkpoint.read = None  # type: ignore[assignment]
-        assert plan_pack(family, HALF).tasks["x"].coded.tensors == 5
+        assert plan_family(family, HALF, Work()).tasks["x"].coded.tensors == 5
 
 
 def test_notes_tell_of_prefixes_and_private_tensors():
     base = small_base()
     expert = {f"model.{n}": t for n, t in tuned(base, 1).items()} | {"head": torch.ones(5)}
-    with open_family(base, {"x": expert}) as family:
-        assert plan_pack(family, HALF).notes == [
-            "x: adds the prefix 'model.' to the base's tensor names",
-            "x: kept whole as private (20 bytes): head",
-        ]
+    assert plan_pack(base, {"x": expert}, HALF).notes == [
+        "x: adds the prefix 'model.' to the base's tensor names",
+        "x: kept whole as private (20 bytes): head",
+    ]
 
 
 def test_a_plan_prints_as_json():
     base = small_base()
-    with open_family(base, {"x": tuned(base, 1)}) as family:
-        facts = json.loads(json.dumps(plan_pack(family, HALF).to_json()))
+    facts = json.loads(json.dumps(plan_pack(base, {"x": tuned(base, 1)}, HALF).to_json()))
     assert set(facts) == {"tasks", "bytes_in", "bytes_out", "peak_memory", "workers", "notes"}
     assert set(facts["tasks"]["x"]) == {"coded", "private_bytes", "private", "bytes_in"}
 
