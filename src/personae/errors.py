@@ -10,6 +10,8 @@ class PersonaeError(Exception):
     """Base of every error this package raises on purpose; `exit_code` is the command's."""
 
     exit_code = 2
+    faults: tuple[str, ...] = ()
+    """The faults one by one, where it lists several."""
 
 
 class RecipeError(PersonaeError):
@@ -54,6 +56,11 @@ class Faults:
         if message not in self.messages:
             self.messages.append(message)
 
+    def take(self, error: PersonaeError) -> None:
+        """Note all that an error tells."""
+        for message in error.faults or (str(error),):
+            self.add(message)
+
     def raise_if_any(self, error: type[PersonaeError]) -> None:
         """Raise one `error` that lists every fault noted so far.
 
@@ -64,7 +71,9 @@ class Faults:
             raise error(self.messages[0])
         if self.messages:
             listed = "\n".join(f"  {n}. {text}" for n, text in enumerate(self.messages, 1))
-            raise error(f"{len(self.messages)} faults:\n{listed}")
+            raised = error(f"{len(self.messages)} faults:\n{listed}")
+            raised.faults = tuple(self.messages)
+            raise raised
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from personae.checkpoints import Checkpoint, open_checkpoint
+from personae.checkpoints.adapter import adapter_of
+from personae.checkpoints.vocabulary_rows import ModelRows, WithRows
 from personae.errors import CheckpointError
 from personae.execute.family import open_family
 from toys import load, toy_bert, toy_gpt2, toy_llama, toy_vit
@@ -288,6 +290,15 @@ def test_without_base_or_weights(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"but neither adapter_model\.safetensors nor"):
         open_checkpoint(tmp_path, base=open_checkpoint(BASE))
+
+
+def test_an_adapter_is_known_under_another_vocabulary(tmp_path: Path) -> None:
+    write_adapter(tmp_path, FITTING)
+    reference = open_checkpoint(BASE)
+    opened = open_checkpoint(str(tmp_path), base=reference)
+    seen = WithRows(opened, ModelRows(4, torch.tensor([0, 1, 2, 3, -1])))
+    assert adapter_of(seen) is adapter_of(opened) is opened
+    assert adapter_of(reference) is None
 
 
 def test_pickled_adapter(tmp_path: Path) -> None:

@@ -119,7 +119,13 @@ def test_an_expert_without_a_name(work):
 
 
 def test_several_faults_at_once(work):
-    refused(_pack("x=gone", "y=base", ".z=law"), "2 faults:", "Expert 'x': ", "'.z' is no safe")
+    refused(
+        _pack("x=gone", "y=base", ".z=law"),
+        "3 faults:",
+        "Expert 'x': ",
+        "Expert 'y' is the base itself",
+        "'.z' is no safe",
+    )
 
 
 def test_a_wrong_base_at_unpack(work):

@@ -212,7 +212,7 @@ def test_headers_tell_shapes_and_dtypes_all_at_once(tmp_path: Path):
     with pytest.raises(CheckpointError) as error:
         merge(base, experts, tmp_path / "out")
     text = str(error.value)
-    assert "'layer.bias' is (9,), the base has (16,)" in text
+    assert "'layer.bias' is (9,), the base's (16,)" in text
     assert "bfloat16" in text and "dtype: float32" in text
     experts.pop("a")
     merge(base, experts, tmp_path / "out", settings=MergeSettings(dtype="float32"))

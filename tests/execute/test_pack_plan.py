@@ -97,11 +97,12 @@ def test_a_large_private_tensor_is_in_the_memory_planned():
     assert planned.peak_memory == 32 * 1000 + held
 
 
-def test_a_plan_reads_no_weight(tmp_path):
+def test_a_plan_reads_no_weight(tmp_path, monkeypatch):
     path = saved(small_base(), tmp_path / "base")
     expert = saved(tuned(small_base(), 1), tmp_path / "x")
     with open_family(str(path), {"x": str(expert)}) as family:
-        family.base.read = family.experts["x"].checkpoint.read = None  # type: ignore[assignment]
+        for checkpoint in (family.base, family.experts["x"].checkpoint):
+            monkeypatch.setattr(checkpoint, "read", lambda name: pytest.fail(f"{name} was read"))
         assert plan_family(family, HALF, Work()).tasks["x"].coded.tensors == 5
 
 

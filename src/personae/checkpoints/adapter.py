@@ -20,6 +20,7 @@ from personae.checkpoints.adapter_files import (
 from personae.checkpoints.adapter_fit import find_rename, is_transposed
 from personae.checkpoints.folders import Companions
 from personae.checkpoints.specs import by_name, check_rows, no_such_tensor
+from personae.checkpoints.vocabulary_rows import WithRows
 from personae.errors import CheckpointError, Faults
 
 # Products are formed in whole blocks of rows, so that a row comes out the same however it is asked.
@@ -232,3 +233,9 @@ def _replacement_fault(
             "Pass the model the adapter was trained on."
         )
     return None
+
+
+def adapter_of(checkpoint: Checkpoint) -> Adapter | None:
+    """The checkpoint if it is an adapter, under whichever vocabulary it is seen; else None."""
+    model = checkpoint.model if isinstance(checkpoint, WithRows) else checkpoint
+    return model if isinstance(model, Adapter) else None

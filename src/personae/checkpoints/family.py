@@ -14,7 +14,7 @@ from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.alignment import Alignment
 from personae.checkpoints.misfits import check_fit
-from personae.checkpoints.naming import Renaming, find_names, matches
+from personae.checkpoints.naming import Renaming, find_names, left_out, matches
 from personae.errors import CheckpointError, Faults
 
 Kind = Literal["shared", "grown", "buffer", "private", "skipped"]
@@ -29,35 +29,45 @@ def align(
     experts: Mapping[str, Checkpoint],
     *,
     skip: Sequence[str] = (),
+    only: Sequence[str] = (),
     private: Sequence[str] = (),
     lenient: bool = False,
+    faults: Faults | None = None,
 ) -> dict[str, Alignment]:
     """Match every expert with the reference, by names and shapes from headers.
 
     Args:
         reference: What deltas are taken from (base or merged model).
         experts: Task name to checkpoint.
-        skip: Patterns of reference or expert names to leave out of the pack.
+        skip: Patterns of reference or expert names to leave as in the reference.
+        only: If any, all that fits none of these patterns is left likewise.
         private: Patterns of names to keep whole although they could be coded.
         lenient: Whether an expert may lack tensors of the reference.
+        faults: If given, faults are added to it instead of raised.
 
     Raises:
         CheckpointError: naming, for every expert at once, tensors it lacks, and experts that are
             the reference itself or do not fit it.
     """
-    faults = Faults()
+    found_here = Faults() if faults is None else faults
+
+    def may_lack(name: str) -> bool:
+        return lenient or matches(name, private) or left_out([name], skip, only)
+
     aligned: dict[str, Alignment] = {}
     for name, checkpoint in experts.items():
         if _same_place(reference, checkpoint):
-            faults.add(
+            found_here.add(
                 f"Expert '{name}' is the base itself ({checkpoint.source}). "
                 "Give the fine-tuned checkpoint."
             )
             continue
-        found = _align_one(name, reference, checkpoint, skip, private)
-        check_fit(found, reference, ("*",) if lenient else (*skip, *private), faults)
+        found = _align_one(name, reference, checkpoint, skip, only, private)
+        if found.shared or not (only and found.skipped):  # else 'only' leaves nothing to fit
+            check_fit(found, reference, may_lack, found_here)
         aligned[name] = found
-    faults.raise_if_any(CheckpointError)
+    if faults is None:
+        found_here.raise_if_any(CheckpointError)
     return aligned
 
 
@@ -66,6 +76,7 @@ def _align_one(
     reference: Checkpoint,
     expert: Checkpoint,
     skip: Sequence[str],
+    only: Sequence[str],
     private_patterns: Sequence[str],
 ) -> Alignment:
     plain, renaming = find_names(reference.specs, expert.specs)
@@ -75,13 +86,18 @@ def _align_one(
     matched = set(own_name.values())
     files: dict[str, str] = {}
     private = {
-        name: raw for name, raw in raw_of.items() if name not in matched and not matches(name, skip)
+        name: raw
+        for name, raw in raw_of.items()
+        if name not in matched and not left_out([name], skip, only)
     }
     names: dict[Kind, list[str]] = {"shared": [], "grown": [], "buffer": [], "skipped": []}
     for ref_name, found in own_name.items():
         expert_name, own = renaming.expert_name(ref_name), expert.specs[raw_of[found]]
         called = (ref_name, expert_name, found)
-        kind = _kind(reference.specs[ref_name], own, called, skip, private_patterns)
+        if left_out(called, skip, only):
+            kind = "skipped"
+        else:
+            kind = _kind(reference.specs[ref_name], own, called, private_patterns)
         if kind == "private":
             private[expert_name] = own.name
         else:
@@ -134,12 +150,9 @@ def _kind(
     spec: TensorSpec,
     own: TensorSpec,
     names: Sequence[str],
-    skip: Sequence[str],
     private: Sequence[str],
 ) -> Kind:
     """What becomes of a tensor that both have, as `spec` and `own`, under these names."""
-    if any(matches(name, skip) for name in names):
-        return "skipped"
     if any(matches(name, private) for name in names) or spec.is_floating != own.is_floating:
         return "private"
     if spec.shape == own.shape:

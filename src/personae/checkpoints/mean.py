@@ -1,6 +1,6 @@
 """The average of several experts, offered as a checkpoint: the reference where there is no base."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,11 +16,17 @@ class MeanOf:
     """A `Checkpoint` whose floating tensors are (1/N) Σ θ_n of those all experts have in one shape.
 
     Names, dtypes, other tensors and small files are the first expert's. Tensors of which another
-    expert has none, or one of another shape (heads), are left out.
+    expert has none, or one of another shape (heads), are left out, unless they are the first's on
+    request.
     """
 
-    def __init__(self, first: Checkpoint, others: Sequence[Alignment]) -> None:
-        """Combine headers; `others` are aligned with `first`."""
+    def __init__(
+        self,
+        first: Checkpoint,
+        others: Sequence[Alignment],
+        is_left: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        """Combine headers; `others` are aligned with `first`, whose own is what `is_left` says."""
         self.source = f"the average of {first.source} and {len(others)} more"
         self.revision: str | None = None
         self.companions: Mapping[str, Path] = first.companions
@@ -29,14 +35,14 @@ class MeanOf:
         self.merged = {
             name
             for name, spec in first.specs.items()
-            if spec.is_floating and all(name in names for names in alike)
+            if spec.is_floating and not is_left(name) and all(name in names for names in alike)
         }
         buffers = set(first.specs).intersection(*(other.buffers for other in others))
         skipped = set(first.specs).intersection(*(other.skipped for other in others))
         self.specs: Mapping[str, TensorSpec] = {
             name: spec
             for name, spec in first.specs.items()
-            if name in self.merged or name in buffers | skipped
+            if name in self.merged or name in buffers | skipped or is_left(name)
         }
         self.tied: Mapping[str, str] = {
             dropped: kept for dropped, kept in first.tied.items() if kept in self.specs

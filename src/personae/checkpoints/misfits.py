@@ -1,11 +1,11 @@
 """Experts that do not fit the reference they were aligned with."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.alignment import Alignment
-from personae.checkpoints.naming import matches, shown
+from personae.checkpoints.naming import shown
 from personae.errors import Faults
 
 # Causal masks that old GPT-2 checkpoints hold as parameters; newer ones leave them out.
@@ -13,28 +13,28 @@ _MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
 
 
 def check_fit(
-    found: Alignment, reference: Checkpoint, allowed: Sequence[str], faults: Faults
+    found: Alignment, reference: Checkpoint, may_lack: Callable[[str], bool], faults: Faults
 ) -> None:
     """Add a fault for an expert that lacks tensors of the reference, or is of another shape.
 
     Args:
         found: The expert, aligned.
         reference: What it was aligned with.
-        allowed: Patterns of names that may be absent or of another shape.
+        may_lack: Whether a name may be absent or of another shape.
         faults: Where faults are added.
     """
     if not found.shared:
+        but = " but what is left out by name" if found.skipped else ""
         faults.add(
             f"Expert '{found.name}' ({found.checkpoint.source}) shares no tensor with the base "
-            f"({reference.source})" + (" but what is left out by name" if allowed else "") + ". "
-            "Was it fine-tuned from it?"
+            f"({reference.source}){but}. Was it fine-tuned from it?"
         )
         return
     lacking = [
         n
         for n in found.absent
         if reference.specs[n].is_floating
-        and not matches(n, allowed)
+        and not may_lack(n)
         and not _is_mask(reference, n)
         and found.renaming.expert_name(n) not in found.tied
     ]
@@ -45,9 +45,7 @@ def check_fit(
             f"(base: '{first.name}' of shape {first.shape}). Was '{found.name}' fine-tuned from "
             "the base? To leave them out, add them to 'skip'."
         )
-    odd = [
-        n for n in found.private if not matches(n, allowed) and reference_name(n, found, reference)
-    ]
+    odd = [n for n in found.private if not may_lack(n) and reference_name(n, found, reference)]
     coded = sum(reference.specs[n].numel for n in found.shared)
     if sum(found.private_spec(n).numel for n in odd) > coded:
         n = odd[0]

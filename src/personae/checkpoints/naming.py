@@ -52,6 +52,13 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def left_out(names: Sequence[str], skip: Sequence[str], only: Sequence[str]) -> bool:
+    """Whether a tensor, by any of its names, fits `skip`, or none of `only` if there is any."""
+    if any(matches(name, skip) for name in names):
+        return True
+    return bool(only) and not any(matches(name, only) for name in names)
+
+
 def name_of(model: str) -> str:
     """What an expert is called that is given no name: after its directory, file or hub id.
 

@@ -1,4 +1,4 @@
-"""The small files of a model whose vocabulary is another than the base's."""
+"""The small files of a merged model, whose vocabulary or dtype may be another than the base's."""
 
 import json
 import re
@@ -16,15 +16,19 @@ _OF_TOKENIZER = re.compile(
     r"|vocab\.(json|txt|bpe)|merges\.txt|.*\.(model|tiktoken|bpe|vocab)|tokenization_.*\.py"
     r"|chat_template\.(jinja|json)|additional_chat_templates/.*|generation_config\.json)"
 )
+_CONFIG = "config.json"
 _TOKEN_ROW = re.compile(r"\w+_token_id")
 
 
-def companions_with(vocabulary: MergedVocabulary, model: Checkpoint) -> dict[str, Path | bytes]:
-    """The small files beside merged weights: the model's, with another's tokenizer.
+def merged_companions(
+    model: Checkpoint, vocabulary: MergedVocabulary | None, dtype: str | None
+) -> dict[str, Path | bytes]:
+    """The small files beside merged weights.
 
     Args:
-        vocabulary: What comes out.
-        model: The base, or the first expert where there is none.
+        model: Whose files they are: the base, or the first expert where there is none.
+        vocabulary: What comes out, with the tokenizer of its source; None: the model's own.
+        dtype: What the weights come out in, such as 'float16'; None: the model's own.
 
     Returns:
         Relative file name to the file to copy, or to its content.
@@ -32,6 +36,28 @@ def companions_with(vocabulary: MergedVocabulary, model: Checkpoint) -> dict[str
     Raises:
         CheckpointError: if a configuration is damaged.
     """
+    files: dict[str, Path | bytes] = {**model.companions}
+    if vocabulary is not None:
+        files = _with_vocabulary(vocabulary, model)
+    config = files.get(_CONFIG)
+    if config is None:
+        return files
+    said = json.loads(config) if isinstance(config, bytes) else _read(config)
+    return files if dtype is None else files | {_CONFIG: _text(_with_dtype(said, dtype))}
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A configuration, and those in it, with another dtype where it names one."""
+    changed = {key: dtype for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
+    inner = {
+        key: _with_dtype(value, dtype)
+        for key, value in config.items()
+        if key.endswith("_config") and isinstance(value, dict)
+    }
+    return config | changed | inner
+
+
+def _with_vocabulary(vocabulary: MergedVocabulary, model: Checkpoint) -> dict[str, Path | bytes]:
     source = vocabulary.source
     files: dict[str, Path | bytes] = {
         name: path for name, path in model.companions.items() if not _OF_TOKENIZER.fullmatch(name)
@@ -39,12 +65,10 @@ def companions_with(vocabulary: MergedVocabulary, model: Checkpoint) -> dict[str
     for name, path in source.companions.items():
         if _OF_TOKENIZER.fullmatch(name):
             files[name] = path
-    if "config.json" in files:
-        own = _read(model.companions["config.json"])
-        other = (
-            _read(source.companions["config.json"]) if "config.json" in source.companions else {}
-        )
-        files["config.json"] = _text(_config(own, other, vocabulary.size))
+    if _CONFIG in files:
+        own = _read(model.companions[_CONFIG])
+        other = _read(source.companions[_CONFIG]) if _CONFIG in source.companions else {}
+        files[_CONFIG] = _text(_config(own, other, vocabulary.size))
     if vocabulary.appended:
         files |= _with_tokens(source.companions, vocabulary.appended)
     return files

@@ -42,11 +42,14 @@ class WithRows:
     """A checkpoint seen under the vocabulary that comes out: its embeddings have those rows.
 
     Rows of tokens the model lacks are zero; `ModelRows.present` tells which. All else is as it is.
+
+    Attributes:
+        model: The checkpoint itself.
     """
 
     def __init__(self, model: Checkpoint, rows: ModelRows) -> None:
         """See a model under other rows; reads nothing."""
-        self._model = model
+        self.model = model
         self._rows = rows
         self.source = model.source
         self.revision = model.revision
@@ -61,13 +64,13 @@ class WithRows:
     def read(self, name: str) -> Tensor:
         """One tensor, embeddings under the rows that come out."""
         if self._as_it_is(name):
-            return self._model.read(name)
+            return self.model.read(name)
         return self.read_rows(name, 0, self.specs[name].shape[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start:stop` of one tensor, reading no others."""
         if self._as_it_is(name) or self._rows.index is None:
-            return self._model.read_rows(name, start, stop)
+            return self.model.read_rows(name, start, stop)
         spec = self.specs[name]
         check_rows(self.source, spec, start, stop)
         parts: list[Tensor] = [torch.zeros(0, *spec.shape[1:], dtype=spec.dtype)]
@@ -75,27 +78,27 @@ class WithRows:
             if first < 0:
                 parts.append(torch.zeros(count, *spec.shape[1:], dtype=spec.dtype))
             else:
-                parts.append(self._model.read_rows(name, first, first + count))
+                parts.append(self.model.read_rows(name, first, first + count))
         return torch.cat(parts)
 
     def factors(
         self, name: str
     ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]] | None:
         """The model's own, where the rows are."""
-        return self._model.factors(name) if self._as_it_is(name) else None
+        return self.model.factors(name) if self._as_it_is(name) else None
 
     def same_as_base(self, name: str) -> bool:
         """Whether it is known to be the base's own, rows and all."""
-        return self._as_it_is(name) and self._model.same_as_base(name)
+        return self._as_it_is(name) and self.model.same_as_base(name)
 
     def close(self) -> None:
         """Close the model."""
-        self._model.close()
+        self.model.close()
 
     def _as_it_is(self, name: str) -> bool:
-        if self._rows.index is None or name not in self._model.specs:
+        if self._rows.index is None or name not in self.model.specs:
             return True
-        return not self._rows.has_axis(self._model.specs[name])
+        return not self._rows.has_axis(self.model.specs[name])
 
 
 def _runs(index: Int64[Tensor, " row"]) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personae.checkpoints import Checkpoint
-from personae.checkpoints.adapter import Adapter
+from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.alignment import Alignment
 
 
@@ -59,7 +59,7 @@ class Deltas:
     def stored(self, name: str) -> bool:
         """Whether the expert's values lie in its file as they are, in 16 bits or fewer."""
         spec = self.alignment.spec(name)
-        return spec.dtype.itemsize <= 2 and not isinstance(self.alignment.checkpoint, Adapter)
+        return spec.dtype.itemsize <= 2 and adapter_of(self.alignment.checkpoint) is None
 
     def unchanged(self, name: str) -> bool:
         """Whether the delta is known to be zero without reading it."""

@@ -8,11 +8,11 @@ from typing import Any
 
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
-from personae.checkpoints.adapter import Adapter
+from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.family import Alignment, align
 from personae.checkpoints.mean import MeanOf
 from personae.checkpoints.memory import InMemory
-from personae.checkpoints.naming import check_names, matches
+from personae.checkpoints.naming import check_names, left_out, matches
 from personae.checkpoints.vocabularies import MergedVocabulary
 from personae.errors import CheckpointError, Faults, RecipeError
 
@@ -63,8 +63,8 @@ class Family:
         """Which experts do not seem to have been fine-tuned from this base."""
         notes: list[str] = []
         for name, expert in self.experts.items():
-            adapter, base = expert.checkpoint, self.base.source
-            wanted = adapter.trained_on if isinstance(adapter, Adapter) else None
+            adapter, base = adapter_of(expert.checkpoint), self.base.source
+            wanted = adapter.trained_on if adapter else None
             if isinstance(self.base, InMemory):
                 continue  # it has no name
             if wanted and Path(wanted).name.lower() != Path(base.split("@")[0]).name.lower():
@@ -100,8 +100,10 @@ def open_family(
     experts: Mapping[str, Any],
     *,
     skip: Sequence[str] = (),
+    only: Sequence[str] = (),
     private: Sequence[str] = (),
     vocabulary: OneVocabulary | None = None,
+    check: Callable[[Family, Faults], None] | None = None,
 ) -> Family:
     """Open every checkpoint (headers only) and align it with the base.
 
@@ -110,13 +112,15 @@ def open_family(
             its place, over the tensors that all have in one shape.
         experts: Task name to path, hub id, module or mapping.
         skip: Patterns of tensor names to leave out.
+        only: If any, patterns of the only ones not to leave out.
         private: Patterns of tensor names to keep whole.
         vocabulary: Works out the vocabulary under which all are seen; by default each has its own.
+        check: Adds what else the headers tell against the family.
 
     Raises:
         RecipeError: if there is no expert.
-        CheckpointError: listing every unsafe task name, every checkpoint that cannot be read, and
-            every expert that does not fit the base.
+        CheckpointError: listing every unsafe task name, every checkpoint that cannot be read,
+            every expert that does not fit the base, and what `check` finds.
     """
     if not experts:
         raise RecipeError("There is no expert. Give at least one: --expert NAME=PATH.")
@@ -128,25 +132,35 @@ def open_family(
         expert = _open(f"Expert '{name}'", source, reference, faults)
         if expert is not None:
             opened[name] = expert
+    if not opened or (reference is None and base is not None):
+        faults.raise_if_any(CheckpointError)
+    try:
+        chosen = None if vocabulary is None else vocabulary(reference, opened)
+        if chosen is not None:
+            reference, opened = chosen.seen(reference, opened)
+        if reference is None:
+            reference = _average(opened, skip, only)
+    except CheckpointError as error:
+        faults.take(error)
+        faults.raise_if_any(CheckpointError)
+        raise
+    aligned = align(reference, opened, skip=skip, only=only, private=private, faults=faults)
+    family = Family(reference, aligned, (*skip, *private), base is not None, chosen)
+    if check is not None:
+        check(family, faults)
     faults.raise_if_any(CheckpointError)
-    patterns = (*skip, *private)
-    chosen = None if vocabulary is None else vocabulary(reference, opened)
-    if chosen is not None:
-        reference, opened = chosen.seen(reference, opened)
-    if reference is None:
-        reference = _average(opened, skip)
-    aligned = align(reference, opened, skip=skip, private=private)
-    return Family(reference, aligned, patterns, base is not None, chosen)
+    return family
 
 
-def _average(experts: Mapping[str, Checkpoint], skip: Sequence[str]) -> MeanOf:
+def _average(experts: Mapping[str, Checkpoint], skip: Sequence[str], only: Sequence[str]) -> MeanOf:
     """The average of the experts, aligned with the first of them.
 
     Raises:
         CheckpointError: if an expert does not fit the first.
     """
     (_, first), *others = experts.items()
-    return MeanOf(first, list(align(first, dict(others), skip=skip, lenient=True).values()))
+    aligned = align(first, dict(others), skip=skip, only=only, lenient=True)
+    return MeanOf(first, list(aligned.values()), lambda name: left_out([name], skip, only))
 
 
 def _open(label: str, source: Any, base: Checkpoint | None, faults: Faults) -> Checkpoint | None:

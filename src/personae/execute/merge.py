@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from personae.checkpoints import Checkpoint
-from personae.checkpoints.vocabulary_files import companions_with
+from personae.checkpoints.vocabulary_files import merged_companions
 from personae.errors import CheckpointError, Faults
 from personae.execute import pool
-from personae.execute.family import Family
 from personae.execute.merge_card import merge_card
-from personae.execute.merge_looks import gather_model, gather_tensor
+from personae.execute.merge_looks import NotFinite, gather_model, gather_tensor
 from personae.execute.merge_plan import MergeJob, open_to_merge, plan_job, prepare, settings_for
 from personae.execute.output import check_output
 from personae.execute.pieces import Piece, Unit
@@ -77,6 +76,7 @@ def merge(
         plan = plan_job(job, settings, work)
         for text in plan.notes:
             work.note(text)
+        companions = merged_companions(family.base, family.vocabulary, settings.dtype)
         require_space(out, plan.bytes_out)
         with output_directory(out, overwrite=overwrite, resumable=True) as directory:
             identity = {
@@ -92,7 +92,7 @@ def merge(
                         "items are done"
                     )
                 run(job, directory, work, shard_bytes, journal)
-                write_companions(_companions(family), directory)
+                write_companions(companions, directory)
                 card = merge_card(family, settings, recipe)
                 (directory / "README.md").write_text(card, encoding="utf-8")
     return out
@@ -139,13 +139,6 @@ def run(
     (directory / _STATISTICS).unlink(missing_ok=True)
 
 
-def _companions(family: Family) -> Mapping[str, Path | bytes]:
-    """The small files of the result; the tokenizer is that of the vocabulary that was chosen."""
-    if family.vocabulary is None:
-        return family.base.companions
-    return companions_with(family.vocabulary, family.base)
-
-
 def _statistics(job: MergeJob, directory: Path, work: Work) -> Statistics | None:
     """What the looks at the whole model tell; from an earlier run of the same merge, if any."""
     if job.method.gather is None or job.per_tensor:
@@ -179,7 +172,11 @@ def _merge_unit(
         own = statistics
         if job.per_tensor:
             parameters = job.parameters_of(spec.name)
-            own = gather_tensor(job.method, parameters, job.stacks, pieces)
+            try:
+                own = gather_tensor(job.method, parameters, job.stacks, pieces)
+            except NotFinite as error:
+                faults += error.faults
+                continue
         for piece in pieces:
             merged, found = (
                 _merge_whole(job, own, piece, device)
@@ -203,7 +200,7 @@ def _merge_rows(
         if value is not None:
             return value, job.stacks.faults(value, piece)
     stack, reference = job.stacks.read(piece, reuse=True)
-    faults = job.stacks.faults(stack, piece)
+    faults = job.stacks.faults(stack, piece, reference)
     if faults:
         return reference, faults
     return job.method.merge(stack, parameters, statistics, site) + reference, []
@@ -215,8 +212,8 @@ def _merge_whole(
     """A matrix of the result; adapters enter as factors, where the method allows it."""
     parameters, site = job.parameters_of(piece.spec.name), job.stacks.site(piece)
     stack, expand = job.stacks.given(job.method, parameters, piece, undivided=True)
-    faults = job.stacks.faults(stack, piece)
     reference = job.stacks.reference(piece).float()
+    faults = job.stacks.faults(stack, piece, reference)
     if faults:
         return reference, faults
     merged = job.method.merge(stack.to(device), parameters, statistics, site).cpu()

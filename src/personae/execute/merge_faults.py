@@ -1,23 +1,18 @@
 """What headers tell against merging a family, all at once."""
 
-from personae.checkpoints.adapter import Adapter
+from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.alignment import Alignment
 from personae.checkpoints.mean import MeanOf
 from personae.checkpoints.misfits import reference_name
 from personae.checkpoints.naming import matches, shown
-from personae.errors import CheckpointError, Faults
+from personae.errors import Faults
 from personae.execute.family import Family
 from personae.methods import MergeMethod
 from personae.recipe import MergeSettings
 
 
-def check_family(family: Family, settings: MergeSettings) -> None:
-    """Check that the experts can be merged as the settings say.
-
-    Raises:
-        CheckpointError: naming everything in the headers that does not fit.
-    """
-    faults = Faults()
+def check_family(family: Family, settings: MergeSettings, faults: Faults) -> None:
+    """Add everything in the headers that keeps the experts from being merged as settings say."""
     for name, expert in family.experts.items():
         _check_shapes(name, expert, family, faults)
         _check_dtypes(name, expert, family, settings, faults)
@@ -25,9 +20,14 @@ def check_family(family: Family, settings: MergeSettings) -> None:
         _check_average(family, settings, faults)
     _check_adapters(family, settings.merge_method(), faults)
     if faults.messages:  # such as shapes that a mistyped 'skip' does not leave out
-        for pattern in settings.unmatched(family.base.specs):
+        for pattern in settings.unmatched(all_names(family)):
             faults.add(f"{pattern} matches no tensor; '*' stands for any text.")
-    faults.raise_if_any(CheckpointError)
+
+
+def all_names(family: Family) -> set[str]:
+    """Every tensor name in the family, as the reference and as the experts' files have it."""
+    checkpoints = (one.checkpoint for one in family.experts.values())
+    return set(family.base.specs).union(*(checkpoint.specs for checkpoint in checkpoints))
 
 
 def _check_shapes(name: str, expert: Alignment, family: Family, faults: Faults) -> None:
@@ -37,10 +37,13 @@ def _check_shapes(name: str, expert: Alignment, family: Family, faults: Faults) 
     odd = [(own, reference_name(own, expert, family.base)) for own in expert.private]
     for own, known in odd:
         if known:
+            has, wanted = expert.private_spec(own), specs[known]
+            alike = has.shape == wanted.shape  # then one holds numbers and the other integers
             faults.add(
-                f"Expert '{name}': tensor '{own}' is {expert.private_spec(own).shape}, the base "
-                f"has {specs[known].shape}. Tensors of two shapes cannot be merged: leave it as "
-                f"in the base with skip: ['{known}']."
+                f"Expert '{name}': tensor '{own}' is {has.dtype_name if alike else has.shape}, the "
+                f"base's {wanted.dtype_name if alike else wanted.shape}. Tensors of two "
+                f"{'kinds' if alike else 'shapes'} cannot be merged: leave it as in the base with "
+                f"skip: ['{known}']."
             )
     for grown in expert.grown:
         faults.add(
@@ -53,13 +56,14 @@ def _check_dtypes(
     name: str, expert: Alignment, family: Family, settings: MergeSettings, faults: Faults
 ) -> None:
     """Experts of another dtype can be merged, once it is said what shall come out."""
-    if settings.dtype is not None or isinstance(expert.checkpoint, Adapter):
+    if settings.dtype is not None or adapter_of(expert.checkpoint):
         return
+    whose = "the base's" if family.has_base else "the first expert's"
     for shared in expert.shared:
         found, wanted = expert.spec(shared).dtype_name, family.base.specs[shared].dtype_name
         if found != wanted:
             faults.add(
-                f"Expert '{name}': '{shared}' is {found}, the base's is {wanted}. "
+                f"Expert '{name}': '{shared}' is {found}, {whose} is {wanted}. "
                 f"Say what comes out: dtype: {wanted}."
             )
             return
@@ -81,7 +85,7 @@ def _check_adapters(family: Family, method: MergeMethod, faults: Faults) -> None
     if method.needs != "adapters":
         return
     for name, expert in family.experts.items():
-        if not isinstance(expert.checkpoint, Adapter):
+        if adapter_of(expert.checkpoint) is None:
             faults.add(
                 f"Expert '{name}' is no LoRA adapter, and {method.name} merges only those. "
                 "Give its adapter directory, or another method (knots, tsv_m)."

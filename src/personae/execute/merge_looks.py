@@ -18,6 +18,19 @@ ParametersOf = Callable[[str], Parameters]
 """The parameters of a method for the tensor of this reference name."""
 
 
+class NotFinite(Exception):
+    """A look at one tensor met values that are not finite.
+
+    Attributes:
+        faults: Which, of base and experts.
+    """
+
+    def __init__(self, faults: list[str]) -> None:
+        """Keep what is wrong."""
+        super().__init__(*faults)
+        self.faults = faults
+
+
 def gather_model(
     method: MergeMethod,
     parameters_of: ParametersOf,
@@ -52,7 +65,11 @@ def gather_model(
 def gather_tensor(
     method: MergeMethod, parameters: Parameters, stacks: Stacks, pieces: Sequence[Piece]
 ) -> Statistics:
-    """Look at one tensor alone, given as its pieces."""
+    """Look at one tensor alone, given as its pieces.
+
+    Raises:
+        NotFinite: if it holds values that are not.
+    """
     assert method.gather is not None
 
     def answer(measure: Measure) -> Tensor:
@@ -115,8 +132,7 @@ def _share_of_unit(
             continue
         part = piece if unit.whole else _sampled(piece, measure.sample)
         stack, _ = stacks.given(method, parameters, part, unit.whole)
-        if part is piece:
-            faults += stacks.faults(stack, piece)
+        faults += stacks.faults(stack, part)
         if not faults:
             share = measure.tally(stack, parameters, stacks.site(part))
             total = share.clone() if total is None else total.add_(share)
@@ -126,6 +142,9 @@ def _share_of_unit(
 def _share(measure: Measure, parameters: Parameters, stacks: Stacks, piece: Piece) -> Tensor:
     part = _sampled(piece, measure.sample)
     stack, _ = stacks.read(part, reuse=True)
+    faults = stacks.faults(stack, part)
+    if faults:
+        raise NotFinite(faults)
     return measure.tally(stack, parameters, stacks.site(part))
 
 

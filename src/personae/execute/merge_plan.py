@@ -1,6 +1,7 @@
 """What a merge will do, from headers alone: which tensors, cut how, and every fault they tell."""
 
 import heapq
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -10,18 +11,21 @@ import torch
 
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint
-from personae.checkpoints.naming import matches, shown
+from personae.checkpoints.naming import left_out, shown
 from personae.checkpoints.vocabularies import MergedVocabulary, merge_vocabularies
-from personae.errors import CheckpointError
+from personae.errors import CheckpointError, Faults
 from personae.execute import pool
 from personae.execute.family import Family, open_family
-from personae.execute.merge_faults import check_family
+from personae.execute.merge_faults import all_names, check_family
 from personae.execute.merge_looks import ParametersOf
 from personae.execute.pieces import Piece, Unit, units
 from personae.execute.stream import Stacks
 from personae.execute.work import Work
 from personae.methods import MergeMethod
 from personae.recipe import MergeSettings, count_layers
+
+# Each answers the question of its task; a language model's lm_head is none of them.
+_HEAD = re.compile(r"(^|\.)(classifier|score|qa_outputs|classification_head)\.")
 
 
 @dataclass(frozen=True)
@@ -145,19 +149,31 @@ def open_to_merge(base: Any, experts: Mapping[str, Any], settings: MergeSettings
     """Open and align a family under the one vocabulary that comes out.
 
     Raises:
-        PersonaeError: as `open_family` does, and for vocabularies that differ.
+        MethodError: for a method or parameter that cannot be.
+        PersonaeError: as `open_family` does, for vocabularies that differ, and for everything in
+            the headers that keeps the experts from being merged.
     """
+    settings.check(list(experts))
 
     def is_merged(name: str) -> bool:
-        chosen = not settings.only or matches(name, settings.only)
-        return chosen and not matches(name, settings.skip)
+        return not left_out([name], settings.skip, settings.only)
 
     def vocabulary(
         reference: Checkpoint | None, opened: Mapping[str, Checkpoint]
     ) -> MergedVocabulary | None:
         return merge_vocabularies(reference, opened, settings.tokenizer_source, is_merged)
 
-    return open_family(base, experts, skip=settings.skip, vocabulary=vocabulary)
+    def check(family: Family, faults: Faults) -> None:
+        check_family(family, settings, faults)
+
+    return open_family(
+        base,
+        experts,
+        skip=settings.skip,
+        only=settings.only,
+        vocabulary=vocabulary,
+        check=check,
+    )
 
 
 def prepare(family: Family, settings: MergeSettings) -> MergeJob:
@@ -168,11 +184,8 @@ def prepare(family: Family, settings: MergeSettings) -> MergeJob:
         settings: What to do.
 
     Raises:
-        MethodError: for a method or parameter that cannot be.
-        CheckpointError: naming everything in the headers that does not fit.
+        CheckpointError: if there is nothing to merge.
     """
-    settings.check(list(family.experts))
-    check_family(family, settings)
     layers = count_layers(family.base.specs)
     experts = len(family.experts)
 
@@ -180,7 +193,7 @@ def prepare(family: Family, settings: MergeSettings) -> MergeJob:
         return settings.for_tensor(name, layers=layers, experts=experts)
 
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    job = job_of(family, settings.merge_method(), parameters_of, settings.only, dtype)
+    job = job_of(family, settings.merge_method(), parameters_of, dtype)
     if not job.merged:
         raise CheckpointError(
             f"There is no tensor to merge: none of the {len(family.base.specs)} is in 'only' "
@@ -193,17 +206,12 @@ def job_of(
     family: Family,
     method: MergeMethod,
     parameters_of: ParametersOf,
-    only: Sequence[str] = (),
     dtype: torch.dtype | None = None,
 ) -> MergeJob:
     """A merge of a family that is known to fit; see `MergeJob`."""
     stacks = Stacks(family)
     specs = list(family.base.specs.values())
-    merged = frozenset(
-        name
-        for name in stacks.names
-        if family.base.specs[name].numel and (not only or matches(name, only))
-    )
+    merged = frozenset(name for name in stacks.names if family.base.specs[name].numel)
     per_tensor = method.gather is not None and method.scope_of(parameters_of("")) == "tensor"
 
     def undivided(spec: TensorSpec) -> bool:
@@ -263,9 +271,16 @@ def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
         notes += expert.naming_notes
         if expert.private:
             notes.append(f"{name}: not in the base, so not merged: {shown(expert.private)}")
-    for pattern in settings.unmatched(family.base.specs):
+    for pattern in settings.unmatched(all_names(family)):
         notes.append(f"{pattern} matches no tensor; '*' stands for any text")
     left = [s.name for s in job.specs if s.is_floating and s.name not in job.merged]
+    whose = "the base" if family.has_base else f"the first expert, {next(iter(family.experts))}"
     if left:
-        notes.append(f"left as in the base: {shown(left)}")
+        notes.append(f"left as in {whose}: {shown(left)}")
+    heads = [name for name in sorted(job.merged) if _HEAD.search(name)]
+    if heads:
+        notes.append(f"merged like all else, although heads by name: {shown(heads)}; or use skip")
+    files = family.base.companions
+    if files and "config.json" not in files:
+        notes.append(f"{whose} has no config.json, and so has the result: transformers needs one")
     return notes

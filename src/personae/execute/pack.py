@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from personae.checkpoints.adapter import Adapter
+from personae.checkpoints.adapter import adapter_of
 from personae.errors import CheckpointError, Faults, PackError, RecipeError
 from personae.execute.add_experts import add_experts, codec_for
 from personae.execute.describe import Characteristics, checked
@@ -200,7 +200,7 @@ def _refuse_adapters(family: Family) -> None:
     """
     faults = Faults()
     for name, expert in family.experts.items():
-        if isinstance(expert.checkpoint, Adapter):
+        if adapter_of(expert.checkpoint):
             faults.add(
                 f"Expert '{name}' is an adapter, which a pack relative to a merged model cannot "
                 "take. Merge it into its base (PEFT: merge_and_unload) and add the result."

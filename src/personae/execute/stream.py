@@ -35,7 +35,7 @@ class Stacks:
         shared = [{*e.shared} - {*e.grown} for e in family.experts.values()]
         self.names: Sequence[str] = sorted(set[str].intersection(*shared))
         self.experts = len(self._deltas)
-        self._finite = set[tuple[str, int]]()
+        self._finite = set[tuple[str, int, int]]()
         self._own = threading.local()
         self._transposed = transposed_weights(family.base.specs)
 
@@ -131,15 +131,26 @@ class Stacks:
             return self.read(piece)[1]
         return _rows(self._reference, piece.spec.name, piece)
 
-    def faults(self, stack: Float[Tensor, "..."], piece: Piece) -> list[str]:
+    def faults(
+        self,
+        stack: Float[Tensor, "..."],
+        piece: Piece,
+        reference: Float[Tensor, "..."] | None = None,
+    ) -> list[str]:
         """What is not finite in a piece, told of base and experts; usually nothing.
 
-        What was finite once is not asked again.
+        Args:
+            stack: Its deltas, or what is made of them; what was finite once is not asked again.
+            piece: Which.
+            reference: The reference's values, if these are asked too: no delta of an adapter
+                tells of them.
         """
-        key = piece.spec.name, piece.start
+        key = piece.spec.name, piece.start, piece.stop
         # One reduction tells: a sum is finite only if every term is.
-        if key in self._finite or not stack.numel() or math.isfinite(float(stack.sum())):
+        finite = key in self._finite or math.isfinite(float(stack.sum()))
+        if finite:
             self._finite.add(key)
+        if finite and (reference is None or math.isfinite(float(reference.sum()))):
             return []
         name, found = piece.spec.name, list[str]()
         if self._family.has_base:

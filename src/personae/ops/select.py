@@ -134,6 +134,7 @@ def narrow(counts: Int64[Tensor, " counts"], window: Window, k: int) -> Window:
     """The bin of a census that holds the k-th largest (from 1), or the side of it to look on."""
     above, inside = int(counts[1]), counts[2:]
     if above >= k:
+        assert window.high < TOP, "magnitudes are selected among finite values"
         return Window(window.high, TOP)
     at_least = above + inside.flip(0).cumsum(0)
     if int(at_least[-1]) < k:
