@@ -237,7 +237,9 @@ def test_every_command_has_help():
 # True processes.
 
 
-def _start(*arguments: str, prelude: str = "") -> "subprocess.Popen[str]":
+def _start(
+    *arguments: str, prelude: str = "", stdout: Any = subprocess.PIPE
+) -> "subprocess.Popen[str]":
     """Run the command in a process of its own, after some lines of Python."""
     code = f"import sys; {prelude}\nfrom personae.cli import main; main()"
     return subprocess.Popen(
@@ -245,7 +247,7 @@ def _start(*arguments: str, prelude: str = "") -> "subprocess.Popen[str]":
         if prelude
         else [sys.executable, "-m", "personae", *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -286,7 +288,8 @@ def test_an_interrupt_exits_130_and_the_same_command_goes_on(work):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "Interrupted" in err and "The same command goes on where it stopped." in err
+    assert "Stopping; Ctrl-C again" in err and "Interrupted" in err
+    assert "The same command goes on where it stopped." in err
     assert "Traceback" not in err
     assert not (work / "p").exists()
     kept = first.read_bytes()
@@ -312,6 +315,24 @@ def test_a_file_that_cannot_be_written_to_its_end_is_refused(work):
     assert "Traceback" not in err
     assert not (work / "out").exists()
     done(line)
+
+
+def test_output_that_nobody_takes(work):
+    """A reader that leaves ends the program as SIGPIPE would; a full disk is an error."""
+    for line in ("methods", "methods --json"):
+        process = _start(*line.split())
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        err = process.stderr.read()
+        assert (process.wait(timeout=60), err) == (141, "")
+    if Path("/dev/full").exists():
+        for line in ("methods", "methods --json"):
+            with Path("/dev/full").open("w") as full:
+                process = _start(*line.split(), stdout=full)
+                _, err = process.communicate(timeout=60)
+            assert process.returncode == 2
+            assert err.startswith("error: ") and "No space left on device" in err
+            assert "Traceback" not in err
 
 
 BUSY = """

@@ -306,7 +306,7 @@ def test_a_recipe_of_the_other_kind(work):
 @pytest.mark.parametrize("more", ["--base other", "--budget 1%", "--expert x=law", "--skip a"])
 def test_plan_of_a_merge_takes_no_options_of_packs(work, more):
     (work / "merge.yaml").write_text(MERGE)
-    refused(f"plan merge.yaml {more}", f"{more.split()[0]} plan a pack", "Leave them out")
+    refused(f"plan merge.yaml {more}", f"leave out {more.split()[0]}, made for packs")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])

@@ -108,7 +108,7 @@ def refused(*words: str) -> str:
         ),
         (
             "plan merge.yaml -r 0.5 --tasks 2 --private x",
-            "error: --tasks, --rank-fraction, --private plan a pack",
+            "how: leave out --tasks, --rank-fraction, --private, made for packs.",
         ),
         (
             "inspect merge.yaml --analysis rank_drop --tensors",

@@ -84,6 +84,15 @@ def test_unknown_encoders(tmp_path, monkeypatch):
             text_encoder("absent")
 
 
+def test_an_encoder_without_a_tokenizer_is_refused(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    BertModel(config).save_pretrained(tmp_path / "e")
+    with pytest.raises(RecipeError, match=r"cannot be loaded|has no tokenizer"):
+        text_encoder(str(tmp_path / "e"))
+
+
 def test_ways_to_make_sentences_that_are_not_known(tmp_path):
     toy_sentence_encoder(tmp_path / "max", "max_tokens")
     with pytest.raises(RecipeError, match="pooling_mode_max_tokens"):

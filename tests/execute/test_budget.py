@@ -168,11 +168,7 @@ def test_a_bound_by_fraction_is_told_from_bytes():
     assert is_fraction(0.01) and not is_fraction(1)
 
 
-def test_a_codec_without_rank_takes_no_budget(monkeypatch):
-    class Plain(DTS):
-        pass
-
-    fields = {k: v for k, v in DTS.model_fields.items() if k != "rank_fraction"}
-    monkeypatch.setattr(Plain, "model_fields", fields, raising=False)
-    with pytest.raises(MethodError, match="Plain has no rank_fraction that a budget could set"):
-        largest_rank_fraction(Plain(), SPECS, 0.01, "counted")
+def test_a_codec_without_rank_takes_no_budget():
+    settings = PackSettings(method="emr", budget="1%")
+    with pytest.raises(MethodError, match="emr has no rank_fraction that a budget could set"):
+        settings.codec()

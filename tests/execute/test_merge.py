@@ -103,6 +103,7 @@ def test_a_run_killed_anywhere_goes_on(stage: str, scope: str, tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         merge(base, experts, tmp_path / "out", settings=settings, work=broken)
     assert not (tmp_path / "out").exists()
+    assert (steps[0][1], [text for text, done in steps if not done]) == (0, _stages(steps))
     steps.clear()
     notes: list[str] = []
     again = Work(
@@ -115,7 +116,11 @@ def test_a_run_killed_anywhere_goes_on(stage: str, scope: str, tmp_path: Path):
     assert not (tmp_path / ".out.partial").exists()
     if stage == "merging":  # neither looks nor finished units are done again
         assert not any(text.startswith("measuring") for text, _ in steps)
-        assert steps[0][1] == 3
+        assert [done for _, done in steps[:2]] == [2, 3]
+
+
+def _stages(steps: list[tuple[str, int]]) -> list[str]:
+    return list(dict.fromkeys(text for text, _ in steps))
 
 
 @pytest.mark.usefixtures("small_pieces")

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
@@ -18,6 +19,7 @@ from personae.errors import PersonaeError
 
 _REFUSED = 2
 _INTERRUPTED = 130
+_BROKEN_PIPE = 141  # as if SIGPIPE had ended it
 
 
 class _Command(TyperCommand):
@@ -35,12 +37,14 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; exits 0 done, 1 failed on the work, 2 refused input, 130 interrupt."""
+    """Run the command line; exits 0 done, 1 failed on the work, 2 refused input, 130 interrupt.
+
+    141 where whoever read the output has left.
+    """
     keep_freed_memory()
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
-    except BrokenPipeError:  # the reader of our output has left, as 'head' does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:  # pressed again while the first was being handled
         _leave(_INTERRUPTED)
     except SystemExit as stop:
@@ -49,10 +53,23 @@ def main() -> None:
         _leave(stop.code)
 
 
+def _interrupt(*_: object) -> NoReturn:
+    """Say that Ctrl-C was heard: what workers have under way may take a while."""
+    os.write(sys.stderr.fileno(), b"\nStopping; Ctrl-C again stops at once.\n")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    raise KeyboardInterrupt
+
+
 def _leave(code: int) -> NoReturn:
     """Exit at once: torch takes 0.4 s to take down, and workers what they have under way."""
-    with contextlib.suppress(OSError):
+    try:
         sys.stdout.flush()
+    except BrokenPipeError:
+        code = code or _BROKEN_PIPE
+    except OSError as error:
+        code = code or _REFUSED
+        sys.stderr.write(f"error: The output cannot be written: {error.strerror}.\n")
+    with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(code)
 
@@ -67,11 +84,17 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         except PersonaeError as error:
             err.print(f"error: {error}", markup=False, soft_wrap=True)
             raise typer.Exit(error.exit_code) from error
+        except BrokenPipeError:  # the reader of our output has left, as 'head' does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(_BROKEN_PIPE) from None
         except OSError as error:
-            if error.filename is None or isinstance(error, BrokenPipeError):
-                raise
-            text = f"error: Cannot use '{error.filename}': {error.strerror}. See that it is there "
-            err.print(f"{text}and that you may read it.", markup=False, soft_wrap=True)
+            text = f"error: {error.strerror or error}."
+            if error.filename is not None:
+                text = (
+                    f"error: Cannot use '{error.filename}': {error.strerror}. See that it is there "
+                    "and that you may read it."
+                )
+            err.print(text, markup=False, soft_wrap=True)
             raise typer.Exit(_REFUSED) from error
         except KeyboardInterrupt as error:
             err.print("Interrupted; nothing half-done was kept under a final name.", markup=False)

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,9 +12,18 @@ from rich.table import Table
 
 from personae.execute.work import Progress as Report
 
+
+class _Console(Console):
+    """One that lets the command decide what a reader that has left means."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Raise, where rich would leave with the code of a failed check."""
+        raise BrokenPipeError
+
+
 # Away from a terminal there is no width to fit: a name is never folded in a pipe.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-err = Console(stderr=True, highlight=False)
+out = _Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+err = _Console(stderr=True, highlight=False)
 
 
 @contextmanager
@@ -58,13 +67,28 @@ def facts(values: Any) -> None:
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1) -> None:
     """Print a table: the first `left` columns to the left, numbers to the right."""
+    grid = _grid(title, columns, rows, left, whole_numbers=True)
+    if out.measure(grid).minimum > out.width:
+        grid = _grid(title, columns, rows, left, whole_numbers=False)
+    out.print(grid)
+
+
+def _grid(
+    title: str, columns: list[str], rows: list[list[str]], left: int, whole_numbers: bool
+) -> Table:
+    """A table whose numbers are on one line each, or folded like all else."""
     grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):
-        justify = "left" if place < left else "right"
-        grid.add_column(column, justify=justify, overflow="fold")
+        is_number = place >= left
+        grid.add_column(
+            column,
+            justify="right" if is_number else "left",
+            overflow="fold",
+            no_wrap=is_number and whole_numbers,
+        )
     for row in rows:
         grid.add_row(*row)
-    out.print(grid)
+    return grid
 
 
 def size(count: int) -> str:

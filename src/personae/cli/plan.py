@@ -16,8 +16,7 @@ from personae.execute.work import Work
 from personae.recipe import PackRecipe, PackSettings, read_merge_recipe, recipe_kind
 
 _NOT_OF_MERGES = (
-    "{} plan a pack, and this is a merge recipe. Leave them out, and say in the recipe what is "
-    "merged and how.",
+    "This is a merge recipe, which says what is merged and how: leave out {}, made for packs.",
     ("base", "experts", "architecture", "model_class", "shapes", "tasks", *options.CODING),
 )
 _OF_ARCHITECTURES = ("{} goes with --architecture.", ("model_class",))

@@ -62,6 +62,11 @@ class TransformersEncoder:
         try:
             with quiet_transformers():
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+                if not self._tokenizer.get_vocab().keys() - self._tokenizer.all_special_tokens:
+                    raise RecipeError(
+                        f"The encoder '{name}' has no tokenizer: every text would be the same to "
+                        "it. Add its tokenizer files, or name another encoder."
+                    )
                 self._model, self._pool = _load(transformers, place, options)
         except RecipeError:
             raise

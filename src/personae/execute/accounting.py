@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from personae._types import TensorSpec
-from personae.errors import BudgetError, MethodError
+from personae.errors import BudgetError
 from personae.execute.scan import TensorScan
 from personae.methods import Bits, Codec, Treatment, block_bits
 from personae.packs.manifest import Manifest, TaskRecord
@@ -150,15 +150,9 @@ def largest_rank_fraction(
         reserve: Stored bits to keep free for what neither shapes nor facts foresee.
 
     Raises:
-        MethodError: if the codec has no rank to choose.
         BudgetError: if even the smallest rank exceeds the budget, naming the smallest that fits.
     """
     floating = [spec for spec in specs if spec.is_floating]
-    if "rank_fraction" not in type(codec).model_fields:
-        raise MethodError(
-            f"{type(codec).__name__} has no rank_fraction that a budget could set. Leave the "
-            "budget out, or pack by dts or svd."
-        )
     whole = Denominator.of(floating)
     shapes = [s for _, s in _block_shapes(codec, floating) if _at(codec, 1.0).rank(s)]
     widths = {_at(codec, 1.0).rank(shape) for shape in shapes}

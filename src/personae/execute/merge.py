@@ -121,6 +121,8 @@ def run(
         for unit in job.units:
             for piece in unit.pieces if unit.number in before else ():
                 writer.mark(piece.spec.name, piece.start, piece.stop)
+        stage = f"merging ({job.method.name})"
+        work.progress(stage, len(job.units) - len(due), len(job.units))
         results = pool.run(
             due,
             partial(_merge_unit, job, statistics, writer, work.torch_device),
@@ -134,7 +136,7 @@ def run(
                 faults.add(fault)
             if journal and not found:
                 journal.add(unit.number)
-            work.progress(f"merging ({job.method.name})", done, len(job.units))
+            work.progress(stage, done, len(job.units))
         faults.raise_if_any(CheckpointError)
     (directory / _STATISTICS).unlink(missing_ok=True)
 

@@ -95,6 +95,7 @@ def _look(
     faults = Faults()
     total: Tensor | None = None
     waiting: dict[int, Tensor] = {}
+    work.progress(stage, 0, len(units))
     results = pool.run(
         units,
         partial(_share_of_unit, method, measure, parameters_of, stacks),

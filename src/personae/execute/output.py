@@ -10,7 +10,13 @@ from personae._types import TensorSpec
 from personae.errors import OutputError
 from personae.execute import pool
 from personae.execute.work import Work
-from personae.writers import CheckpointWriter, output_directory, require_space, write_companions
+from personae.writers import (
+    CheckpointWriter,
+    output_directory,
+    require_place,
+    require_space,
+    write_companions,
+)
 
 _OUTPUTS = ("pack.json", "*/pack.json", "*.safetensors", "pytorch_model*.bin")
 """What tells that a directory may be replaced on request: nothing else is."""
@@ -37,6 +43,7 @@ def check_output(out: Path, overwrite: bool, inputs: Sequence[Any] = ()) -> None
                 f"'{out}' and the input '{source}' overlap: writing one would harm the other. "
                 "Choose an output beside it."
             )
+    require_place(out)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise OutputError(
             f"'{out}' exists and is not empty. Choose another name, or give --overwrite."
@@ -90,6 +97,7 @@ def write_model(
         CheckpointWriter(partial, list(specs), shard_bytes=shard_bytes, tied=tied) as writer,
     ):
         write_companions(companions, partial)
+        work.progress(stage, 0, len(specs))
         results = pool.run(
             specs,
             lambda spec: writer.write(spec.name, read(spec.name)),

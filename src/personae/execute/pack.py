@@ -15,11 +15,11 @@ from personae.execute.pack_plan import check_no_base_needed, pack_notes, plan_fa
 from personae.execute.reference import check_fingerprint, make_reference, relative_to_merged
 from personae.execute.scan import Scanned
 from personae.execute.work import Work
-from personae.packs.manifest import Manifest
+from personae.packs.manifest import MANIFEST_NAME, Manifest
 from personae.packs.reader import Pack
 from personae.packs.writer import REFERENCE, PackWriter, end_resume, resume
 from personae.recipe import PackSettings
-from personae.writers import locked, output_directory, require_space
+from personae.writers import locked, output_directory, require_place, require_space
 
 
 def pack(
@@ -146,6 +146,7 @@ def add_tasks(
     described = checked(characteristics or {}, experts)
     with locked(Pack(Path(pack_directory)).directory):
         opened = Pack(Path(pack_directory))  # as it is now that nobody else changes it
+        require_place(opened.directory / MANIFEST_NAME)
         manifest = opened.manifest
         settings = PackSettings(**manifest.settings)
         source = opened.reference_source(base)

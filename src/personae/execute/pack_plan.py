@@ -184,11 +184,17 @@ def plan_family(family: Family, settings: PackSettings, work: Work) -> PackPlan:
 
     Raises:
         MethodError: for an unknown method or parameter.
+        RecipeError: for a single expert relative to its own average.
         BudgetError: if the budget, or the memory bound, cannot be met.
     """
     workers, memory = work.threads, work.memory
     if settings.vector == "difference":
         settings.merge(len(family.experts))
+    if settings.from_average and len(family.experts) == 1:
+        raise RecipeError(
+            "A single expert is its own average, from which it does not differ. Give more experts, "
+            "or pack it with task vectors (vector: task, --vector task)."
+        )
     for name in family.experts:
         settings.codec().for_task(name)
     tasks = {name: _plan_task(family, name, settings) for name in family.experts}

@@ -98,7 +98,9 @@ def weighable(
     faults.raise_if_any(RecipeError)
     tasks = pack.manifest.tasks
     silent = [name for name, record in tasks.items() if not record.characteristics]
-    if silent or not tasks:
+    if not tasks:
+        raise PackError(f"{pack.directory} has no task. Add one: personae pack --add --expert.")
+    if silent:
         fix = " ".join(f"--describe {name}=TEXT" for name in silent[:3])
         raise PackError(
             f"{pack.directory} does not say what these tasks are about: {', '.join(silent)}. "

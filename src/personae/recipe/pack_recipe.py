@@ -90,7 +90,13 @@ class PackSettings(Strict):
                 f"'{self.method}' merges models, it does not code them. To pack against a model "
                 f"merged by it: vector: difference, reference: {self.method}."
             )
-        return build(lookup(CODECS, self.method), self.parameters)
+        codec: Codec = build(lookup(CODECS, self.method), self.parameters)
+        if self.budget is not None and "rank_fraction" not in type(codec).model_fields:
+            raise MethodError(
+                f"{self.method} has no rank_fraction that a budget could set. Leave the budget "
+                "out, or pack by dts or svd."
+            )
+        return codec
 
     def merge(self, experts: int) -> tuple[MergeMethod, Parameters]:
         """The merge method of the reference with its parameters, validated for so many experts.

@@ -6,6 +6,7 @@ from personae.writers.atomic import (
     output_directory,
     output_errors,
     require_folder,
+    require_place,
     require_space,
 )
 from personae.writers.checkpoint import SHARD_BYTES, CheckpointWriter
@@ -21,6 +22,7 @@ __all__ = [
     "output_directory",
     "output_errors",
     "require_folder",
+    "require_place",
     "require_space",
     "write_companions",
 ]

@@ -79,9 +79,18 @@ def require_folder(path: Path) -> None:
     Raises:
         OutputError: if a folder above it is a file or may not be written to, or `path` is a folder.
     """
-    path = Path(path).absolute()
-    if path.is_dir():
+    if Path(path).is_dir():
         raise OutputError(f"Cannot write '{path}': it is a folder. Choose another name.")
+    require_place(path)
+
+
+def require_place(path: Path) -> None:
+    """Check that something could be made at `path`, before what goes into it is computed.
+
+    Raises:
+        OutputError: if a folder above it is a file or may not be written to.
+    """
+    path = Path(path).absolute()
     existing = next(place for place in path.parents if place.exists())
     if not existing.is_dir():
         raise OutputError(f"Cannot write '{path}': {existing} is a file. Choose another name.")
