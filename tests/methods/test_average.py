@@ -49,6 +49,18 @@ def test_weights_that_sum_to_nothing_are_refused_before_and_while_merging():
     assert average(torch.ones(3, 2), weight=weight, normalize=False).abs().max() < 1e-7
 
 
+def test_weights_that_would_scale_the_model_are_refused_without_a_base():
+    built = build(lookup(MERGE_METHODS, "average"), {"weight": 0.6, "normalize": False})
+    with_base, without = Faults(), Faults()
+    built.check_experts(2, with_base)
+    built.check_experts(2, without, has_base=False)
+    assert not with_base.messages
+    assert without.messages == [
+        "average: normalize is false and the weights sum to 1.2, which would scale the whole "
+        "model. Make them sum to 1, or scale task vectors alone with task_arithmetic."
+    ]
+
+
 def test_a_wrong_number_of_weights_is_told_before_their_sum():
     faults = Faults()
     build(lookup(MERGE_METHODS, "average"), {"weight": (1.0, -1.0)}).check_experts(3, faults)

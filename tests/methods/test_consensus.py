@@ -10,6 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from personae.errors import Faults
+from personae.methods import MERGE_METHODS, build, lookup
+
 
 def merge(task_vectors: torch.Tensor, **settings: Any) -> torch.Tensor:
     return merge_model("consensus", [task_vectors], settings)[0]
@@ -33,6 +36,17 @@ def test_hand_worked():
     assert merge(task_vectors, threshold=0.5, at_least=3, scale=0.5).tolist() == [0, 0, 0, 0.5]
     # A threshold of 0.1 of its own lets the third expert mark entry 0 as well: 1 > 0.1 · 7.
     assert merge(task_vectors, threshold=(0.5, 0.5, 0.1), at_least=3).tolist()[0] == 6.0
+
+
+def test_more_marks_than_experts_are_refused_beforehand():
+    faults = Faults()
+    entry = lookup(MERGE_METHODS, "consensus")
+    for settings in ({}, {"at_least": 3}):
+        build(entry, settings).check_experts(2, faults)
+    assert faults.messages == [
+        "consensus: at_least is 3, and there are 2 expert(s), so that no entry could be kept. "
+        "Give at most 2."
+    ]
 
 
 def test_one_expert():

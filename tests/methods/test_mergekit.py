@@ -118,7 +118,7 @@ def test_every_weight_has_to_be_given_and_lambda_has_its_name():
 def test_linear_refuses_what_would_be_no_model():
     for settings, text in (
         ({"weight": (1.0, -1.0)}, "linear divides by the sum of the weights, and 1, -1 sum to 0"),
-        ({"weight": 0.3, "normalize": False}, "sum to 0.6, which would scale the base itself"),
+        ({"weight": 0.3, "normalize": False}, "sum to 0.6, which would scale the whole model"),
     ):
         faults = Faults()
         build(lookup(MERGEKIT_METHODS, "linear"), settings).check_experts(2, faults)

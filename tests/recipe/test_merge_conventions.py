@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Annotated
 
 import pytest
+import torch
 from merge_recipes import read, refused
 from pydantic import Field
 from torch import Tensor
@@ -130,8 +131,60 @@ def test_a_required_parameter(tmp_path, thinned):
     told = "thinned: no filter of density fits the tensor 'attention'. Add an entry without"
     with pytest.raises(MethodError, match=told):
         filtered.for_tensor("attention", 2, 1)
-    with pytest.raises(RecipeError, match="no filter of density fits"):
+    with pytest.raises(RecipeError, match="thinned needs a density for every tensor"):
         filtered.check(["x"])
+
+
+WEIGHTED = """
+base_model: b
+models:
+  - {model: x, parameters: {weight: 0.3}}
+  - {model: y, parameters: {weight: 0.3}}
+"""
+EQUAL = "base_model: b\nmodels: [{model: x}, {model: y}]\n"
+NORMALIZED = "parameters: {normalize: true, density: 1.0}\n"
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+def test_normalize_divides_by_weights_so_weighted_recipes_are_merged_by_mergekit_s(
+    tmp_path, method
+):
+    text = f"merge_method: {method}\n"
+    recipe = read(tmp_path, text + WEIGHTED + NORMALIZED)
+    assert recipe.settings.conventions == "mergekit"
+    assert "cannot follow the recipe: normalize: true divides by the sum of the" in recipe.notes[-1]
+    # (0.3·2 + 0.3·4) / (0.3 + 0.3); by how many agree it would be 0.9.
+    parameters = recipe.settings.for_tensor("w", 1, 2)
+    vectors = torch.tensor([[2.0], [4.0]])
+    assert recipe.settings.merge_method().merge(vectors, parameters).tolist() == [3.0]
+    told = refused(tmp_path, text + WEIGHTED + NORMALIZED + "conventions: personae")
+    assert "line 7: normalize: true divides by the sum of the weights that agree" in told
+    assert told.endswith("mergekit's can: conventions: mergekit.")
+
+
+@pytest.mark.parametrize(
+    ("weight", "conventions"),
+    [
+        ("1", "personae"),
+        ("1.0", "personae"),
+        ("[1, 1.0]", "personae"),
+        ("[{filter: mlp, value: 1}, {value: 1}]", "personae"),
+        ("2", "mergekit"),
+        ("[1, 2]", "mergekit"),
+        ("[{filter: mlp, value: 2}, {value: 1}]", "mergekit"),
+    ],
+)
+def test_normalize_is_a_mean_where_every_weight_is_one(tmp_path, weight, conventions):
+    common = f"parameters: {{normalize: true, weight: {weight}}}\n"
+    recipe = read(tmp_path, "merge_method: ties\n" + EQUAL + common)
+    assert recipe.settings.conventions == conventions
+    if conventions == "personae":
+        assert recipe.settings.parameters["reduce"] == "mean"
+        assert recipe.notes[0] == "normalize: true is called reduce: mean here."
+    unweighted = read(tmp_path, "merge_method: ties\n" + EQUAL + NORMALIZED).settings
+    assert (unweighted.conventions, unweighted.parameters["reduce"]) == ("personae", "mean")
+    summed = "merge_method: ties\n" + WEIGHTED + "parameters: {normalize: false}"
+    assert read(tmp_path, summed).settings.parameters == {"reduce": "sum"}
 
 
 @pytest.mark.parametrize("method", MERGEKIT_RECIPES)

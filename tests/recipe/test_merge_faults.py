@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from merge_recipes import refused
+from merge_recipes import read, refused
 
 from personae.errors import MethodError, RecipeError
 from personae.recipe import MergeSettings, read_merge_recipe
@@ -211,3 +211,118 @@ def test_a_density_that_is_no_fraction(tmp_path, value, message):
         f"parameters: {{density: {value}, scope: tensor}}",
     )
     assert said.endswith(message)
+
+
+AVERAGE = "merge_method: average\nbase_model: b\n"
+TIES = "merge_method: ties\nconventions: mergekit\nbase_model: b\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (
+            f"{AVERAGE}models:\n"
+            "  - {model: x, parameters: {weight: 1}}\n"
+            "  - {model: y, parameters: {weight: -1}}",
+            4,
+            "average divides by the sum of the weights, and 1, -1 sum to 0.",
+        ),
+        (
+            "merge_method: consensus\nbase_model: b\nmodels: [{model: x}, {model: y}]\n"
+            "parameters:\n  scale: 0.3\n  at_least: 3",
+            6,
+            "consensus: at_least is 3, and there are 2 expert(s), so that no entry could be kept. "
+            "Give at most 2.",
+        ),
+        (
+            "merge_method: consensus\nbase_model: b\nmodels: [{model: x}]",
+            1,
+            "consensus: at_least is 2, and there are 1 expert(s), so that no entry could be kept. "
+            "Give at most 1.",
+        ),
+        (f"{TIES}models: [{{model: x}}]", 1, "ties needs 'weight'. Give it."),
+    ],
+)
+def test_values_that_are_wrong_together_have_a_line(tmp_path, text, line, message):
+    assert f"is wrong: line {line}: {message}" in refused(tmp_path, text)
+
+
+def test_filters_alone_where_there_is_no_default(tmp_path):
+    filtered = "[{filter: mlp, value: 0.5}]"
+    wanted = (
+        "ties needs a weight for every tensor, and here are filters alone. Add a last entry "
+        "without 'filter': it holds for all others."
+    )
+    models = f"""models:
+  - {{model: x, parameters: {{weight: 1}}}}
+  - model: y
+    parameters:
+      weight: {filtered}
+"""
+    assert refused(tmp_path, TIES + models).endswith(f"is wrong: line 8: {wanted}")
+    common = f"{TIES}models: [{{model: x}}]\nparameters:\n  weight: {filtered}"
+    assert refused(tmp_path, common).endswith(f"is wrong: line 6: {wanted}")
+    read(tmp_path, f"{TIES}{models}parameters: {{weight: 1}}")
+    read(tmp_path, TIES + models.replace("0.5}]", "0.5}, {value: 1}]"))
+
+
+def test_an_average_without_a_base_whose_weights_scale_it(tmp_path):
+    text = """merge_method: linear
+models:
+  - {model: x, parameters: {weight: 0.5}}
+  - {model: y, parameters: {weight: 0.7}}
+"""
+    told = refused(tmp_path, f"{text}parameters: {{normalize: false}}")
+    assert "line 5: average: normalize is false and the weights sum to 1.2, which would" in told
+    assert read(tmp_path, text).base is None
+    read(tmp_path, text.replace("0.7", "0.5") + "parameters: {normalize: false}")
+    read(tmp_path, f"{text}parameters: {{normalize: false}}\nbase_model: b")  # base + Σ w τ
+    settings = MergeSettings(
+        vector="difference", parameters={"normalize": False, "weight": [0.5, 0.6]}
+    )
+    with pytest.raises(RecipeError, match=r"sum to 1\.2, which would scale the whole model"):
+        settings.check(["a", "b"])  # in the last layer
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        (
+            "[{model: a/my model}]",
+            "line 4: 'my model' is no safe file name. Give the model another",
+        ),
+        ("[{model: a/x, name: .x}]", "line 4: '.x' is no safe file name. Give the model another"),
+        (
+            "[{model: a/x},\n {model: b/X}]",
+            "line 5: Two models are named 'x' and 'X' (case is ignored). Give each its own 'name'.",
+        ),
+        (
+            "\n  - model: a/x\n  - model: b/y\n    name: X",
+            "line 7: Two models are named 'x' and 'X' (case is ignored).",
+        ),
+    ],
+)
+def test_names_are_looked_at_in_the_recipe(tmp_path, models, message):
+    text = f"merge_method: average\n# models\nbase_model: b\nmodels: {models}"
+    assert message in refused(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("value", "odd"),
+    [
+        ("[0.1, 0.2, true]", "true"),
+        ("[0.1, 0.2, x]", "'x'"),
+        ("[true, 0.1]", "true"),
+        ("[{value: 1}, 0.1]", "0.1"),
+    ],
+)
+def test_a_gradient_names_what_is_no_number(tmp_path, value, odd):
+    text = f"{AVERAGE}models: [{{model: x}}]\nparameters: {{weight: {value}}}"
+    assert refused(tmp_path, text).endswith(f"a list of {{filter, value}}, not {odd} in it.")
+
+
+def test_two_sources_of_the_tokenizer(tmp_path):
+    text = f"{AVERAGE}models: [{{model: a/x}}]\ntokenizer_source: x\ntokenizer:\n  source: "
+    told = refused(tmp_path, f"{text}base")
+    assert told.endswith("line 6: tokenizer_source is 'x' and tokenizer.source 'base'. Keep one.")
+    assert read(tmp_path, f"{text}a/x").settings.tokenizer_source == "x"

@@ -95,17 +95,6 @@ def test_other_methods_say_so_without_a_base(tmp_path):
     assert "line 3: Differences are from the experts' average: leave base_model out" in both
 
 
-def test_a_base_with_parameters_is_an_expert_too(tmp_path):
-    text = """
-merge_method: linear
-base_model: a/base
-models:
-  - {model: a/base, parameters: {weight: 1}}
-  - {model: a/x, parameters: {weight: 2}}
-"""
-    assert list(read(tmp_path, text).experts) == ["base", "x"]
-
-
 def test_an_adapter_written_as_mergekit_does(tmp_path):
     text = "merge_method: linear\nbase_model: a/base\nmodels: [{model: a/base+b/lora}]"
     assert read(tmp_path, text).experts == {"lora": "b/lora"}
@@ -151,3 +140,21 @@ def test_settings_as_a_recipe_read_back_the_same(tmp_path, settings):
     if not any(settings.expert_parameters):
         settings = settings.model_copy(update={"expert_parameters": ()})
     assert recipe.settings == settings
+
+
+def test_a_key_with_nothing_after_it_says_nothing(tmp_path):
+    text = """
+merge_method: average
+base_model: a/base
+models:
+  - model: a/x
+    parameters:
+parameters:
+skip:
+only:
+tokenizer_source:
+tokenizer:
+"""
+    recipe = read(tmp_path, text)
+    assert recipe.settings == MergeSettings()
+    assert recipe.experts == {"x": "a/x"}

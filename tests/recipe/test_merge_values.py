@@ -98,3 +98,25 @@ def test_weights_reach_the_method():
     vectors = torch.tensor([[4.0], [8.0]])
     merged = settings.merge_method().merge(vectors, settings.for_tensor("x", 1, 2))
     assert merged.tolist() == [7.0]  # (1·4 + 3·8) / 4
+
+
+def test_numbers_that_yaml_takes_for_texts(tmp_path):
+    text = """
+merge_method: ties
+base_model: b
+models:
+  - {model: x, parameters: {weight: [1e-1, 1], density: 1e-1}}
+  - {model: y, parameters: {weight: [{filter: "1", value: [2e0, 3]}, {value: 5e-1}], density: "1"}}
+parameters: {scale: 1e1}
+"""
+    settings = read(tmp_path, text).settings
+    assert settings.expert_parameters == (
+        {"weight": [0.1, 1], "density": 0.1},
+        {"weight": [{"filter": "1", "value": [2.0, 3]}, {"value": 0.5}], "density": 1.0},
+    )
+    assert settings.parameters == {"scale": 10.0}
+    found = settings.for_tensor("layers.1.w", 2, 2).model_dump()
+    assert (found["weight"], found["density"]) == ((1.0, 3.0), (0.1, 1.0))
+    given = MergeSettings(parameters={"weight": ["1e-1", 1]})
+    assert given.for_tensor("layers.0.w", 2, 2).model_dump()["weight"] == 0.1
+    assert MergeSettings(method="ties", parameters={"elect": "mass"}).parameters["elect"] == "mass"

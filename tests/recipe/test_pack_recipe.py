@@ -139,9 +139,20 @@ def test_bad_budgets(tmp_path, budget):
         settings_from({"budget": budget})
 
 
-def test_two_models_of_one_name(tmp_path):
+def test_names_of_models(tmp_path):
     with pytest.raises(RecipeError, match=r"Two models are named 'x'. Give each its own 'name'"):
         _read(tmp_path, "models: [{model: a/x}, {model: b/x}, {model: c, name: y}]")
+    with pytest.raises(RecipeError, match=r"line 2: 'my x' is no safe file name"):
+        _read(tmp_path, "models:\n  - model: a/my x")
+
+
+def test_a_key_with_nothing_after_it_says_nothing(tmp_path):
+    recipe = _read(tmp_path, "models: [{model: a/x}]\nparameters:\nskip:\nprivate:")
+    assert recipe.settings == PackSettings()
+
+
+def test_no_models_are_no_weights_that_sum_to_nothing():
+    PackSettings().merge(0)
 
 
 @pytest.mark.parametrize("text", ["", "just words", "- a\n- b", "3"])

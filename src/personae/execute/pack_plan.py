@@ -171,7 +171,7 @@ def check_no_base_needed(settings: PackSettings, experts: int) -> None:
             "Task vectors need the base: give it (--base), or pack difference vectors, which are "
             "relative to a merged model (vector: difference, --vector difference)."
         )
-    method, _ = settings.merge(experts)
+    method, _ = settings.merge(experts, has_base=False)
     if method.needs != "deltas":
         raise RecipeError(
             f"{method.name} merges task vectors, which need the base: give it (--base), or another "

@@ -19,10 +19,11 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    check: ClassVar[Callable[[Any, int], str]] = lambda _, __: ""
-    """What is wrong with values that are sound one by one, for so many experts; or nothing."""
+    check: ClassVar[Callable[[Any, int, bool], str]] = lambda _, __, ___: ""
+    """What is wrong with values that are sound one by one, for so many experts with a base or
+    without; or nothing."""
 
-    def check_experts(self, experts: int, faults: Faults) -> None:
+    def check_experts(self, experts: int, faults: Faults, *, has_base: bool = True) -> None:
         """Add a fault for each parameter whose values are not one an expert, or the check's."""
         sound = True
         for name, value in self:
@@ -32,7 +33,7 @@ class Parameters(BaseModel):
                     f"{name} has {len(value)} values for {experts} experts. "
                     "Give one an expert, or a single one for all."
                 )
-        fault = type(self).check(self, experts) if sound else ""
+        fault = type(self).check(self, experts, has_base) if sound and experts else ""
         if fault:
             faults.add(fault)
 

@@ -81,7 +81,7 @@ def merge_method(
     looks: int = 0,
     model_wide: tuple[str, ...] = (),
     bytes_per_entry: int = 16,
-    check: Callable[[Any, int], str] | None = None,
+    check: Callable[[Any, int, bool], str] | None = None,
     aliases: Sequence[str] = (),
     conventions: Conventions = "personae",
 ) -> Callable[[F], F]:
@@ -90,7 +90,7 @@ def merge_method(
     `statistics` and `site` among them are no parameters: the method is given them as it runs.
     An argument named as a Python keyword and `_` is the parameter of that name: `lambda_`, lambda.
     The other arguments are as in `MergeMethod`; `aliases` are further names in recipes, and
-    `check(parameters, experts)` says what is wrong with values that are sound one by one.
+    `check(parameters, experts, has_base)` says what is wrong with values that are sound one by one.
     """
 
     def register(function: F) -> F:
@@ -123,7 +123,7 @@ def merge_method(
 
 
 def argument_parameters(
-    function: Callable[..., Any], name: str, check: Callable[[Any, int], str] | None = None
+    function: Callable[..., Any], name: str, check: Callable[[Any, int, bool], str] | None = None
 ) -> type[Parameters]:
     """The keyword-only arguments of a function as a model of typed parameters."""
     fields: dict[str, Any] = {}

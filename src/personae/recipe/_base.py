@@ -1,11 +1,20 @@
 """What both kinds of recipes are made of."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 Vector = Literal["task", "difference"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+def _or(empty: Any) -> BeforeValidator:
+    """Read a key with nothing after it as one that is not there."""
+    return BeforeValidator(lambda value: empty if value is None else value)
+
+
+Given = Annotated[dict[str, Any], _or({})]
+Patterns = Annotated[list[str], _or([])]
 
 
 class Strict(BaseModel):

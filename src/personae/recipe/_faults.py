@@ -1,11 +1,12 @@
 """What is wrong with a recipe, and where; what pydantic says of it in sentences."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from personae.checkpoints.naming import is_safe_name
 from personae.errors import nearest
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -86,6 +87,23 @@ def validated(
             for fault in found:
                 _mend(content, fault.place)
     return None
+
+
+def name_faults(names: Iterable[tuple[Place, str]]) -> Iterator[Fault]:
+    """A fault for each model whose name is taken twice, or no file name somewhere."""
+    taken: dict[str, str] = {}
+    for place, name in names:
+        other = taken.get(name.lower())
+        if other is not None:
+            both = f"'{name}'" if other == name else f"'{other}' and '{name}' (case is ignored)"
+            yield Fault(place, f"Two models are named {both}. Give each its own 'name'.")
+        elif not is_safe_name(name):
+            yield Fault(
+                place,
+                f"'{name}' is no safe file name. Give the model another by 'name': letters, "
+                "digits, '.', '_' and '-', beginning with a letter or digit, at most 100.",
+            )
+        taken.setdefault(name.lower(), name)
 
 
 def _mend(content: Any, place: Place) -> None:

@@ -1,15 +1,15 @@
 """The keys of a merge recipe, as mergekit's users know them, and what differs here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from personae.checkpoints.naming import name_of
 from personae.methods import Conventions, MergeMethod
-from personae.recipe._base import Dtype, Strict, Vector
+from personae.recipe._base import Dtype, Patterns, Strict, Vector
 from personae.recipe._faults import Fault, validated
+from personae.recipe._values import Values, fault_in, scalars_of
 
 
 class Model(Strict):
@@ -17,7 +17,7 @@ class Model(Strict):
 
     model: str = Field(min_length=1)
     name: str | None = None
-    parameters: dict[str, Any] = Field(default={})
+    parameters: Values = Field(default={})
 
 
 class _Tokenizer(Strict):
@@ -30,15 +30,15 @@ class MergeFile(Strict):
     merge_method: str
     base_model: str | None = None
     models: list[Model]
-    parameters: dict[str, Any] = Field(default={})
+    parameters: Values = Field(default={})
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
     tokenizer: _Tokenizer | None = None
     conventions: Conventions | None = None
     vector: Vector | None = None
-    skip: list[str] = Field(default=[])
-    only: list[str] = Field(default=[])
+    skip: Patterns = Field(default=[])
+    only: Patterns = Field(default=[])
 
 
 _REFUSED: dict[str, str] = {
@@ -87,67 +87,53 @@ def _refuse(content: dict[str, Any]) -> Iterator[Fault]:
                 yield Fault((outer, inner) if n is None else (outer, n, inner), text)
 
 
-class Family(NamedTuple):
-    """Base and experts of a file.
-
-    Attributes:
-        base: Where the base is.
-        experts: Name to where it is.
-        entries: For each expert its position under `models`.
-    """
-
-    base: str | None
-    experts: dict[str, str]
-    entries: list[int]
-
-
-def family_of(file: MergeFile, faults: list[Fault]) -> Family:
-    """Tell experts from the base, and give each a name.
-
-    The base may be listed among the models: without parameters, it is no expert.
-    """
-    experts: dict[str, str] = {}
-    entries: list[int] = []
-    for n, entry in enumerate(file.models):
-        if entry.model == file.base_model and not entry.parameters:
-            continue
-        model = entry.model
-        if file.base_model is not None:  # mergekit's way to write an adapter of a model
-            model = model.removeprefix(f"{file.base_model}+")
-        name = entry.name or name_of(model)
-        if name in experts:
-            text = f"Two models are named '{name}'. Give each its own 'name'."
-            faults.append(Fault(("models", n), text))
-        else:
-            experts[name] = model
-            entries.append(n)
-    return Family(file.base_model, experts, entries)
-
-
-def tokenizer_of(file: MergeFile, family: Family) -> str | None:
-    """Whose vocabulary comes out: 'base', 'union', or a name where the file says a model."""
-    source = file.tokenizer.source if file.tokenizer else file.tokenizer_source
-    names = {model: name for name, model in family.experts.items()}
-    if family.base is not None:
-        names[family.base] = "base"
-    source = source.removeprefix("model:") if source else None
-    return names.get(source, source) if source else None
-
-
-def native(name: str, value: Any, method: MergeMethod) -> tuple[str, Any, str]:
+class Native(NamedTuple):
     """A parameter by this package's name, where mergekit has another.
 
-    Returns:
-        The name (empty: it is left out), the value, and a remark (empty if there is none).
+    Attributes:
+        name: The name; empty if it is left out.
+        value: The value.
+        remark: What a person should know of it; empty if nothing.
+        fault: Why it has none here; empty if it has.
+    """
+
+    name: str
+    value: Any
+    remark: str = ""
+    fault: str = ""
+
+
+def native(name: str, value: Any, method: MergeMethod, *, weighted: bool) -> Native:
+    """Read a parameter by this package's name.
+
+    Args:
+        name: As the file has it.
+        value: What it shall be.
+        method: Whose parameter.
+        weighted: Whether an expert has a weight other than 1.
     """
     known = method.parameters.model_fields
     if name in known:
-        return name, value, ""
+        return Native(name, value)
     if name == "lambda" and "scale" in known:
-        return "scale", value, "lambda is called scale here."
+        return Native("scale", value, "lambda is called scale here.")
     if name == "int8_mask":
-        return "", value, "int8_mask is left out: masks take no memory here, results are the same."
+        text = "int8_mask is left out: masks take no memory here, results are the same."
+        return Native("", value, text)
     if name == "normalize" and "reduce" in known and isinstance(value, bool):
+        if value and weighted:
+            fault = (
+                "normalize: true divides by the sum of the weights that agree, reduce: mean by how "
+                "many agree. Give reduce, or no weights."
+            )
+            return Native("", value, fault=fault)
         reduce = "mean" if value else "sum"
-        return "reduce", reduce, f"normalize: {str(value).lower()} is called reduce: {reduce} here."
-    return name, value, ""
+        said = f"normalize: {str(value).lower()}"
+        return Native("reduce", reduce, f"{said} is called reduce: {reduce} here.")
+    return Native(name, value)
+
+
+def is_weighted(given: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether these parameters, of all experts and of each, say a weight other than 1."""
+    said = [parameters["weight"] for parameters in given if "weight" in parameters]
+    return any(one != 1 for value in said if not fault_in(value) for one in scalars_of(value))

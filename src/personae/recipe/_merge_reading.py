@@ -8,19 +8,10 @@ from typing import Any, Literal
 from personae.errors import MethodError
 from personae.methods import Conventions, MergeMethod
 from personae.recipe._faults import Fault, Place
-from personae.recipe._merge_file import (
-    Family,
-    MergeFile,
-    family_of,
-    native,
-    read_file,
-    tokenizer_of,
-)
+from personae.recipe._merge_family import NEEDS_NO_REFERENCE, Family, family_of, tokenizer_of
+from personae.recipe._merge_file import MergeFile, Native, is_weighted, native, read_file
 from personae.recipe._yaml import read_document
 from personae.recipe.merge_recipe import MergeRecipe, MergeSettings, find_method, methods_under
-
-# What it gives does not depend on what the deltas are taken from.
-_NEEDS_NO_REFERENCE = ("average", "linear")
 
 
 @dataclass
@@ -73,7 +64,7 @@ def read_merge_recipe(path: str | Path) -> MergeRecipe:
         experts=family.experts,
         settings=reading.settings,
         text=document.text,
-        remarks=tuple(reading.remarks),
+        remarks=(*family.remarks, *reading.remarks),
     )
 
 
@@ -111,31 +102,29 @@ def _read_as(file: MergeFile, family: Family, conventions: Conventions) -> _Read
     places: dict[Place, Place] = {("method",): ("merge_method",), ("experts",): ("models",)}
     if file.tokenizer:
         places["tokenizer_source",] = ("tokenizer", "source")
-    common = _native(file.parameters, method, ("parameters",), ("parameters",), places, reading)
-    owns = [
-        _native(
-            file.models[n].parameters,
-            method,
-            ("expert_parameters", expert),
-            ("models", n, "parameters"),
-            places,
-            reading,
-        )
-        for expert, n in enumerate(family.entries)
-    ]
+    given: dict[Place, tuple[Place, dict[str, Any]]] = {
+        ("parameters",): (("parameters",), file.parameters)
+    }
+    for expert, (n, entry) in enumerate(family.entries):
+        given["expert_parameters", expert] = ("models", n, "parameters"), entry.parameters
+    weighted = is_weighted(said for _, said in given.values())
+    common, *owns = (
+        _native(said, method, weighted, place, file_place, places, reading)
+        for place, (file_place, said) in given.items()
+    )
     reading.settings = settings = MergeSettings(
         method=method.name if method else file.merge_method,
         conventions=conventions,
         parameters=common,
         expert_parameters=tuple(owns) if any(owns) else (),
         dtype=file.out_dtype or file.dtype,
-        tokenizer_source=tokenizer_of(file, family),
+        tokenizer_source=tokenizer_of(file, family, reading.faults),
         skip=tuple(file.skip),
         only=tuple(file.only),
-        vector=file.vector or _vector(file, method),
+        vector=_vector(file, family, method),
     )
     if method:
-        reading.faults += _base_faults(file, settings, method)
+        reading.faults += _base_faults(family, settings, method)
     if file.dtype and file.out_dtype and file.dtype != file.out_dtype:
         reading.remarks.append(f"dtype: {file.dtype} is not used: sums are in float32 here.")
     for fault in settings.faults(list(family.experts)):
@@ -146,6 +135,7 @@ def _read_as(file: MergeFile, family: Family, conventions: Conventions) -> _Read
 def _native(
     given: dict[str, Any],
     method: MergeMethod | None,
+    weighted: bool,
     place: Place,
     file_place: Place,
     places: dict[Place, Place],
@@ -155,29 +145,37 @@ def _native(
     found: dict[str, Any] = {}
     places[place] = file_place
     for name, value in given.items():
-        own_name, own_value, remark = native(name, value, method) if method else (name, value, "")
-        if remark and remark not in reading.remarks:
-            reading.remarks.append(remark)
-        if not own_name:
+        own = native(name, value, method, weighted=weighted) if method else Native(name, value)
+        if own.remark and own.remark not in reading.remarks:
+            reading.remarks.append(own.remark)
+        if own.fault:
+            reading.faults.append(Fault((*file_place, name), own.fault))
+        if not own.name:
             continue
-        if own_name in found:
-            text = f"{own_name} is given twice, as '{name}' too. Keep one."
+        if own.name in found:
+            text = f"{own.name} is given twice, as '{name}' too. Keep one."
             reading.faults.append(Fault((*file_place, name), text))
-        places[*place, own_name] = (*file_place, name)
-        found[own_name] = own_value
+        places[*place, own.name] = (*file_place, name)
+        found[own.name] = own.value
     return found
 
 
-def _vector(file: MergeFile, method: MergeMethod | None) -> Literal["task", "difference"]:
-    no_base = file.base_model is None and (method is None or method.name in _NEEDS_NO_REFERENCE)
-    return "difference" if no_base else "task"
+def _vector(
+    file: MergeFile, family: Family, method: MergeMethod | None
+) -> Literal["task", "difference"]:
+    if family.base is not None:
+        return file.vector or "task"
+    if file.base_model is not None:  # averaged as the experts are
+        return "difference"
+    no_reference = method is None or method.name in NEEDS_NO_REFERENCE
+    return file.vector or ("difference" if no_reference else "task")
 
 
-def _base_faults(file: MergeFile, settings: MergeSettings, method: MergeMethod) -> Sequence[Fault]:
-    if file.base_model is not None and settings.vector == "difference":
+def _base_faults(family: Family, settings: MergeSettings, method: MergeMethod) -> Sequence[Fault]:
+    if family.base is not None and settings.vector == "difference":
         text = "Differences are from the experts' average: leave base_model out, or vector."
         return (Fault(("vector",), text),)
-    if file.base_model is not None or settings.vector == "difference":
+    if family.base is not None or settings.vector == "difference":
         return ()
     text = f"{method.name} needs 'base_model', what the models were fine-tuned from."
     if method.needs == "deltas":

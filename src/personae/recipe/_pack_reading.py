@@ -1,15 +1,13 @@
 """From a file to a pack recipe: all faults at once, each with its line."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
 from personae.checkpoints.naming import name_of
 from personae.errors import MethodError
-from personae.recipe._base import Strict, Vector
-from personae.recipe._faults import Fault, faults_in, validated
+from personae.recipe._base import Given, Patterns, Strict, Vector
+from personae.recipe._faults import Fault, faults_in, name_faults, validated
 from personae.recipe._yaml import read_document
 from personae.recipe.pack_recipe import Budget, Counting, PackRecipe, PackSettings
 
@@ -22,20 +20,20 @@ class _Model(Strict):
 
 class _Reference(Strict):
     merge_method: str | None = None
-    parameters: dict[str, Any] = Field(default={})
+    parameters: Given = Field(default={})
 
 
 class _File(Strict):
     pack_method: str = "dts"
     base_model: str | None = None
     models: list[_Model]
-    parameters: dict[str, Any] = Field(default={})
+    parameters: Given = Field(default={})
     budget: Budget = None
     counting: Counting = "on_disk_native"
     vector: Vector = "task"
     reference: _Reference = Field(default=_Reference())
-    skip: list[str] = Field(default=[])
-    private: list[str] = Field(default=[])
+    skip: Patterns = Field(default=[])
+    private: Patterns = Field(default=[])
 
 
 _NESTED: dict[str, type[BaseModel]] = {"models": _Model, "reference": _Reference}
@@ -55,11 +53,12 @@ def read_recipe(path: str | Path) -> PackRecipe:
     file = validated(document.content, _File, _NESTED, faults)
     if file is None:
         raise document.refusal(faults)
-    faults += _named_twice(file.models)
+    names = [_name(entry) for entry in file.models]
+    faults += name_faults((("models", n), name) for n, name in enumerate(names))
     settings = _settings(file, faults)
     if faults or settings is None:
         raise document.refusal(faults)
-    experts = {_name(entry): entry for entry in file.models}
+    experts = dict(zip(names, file.models, strict=True))
     return PackRecipe(
         base=file.base_model,
         experts={name: entry.model for name, entry in experts.items()},
@@ -102,12 +101,3 @@ def _settings(file: _File, faults: list[Fault]) -> PackSettings | None:
 
 def _name(entry: _Model) -> str:
     return entry.name or name_of(entry.model)
-
-
-def _named_twice(models: list[_Model]) -> Iterator[Fault]:
-    names: set[str] = set()
-    for n, entry in enumerate(models):
-        if (name := _name(entry)) in names:
-            text = f"Two models are named '{name}'. Give each its own 'name'."
-            yield Fault(("models", n), text)
-        names.add(name)

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from personae.errors import Faults, MethodError, nearest
 from personae.methods import MergeMethod, Parameters, build, flag_fault, percent_hint
-from personae.recipe._faults import Fault
+from personae.recipe._faults import Fault, Place
 from personae.recipe._values import (
     MISSING,
     always,
@@ -32,11 +32,13 @@ class GivenParameters:
         method: The method.
         common: Parameter to value, for all experts.
         own: The same for each expert, which goes before; empty if nothing is said of any.
+        has_base: Whether task vectors are merged, or difference vectors.
     """
 
     method: MergeMethod
     common: Mapping[str, Any]
     own: Sequence[Mapping[str, Any]]
+    has_base: bool = True
 
     @cached_property
     def names(self) -> list[str]:
@@ -109,13 +111,15 @@ class GivenParameters:
                     yield Fault((*place, name), text)
         for name, field in fields.items():
             if field.is_required() and not self.said_of(name):
-                yield Fault(("parameters",), f"{self.method.name} needs '{name}'. Give it.")
+                place = ("parameters",) if self.common else ("method",)
+                yield Fault(place, f"{self.method.name} needs '{name}'. Give it.")
                 sound = False
-        if sound:
+        if sound and experts:
             spread = [*self._spread_faults(experts), *self._model_wide_faults()]
+            spread += self._gaps()
             yield from spread or self._joint_faults(len(experts))
 
-    def _sources(self) -> Iterator[tuple[Mapping[str, Any], tuple[str | int, ...]]]:
+    def _sources(self) -> Iterator[tuple[Mapping[str, Any], Place]]:
         yield self.common, ("parameters",)
         for n, own in enumerate(self.own):
             yield own, ("expert_parameters", n)
@@ -176,11 +180,33 @@ class GivenParameters:
                 try:
                     values = self.at(name, 2, experts)
                     built: Parameters = build(self.method, values)
-                    built.check_experts(experts, found)
+                    built.check_experts(experts, found, has_base=self.has_base)
                 except MethodError as error:
                     found.add(str(error))
         for text in found.messages:
-            yield Fault(("parameters",), text)
+            yield Fault(self._place_in(text), text)
+
+    def _place_in(self, text: str) -> Place:
+        """Where the first parameter that a text names stands; the method's place if none does."""
+        named: list[tuple[int, Place]] = [
+            (text.index(name), (*place, name))
+            for source, place in self._sources()
+            for name in source
+            if name in text
+        ]
+        return min(named, key=lambda found: found[0], default=(0, ("method",)))[1]
+
+    def _gaps(self) -> Iterator[Fault]:
+        """Parameters without a default of which filters alone speak."""
+        for name in filter(self._is_required, self.names):
+            for n, own in enumerate(self.own or [{}]):
+                said = [source[name] for source in (own, self.common) if name in source]
+                if said and not any(map(always, said)):
+                    yield Fault(
+                        ("expert_parameters", n, name) if name in own else ("parameters", name),
+                        f"{self.method.name} needs a {name} for every tensor, and here are filters "
+                        "alone. Add a last entry without 'filter': it holds for all others.",
+                    )
 
     def _model_wide_faults(self) -> Iterator[Fault]:
         """What differs from tensor to tensor although a look at the whole model needs it."""

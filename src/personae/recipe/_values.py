@@ -5,14 +5,35 @@ the first to the last; or a list of `{filter, value}`, whose first entry that fi
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Annotated, Any, cast
+
+from pydantic import BeforeValidator
 
 from personae.checkpoints.naming import matches
+from personae.recipe._base import Given
 
 _FORMS = "a value, a list of numbers (a gradient over the layers), or a list of {filter, value}"
 
 MISSING: Any = object()
 """No filter fits the tensor."""
+
+
+def _read_numbers(given: Any, depth: int = 4) -> Any:
+    """The same with numbers in the place of texts that are some, such as 1e-1 in YAML."""
+    if isinstance(given, str):
+        try:
+            return float(given)
+        except ValueError:
+            return given
+    if isinstance(given, list) and depth:
+        return [_read_numbers(item, depth - 1) for item in given]
+    if isinstance(given, dict) and depth:
+        return {k: v if k == "filter" else _read_numbers(v, depth - 1) for k, v in given.items()}
+    return given  # deeper than values go there is nothing to read
+
+
+Values = Annotated[Given, BeforeValidator(_read_numbers)]
+"""Parameter to value."""
 
 
 def layer_of(name: str) -> int | None:
@@ -113,13 +134,16 @@ def fault_in(value: Any) -> str:
     entries: Any = [value] if isinstance(value, dict) else value
     if not isinstance(value, list | dict) or not entries:
         return f"expected {_FORMS}"
+    if _is_number(entries[0]):
+        odd = next(entry for entry in entries if not _is_number(entry))
+        return f"expected {_FORMS}, not {_shown(odd)} in it"
     for entry in entries:
         if (
             not isinstance(entry, dict)
             or "value" not in entry
             or entry.keys() - {"filter", "value"}
         ):
-            return f"expected {_FORMS}, not {entry!r} in it"
+            return f"expected {_FORMS}, not {_shown(entry)} in it"
         pattern, inner = entry.get("filter"), entry["value"]
         if pattern is not None and not isinstance(pattern, str):
             return f"the filter {pattern!r} is no text"
@@ -136,3 +160,7 @@ def _entries(value: Any) -> list[dict[str, Any]]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -21,7 +21,7 @@ from personae.methods import (
 from personae.recipe._base import Dtype, Strict, Vector
 from personae.recipe._faults import Fault
 from personae.recipe._parameters import GivenParameters
-from personae.recipe._values import filters_of, fits, is_gradient, is_scalar
+from personae.recipe._values import Values, filters_of, fits, is_gradient, is_scalar
 
 _MERGEKIT_ALONE = frozenset(
     {
@@ -43,8 +43,8 @@ class MergeSettings(Strict):
     conventions: Conventions = Field(
         default="personae", description="Whose algorithm a name means, where mergekit's differs"
     )
-    parameters: dict[str, Any] = Field(default={}, description="The method's parameters")
-    expert_parameters: tuple[dict[str, Any], ...] = Field(
+    parameters: Values = Field(default={}, description="The method's parameters")
+    expert_parameters: tuple[Values, ...] = Field(
         default=(), description="The same for each expert, in their order; these go before"
     )
     dtype: Dtype | None = Field(default=None, description="What comes out; by default the base's")
@@ -108,7 +108,7 @@ class MergeSettings(Strict):
         except MethodError as error:
             return [*faults, Fault(("method",), str(error))]
         if self.vector == "difference":
-            faults += _base_faults(method, self.tokenizer_source)
+            faults += _base_faults(method, self.tokenizer_source, experts)
         return [*faults, *self._parameters().faults(experts)]
 
     @property
@@ -145,7 +145,12 @@ class MergeSettings(Strict):
         return list(dict.fromkeys(found))
 
     def _parameters(self) -> GivenParameters:
-        return GivenParameters(self.merge_method(), self.parameters, self.expert_parameters)
+        return GivenParameters(
+            self.merge_method(),
+            self.parameters,
+            self.expert_parameters,
+            has_base=self.vector == "task",
+        )
 
 
 class MergeRecipe(Strict):
@@ -213,7 +218,9 @@ def _build(
     return built
 
 
-def _base_faults(method: MergeMethod, tokenizer_source: str | None) -> list[Fault]:
+def _base_faults(
+    method: MergeMethod, tokenizer_source: str | None, experts: Sequence[str]
+) -> list[Fault]:
     faults: list[Fault] = []
     if method.needs == "base":
         text = f"{method.name} needs a base. Give base_model, without vector: difference."
@@ -221,7 +228,7 @@ def _base_faults(method: MergeMethod, tokenizer_source: str | None) -> list[Faul
     if method.needs == "adapters":
         text = f"{method.name} merges LoRA adapters, which need their base. Give base_model."
         faults.append(Fault(("vector",), text))
-    if tokenizer_source == "base":
+    if tokenizer_source == "base" and [*experts][:1] != ["base"]:  # it is averaged as the first
         text = "There is no base whose vocabulary could come out. Name an expert, or 'union'."
         faults.append(Fault(("tokenizer_source",), text))
     return faults

@@ -98,7 +98,7 @@ class PackSettings(Strict):
             )
         return codec
 
-    def merge(self, experts: int) -> tuple[MergeMethod, Parameters]:
+    def merge(self, experts: int, *, has_base: bool = True) -> tuple[MergeMethod, Parameters]:
         """The merge method of the reference with its parameters, validated for so many experts.
 
         Raises:
@@ -112,7 +112,7 @@ class PackSettings(Strict):
             )
         built: Parameters = build(method, self.reference_parameters)
         faults = Faults()
-        built.check_experts(experts, faults)
+        built.check_experts(experts, faults, has_base=has_base)
         faults.raise_if_any(MethodError)
         return method, built
 

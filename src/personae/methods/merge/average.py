@@ -14,6 +14,7 @@ from personae.methods._parameters import one_each
 from personae.methods._registry import everywhere, merge_method
 
 _RELATIVE_ZERO = 1e-6
+_ROUNDING = 1e-6
 
 
 def _coefficients(parameters: Any, experts: int) -> list[float]:
@@ -22,10 +23,11 @@ def _coefficients(parameters: Any, experts: int) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _check(parameters: Any, experts: int) -> str:
-    if not parameters.normalize:
-        return ""
-    return faulty_sum("average", one_each(parameters.weight, experts))
+def _check(parameters: Any, experts: int, has_base: bool) -> str:
+    weights = one_each(parameters.weight, experts)
+    if parameters.normalize:
+        return faulty_sum("average", weights)
+    return "" if has_base else faulty_scale("average", weights)
 
 
 def faulty_sum(method: str, weights: tuple[float, ...]) -> str:
@@ -36,6 +38,16 @@ def faulty_sum(method: str, weights: tuple[float, ...]) -> str:
     return (
         f"{method} divides by the sum of the weights, and {listed} sum to 0. "
         "Change one, or set normalize to false."
+    )
+
+
+def faulty_scale(method: str, weights: tuple[float, ...]) -> str:
+    """What is wrong with weights of whole models that are not divided by their sum, if anything."""
+    if abs(sum(weights) - 1) <= _ROUNDING:
+        return ""
+    return (
+        f"{method}: normalize is false and the weights sum to {sum(weights):g}, which would scale "
+        "the whole model. Make them sum to 1, or scale task vectors alone with task_arithmetic."
     )
 
 
@@ -60,7 +72,8 @@ def average(
         task_vectors: One task vector per expert, stacked in recipe order; fp32.
         weight: Weight of each expert.
         normalize: Whether to divide by the sum of the weights. Without, the base enters once all
-            the same, as in `task_arithmetic`: base + Σ w_n τ_n, not Σ w_n θ_n.
+            the same, as in `task_arithmetic`: base + Σ w_n τ_n, not Σ w_n θ_n. Without a base both
+            are meant, and recipes whose weights do not sum to 1 are refused.
 
     Returns:
         The merged task vector. Added to the base it is the mean of the experts, up to rounding.

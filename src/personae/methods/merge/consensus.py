@@ -33,11 +33,21 @@ def _ties(density: float) -> Rule:
     return Rule("ties", density=density, reduce="sum")
 
 
+def _check(parameters: Any, experts: int, _: bool) -> str:
+    if parameters.at_least <= experts:
+        return ""
+    return (
+        f"consensus: at_least is {parameters.at_least}, and there are {experts} expert(s), so that "
+        f"no entry could be kept. Give at most {experts}."
+    )
+
+
 @merge_method(
     paper="arXiv:2405.07813",
     order_free=True,
     entrywise=everywhere,
     gather=_gather,
+    check=_check,
     degenerates="weight averaging: the multi-task vector is the sum, which is 0 there",
     model_wide=("multi_task", "density"),
 )
@@ -57,14 +67,14 @@ def consensus(
     m_n = 1[|τ_n| > threshold_n · |τ_MTL − τ_n|]; result: scale · 1[Σ m_n ≥ at_least] · τ_MTL.
 
     A single expert is its own multi-task vector: its one mark an entry is too few for the default
-    `at_least` = 2, and nothing is kept; 1 keeps it whole. Otherwise `at_least` = 1 drops
+    `at_least` = 2, which recipes refuse; 1 keeps it whole. Otherwise `at_least` = 1 drops
     catastrophic entries alone.
 
     Args:
         task_vectors: One task vector per expert, stacked in recipe order; fp32.
         threshold: How far an expert has to outweigh the rest to mark an entry (λ in the paper;
             there chosen from 0.2 to 0.6 on validation data).
-        at_least: Marks that keep an entry.
+        at_least: Marks that keep an entry; with more than there are experts nothing is kept.
         multi_task: τ_MTL: the sum of the task vectors, or TIES with the sum of what agrees.
         density: Fraction of entries that TIES keeps of each expert, if asked for.
         scale: Multiplier on the result (α in the paper, chosen from 0 to 1 on validation data).

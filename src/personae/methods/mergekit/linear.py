@@ -7,21 +7,12 @@ from torch import Tensor
 
 from personae.methods._parameters import one_each
 from personae.methods._registry import everywhere, merge_method
-from personae.methods.merge.average import average, faulty_sum
-
-_ROUNDING = 1e-6
+from personae.methods.merge.average import average, faulty_scale, faulty_sum
 
 
-def _check(parameters: Any, experts: int) -> str:
+def _check(parameters: Any, experts: int, _: bool) -> str:
     weights = one_each(parameters.weight, experts)
-    if parameters.normalize:
-        return faulty_sum("linear", weights)
-    if abs(sum(weights) - 1) <= _ROUNDING:
-        return ""
-    return (
-        f"linear: normalize is false and the weights sum to {sum(weights):g}, which would scale "
-        "the base itself. Make them sum to 1, or scale task vectors alone with task_arithmetic."
-    )
+    return (faulty_sum if parameters.normalize else faulty_scale)("linear", weights)
 
 
 @merge_method(
@@ -40,7 +31,7 @@ def linear(
 ) -> Float[Tensor, "*shape"]:
     """Average the experts: Σ w_n θ_n / Σ w_n.
 
-    Where mergekit would return values that are not finite (weights that sum to 0) or a scaled base
+    Where mergekit would return values that are not finite (weights that sum to 0) or a scaled model
     (`normalize: false` and weights that do not sum to 1), this refuses.
 
     Args:

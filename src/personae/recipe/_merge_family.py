@@ -1,0 +1,110 @@
+"""Base and experts of a merge recipe: which model is what, and how it is called."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from personae.checkpoints.naming import name_of
+from personae.methods import MERGE_METHODS
+from personae.recipe._faults import Fault, Place, name_faults
+from personae.recipe._merge_file import MergeFile, Model
+
+NEEDS_NO_REFERENCE = ("average", "linear")
+"""What they give does not depend on what the deltas are taken from."""
+
+_LEAVES_ZEROS_OUT = ("consensus", "dare", "dare_linear", "dare_ties", "task_arithmetic", "ties")
+"""To these a further task vector of zeros makes no difference."""
+
+Entry = tuple[int, Model]
+"""A model, and its position under `models`."""
+
+
+class Family(NamedTuple):
+    """Base and experts of a file.
+
+    Attributes:
+        base: Where the base is; None if there is none, or it is averaged as another expert.
+        experts: Name to where it is.
+        entries: What is said of each expert.
+        remarks: What becomes of the base, where that may surprise.
+    """
+
+    base: str | None
+    experts: dict[str, str]
+    entries: list[Entry]
+    remarks: list[str]
+
+
+def family_of(file: MergeFile, faults: list[Fault]) -> Family:
+    """Tell experts from the base, and give each a name.
+
+    The base may be listed among the models. It is no expert then; but where models are averaged and
+    it has a weight, it is the first of them, as all that is not averaged is then the base's.
+    """
+    remarks: list[str] = []
+    models = [(n, entry) for n, entry in enumerate(file.models) if entry.model != file.base_model]
+    averaged = _averaged_base(file, remarks) if models else []
+    faults += _counted_base(file, remarks)
+    experts: dict[str, str] = {}
+    entries: list[Entry] = []
+    names: list[tuple[Place, str]] = []
+    for n, entry in averaged + models:
+        model = entry.model
+        if file.base_model is not None:  # mergekit's way to write an adapter of a model
+            model = model.removeprefix(f"{file.base_model}+")
+        name = entry.name or name_of(model)
+        names.append((("models", n, "name") if entry.name else ("models", n), name))
+        if name not in experts:
+            experts[name] = model
+            entries.append((n, entry))
+    faults += name_faults(names)
+    return Family(None if averaged else file.base_model, experts, entries, remarks)
+
+
+def _listed_base(file: MergeFile) -> list[Entry]:
+    return [(n, entry) for n, entry in enumerate(file.models) if entry.model == file.base_model]
+
+
+def _averaged_base(file: MergeFile, remarks: list[str]) -> list[Entry]:
+    """The base as a model to average: listed with a weight; for mergekit one of all is enough."""
+    if file.base_model is None or file.merge_method not in NEEDS_NO_REFERENCE:
+        return []
+    weighted, listed = "weight" in file.parameters, _listed_base(file)
+    if weighted and not listed and file.conventions == "mergekit":
+        listed = [(len(file.models), Model(model=file.base_model))]
+    if weighted and not listed and file.merge_method == "linear":
+        remarks.append(
+            "The base is not averaged, as it is not under 'models'; mergekit's linear averages it "
+            "too (conventions: mergekit)."
+        )
+    averaged = [(n, entry) for n, entry in listed if weighted or entry.parameters]
+    if averaged:
+        remarks.append("The base has a weight: it is averaged as the other models are.")
+    return averaged
+
+
+def _counted_base(file: MergeFile, remarks: list[str]) -> Iterator[Fault]:
+    """What is wrong with parameters of the base where it is no expert."""
+    if file.merge_method in NEEDS_NO_REFERENCE:
+        return
+    for n, entry in _listed_base(file):
+        if entry.parameters and file.merge_method in _LEAVES_ZEROS_OUT:
+            remarks.append("The base is left out of the models: its task vector is zero.")
+        elif entry.parameters and file.merge_method in MERGE_METHODS:
+            text = f"The base is no expert, and {file.merge_method} counts experts: leave it out."
+            yield Fault(("models", n), text)
+
+
+def tokenizer_of(file: MergeFile, family: Family, faults: list[Fault]) -> str | None:
+    """Whose vocabulary comes out: 'base', 'union', or a name where the file says a model."""
+    names = {model: name for name, model in family.experts.items()}
+    if family.base is not None:
+        names[family.base] = "base"
+    elif file.base_model in names:
+        names.setdefault("base", names[file.base_model])
+    given = (file.tokenizer_source, file.tokenizer.source if file.tokenizer else None)
+    plain = [source.removeprefix("model:") for source in given if source]
+    found = [names.get(source, source) for source in plain]
+    if len({*found}) > 1:
+        text = f"tokenizer_source is '{plain[0]}' and tokenizer.source '{plain[1]}'. Keep one."
+        faults.append(Fault(("tokenizer", "source"), text))
+    return found[-1] if found else None
