@@ -7,8 +7,9 @@ For each weight shape (out x in) and direction: `drm_s` is the merge at the publ
 `svd_s` is `torch.linalg.svd(full_matrices=False)` of [W1 … WN] (horizontal) or [W1; …; WN]
 (vertical), in fp32. The two run in turns; figures are medians. `cpu_s` is process time over all
 threads: with `--threads 1` it barely depends on what else runs, with more threads it counts their
-waiting too, so that wall time needs a quiet machine. The last rows are sums over a ViT-B/32: 48
-weights of 768x768, 12 of 3072x768, 12 of 768x3072; they appear where all three were measured.
+waiting too, so that wall time needs a quiet machine. Freed memory is kept, as the commands do. The
+last row of each direction is the sum over a ViT-B/32: 48 weights of 768x768, 12 of 3072x768, 12 of
+768x3072; it appears where all three were measured.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from personae.cli.allocator import keep_freed_memory
 from personae.methods import MERGE_METHODS, Site, build, lookup
 from setting import show
 
@@ -106,6 +108,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(options.threads)
     for work in (torch.linalg.svd, torch.linalg.eigh):  # the first call loads LAPACK
         work(torch.eye(64))
