@@ -118,6 +118,10 @@ def test_an_expert_without_a_name(work):
     refused(_pack("news"), "--expert news: write NAME=PATH")
 
 
+def test_a_method_of_mergekit_alone(work):
+    refused("methods slerp", "'slerp' is a method of mergekit that personae does not have. Known:")
+
+
 def test_several_faults_at_once(work):
     refused(
         _pack("x=gone", "y=base", ".z=law"),

@@ -6,6 +6,7 @@ import typer
 
 from personae.cli import console, options
 from personae.methods import CODECS, MERGE_METHODS, CodecEntry, MergeMethod, lookup
+from personae.recipe import refuse_mergekit_alone
 
 
 def methods(
@@ -14,6 +15,8 @@ def methods(
 ) -> None:
     """List every method, or describe one with its parameters and defaults."""
     known: dict[str, CodecEntry | MergeMethod] = {**MERGE_METHODS, **CODECS}
+    if name:
+        refuse_mergekit_alone(name)
     chosen = [lookup(known, name)] if name else list(known.values())
     described = [_describe(entry) for entry in chosen]
     if json:

@@ -6,7 +6,7 @@ from personae.recipe._merge_text import merge_recipe_text
 from personae.recipe._pack_reading import read_recipe
 from personae.recipe._sizes import parse_size
 from personae.recipe._values import count_layers
-from personae.recipe.merge_recipe import MergeRecipe, MergeSettings
+from personae.recipe.merge_recipe import MergeRecipe, MergeSettings, refuse_mergekit_alone
 from personae.recipe.pack_recipe import (
     COUNTING,
     Counting,
@@ -29,5 +29,6 @@ __all__ = [
     "read_merge_recipe",
     "read_recipe",
     "recipe_kind",
+    "refuse_mergekit_alone",
     "settings_from",
 ]

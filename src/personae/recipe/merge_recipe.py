@@ -194,12 +194,21 @@ def find_method(name: str, conventions: Conventions) -> MergeMethod:
         raise MethodError(
             f"'{name}' codes models, it does not merge them. To pack them by it: pack_method."
         )
+    refuse_mergekit_alone(name)
+    return lookup(methods_under(conventions), name)
+
+
+def refuse_mergekit_alone(name: str) -> None:
+    """Tell a method that mergekit has and this package has not from a misspelt one.
+
+    Raises:
+        MethodError: naming the methods there are.
+    """
     if name in _MERGEKIT_ALONE:
         raise MethodError(
             f"'{name}' is a method of mergekit that personae does not have. "
             f"Known: {', '.join(sorted(MERGE_METHODS))}."
         )
-    return lookup(methods_under(conventions), name)
 
 
 @lru_cache(maxsize=4096)
