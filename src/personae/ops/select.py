@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt32
+from numpy import ndarray
 from torch import Tensor
 
 TOP = 0x7F80_0000
@@ -33,7 +34,7 @@ _FLOOR = (127 - 32) << 23  # the pattern of 2^-32: bins reach from there to 1
 _CHUNK = 1 << 18
 _MOST_WAITING = 1 << 20
 _STEP = 64
-_FEW = 1 << 14  # entries that are selected faster by partition
+_FEW = 1 << 14  # entries of which none needs to be sampled
 
 
 class Window(NamedTuple):
@@ -116,17 +117,16 @@ def census(entries: Float[Tensor, "..."], window: Window, bins: int) -> Int64[Te
     """
     counts = np.zeros(2 + bins, np.int64)
     counts[0] = entries.numel()
-    near: list[np.ndarray] = []
+    near: list[ndarray] = []
     waiting = 0
-    for patterns in _patterns(entries):
-        counts[1] += np.count_nonzero(patterns >= np.uint32(window.high))
-        np.subtract(patterns, np.uint32(window.low), out=patterns)  # what lies below wraps around
-        near.append(patterns[patterns < np.uint32(window.high - window.low)])
-        waiting += len(near[-1])
+    for above, patterns in _inside(entries, window):
+        counts[1] += above
+        near.append(patterns)
+        waiting += len(patterns)
         if waiting > _MOST_WAITING:
-            counts[2:] += _binned(near, window.shift, bins)
+            counts[2:] += _binned(near, window, bins)
             near, waiting = [], 0
-    counts[2:] += _binned(near, window.shift, bins)
+    counts[2:] += _binned(near, window, bins)
     return torch.from_numpy(counts)
 
 
@@ -134,11 +134,10 @@ def narrow(counts: Int64[Tensor, " counts"], window: Window, k: int) -> Window:
     """The bin of a census that holds the k-th largest (from 1), or the side of it to look on."""
     above, inside = int(counts[1]), counts[2:]
     if above >= k:
-        assert window.high < TOP, "magnitudes are selected among finite values"
-        return Window(window.high, TOP)
+        return _beside(window, above=True)
     at_least = above + inside.flip(0).cumsum(0)
     if int(at_least[-1]) < k:
-        return Window(0, window.low)
+        return _beside(window, above=False)
     index = len(inside) - 1 - int(torch.searchsorted(at_least, k))
     low = window.low + (index << window.shift)
     return Window(low, min(low + (1 << window.shift), window.high))
@@ -151,14 +150,19 @@ def kth_magnitude(tensor: Float[Tensor, "..."], k: int) -> tuple[float, int]:
         The magnitude, and how many of the entries that equal it are among the k largest.
     """
     entries = tensor.reshape(-1)
-    if len(entries) <= _FEW:
-        (patterns,) = _patterns(entries)
-        low = int(np.partition(patterns, len(entries) - k)[len(entries) - k])
-        return Window(low, low + 1).magnitude, k - int(np.count_nonzero(patterns > low))
-    window = guess(sample_counts(entries[::_STEP]), k / len(entries))
-    while not window.found:
-        window = narrow(census(entries, window, window.bins), window, k)
-    return window.magnitude, k - int(census(entries, window, 1)[1])
+    few = len(entries) <= _FEW
+    window = Window(0, TOP) if few else guess(sample_counts(entries[::_STEP]), k / len(entries))
+    while True:
+        found = list(_inside(entries, window))
+        above = sum(count for count, _ in found)
+        near = np.concatenate([patterns for _, patterns in found])
+        if above < k <= above + len(near):
+            break
+        window = _beside(window, above >= k)
+    place = above + len(near) - k
+    near.partition(place)
+    low = int(near[place])
+    return Window(low, low + 1).magnitude, k - above - int(np.count_nonzero(near > low))
 
 
 def largest(tensor: Float[Tensor, "*shape"], k: int) -> Bool[Tensor, "*shape"]:
@@ -171,17 +175,38 @@ def largest(tensor: Float[Tensor, "*shape"], k: int) -> Bool[Tensor, "*shape"]:
     if k == 0:
         return torch.zeros_like(tensor, dtype=torch.bool)
     threshold, tied = kth_magnitude(tensor, k)
-    marked = (tensor >= threshold).logical_or_(tensor <= -threshold)
-    if int(marked.count_nonzero()) > k:
+    pattern = np.float32(threshold).view(np.uint32)
+    marked = np.empty(tensor.numel(), bool)
+    start = 0
+    for patterns in _patterns(tensor):
+        np.greater_equal(patterns, pattern, out=marked[start : start + len(patterns)])
+        start += len(patterns)
+    if np.count_nonzero(marked) > k:
         equal = (tensor.abs().reshape(-1) == threshold).nonzero()[:, 0]
-        marked = marked.contiguous()
-        marked.view(-1)[equal[tied:]] = False
-    return marked
+        marked[equal[tied:].cpu().numpy()] = False
+    return torch.from_numpy(marked).reshape(tensor.shape).to(tensor.device)
 
 
-def _binned(near: list[np.ndarray], shift: int, bins: int) -> np.ndarray:
-    offsets = np.concatenate([np.empty(0, np.uint32), *near])
-    return np.bincount((offsets >> np.uint32(shift)).astype(np.int64), minlength=bins)
+def _inside(
+    entries: Float[Tensor, "..."], window: Window
+) -> Iterator[tuple[int, UInt32[ndarray, " near"]]]:
+    """A chunk at a time: how many entries lie above the window, and the patterns in it."""
+    for patterns in _patterns(entries):
+        above = patterns >= np.uint32(window.high)
+        inside = patterns >= np.uint32(window.low)
+        inside ^= above
+        yield int(np.count_nonzero(above)), patterns[inside]
+
+
+def _beside(window: Window, above: bool) -> Window:
+    """All that lies on one side of a window that missed."""
+    assert not above or window.high < TOP, "magnitudes are selected among finite values"
+    return Window(window.high, TOP) if above else Window(0, window.low)
+
+
+def _binned(near: list[ndarray], window: Window, bins: int) -> Int64[ndarray, " bins"]:
+    offsets = np.concatenate([np.empty(0, np.uint32), *near]) - np.uint32(window.low)
+    return np.bincount((offsets >> np.uint32(window.shift)).astype(np.int64), minlength=bins)
 
 
 def _edge(index: int) -> int:
@@ -191,7 +216,7 @@ def _edge(index: int) -> int:
     return 0 if index == SAMPLE_BINS else _FLOOR + ((SAMPLE_BINS - index) << _BIN_BITS)
 
 
-def _patterns(entries: Float[Tensor, "..."]) -> Iterator[np.ndarray]:
+def _patterns(entries: Float[Tensor, "..."]) -> Iterator[ndarray]:
     """The patterns, a chunk at a time, in an array (uint32) that may be overwritten."""
     assert entries.dtype.itemsize <= 4, "magnitudes are selected in fp32"
     room = np.empty(_CHUNK, np.uint32)

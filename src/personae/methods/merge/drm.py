@@ -191,7 +191,9 @@ def pruned(
     groups = [compared] if pruning == "joint" else list(compared)
     marks = [largest(group, kept_entries(group.numel(), density)) for group in groups]
     kept = marks[0] if pruning == "joint" else torch.stack(marks)
-    return torch.where(kept, svd.coordinates, compared.new_zeros(()), out=compared)
+    for target, entries, marks in zip(compared, svd.coordinates, kept, strict=True):
+        torch.mul(entries, marks, out=target)
+    return compared
 
 
 def kept_entries(numel: int, density: float) -> int:
@@ -230,7 +232,7 @@ def combine(
             agreeing = torch.mul(of_expert, signs, out=room).clamp_(min=0)
         total.add_(agreeing, alpha=weight)
         if disjoint:
-            count.add_(agreeing != 0)
+            count.add_(torch.sign(agreeing, out=room).abs_())  # faster than comparing with 0
     if signs is not None:
         total.mul_(signs)
     return total.div_(count.clamp_(min=1)) if disjoint else total.div_(len(entries))
