@@ -26,6 +26,18 @@ def ballot(rows: np.ndarray) -> Ballot:
     return made
 
 
+def merged_by(made: Ballot, elect: Any) -> list[float]:
+    """The means of what agrees; nothing where no sign wins."""
+    made.elect(elect)
+    return made.merge("mean").tolist()
+
+
+def reduced(column: list[float], won: int, reduce: str) -> float:
+    agreeing = [v for v in column if sign(v) == won] or [0.0]
+    how = {"mean": np.mean, "sum": np.sum, "max": lambda a: max(a, key=abs)}
+    return float(how[reduce](agreeing))
+
+
 def sign(value: Any) -> int:
     return (value > 0) - (value < 0)
 
@@ -34,33 +46,42 @@ def sign(value: Any) -> int:
 def test_the_sign_is_that_of_the_exact_sum(rows: np.ndarray, elect: Any, majority: int):
     made = ballot(rows)
     votes = 0
-    made.elect(elect, majority)
+    made.elect(elect)
+    elected = made.majority_votes()
+    made.give_undecided(majority)
     for p, column in enumerate(rows.T.tolist()):
         cast = [Fraction(v) if elect == "mass" else Fraction(sign(v)) for v in column]
         won = sign(sum(cast))
         votes += won
         wanted = won or (majority if any(column) else 0)
         assert int(made.signs[p]) == wanted
-    assert made.majority_votes(elect) == votes
+    assert elected == votes
 
 
 @given(integers, st.sampled_from(["mass", "count"]), st.sampled_from(["mean", "sum", "max"]))
 def test_what_agrees_is_merged(rows: np.ndarray, elect: Any, reduce: Any):
-    merged = ballot(rows).merge(elect, 1, reduce)
+    made = ballot(rows)
+    made.elect(elect)
+    negative = iter(made.undecided_if(-1, reduce).tolist())
+    made.give_undecided(1)
+    merged = made.merge(reduce)
     for p, column in enumerate(rows.T.tolist()):
-        won = sign(sum(v if elect == "mass" else sign(v) for v in column)) or 1
-        agreeing = [v for v in column if sign(v) == won] or [0.0]
-        value = {"mean": np.mean, "sum": np.sum, "max": lambda a: max(a, key=abs)}[reduce](agreeing)
-        assert float(merged[p]) == pytest.approx(float(value), rel=1e-6)
+        won = sign(sum(v if elect == "mass" else sign(v) for v in column))
+        assert float(merged[p]) == pytest.approx(reduced(column, won or 1, reduce), rel=1e-6)
+        if any(column) and not won:
+            assert next(negative) == pytest.approx(reduced(column, -1, reduce), rel=1e-6)
+    assert not list(negative)
 
 
 def test_a_ballot_is_filled_again():
-    made = ballot(np.array([[1, -1], [2, -2]], np.float32))
-    assert made.merge("mass", 0, "mean").tolist() == [1.5, -1.5]
+    made = ballot(np.array([[1, -1], [1, -2]], np.float32))
+    assert merged_by(made, "mass") == [1.0, -1.5]
     made.kept.copy_(torch.tensor([[0.0, 4.0], [0.0, -5.0]]))
-    assert made.merge("mass", 0, "mean").tolist() == [0.0, -5.0]
+    assert merged_by(made, "mass") == [0.0, -5.0]
+    made.kept.copy_(torch.tensor([[7.0, 4.0], [-7.0, 4.0]]))  # the first is undecided
+    assert merged_by(made, "mass") == [0.0, 4.0]
 
 
 def test_more_experts_than_a_byte_counts():
     made = ballot(np.ones((300, 2), np.float32))
-    assert made.merge("count", 0, "mean").tolist() == [1.0, 1.0]
+    assert merged_by(made, "count") == [1.0, 1.0]

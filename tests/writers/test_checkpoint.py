@@ -185,3 +185,30 @@ def test_transformers_loads_it(tmp_path: Path):
         {name: tensor.detach() for name, tensor in loaded.state_dict().items()},
         {name: tensor.detach() for name, tensor in model.state_dict().items()},
     )
+
+
+def test_single_values_are_written_again(tmp_path: Path):
+    tensors = {
+        "a": torch.arange(6.0).reshape(2, 3),
+        "b": torch.ones(4).bfloat16(),
+        "c": torch.tensor(1.0),
+    }
+    with CheckpointWriter(tmp_path, specs(tensors)) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.replace("a", torch.tensor([1, 4]), torch.tensor([-1.0, -4.0]))
+        writer.replace("b", torch.tensor([3]), torch.tensor([1.001]))  # rounds to 1 in bf16
+        writer.replace("c", torch.tensor([0]), torch.tensor([7.0]))
+    found = load_file(tmp_path / "model.safetensors")
+    assert found["a"].tolist() == [[0.0, -1.0, 2.0], [3.0, -4.0, 5.0]]
+    assert (found["b"].tolist(), float(found["c"])) == ([1.0] * 4, 7.0)
+
+
+def test_a_value_written_again_must_fit_too(tmp_path: Path):
+    tensors = {"a": torch.ones(3).half()}
+    with (
+        pytest.raises(WorkError, match="holds 100000"),
+        CheckpointWriter(tmp_path, specs(tensors)) as writer,
+    ):
+        writer.write("a", tensors["a"])
+        writer.replace("a", torch.tensor([1]), torch.tensor([1e5]))

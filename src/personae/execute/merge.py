@@ -20,8 +20,9 @@ from personae.execute.merge_looks import NotFinite, gather_model, gather_tensor
 from personae.execute.merge_plan import MergeJob, open_to_merge, plan_job, prepare, settings_for
 from personae.execute.output import check_output
 from personae.execute.pieces import Piece, Unit
+from personae.execute.undecided import LeftOpen, UndecidedEntries
 from personae.execute.work import Work
-from personae.methods import Statistics
+from personae.methods import Statistics, Undecided
 from personae.recipe import MergeSettings
 from personae.writers import (
     SHARD_BYTES,
@@ -87,9 +88,9 @@ def merge(
             }
             with Journal(directory, identity) as journal:
                 if journal.done:
+                    done = min(len(journal.done), plan.items)
                     work.note(
-                        f"going on with an interrupted run: {len(journal.done)} of {plan.items} "
-                        "items are done"
+                        f"going on with an interrupted run: {done} of {plan.items} items are done"
                     )
                 run(job, directory, work, shard_bytes, journal)
                 write_companions(companions, directory)
@@ -112,6 +113,7 @@ def run(
         OutputError: if the disk refuses.
     """
     statistics = _statistics(job, directory, work)
+    undecided = UndecidedEntries(directory)
     faults = Faults()
     with CheckpointWriter(
         directory, job.specs, shard_bytes=shard_bytes, tied=job.family.base.tied, again=True
@@ -125,7 +127,7 @@ def run(
         work.progress(stage, len(job.units) - len(due), len(job.units))
         results = pool.run(
             due,
-            partial(_merge_unit, job, statistics, writer, work.torch_device),
+            partial(_merge_unit, job, statistics, writer, undecided, work.torch_device),
             cost=job.cost,
             workers=work.threads,
             memory=work.memory,
@@ -138,6 +140,12 @@ def run(
                 journal.add(unit.number)
             work.progress(stage, done, len(job.units))
         faults.raise_if_any(CheckpointError)
+        decided = len(job.units)  # the step after the last unit
+        if job.decides_late and decided not in before:
+            undecided.decide(job.units, writer, work)
+            if journal:
+                journal.add(decided)
+    undecided.clear()
     (directory / _STATISTICS).unlink(missing_ok=True)
 
 
@@ -160,11 +168,13 @@ def _merge_unit(
     job: MergeJob,
     statistics: Statistics | None,
     writer: CheckpointWriter,
+    undecided: UndecidedEntries,
     device: torch.device,
     unit: Unit,
 ) -> list[str]:
     """Merge and write one unit; returns what is wrong with its weights, and writes nothing then."""
     faults: list[str] = []
+    left_open = LeftOpen() if job.decides_late else None
     for spec, group in groupby(unit.pieces, key=lambda piece: piece.spec):
         pieces = list(group)
         if spec.name not in job.merged:
@@ -183,16 +193,18 @@ def _merge_unit(
             merged, found = (
                 _merge_whole(job, own, piece, device)
                 if unit.whole
-                else _merge_rows(job, own, piece)
+                else _merge_rows(job, own, piece, left_open)
             )
             faults += found
             if not found:
                 _put(writer, piece, merged)
+    if left_open is not None and not faults:
+        undecided.put(unit, left_open)
     return faults
 
 
 def _merge_rows(
-    job: MergeJob, statistics: Statistics | None, piece: Piece
+    job: MergeJob, statistics: Statistics | None, piece: Piece, left_open: LeftOpen | None
 ) -> tuple[Tensor, list[str]]:
     """Rows of the result: reference plus merged deltas, fp32."""
     parameters, site = job.parameters_of(piece.spec.name), job.stacks.site(piece)
@@ -205,7 +217,11 @@ def _merge_rows(
     faults = job.stacks.faults(stack, piece, reference)
     if faults:
         return reference, faults
-    return job.method.merge(stack, parameters, statistics, site) + reference, []
+    told = Undecided() if left_open is not None else None
+    merged = job.method.merge(stack, parameters, statistics, site, told)
+    if left_open is not None and told is not None:
+        left_open.add(piece, told, reference)
+    return merged + reference, []
 
 
 def _merge_whole(

@@ -41,6 +41,8 @@ def gather_model(
 ) -> Statistics:
     """Look at the whole family; what is not finite is refused by the first full look.
 
+    No look is taken whose answer may be late.
+
     Args:
         method: A method with looks.
         parameters_of: Its parameters.
@@ -55,7 +57,9 @@ def gather_model(
     assert method.gather is not None
     numbers = count(1)
 
-    def answer(measure: Measure) -> Tensor:
+    def answer(measure: Measure) -> Tensor | None:
+        if measure.late and method.decides_late:
+            return None
         stage = f"measuring {measure.name}, look {next(numbers)}"
         return _look(method, measure, parameters_of, stacks, units, cost, work, stage)
 

@@ -33,6 +33,11 @@ class Piece:
         return not self.spec.shape or (self.start, self.stop) == (0, self.spec.shape[0])
 
     @property
+    def first_entry(self) -> int:
+        """Flat index, in the tensor, of its first entry."""
+        return self.start * (self.spec.numel // self.spec.shape[0]) if self.start else 0
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the rows."""
         return (self.stop - self.start, *self.spec.shape[1:]) if self.spec.shape else ()

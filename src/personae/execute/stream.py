@@ -42,8 +42,7 @@ class Stacks:
     def site(self, piece: Piece) -> Site:
         """Where a piece is."""
         spec = piece.spec
-        start = piece.start * (spec.numel // spec.shape[0]) if piece.start else 0
-        return Site(spec.name, spec.shape, start, spec.name in self._transposed)
+        return Site(spec.name, spec.shape, piece.first_entry, spec.name in self._transposed)
 
     def read(
         self, piece: Piece, *, reuse: bool = False

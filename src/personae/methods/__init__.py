@@ -20,6 +20,7 @@ from personae.methods._registry import (
     lookup,
 )
 from personae.methods._site import Block, Site
+from personae.methods._undecided import Undecided
 
 for _package in (merge, mergekit, personalise):
     for _module in pkgutil.iter_modules(_package.__path__):
@@ -47,6 +48,7 @@ __all__ = [
     "Site",
     "Statistics",
     "Treatment",
+    "Undecided",
     "block_bits",
     "build",
     "decode_block",

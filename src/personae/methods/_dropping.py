@@ -1,18 +1,14 @@
 """What the DARE methods share: entries dropped at random, and what is left made up for it."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personae.methods._entries import PerExpert, blocks
+from personae.methods._entries import Fill, PerExpert, blocks
 from personae.methods._parameters import one_each
 from personae.methods._site import Site
 from personae.ops.draws import DRAW_VALUES, keep_mask, kept_values
-
-Fill = Callable[[int, list[Float[Tensor, " entry"]], Float[Tensor, "expert entry"]], None]
 
 
 def dropper(

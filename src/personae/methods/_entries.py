@@ -10,10 +10,13 @@ from torch import Tensor
 from personae.methods._merge import Measure
 from personae.methods._parameters import one_each
 from personae.methods._site import Site
+from personae.methods._undecided import Undecided
 from personae.ops.select import Window, census, guess, kept_count, narrow, sample_counts
-from personae.ops.signs import Ballot
+from personae.ops.signs import Ballot, Elect, Reduce
 
 PerExpert = float | tuple[float, ...]
+Fill = Callable[[int, list[Float[Tensor, " entry"]], Float[Tensor, "expert entry"]], None]
+"""`fill(start, rows, kept)` writes what is kept of rows that begin at that entry."""
 
 BLOCK = 1 << 19
 """Entries of each expert worked on at once: few enough for the last cache, many beside the cost of
@@ -54,16 +57,49 @@ def mean(task_vectors: Float[Tensor, "expert *shape"]) -> Float[Tensor, "*shape"
 
 
 def ballots(
-    task_vectors: Float[Tensor, "expert *shape"],
-    fill: Callable[[int, list[Float[Tensor, " entry"]], Float[Tensor, "expert entry"]], None],
+    task_vectors: Float[Tensor, "expert *shape"], fill: Fill
 ) -> Iterator[tuple[slice, Ballot]]:
-    """Blocks whose votes are in: `fill(start, rows, kept)` writes what is kept of the rows."""
+    """Blocks whose votes are in."""
     ballot = None
     for start, rows in blocks(task_vectors):
         if ballot is None or ballot.kept.shape[1] != len(rows[0]):
             ballot = Ballot(len(rows), len(rows[0]))
         fill(start, rows, ballot.kept)
         yield slice(start, start + len(rows[0])), ballot
+
+
+def votes(task_vectors: Float[Tensor, "expert *shape"], fill: Fill, elect: Elect) -> Tensor:
+    """Entries that elect + minus entries that elect -: (), int64."""
+    total = 0
+    for _, ballot in ballots(task_vectors, fill):
+        ballot.elect(elect)
+        total += ballot.majority_votes()
+    return torch.tensor(total)
+
+
+def merge_elected(
+    task_vectors: Float[Tensor, "expert *shape"],
+    fill: Fill,
+    *,
+    elect: Elect,
+    reduce: Reduce,
+    scale: float,
+    majority: int,
+    undecided: Undecided | None,
+) -> Float[Tensor, "*shape"]:
+    """Elect a sign per entry, reduce what is kept and agrees, times `scale`.
+
+    Undecided entries take the sign `majority`; `undecided` is told what - would make of them.
+    """
+    merged = torch.empty(task_vectors[0].numel())
+    for block, ballot in ballots(task_vectors, fill):
+        ballot.elect(elect)
+        if undecided is not None:
+            negative = ballot.undecided_if(-1, reduce).mul_(scale)
+            undecided.add(ballot.majority_votes(), block.start + ballot.undecided, negative)
+        ballot.give_undecided(majority)
+        torch.mul(ballot.merge(reduce), scale, out=merged[block])
+    return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)
 
 
 def trim(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from personae.methods._parameters import Parameters
 from personae.methods._site import Site
+from personae.methods._undecided import Undecided
 from personae.ops.bases import joint_basis
 
 Statistics = Mapping[str, Tensor]
@@ -38,19 +39,22 @@ class Measure(NamedTuple):
             int64, or floating (then summed in the order of tensors and rows).
         applies: Whether a tensor is looked at.
         sample: Looks at about one row in so many, spread over all tensors: enough for a guess.
+        late: Whether it may be answered by None: the method merges all the same, telling in an
+            `Undecided` what of its result depends on it.
     """
 
     name: str
     tally: Callable[[Tensor, Any, Site], Tensor]
     applies: Callable[[Any, Site], bool] = _everywhere
     sample: int = 1
+    late: bool = False
 
 
-Gathering = Generator[Measure, Tensor, Statistics]
+Gathering = Generator[Measure, Any, Statistics]
 """Yields what to measure, is sent the sum over all tensors, returns the statistics."""
 
 
-def gathered(gathering: Gathering, answer: Callable[[Measure], Tensor]) -> Statistics:
+def gathered(gathering: Gathering, answer: Callable[[Measure], Tensor | None]) -> Statistics:
     """The statistics, once `answer` has told the sum of each measure."""
     told: Any = None
     while True:
@@ -70,8 +74,8 @@ class MergeMethod:
         summary: One line.
         paper: Where it is from.
         parameters: Their model.
-        function: `function(task_vectors, **parameters)`. If it takes `statistics` or `site`, it is
-            given them.
+        function: `function(task_vectors, **parameters)`. If it takes `statistics`, `site` or
+            `undecided`, it is given them.
         order_free: Whether the order of experts does not matter (beyond rounding).
         gather: `gather(parameters, experts)`, the looks it takes before it runs: over the whole
             model, or over each tensor alone (see `scope_of`).
@@ -86,7 +90,7 @@ class MergeMethod:
         needs: "deltas": task vectors, or difference vectors where there is no base. "base": task
             vectors alone. "adapters": task vectors of LoRA adapters.
         degenerates: On difference vectors, what it amounts to; empty if to nothing simpler.
-        looks: How many looks it usually takes.
+        looks: How many looks it usually takes, without those that may be answered late.
         model_wide: Parameters that `gather` reads: while it looks at the whole model, they cannot
             differ from tensor to tensor.
         bytes_per_entry: Peak working memory, in bytes an entry of the stack, itself included.
@@ -115,6 +119,7 @@ class MergeMethod:
         parameters: Parameters,
         statistics: Statistics | None = None,
         site: Site | None = None,
+        undecided: Undecided | None = None,
     ) -> Float[Tensor, "*shape"]:
         """Apply the method to the stacked task vectors of one tensor, or of rows of it.
 
@@ -123,6 +128,8 @@ class MergeMethod:
             parameters: As `build` made them.
             statistics: What the method's looks told; by default they look at these alone.
             site: Which tensor, and which rows; by default a nameless one.
+            undecided: Where a method that `decides_late` tells of entries that it merged before it
+                knew the majority; not given to others.
 
         Returns:
             The merged task vector, fp32, on the device of the input.
@@ -137,9 +144,16 @@ class MergeMethod:
                 if statistics is None
                 else statistics
             )
+        if self.decides_late:
+            given["undecided"] = undecided
         for name, value in parameters:
             given[f"{name}_" if keyword.iskeyword(name) else name] = value
         return self.function(task_vectors, **given)
+
+    @property
+    def decides_late(self) -> bool:
+        """Whether it has a look that may be answered late, and takes `undecided`."""
+        return "undecided" in self._takes
 
     def scope_of(self, parameters: Parameters) -> Scope:
         """Whether its looks are at the whole model, or at each tensor alone."""

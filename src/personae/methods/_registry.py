@@ -43,7 +43,7 @@ METHODS_BY_CONVENTIONS: dict[Conventions, dict[str, MergeMethod]] = {
 ALIASES: dict[str, str] = {}
 CODECS: dict[str, CodecEntry] = {}
 
-_GIVEN = {"statistics", "site"}
+_GIVEN = {"statistics", "site", "undecided"}
 
 C = TypeVar("C", bound=type[Codec])
 F = TypeVar("F", bound=Callable[..., Tensor])
@@ -87,7 +87,8 @@ def merge_method(
 ) -> Callable[[F], F]:
     """Register a static method; its keyword-only arguments become its typed parameters.
 
-    `statistics` and `site` among them are no parameters: the method is given them as it runs.
+    `statistics`, `site` and `undecided` among them are no parameters: the method is given them as
+    it runs.
     An argument named as a Python keyword and `_` is the parameter of that name: `lambda_`, lambda.
     The other arguments are as in `MergeMethod`; `aliases` are further names in recipes, and
     `check(parameters, experts, has_base)` says what is wrong with values that are sound one by one.

@@ -39,7 +39,7 @@ class Rule:
         return self._method.merge(seen, self._parameters, statistics, site)
 
     def _through(self, view: View | None, measure: Measure) -> Measure:
-        """The measure, with the method's own parameters, of what is seen."""
+        """The measure, with the method's own parameters, of what is seen; nothing waits for it."""
 
         def tally(vectors: Tensor, outer: Any, site: Site) -> Tensor:
             if view is not None:  # a sample is one of the rows seen: the view needs all there are
@@ -51,4 +51,4 @@ class Rule:
             return measure.applies(self._parameters, site)
 
         sample = measure.sample if view is None else 1
-        return measure._replace(tally=tally, applies=applies, sample=sample)
+        return measure._replace(tally=tally, applies=applies, sample=sample, late=False)

@@ -28,7 +28,8 @@ class Ballot:
     Attributes:
         kept: What was kept of each expert, weighted, 0 where nothing was: (expert, entry), fp32.
             The caller fills it; `keep_agreeing` overwrites it.
-        signs: The elected signs, 1, -1 or, where nobody votes, 0; fp32.
+        signs: The elected signs, 1, -1 or, where nobody votes or wins, 0; fp32.
+        undecided: Entries on which experts vote and none wins, ascending; of the last election.
     """
 
     def __init__(self, experts: int, entries: int) -> None:
@@ -36,42 +37,19 @@ class Ballot:
         assert entries <= _MOST_ENTRIES, "a block is short"
         self.kept: Float[Tensor, "expert entry"] = torch.empty(experts, entries)
         self.signs: Float[Tensor, " entry"] = torch.empty(entries)
+        self.undecided: Int64[ndarray, " some"] = np.empty(0, np.int64)
         self._total = torch.empty(entries)
         self._spare = torch.empty(entries)
         self._agreeing = np.empty(entries, np.min_scalar_type(experts))
         self._flags = np.empty(entries, bool)
 
-    def majority_votes(self, elect: Elect) -> int:
-        """Entries that elect + minus entries that elect -; undecided ones have no vote."""
-        self.elect(elect, majority=0)
-        return int(self.signs.sum())
-
-    def merge(self, elect: Elect, majority: int, reduce: Reduce) -> Float[Tensor, " entry"]:
-        """Reduce, entry by entry, the experts whose sign is the elected one; 0 if there is none.
-
-        Args:
-            elect: As in `elect`.
-            majority: As in `elect`.
-            reduce: What becomes of entries that agree.
-
-        Returns:
-            fp32; overwritten by the next block.
-        """
-        self.elect(elect, majority)
-        self.keep_agreeing()
-        if reduce == "max":
-            return torch.amax(self.kept, dim=0, out=self._total).mul_(self.signs)
-        total = self.sum_of_kept().mul_(self.signs)
-        return total.div_(self._count()) if reduce == "mean" else total
-
-    def elect(self, elect: Elect, majority: int) -> None:
+    def elect(self, elect: Elect) -> None:
         """Find the sign that wins each entry.
 
         Sums within rounding of 0 are summed again in fp64: the order of experts flips no sign.
 
         Args:
             elect: Whether experts vote with the magnitude kept, or one vote each.
-            majority: The sign (1, -1 or 0) of entries on which experts vote and none wins.
         """
         if elect == "mass":
             self.sum_of_kept()
@@ -83,10 +61,39 @@ class Ballot:
                 self._total.add_(torch.sign(row, out=self._spare))
             doubtful = self._near_zero(_EXACT)
         torch.sign(self._total, out=self.signs)
+        self.undecided = doubtful
         if len(doubtful):
             votes = self.kept.numpy()[:, doubtful].astype(np.float64)
             sums = np.sign((votes if elect == "mass" else np.sign(votes)).sum(axis=0))
-            self.signs.numpy()[doubtful] = np.where(sums == 0, majority, sums)
+            self.signs.numpy()[doubtful] = sums
+            self.undecided = doubtful[sums == 0]
+
+    def majority_votes(self) -> int:
+        """Entries that elected + minus entries that elected -; before undecided ones are given."""
+        return int(self.signs.sum())
+
+    def give_undecided(self, majority: int) -> None:
+        """Give undecided entries this sign: 1, -1, or 0 for none."""
+        self.signs.numpy()[self.undecided] = majority
+
+    def undecided_if(self, majority: int, reduce: Reduce) -> Float[Tensor, " some"]:
+        """What `merge` would make of the undecided entries alone if this were their sign; fp32."""
+        alone = Ballot(len(self.kept), len(self.undecided))
+        alone.kept.copy_(self.kept[:, torch.from_numpy(self.undecided)])
+        alone.signs.fill_(majority)
+        return alone.merge(reduce)
+
+    def merge(self, reduce: Reduce) -> Float[Tensor, " entry"]:
+        """Reduce, entry by entry, the experts whose sign is the elected one; 0 if there is none.
+
+        Returns:
+            fp32; overwritten by the next block.
+        """
+        self.keep_agreeing()
+        if reduce == "max":
+            return torch.amax(self.kept, dim=0, out=self._total).mul_(self.signs)
+        total = self.sum_of_kept().mul_(self.signs)
+        return total.div_(self._count()) if reduce == "mean" else total
 
     def keep_agreeing(self) -> None:
         """Leave of `kept` the magnitudes of the entries that have the elected sign; 0 elsewhere."""
@@ -108,13 +115,20 @@ class Ballot:
         Args:
             rounding: What rounding may make of a total, in units of the largest vote.
         """
-        # All bits that any expert has make a number no less than each of theirs, 0 if all are; or
-        # none at all (NaN), and then nothing is trusted.
+        # All bits that some experts have make a number no less than each of theirs, 0 if all are;
+        # or none at all (NaN), and then nothing is trusted. The last expert may be left out: alone
+        # it is in no doubt, and where it nearly cancels the others it is not much larger than they.
+        first, *others = self.kept[: max(1, len(self.kept) - 1)].view(torch.int32)
         largest = self._spare
-        bits = largest.view(torch.int32).copy_(self.kept[0].view(torch.int32))
-        for row in self.kept[1:]:
-            bits.bitwise_or_(row.view(torch.int32))
-        trusted = torch.mul(self._total, 1 / rounding, out=self.signs).abs_()
+        bits = largest.view(torch.int32)
+        if len(self.kept) < 3:
+            bits.copy_(first)
+        else:
+            torch.bitwise_or(first, others[0], out=bits)
+        for row in others[1:]:
+            bits.bitwise_or_(row)
+        within = 1 / (rounding * 2 * len(self.kept))
+        trusted = torch.mul(self._total, within, out=self.signs).abs_()
         np.greater_equal(trusted.numpy(), largest.abs_().numpy(), out=self._flags)
         return np.flatnonzero(np.logical_not(self._flags, out=self._flags))
 

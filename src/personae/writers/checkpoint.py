@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from personae._types import TensorSpec
@@ -105,7 +106,7 @@ class CheckpointWriter:
         """Write one file's header and give the file its full length."""
         header, offsets, size = _layout(shard, tied)
         with output_errors(path):
-            file = path.open("r+b" if again and path.exists() else "xb", buffering=0)
+            file = path.open("r+b" if again and path.exists() else "x+b", buffering=0)
             self._handles.append(file)
             _write_at(file, header, 0)
             os.ftruncate(file.fileno(), size)
@@ -138,6 +139,28 @@ class CheckpointWriter:
         shape = self._places[name].spec.shape
         assert 0 <= start <= start + len(tensor) <= shape[0], f"{name}: rows from {start}"
         self._put(self._places[name], start, tensor, (len(tensor), *shape[1:]))
+
+    def replace(
+        self, name: str, entries: Int64[Tensor, " some"], values: Float[Tensor, " some"]
+    ) -> None:
+        """Write single values of one tensor again, where they are written already; see `write`.
+
+        Args:
+            name: Which tensor.
+            entries: Flat indices in it, ascending, at least one.
+            values: Their new values.
+
+        Raises:
+            OutputError: if the disk refuses.
+            WorkError: if a finite value does not fit in that dtype.
+        """
+        spec, file, offset, _ = self._places[name]
+        first, last = int(entries[0]), int(entries[-1])
+        offset += first * spec.dtype.itemsize
+        with output_errors(Path(file.name)):
+            held = _read_at(file, (last + 1 - first) * spec.dtype.itemsize, offset)
+            torch.frombuffer(held, dtype=spec.dtype)[entries - first] = _cast(values, spec)
+            _write_at(file, held, offset)
 
     def _put(self, place: _Place, row: int, tensor: Tensor, shape: Sequence[int]) -> None:
         spec = place.spec
@@ -257,7 +280,18 @@ def _cast(tensor: Tensor, spec: TensorSpec) -> Tensor:
     )
 
 
-def _write_at(file: BinaryIO, data: bytes | memoryview, offset: int) -> None:
+def _read_at(file: BinaryIO, count: int, offset: int) -> bytearray:
+    """Read so many bytes, which are there; the system may give fewer at once."""
+    data = bytearray(count)
+    view = memoryview(data)
+    while view:
+        got = os.preadv(file.fileno(), [view[:_MOST_AT_ONCE]], offset)
+        assert got, "values are replaced where some were written"
+        view, offset = view[got:], offset + got
+    return data
+
+
+def _write_at(file: BinaryIO, data: bytes | bytearray | memoryview, offset: int) -> None:
     """Write all of `data`; the system may take less than offered at once."""
     view = memoryview(data)
     while view:

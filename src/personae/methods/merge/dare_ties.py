@@ -4,7 +4,6 @@ Masks are those of `dare`; signs are elected and what agrees is merged as in `ti
 this name trim by magnitude as well (FusionBench), or do not average what agrees (mergekit).
 """
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -13,30 +12,30 @@ from torch import Tensor
 
 from personae._types import Density
 from personae.methods._dropping import dropper
-from personae.methods._entries import PerExpert, ballots
+from personae.methods._entries import merge_elected, votes
 from personae.methods._merge import Gathering, Measure, Statistics
 from personae.methods._registry import everywhere, merge_method
 from personae.methods._site import Site
-from personae.ops.signs import Ballot
+from personae.methods._undecided import Undecided
 
 
 def _gather(_: Any, experts: int) -> Gathering:
     """One look, for the majority sign."""
 
     def vote(vectors: Tensor, own: Any, site: Site) -> Tensor:
-        blocks = _dropped(
-            vectors,
+        fill = dropper(
             site,
             density=own.density,
             weight=own.weight,
             rescale=own.rescale,
             seed=own.seed,
+            experts=experts,
         )
-        return torch.tensor(sum(ballot.majority_votes(own.elect) for _, ballot in blocks))
+        return votes(vectors, fill, own.elect)
 
     # A single expert is never outvoted.
-    majority = (yield Measure("majority", vote)) if experts > 1 else torch.tensor(0)
-    return {"majority": majority.sign()}
+    majority = (yield Measure("majority", vote, late=True)) if experts > 1 else torch.tensor(0)
+    return {} if majority is None else {"majority": majority.sign()}
 
 
 @merge_method(
@@ -44,7 +43,6 @@ def _gather(_: Any, experts: int) -> Gathering:
     order_free=False,
     entrywise=everywhere,
     gather=_gather,
-    looks=1,
     model_wide=("scope",),
 )
 def dare_ties(
@@ -60,6 +58,7 @@ def dare_ties(
     seed: int = 0,
     statistics: Statistics | None = None,
     site: Site | None = None,
+    undecided: Undecided | None = None,
 ) -> Float[Tensor, "*shape"]:
     """Drop entries at random, elect one sign per entry, merge the entries that agree.
 
@@ -75,32 +74,27 @@ def dare_ties(
         seed: Of the masks: same seed, same model.
         statistics: `majority` (), int64, over the scope.
         site: Which tensor, and from which entry on.
+        undecided: Told of entries that are undecided, if the majority is not known yet.
 
     Returns:
         The merged task vector, fp32; entries that no expert keeps are 0.
     """
     assert statistics is not None, "dare_ties needs the majority sign"
     assert site is not None, "dare_ties needs to know which entries it is given"
-    majority = int(statistics["majority"])
-    merged = torch.empty(task_vectors[0].numel())
-    for block, ballot in _dropped(
-        task_vectors, site, density=density, weight=weight, rescale=rescale, seed=seed
-    ):
-        torch.mul(ballot.merge(elect, majority, reduce), scale, out=merged[block])
-    return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)
-
-
-def _dropped(
-    task_vectors: Float[Tensor, "expert *shape"],
-    site: Site,
-    *,
-    density: PerExpert,
-    weight: PerExpert,
-    rescale: bool,
-    seed: int,
-) -> Iterator[tuple[slice, Ballot]]:
-    experts = len(task_vectors)
     fill = dropper(
-        site, density=density, weight=weight, rescale=rescale, seed=seed, experts=experts
+        site,
+        density=density,
+        weight=weight,
+        rescale=rescale,
+        seed=seed,
+        experts=len(task_vectors),
     )
-    return ballots(task_vectors, fill)
+    return merge_elected(
+        task_vectors,
+        fill,
+        elect=elect,
+        reduce=reduce,
+        scale=scale,
+        majority=int(statistics["majority"]) if undecided is None else 1,
+        undecided=undecided,
+    )

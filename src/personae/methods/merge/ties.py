@@ -6,7 +6,6 @@ first. Entries without a winner become 0 if the model as a whole has none either
 Votes within rounding of a tie are summed in fp64, so that the order of experts cannot flip a sign.
 """
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -14,26 +13,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personae._types import Density
-from personae.methods._entries import PerExpert, ballots, find_thresholds, limits_of, trim
+from personae.methods._entries import (
+    Fill,
+    PerExpert,
+    find_thresholds,
+    limits_of,
+    merge_elected,
+    trim,
+    votes,
+)
 from personae.methods._merge import Gathering, Measure, Statistics
 from personae.methods._parameters import one_each
 from personae.methods._registry import everywhere, merge_method
 from personae.methods._site import Site
-from personae.ops.signs import Ballot
+from personae.methods._undecided import Undecided
 
 
 def _gather(parameters: Any, experts: int) -> Gathering:
     """Looks that find each expert's threshold, and one for the majority sign."""
     thresholds = yield from find_thresholds(parameters.density, experts)
-    limits = limits_of(thresholds)
 
     def vote(vectors: Tensor, own: Any, _: Site) -> Tensor:
-        blocks = _trimmed(vectors, limits, own.weight)
-        return torch.tensor(sum(ballot.majority_votes(own.elect) for _, ballot in blocks))
+        return votes(vectors, _trimmer(thresholds, own.weight), own.elect)
 
     # A single expert is never outvoted.
-    majority = (yield Measure("majority", vote)) if experts > 1 else torch.tensor(0)
-    return {"thresholds": thresholds, "majority": majority.sign()}
+    majority = (yield Measure("majority", vote, late=True)) if experts > 1 else torch.tensor(0)
+    known = {} if majority is None else {"majority": majority.sign()}
+    return {"thresholds": thresholds, **known}
 
 
 @merge_method(
@@ -41,7 +47,7 @@ def _gather(parameters: Any, experts: int) -> Gathering:
     order_free=True,
     entrywise=everywhere,
     gather=_gather,
-    looks=2,
+    looks=1,
     model_wide=("density", "scope"),
 )
 def ties(
@@ -54,6 +60,7 @@ def ties(
     elect: Literal["mass", "count"] = "mass",
     scale: float = 1.0,
     statistics: Statistics | None = None,
+    undecided: Undecided | None = None,
 ) -> Float[Tensor, "*shape"]:
     """Trim each task vector, elect one sign per entry, merge the entries that agree.
 
@@ -72,25 +79,27 @@ def ties(
         elect: Whether experts vote with their magnitudes (as in the paper) or one vote each.
         scale: Multiplier on the result (λ in the paper).
         statistics: `thresholds` (expert,), fp32, and `majority` (), int64, over the scope.
+        undecided: Told of entries that are undecided, if the majority is not known yet.
 
     Returns:
         The merged task vector, fp32; entries that no expert keeps are 0.
     """
     assert statistics is not None, "ties needs its thresholds"
-    limits = limits_of(statistics["thresholds"])
-    majority = int(statistics["majority"])
-    merged = torch.empty(task_vectors[0].numel())
-    for block, ballot in _trimmed(task_vectors, limits, weight):
-        torch.mul(ballot.merge(elect, majority, reduce), scale, out=merged[block])
-    return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)
+    return merge_elected(
+        task_vectors,
+        _trimmer(statistics["thresholds"], weight),
+        elect=elect,
+        reduce=reduce,
+        scale=scale,
+        majority=int(statistics["majority"]) if undecided is None else 1,
+        undecided=undecided,
+    )
 
 
-def _trimmed(
-    task_vectors: Float[Tensor, "expert *shape"], limits: list[float], weight: PerExpert
-) -> Iterator[tuple[slice, Ballot]]:
-    weights = one_each(weight, len(task_vectors))
+def _trimmer(thresholds: Float[Tensor, " expert"], weight: PerExpert) -> Fill:
+    limits, weights = limits_of(thresholds), one_each(weight, len(thresholds))
 
     def fill(_: int, rows: list[Tensor], kept: Tensor) -> None:
         trim(rows, limits, weights, kept)
 
-    return ballots(task_vectors, fill)
+    return fill

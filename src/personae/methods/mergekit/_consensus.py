@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from personae.methods._dropping import Fill, dropper
-from personae.methods._entries import blocks
+from personae.methods._dropping import dropper
+from personae.methods._entries import Fill, blocks
 from personae.methods._merge import Gathering, Measure
 from personae.methods._site import Site
 from personae.ops.signs import Ballot
@@ -70,7 +70,8 @@ def consensus(
     ballot: Ballot, weights: Sequence[float], *, normalize: bool, scale: float
 ) -> Float[Tensor, " entry"]:
     """Σ of the entries whose sign is that of Σ w_n δ_n (0 counts as +), over Σ of their w_n."""
-    ballot.elect("mass", majority=1)
+    ballot.elect("mass")
+    ballot.give_undecided(1)
     ballot.keep_agreeing()
     merged = ballot.sum_of_kept().mul_(ballot.signs)
     if normalize:

@@ -1,0 +1,152 @@
+"""Entries on which no sign wins: merged at once, decided by the majority of the whole model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from families import State, listing, saved
+from personae.execute import pieces
+from personae.execute.merge import merge
+from personae.execute.merge_plan import plan_merge
+from personae.execute.work import Work
+from personae.methods import MERGE_METHODS, Site, Undecided, build, lookup
+from personae.recipe import MergeSettings
+from toys import load
+
+LATE = sorted(name for name, method in MERGE_METHODS.items() if method.decides_late)
+# Two experts of integer task vectors: most entries that both change cancel. `balance` entries of
+# the last tensor, changed by both alike, make the majority.
+BASE: State = {
+    "a.weight": torch.arange(60.0).reshape(6, 10),
+    "b.bias": torch.ones(7),
+    "c.weight": torch.zeros(40),
+    "scale": torch.tensor(2.0),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several pieces to a tensor, several tensors to a unit."""
+    monkeypatch.setattr(pieces, "PIECE_ENTRIES", 20)
+    monkeypatch.setattr(pieces, "UNIT_ENTRIES", 50)
+
+
+def experts_of(balance: int) -> list[State]:
+    draw = torch.Generator().manual_seed(0)
+    first = {name: torch.zeros_like(tensor) for name, tensor in BASE.items()}
+    second = {name: torch.zeros_like(tensor) for name, tensor in BASE.items()}
+    for name in ("a.weight", "b.bias"):
+        change = torch.randint(-2, 3, BASE[name].shape, generator=draw).float()
+        first[name], second[name] = change, -change
+    first["scale"], second["scale"] = torch.tensor(3.0), torch.tensor(-3.0)
+    sign = float((balance > 0) - (balance < 0))
+    first["c.weight"][: abs(balance)] = second["c.weight"][: abs(balance)] = sign
+    return [{name: BASE[name] + change[name] for name in BASE} for change in (first, second)]
+
+
+def family(folder: Path, balance: int) -> tuple[str, dict[str, str]]:
+    saved(BASE, folder / "base")
+    paths = {name: folder / name for name in ("one", "two")}
+    for path, state in zip(paths.values(), experts_of(balance), strict=True):
+        saved(state, path)
+    return str(folder / "base"), {name: str(path) for name, path in paths.items()}
+
+
+def whole(method: str, balance: int, settings: dict[str, Any]) -> State:
+    """All of the model in memory, its majority looked for first."""
+    entry = lookup(MERGE_METHODS, method)
+    parameters = build(entry, settings)
+    states = experts_of(balance)
+    stacks = {
+        name: (
+            Site(name, tuple(BASE[name].shape)),
+            torch.stack([s[name] - BASE[name] for s in states]),
+        )
+        for name in BASE
+    }
+    statistics = entry.statistics(stacks.values(), parameters)
+    assert int(statistics["majority"]) == (balance > 0) - (balance < 0)
+    return {
+        name: BASE[name] + entry.merge(stack, parameters, statistics, site)
+        for name, (site, stack) in stacks.items()
+    }
+
+
+def test_which_methods_decide_late():
+    assert LATE == ["dare_ties", "ties"]
+
+
+@pytest.mark.parametrize("method", LATE)
+def test_by_hand(method: str):
+    # Trimmed by nothing. Entries: 2 - 2, 5 + 1, 1 - 4, 0: undecided, +, -, nobody votes.
+    # Votes + 1 - 1 = 0. With +, the first is 2; with -, it is -2.
+    stack = torch.tensor([[2.0, 5.0, 1.0, 0.0], [-2.0, 1.0, -4.0, 0.0]])
+    entry, told = lookup(MERGE_METHODS, method), Undecided()
+    statistics = {"thresholds": torch.zeros(2)}
+    parameters = build(entry, {"density": 1.0, "scale": 3.0})
+    merged = entry.merge(stack, parameters, statistics, Site("x", (4,)), told)
+    assert merged.tolist() == [3 * 2.0, 3 * 3.0, 3 * -4.0, 0.0]
+    assert (told.votes, told.places.tolist(), told.negative.tolist()) == (0, [0], [3 * -2.0])
+
+
+@pytest.mark.parametrize("balance", [-9, 0, 9])
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
+@pytest.mark.parametrize("method", LATE)
+def test_the_result_is_that_of_looking_first(
+    method: str, reduce: str, balance: int, tmp_path: Path
+):
+    settings = {"density": 1.0, "reduce": reduce, "scale": 0.5}
+    base, experts = family(tmp_path, balance)
+    for workers in (1, 3):
+        merge(
+            base,
+            experts,
+            tmp_path / str(workers),
+            settings=MergeSettings(method=method, parameters=settings, dtype="bfloat16"),
+            work=Work(workers=workers),
+        )
+    found = load(tmp_path / "1")
+    for name, tensor in whole(method, balance, settings).items():
+        assert torch.equal(found[name], tensor.bfloat16()), name
+    assert listing(tmp_path / "1") == listing(tmp_path / "3")
+    assert sorted(listing(tmp_path / "1")) == ["README.md", "config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("killed_at", ["merging", "deciding", "decided"])
+def test_a_run_killed_before_it_decides_goes_on(
+    killed_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base, experts = family(tmp_path, -9)
+    settings = MergeSettings(method="ties", parameters={"density": 1.0})
+    merge(base, experts, tmp_path / "whole", settings=settings)
+
+    def kill(stage: str, done: int, _: int) -> None:
+        if stage.startswith(killed_at) and done == 2:
+            raise KeyboardInterrupt
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if killed_at == "decided":
+            patch.setattr("personae.execute.merge.write_companions", killed)
+        merge(
+            base, experts, tmp_path / "out", settings=settings, work=Work(workers=1, progress=kill)
+        )
+    assert not (tmp_path / "out").exists()
+    stages: list[str] = []
+    again = Work(workers=1, progress=lambda stage, *_: stages.append(stage))
+    merge(base, experts, tmp_path / "out", settings=settings, work=again)
+    assert listing(tmp_path / "out") == listing(tmp_path / "whole")
+    assert any(stage.startswith("deciding") for stage in stages) == (killed_at != "decided")
+
+
+@pytest.mark.parametrize(("method", "looks"), [("ties", 1), ("dare_ties", 0), ("average", 0)])
+def test_the_plan_counts_no_look_for_it(method: str, looks: int, tmp_path: Path):
+    base, experts = family(tmp_path, 9)
+    assert plan_merge(base, experts, MergeSettings(method=method)).looks == looks
+    if looks or method == "dare_ties":
+        each = MergeSettings(method=method, parameters={"scope": "tensor"})
+        assert plan_merge(base, experts, each).looks == looks + 1
