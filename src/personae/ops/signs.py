@@ -97,8 +97,7 @@ class Ballot:
 
     def keep_agreeing(self) -> None:
         """Leave of `kept` the magnitudes of the entries that have the elected sign; 0 elsewhere."""
-        for row in self.kept:
-            row.mul_(self.signs).relu_()
+        self.kept.mul_(self.signs).relu_()
 
     def sum_of_kept(self) -> Float[Tensor, " entry"]:
         """Σ of `kept` in the order of the experts; overwritten by whatever is done next."""
