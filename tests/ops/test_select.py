@@ -165,7 +165,6 @@ def test_chunks_do_not_show(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     tensor = torch.randn(500, 210, generator=torch.Generator().manual_seed(0)).to(dtype).T
     whole = kth_magnitude(tensor, 31_500)
     monkeypatch.setattr("personae.ops.select._CHUNK", 1717)
-    monkeypatch.setattr("personae.ops.select._MOST_WAITING", 100)
     assert kth_magnitude(tensor, 31_500) == whole
     assert whole[0] == tensor.abs().flatten().sort(descending=True).values[31_499]
 

@@ -32,7 +32,6 @@ _COARSE_BITS = 12
 _BIN_BITS = 14  # a sampled bin: 2^14 patterns, 512 to the octave
 _FLOOR = (127 - 32) << 23  # the pattern of 2^-32: bins reach from there to 1
 _CHUNK = 1 << 18
-_MOST_WAITING = 1 << 20
 _STEP = 64
 _FEW = 1 << 14  # entries of which none needs to be sampled
 
@@ -117,16 +116,10 @@ def census(entries: Float[Tensor, "..."], window: Window, bins: int) -> Int64[Te
     """
     counts = np.zeros(2 + bins, np.int64)
     counts[0] = entries.numel()
-    near: list[ndarray] = []
-    waiting = 0
     for above, patterns in _inside(entries, window):
         counts[1] += above
-        near.append(patterns)
-        waiting += len(patterns)
-        if waiting > _MOST_WAITING:
-            counts[2:] += _binned(near, window, bins)
-            near, waiting = [], 0
-    counts[2:] += _binned(near, window, bins)
+        offsets = np.subtract(patterns, np.uint32(window.low), out=patterns)
+        np.add.at(counts[2:], offsets >> np.uint32(window.shift), 1)
     return torch.from_numpy(counts)
 
 
@@ -202,11 +195,6 @@ def _beside(window: Window, above: bool) -> Window:
     """All that lies on one side of a window that missed."""
     assert not above or window.high < TOP, "magnitudes are selected among finite values"
     return Window(window.high, TOP) if above else Window(0, window.low)
-
-
-def _binned(near: list[ndarray], window: Window, bins: int) -> Int64[ndarray, " bins"]:
-    offsets = np.concatenate([np.empty(0, np.uint32), *near]) - np.uint32(window.low)
-    return np.bincount((offsets >> np.uint32(window.shift)).astype(np.int64), minlength=bins)
 
 
 def _edge(index: int) -> int:
