@@ -141,7 +141,7 @@ def run(
             work.progress(stage, done, len(job.units))
         faults.raise_if_any(CheckpointError)
         decided = len(job.units)  # the step after the last unit
-        if job.decides_at_the_end and decided not in before:
+        if job.decides_late and decided not in before:
             undecided.decide(job.units, writer, work)
             if journal:
                 journal.add(decided)
@@ -174,7 +174,7 @@ def _merge_unit(
 ) -> list[str]:
     """Merge and write one unit; returns what is wrong with its weights, and writes nothing then."""
     faults: list[str] = []
-    left_open = LeftOpen()
+    left_open = LeftOpen() if job.decides_late else None
     for spec, group in groupby(unit.pieces, key=lambda piece: piece.spec):
         pieces = list(group)
         if spec.name not in job.merged:
@@ -198,16 +198,13 @@ def _merge_unit(
             faults += found
             if not found:
                 _put(writer, piece, merged)
-        if job.per_tensor and not faults:
-            left_open.decide(left_open.votes, pieces, writer)
-            left_open = LeftOpen()
-    if job.decides_at_the_end and not faults:
+    if left_open is not None and not faults:
         undecided.put(unit, left_open)
     return faults
 
 
 def _merge_rows(
-    job: MergeJob, statistics: Statistics | None, piece: Piece, left_open: LeftOpen
+    job: MergeJob, statistics: Statistics | None, piece: Piece, left_open: LeftOpen | None
 ) -> tuple[Tensor, list[str]]:
     """Rows of the result: reference plus merged deltas, fp32."""
     parameters, site = job.parameters_of(piece.spec.name), job.stacks.site(piece)
@@ -220,9 +217,9 @@ def _merge_rows(
     faults = job.stacks.faults(stack, piece, reference)
     if faults:
         return reference, faults
-    told = Undecided() if job.decides_late else None
+    told = Undecided() if left_open is not None else None
     merged = job.method.merge(stack, parameters, statistics, site, told)
-    if told is not None:
+    if left_open is not None and told is not None:
         left_open.add(piece, told, reference)
     return merged + reference, []
 

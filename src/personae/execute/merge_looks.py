@@ -69,16 +69,14 @@ def gather_model(
 def gather_tensor(
     method: MergeMethod, parameters: Parameters, stacks: Stacks, pieces: Sequence[Piece]
 ) -> Statistics:
-    """Look at one tensor alone, given as its pieces; as for `gather_model`.
+    """Look at one tensor alone, given as its pieces.
 
     Raises:
         NotFinite: if it holds values that are not.
     """
     assert method.gather is not None
 
-    def answer(measure: Measure) -> Tensor | None:
-        if measure.late and method.decides_late:
-            return None
+    def answer(measure: Measure) -> Tensor:
         total = _share(measure, parameters, stacks, pieces[0]).clone()
         for piece in pieces[1:]:
             total.add_(_share(measure, parameters, stacks, piece))

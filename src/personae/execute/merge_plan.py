@@ -54,13 +54,8 @@ class MergeJob:
 
     @property
     def decides_late(self) -> bool:
-        """Whether tensors are merged before it is known what becomes of undecided entries."""
-        return self.method.decides_late and self.stacks.experts > 1
-
-    @property
-    def decides_at_the_end(self) -> bool:
-        """Whether that is known only when all tensors are merged."""
-        return self.decides_late and not self.per_tensor
+        """Whether units are merged before it is known what becomes of undecided entries."""
+        return self.method.decides_late and not self.per_tensor and self.stacks.experts > 1
 
     @property
     def looked_at(self) -> list[Unit]:
@@ -255,6 +250,7 @@ def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
     family = job.family
     own = [family.base] if family.has_base else []
     checkpoints = [*own, *(expert.checkpoint for expert in family.experts.values())]
+    looks = job.method.looks + (job.method.decides_late and job.per_tensor)
     bytes_in = sum(spec.nbytes for c in checkpoints for spec in c.specs.values())
     return MergePlan(
         method=job.method.name,
@@ -262,9 +258,9 @@ def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
         merged=len(job.merged),
         copied=tuple(spec.name for spec in job.specs if spec.name not in job.merged),
         parameters=sum(spec.numel for spec in job.specs if spec.is_floating),
-        looks=job.method.looks,
+        looks=looks,
         bytes_in=bytes_in,
-        bytes_read=bytes_in * (1 + job.method.looks),
+        bytes_read=bytes_in * (1 + looks),
         bytes_out=sum(spec.nbytes for spec in job.specs),
         peak_memory=peak if work.memory is None else min(peak, work.memory),
         largest=max(costs, default=0),

@@ -7,7 +7,7 @@ at the end if it has to be. An entry waits in 12 bytes; of bf16 models, about on
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,20 +27,16 @@ _VOTES = "votes"
 
 
 class LeftOpen:
-    """The undecided entries of some pieces, and how these voted.
+    """The undecided entries of one unit, and how it voted."""
 
-    Attributes:
-        votes: Entries that elect + minus entries that elect -.
-    """
-
-    def __init__(self, votes: int = 0, values: Mapping[str, Tensor] | None = None) -> None:
-        """Begin with none, or with what `to_bytes` made a file of."""
-        self.votes = votes
-        self._values = dict(values or {})
+    def __init__(self) -> None:
+        """Nothing is merged yet."""
+        self._votes = 0
+        self._values: dict[str, Tensor] = {}
 
     def add(self, piece: Piece, told: Undecided, reference: Float[Tensor, "..."]) -> None:
         """Take what was told of a piece, whose result is relative to the reference's values."""
-        self.votes += told.votes
+        self._votes += told.votes
         entries = told.places
         if len(entries):
             neither = reference.reshape(-1)[entries]
@@ -48,24 +44,9 @@ class LeftOpen:
             self._values[_key(piece, "neither")] = neither
             self._values[_key(piece, "negative")] = neither + told.negative
 
-    def decide(self, votes: int, pieces: Sequence[Piece], writer: CheckpointWriter) -> None:
-        """Write again what comes out otherwise by this majority; the pieces are written.
-
-        Raises:
-            OutputError: if the disk refuses.
-            WorkError: if a finite value does not fit in the dtype of its tensor.
-        """
-        if votes > 0:
-            return
-        for piece in pieces:
-            entries = self._values.get(_key(piece, "entries"))
-            if entries is not None:
-                values = self._values[_key(piece, "negative" if votes < 0 else "neither")]
-                writer.replace(piece.spec.name, piece.first_entry + entries.long(), values)
-
     def to_bytes(self) -> bytes:
         """As a file of safetensors."""
-        return safetensors.torch.save({_VOTES: torch.tensor(self.votes), **self._values})
+        return safetensors.torch.save({_VOTES: torch.tensor(self._votes), **self._values})
 
 
 class UndecidedEntries:
@@ -96,10 +77,15 @@ class UndecidedEntries:
         votes = sum(self._votes(unit) for unit in units)
         if votes > 0:
             return
+        which: Literal["negative", "neither"] = "negative" if votes < 0 else "neither"
 
         def write(unit: Unit) -> None:
-            values = safetensors.torch.load_file(self._path(unit))
-            LeftOpen(values=values).decide(votes, unit.pieces, writer)
+            kept = safetensors.torch.load_file(self._path(unit))
+            for piece in unit.pieces:
+                entries = kept.get(_key(piece, "entries"))
+                if entries is not None:
+                    values = kept[_key(piece, which)]
+                    writer.replace(piece.spec.name, piece.first_entry + entries.long(), values)
 
         stage = "deciding by majority"
         work.progress(stage, 0, len(units))
