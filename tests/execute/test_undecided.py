@@ -15,7 +15,7 @@ from personae.methods import MERGE_METHODS, Site, Undecided, build, lookup
 from personae.recipe import MergeSettings
 from toys import load
 
-LATE = sorted(name for name, method in MERGE_METHODS.items() if method.decides_late)
+LATE = sorted(name for name, method in MERGE_METHODS.items() if method.can_decide_late)
 # Two experts of integer task vectors: most entries that both change cancel. `balance` entries of
 # the last tensor, changed by both alike, make the majority.
 BASE: State = {
@@ -81,14 +81,15 @@ def test_which_methods_decide_late():
 @pytest.mark.parametrize("method", LATE)
 def test_by_hand(method: str):
     # Trimmed by nothing. Entries: 2 - 2, 5 + 1, 1 - 4, 0: undecided, +, -, nobody votes.
-    # Votes + 1 - 1 = 0. With +, the first is 2; with -, it is -2.
+    # Votes + 1 - 1 = 0. The first is 0 so far; with +, it is 2; with -, it is -2.
     stack = torch.tensor([[2.0, 5.0, 1.0, 0.0], [-2.0, 1.0, -4.0, 0.0]])
     entry, told = lookup(MERGE_METHODS, method), Undecided()
     statistics = {"thresholds": torch.zeros(2)}
     parameters = build(entry, {"density": 1.0, "scale": 3.0})
     merged = entry.merge(stack, parameters, statistics, Site("x", (4,)), told)
-    assert merged.tolist() == [3 * 2.0, 3 * 3.0, 3 * -4.0, 0.0]
-    assert (told.votes, told.places.tolist(), told.negative.tolist()) == (0, [0], [3 * -2.0])
+    assert merged.tolist() == [0.0, 3 * 3.0, 3 * -4.0, 0.0]
+    assert (told.votes, told.places.tolist()) == (0, [0])
+    assert (told.positive.tolist(), told.negative.tolist()) == ([3 * 2.0], [3 * -2.0])
 
 
 @pytest.mark.parametrize("balance", [-9, 0, 9])
@@ -143,10 +144,67 @@ def test_a_run_killed_before_it_decides_goes_on(
     assert any(stage.startswith("deciding") for stage in stages) == (killed_at != "decided")
 
 
-@pytest.mark.parametrize(("method", "looks"), [("ties", 1), ("dare_ties", 0), ("average", 0)])
-def test_the_plan_counts_no_look_for_it(method: str, looks: int, tmp_path: Path):
+@pytest.mark.parametrize("damage", ["lost", "cut short"])
+def test_a_unit_whose_undecided_entries_are_gone_is_merged_again(damage: str, tmp_path: Path):
+    base, experts = family(tmp_path, -9)
+    settings = MergeSettings(method="ties", parameters={"density": 1.0})
+    merge(base, experts, tmp_path / "whole", settings=settings)
+
+    def kill(stage: str, done: int, _: int) -> None:
+        if stage.startswith("merging") and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work = Work(workers=1, progress=kill)
+        merge(base, experts, tmp_path / "out", settings=settings, work=work)
+    file = tmp_path / ".out.partial" / ".undecided" / "0.safetensors"
+    if damage == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:20])
+    merge(base, experts, tmp_path / "out", settings=settings)
+    assert listing(tmp_path / "out") == listing(tmp_path / "whole")
+
+
+def test_what_the_other_sign_would_make_need_not_fit_the_dtype(tmp_path: Path):
+    # fp16 ends at 65504. The first entry is 60000 + 1.5 * 5472 = 68208 or, as - has the majority,
+    # 60000 - 8208 = 51792, in fp16 51808 or 51776.
+    saved({"w": torch.tensor([60000.0, 0, 0])}, tmp_path / "base")
+    experts = {"one": [5472.0, -1, -1], "two": [-5472.0, -1, -1]}
+    for name, change in experts.items():
+        saved({"w": torch.tensor([60000.0, 0, 0]) + torch.tensor(change)}, tmp_path / name)
+    merge(
+        str(tmp_path / "base"),
+        {name: str(tmp_path / name) for name in experts},
+        tmp_path / "out",
+        settings=MergeSettings(
+            method="ties", parameters={"density": 1.0, "scale": 1.5}, dtype="float16"
+        ),
+    )
+    assert load(tmp_path / "out")["w"].tolist() == [float(torch.tensor(51792.0).half()), -1.5, -1.5]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "has_base", "looks"),
+    [
+        ("ties", {}, True, 1),
+        ("ties", {"scope": "tensor"}, True, 2),
+        ("ties", {"elect": "count"}, True, 2),
+        ("ties", {}, False, 2),  # two difference vectors cancel everywhere
+        ("dare_ties", {}, True, 0),
+        ("dare_ties", {"elect": "count"}, True, 1),
+        ("average", {}, True, 0),
+    ],
+)
+def test_the_look_is_spared_where_few_entries_wait_for_it(
+    method: str, settings: dict[str, Any], has_base: bool, looks: int, tmp_path: Path
+):
     base, experts = family(tmp_path, 9)
-    assert plan_merge(base, experts, MergeSettings(method=method)).looks == looks
-    if looks or method == "dare_ties":
-        each = MergeSettings(method=method, parameters={"scope": "tensor"})
-        assert plan_merge(base, experts, each).looks == looks + 1
+    asked = MergeSettings(method=method, parameters=settings)
+    plan = plan_merge(base if has_base else None, experts, asked)
+    assert plan.looks == looks
+    stages: list[str] = []
+    work = Work(workers=1, progress=lambda stage, *_: stages.append(stage))
+    merge(base if has_base else None, experts, tmp_path / "out", settings=asked, work=work)
+    looked = any(stage.startswith("measuring majority") for stage in stages)
+    assert looked == ("elect" in settings or not has_base)

@@ -118,7 +118,10 @@ def run(
     with CheckpointWriter(
         directory, job.specs, shard_bytes=shard_bytes, tied=job.family.base.tied, again=True
     ) as writer:
-        before = journal.done if journal else set[int]()
+        before = set(journal.done) if journal else set[int]()
+        decided = len(job.units)  # the step after the last unit
+        if job.decides_late and decided not in before:
+            before = {number for number in before if undecided.has(number)}
         due = [unit for unit in job.units if unit.number not in before]
         for unit in job.units:
             for piece in unit.pieces if unit.number in before else ():
@@ -140,7 +143,6 @@ def run(
                 journal.add(unit.number)
             work.progress(stage, done, len(job.units))
         faults.raise_if_any(CheckpointError)
-        decided = len(job.units)  # the step after the last unit
         if job.decides_late and decided not in before:
             undecided.decide(job.units, writer, work)
             if journal:
@@ -156,7 +158,15 @@ def _statistics(job: MergeJob, directory: Path, work: Work) -> Statistics | None
     path = directory / _STATISTICS
     if path.exists():
         return safetensors.torch.load_file(path)
-    found = gather_model(job.method, job.parameters_of, job.stacks, job.looked_at, job.cost, work)
+    found = gather_model(
+        job.method,
+        job.parameters_of,
+        job.stacks,
+        job.looked_at,
+        job.cost,
+        work,
+        late=job.decides_late,
+    )
     with atomic_file(path) as part:
         safetensors.torch.save_file(
             {name: tensor.contiguous() for name, tensor in found.items()}, part

@@ -38,10 +38,10 @@ def gather_model(
     units: Sequence[Unit],
     cost: Callable[[Unit], int],
     work: Work,
+    *,
+    late: bool,
 ) -> Statistics:
     """Look at the whole family; what is not finite is refused by the first full look.
-
-    No look is taken whose answer may be late.
 
     Args:
         method: A method with looks.
@@ -50,6 +50,7 @@ def gather_model(
         units: What to look at, in a fixed order.
         cost: Peak bytes of one unit.
         work: Workers, memory bound, progress.
+        late: Takes no look whose answer may be late.
 
     Raises:
         CheckpointError: naming every weight that is not finite.
@@ -58,7 +59,7 @@ def gather_model(
     numbers = count(1)
 
     def answer(measure: Measure) -> Tensor | None:
-        if measure.late and method.decides_late:
+        if measure.late and late:
             return None
         stage = f"measuring {measure.name}, look {next(numbers)}"
         return _look(method, measure, parameters_of, stacks, units, cost, work, stage)

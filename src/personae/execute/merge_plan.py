@@ -20,6 +20,7 @@ from personae.execute.merge_faults import all_names, check_family
 from personae.execute.merge_looks import ParametersOf
 from personae.execute.pieces import Piece, Unit, units
 from personae.execute.stream import Stacks
+from personae.execute.undecided import BYTES_LEFT_OPEN
 from personae.execute.work import Work
 from personae.methods import MergeMethod
 from personae.recipe import MergeSettings, count_layers
@@ -52,10 +53,14 @@ class MergeJob:
     units: Sequence[Unit]
     per_tensor: bool
 
-    @property
+    @cached_property
     def decides_late(self) -> bool:
-        """Whether units are merged before it is known what becomes of undecided entries."""
-        return self.method.decides_late and not self.per_tensor and self.stacks.experts > 1
+        """Whether units are merged before it is known what becomes of undecided entries.
+
+        Only where these are few: two difference vectors cancel everywhere.
+        """
+        few = self.family.has_base and not self.per_tensor and self.stacks.experts > 1
+        return few and all(self.method.late(self.parameters_of(name)) for name in self.merged)
 
     @property
     def looked_at(self) -> list[Unit]:
@@ -77,6 +82,8 @@ class MergeJob:
     def cost(self, unit: Unit) -> int:
         """Peak bytes of one unit."""
         costs = [self._piece_cost(piece, unit.whole) for piece in unit.pieces]
+        if self.decides_late:
+            return max(costs) + BYTES_LEFT_OPEN * sum(piece.numel for piece in unit.pieces)
         return max(costs)
 
     def _piece_cost(self, piece: Piece, undivided: bool) -> int:
@@ -250,7 +257,7 @@ def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
     family = job.family
     own = [family.base] if family.has_base else []
     checkpoints = [*own, *(expert.checkpoint for expert in family.experts.values())]
-    looks = job.method.looks + (job.method.decides_late and job.per_tensor)
+    looks = job.method.looks + (job.method.can_decide_late and not job.decides_late)
     bytes_in = sum(spec.nbytes for c in checkpoints for spec in c.specs.values())
     return MergePlan(
         method=job.method.name,

@@ -1,9 +1,9 @@
 """What a merge leaves open until all of the model has voted, kept beside its unfinished output.
 
 TIES and DARE-TIES give entries on which no sign wins the sign of the model's majority. To look at
-everything for that alone would cost as much as half the merge, so units are written as if + had it.
-What - or neither would make of those few entries waits in a file a unit, and is put in their place
-at the end if it has to be. An entry waits in 12 bytes; of bf16 models, about one in 300 does.
+everything for that alone would cost as much as half the merge, so units are written without it.
+What either sign would make of those entries waits in a file a unit, and is put in place at the end.
+Of bf16 models that is one entry in some hundreds; where votes cancel often, the look is taken.
 """
 
 import shutil
@@ -25,6 +25,9 @@ from personae.writers import CheckpointWriter, output_errors
 _FOLDER = ".undecided"
 _VOTES = "votes"
 
+BYTES_LEFT_OPEN = 44
+"""Bytes of memory that an entry takes at most if it is undecided: told, kept, copied to a file."""
+
 
 class LeftOpen:
     """The undecided entries of one unit, and how it voted."""
@@ -39,10 +42,10 @@ class LeftOpen:
         self._votes += told.votes
         entries = told.places
         if len(entries):
-            neither = reference.reshape(-1)[entries]
+            own = reference.reshape(-1)[entries]
             self._values[_key(piece, "entries")] = entries.int()
-            self._values[_key(piece, "neither")] = neither
-            self._values[_key(piece, "negative")] = neither + told.negative
+            self._values[_key(piece, "positive")] = told.positive + own
+            self._values[_key(piece, "negative")] = told.negative + own
 
     def to_bytes(self) -> bytes:
         """As a file of safetensors."""
@@ -68,16 +71,16 @@ class UndecidedEntries:
             path.write_bytes(left_open.to_bytes())
 
     def decide(self, units: Sequence[Unit], writer: CheckpointWriter, work: Work) -> None:
-        """Count the votes of all units, and write again what the majority turns out otherwise.
+        """Count the votes of all units, and give undecided entries the sign of the majority.
 
         Raises:
             OutputError: if the disk refuses.
             WorkError: if a finite value does not fit in the dtype of its tensor.
         """
         votes = sum(self._votes(unit) for unit in units)
-        if votes > 0:
+        if not votes:
             return
-        which: Literal["negative", "neither"] = "negative" if votes < 0 else "neither"
+        which: Literal["positive", "negative"] = "positive" if votes > 0 else "negative"
 
         def write(unit: Unit) -> None:
             kept = safetensors.torch.load_file(self._path(unit))
@@ -100,6 +103,14 @@ class UndecidedEntries:
         for done, _ in enumerate(results, 1):
             work.progress(stage, done, len(units))
 
+    def has(self, number: int) -> bool:
+        """Whether what the unit of this number leaves open is here, whole."""
+        try:
+            with safetensors.safe_open(self._folder / f"{number}.safetensors", "pt"):
+                return True
+        except (OSError, safetensors.SafetensorError):
+            return False
+
     def clear(self) -> None:
         """Remove them all."""
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -112,5 +123,5 @@ class UndecidedEntries:
         return self._folder / f"{unit.number}.safetensors"
 
 
-def _key(piece: Piece, what: Literal["entries", "neither", "negative"]) -> str:
+def _key(piece: Piece, what: Literal["entries", "positive", "negative"]) -> str:
     return f"{what}/{piece.start}/{piece.spec.name}"

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personae.methods._merge import Measure
+from personae.methods._merge import Measure, Statistics
 from personae.methods._parameters import one_each
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
@@ -68,6 +68,11 @@ def ballots(
         yield slice(start, start + len(rows[0])), ballot
 
 
+def votes_by_mass(parameters: Any) -> bool:
+    """Whether experts vote with magnitudes, which seldom cancel; one vote each often does."""
+    return parameters.elect == "mass"
+
+
 def votes(task_vectors: Float[Tensor, "expert *shape"], fill: Fill, elect: Elect) -> Tensor:
     """Entries that elect + minus entries that elect -: (), int64."""
     total = 0
@@ -84,19 +89,25 @@ def merge_elected(
     elect: Elect,
     reduce: Reduce,
     scale: float,
-    majority: int,
+    statistics: Statistics,
     undecided: Undecided | None,
 ) -> Float[Tensor, "*shape"]:
     """Elect a sign per entry, reduce what is kept and agrees, times `scale`.
 
-    Undecided entries take the sign `majority`; `undecided` is told what - would make of them.
+    Undecided entries take the sign `majority` of the statistics; if that is not known yet, they
+    become 0, and `undecided` is told what the signs would make of them.
     """
+    majority = 0 if undecided is not None else int(statistics["majority"])
     merged = torch.empty(task_vectors[0].numel())
     for block, ballot in ballots(task_vectors, fill):
         ballot.elect(elect)
         if undecided is not None:
-            negative = ballot.undecided_if(-1, reduce).mul_(scale)
-            undecided.add(ballot.majority_votes(), block.start + ballot.undecided, negative)
+            undecided.add(
+                ballot.majority_votes(),
+                block.start + ballot.undecided,
+                ballot.undecided_if(1, reduce).mul_(scale),
+                ballot.undecided_if(-1, reduce).mul_(scale),
+            )
         ballot.give_undecided(majority)
         torch.mul(ballot.merge(reduce), scale, out=merged[block])
     return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)

@@ -79,6 +79,8 @@ class MergeMethod:
         order_free: Whether the order of experts does not matter (beyond rounding).
         gather: `gather(parameters, experts)`, the looks it takes before it runs: over the whole
             model, or over each tensor alone (see `scope_of`).
+        late: `late(parameters)`: whether so few entries wait for its late looks that it is merged
+            before them.
         scope: What its looks are at, unless a parameter `scope` says it.
         entrywise: `entrywise(parameters, site)`: whether an entry of the result depends on that
             entry of the task vectors and the statistics alone, so that rows can be cut apart.
@@ -90,7 +92,7 @@ class MergeMethod:
         needs: "deltas": task vectors, or difference vectors where there is no base. "base": task
             vectors alone. "adapters": task vectors of LoRA adapters.
         degenerates: On difference vectors, what it amounts to; empty if to nothing simpler.
-        looks: How many looks it usually takes, without those that may be answered late.
+        looks: How many looks it usually takes, without those that are answered late.
         model_wide: Parameters that `gather` reads: while it looks at the whole model, they cannot
             differ from tensor to tensor.
         bytes_per_entry: Peak working memory, in bytes an entry of the stack, itself included.
@@ -103,6 +105,7 @@ class MergeMethod:
     function: Callable[..., Tensor]
     order_free: bool
     gather: Callable[[Any, int], Gathering] | None
+    late: Callable[[Any], bool]
     scope: Scope
     entrywise: Callable[[Any, Site], bool]
     equivariant: Callable[[Any, Site], Side]
@@ -128,8 +131,8 @@ class MergeMethod:
             parameters: As `build` made them.
             statistics: What the method's looks told; by default they look at these alone.
             site: Which tensor, and which rows; by default a nameless one.
-            undecided: Where a method that `decides_late` tells of entries that it merged before it
-                knew the majority; not given to others.
+            undecided: Where a method that `can_decide_late` tells of entries that it merged before
+                it knew the majority; not given to others.
 
         Returns:
             The merged task vector, fp32, on the device of the input.
@@ -144,14 +147,14 @@ class MergeMethod:
                 if statistics is None
                 else statistics
             )
-        if self.decides_late:
+        if self.can_decide_late:
             given["undecided"] = undecided
         for name, value in parameters:
             given[f"{name}_" if keyword.iskeyword(name) else name] = value
         return self.function(task_vectors, **given)
 
     @property
-    def decides_late(self) -> bool:
+    def can_decide_late(self) -> bool:
         """Whether it has a look that may be answered late, and takes `undecided`."""
         return "undecided" in self._takes
 

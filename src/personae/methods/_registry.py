@@ -63,6 +63,10 @@ def _never(_: Any, __: Site) -> Side:
     return "none"
 
 
+def _not_late(_: Any) -> bool:
+    return False
+
+
 def _not_linear_in_experts(_: Any, __: int) -> None:
     return None
 
@@ -73,6 +77,7 @@ def merge_method(
     order_free: bool,
     entrywise: Callable[[Any, Site], bool],
     gather: Callable[[Any, int], Gathering] | None = None,
+    late: Callable[[Any], bool] = _not_late,
     scope: Scope = "model",
     equivariant: Callable[[Any, Site], Side] = _never,
     coefficients: Callable[[Any, int], Sequence[float] | None] = _not_linear_in_experts,
@@ -105,6 +110,7 @@ def merge_method(
             function=function,
             order_free=order_free,
             gather=gather,
+            late=late,
             scope=scope,
             entrywise=entrywise,
             equivariant=equivariant,

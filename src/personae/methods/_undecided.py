@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Undecided:
-    """Entries on which experts vote and none wins, which are merged as if + had the majority.
+    """Entries on which experts vote and none wins, which are merged as if neither sign did: to 0.
 
     Attributes:
         votes: Entries that elect + minus entries that elect -, of all that were merged.
@@ -17,15 +17,22 @@ class Undecided:
         """Nothing has been merged."""
         self.votes = 0
         self._places: list[Tensor] = []
+        self._positive: list[Tensor] = []
         self._negative: list[Tensor] = []
 
     def add(
-        self, votes: int, places: Int64[ndarray, " some"], negative: Float[Tensor, " some"]
+        self,
+        votes: int,
+        places: Int64[ndarray, " some"],
+        positive: Float[Tensor, " some"],
+        negative: Float[Tensor, " some"],
     ) -> None:
-        """Tell of a block: its votes, which entries are undecided, what - would make of them."""
+        """Tell of a block: its votes, which entries are undecided, what each sign would make."""
         self.votes += votes
-        self._places.append(torch.from_numpy(places))
-        self._negative.append(negative)
+        if len(places):
+            self._places.append(torch.from_numpy(places))
+            self._positive.append(positive)
+            self._negative.append(negative)
 
     @property
     def places(self) -> Int64[Tensor, " some"]:
@@ -33,6 +40,11 @@ class Undecided:
         return torch.cat(self._places) if self._places else torch.empty(0, dtype=torch.int64)
 
     @property
+    def positive(self) -> Float[Tensor, " some"]:
+        """What is to be merged there if + has the majority."""
+        return torch.cat(self._positive) if self._positive else torch.empty(0)
+
+    @property
     def negative(self) -> Float[Tensor, " some"]:
-        """What is merged there if - has the majority; if neither sign has, it is 0."""
+        """What is to be merged there if - has the majority."""
         return torch.cat(self._negative) if self._negative else torch.empty(0)

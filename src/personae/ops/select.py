@@ -143,6 +143,7 @@ def kth_magnitude(tensor: Float[Tensor, "..."], k: int) -> tuple[float, int]:
         The magnitude, and how many of the entries that equal it are among the k largest.
     """
     entries = tensor.reshape(-1)
+    assert 1 <= k <= len(entries), f"{k} of {len(entries)}"
     few = len(entries) <= _FEW
     window = Window(0, TOP) if few else guess(sample_counts(entries[::_STEP]), k / len(entries))
     while True:

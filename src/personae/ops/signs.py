@@ -78,6 +78,8 @@ class Ballot:
 
     def undecided_if(self, majority: int, reduce: Reduce) -> Float[Tensor, " some"]:
         """What `merge` would make of the undecided entries alone if this were their sign; fp32."""
+        if not len(self.undecided):
+            return torch.empty(0)
         alone = Ballot(len(self.kept), len(self.undecided))
         alone.kept.copy_(self.kept[:, torch.from_numpy(self.undecided)])
         alone.signs.fill_(majority)
@@ -115,8 +117,8 @@ class Ballot:
             rounding: What rounding may make of a total, in units of the largest vote.
         """
         # All bits that some experts have make a number no less than each of theirs, 0 if all are;
-        # or none at all (NaN), and then nothing is trusted. The last expert may be left out: alone
-        # it is in no doubt, and where it nearly cancels the others it is not much larger than they.
+        # or none at all (NaN), and then nothing is trusted. The last expert may be left out: it is
+        # added to the sum of the others, and what rounds is that sum, not the last addition.
         first, *others = self.kept[: max(1, len(self.kept) - 1)].view(torch.int32)
         largest = self._spare
         bits = largest.view(torch.int32)
@@ -126,8 +128,7 @@ class Ballot:
             torch.bitwise_or(first, others[0], out=bits)
         for row in others[1:]:
             bits.bitwise_or_(row)
-        within = 1 / (rounding * 2 * len(self.kept))
-        trusted = torch.mul(self._total, within, out=self.signs).abs_()
+        trusted = torch.mul(self._total, 1 / rounding, out=self.signs).abs_()
         np.greater_equal(trusted.numpy(), largest.abs_().numpy(), out=self._flags)
         return np.flatnonzero(np.logical_not(self._flags, out=self._flags))
 

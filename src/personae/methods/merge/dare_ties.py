@@ -12,7 +12,7 @@ from torch import Tensor
 
 from personae._types import Density
 from personae.methods._dropping import dropper
-from personae.methods._entries import merge_elected, votes
+from personae.methods._entries import merge_elected, votes, votes_by_mass
 from personae.methods._merge import Gathering, Measure, Statistics
 from personae.methods._registry import everywhere, merge_method
 from personae.methods._site import Site
@@ -42,6 +42,7 @@ def _gather(_: Any, experts: int) -> Gathering:
     paper="arXiv:2311.03099",
     order_free=False,
     entrywise=everywhere,
+    late=votes_by_mass,
     gather=_gather,
     model_wide=("scope",),
 )
@@ -74,7 +75,8 @@ def dare_ties(
         seed: Of the masks: same seed, same model.
         statistics: `majority` (), int64, over the scope.
         site: Which tensor, and from which entry on.
-        undecided: Told of entries that are undecided, if the majority is not known yet.
+        undecided: Told of entries that are undecided, which become 0, if the majority is not
+            known yet.
 
     Returns:
         The merged task vector, fp32; entries that no expert keeps are 0.
@@ -95,6 +97,6 @@ def dare_ties(
         elect=elect,
         reduce=reduce,
         scale=scale,
-        majority=int(statistics["majority"]) if undecided is None else 1,
+        statistics=statistics,
         undecided=undecided,
     )

@@ -191,8 +191,8 @@ def pruned(
     groups = [compared] if pruning == "joint" else list(compared)
     marks = [largest(group, kept_entries(group.numel(), density)) for group in groups]
     kept = marks[0] if pruning == "joint" else torch.stack(marks)
-    for target, entries, marks in zip(compared, svd.coordinates, kept, strict=True):
-        torch.mul(entries, marks, out=target)
+    for target, entries, kept_of in zip(compared, svd.coordinates, kept, strict=True):
+        torch.mul(entries, kept_of, out=target)
     return compared
 
 

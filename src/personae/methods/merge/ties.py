@@ -21,6 +21,7 @@ from personae.methods._entries import (
     merge_elected,
     trim,
     votes,
+    votes_by_mass,
 )
 from personae.methods._merge import Gathering, Measure, Statistics
 from personae.methods._parameters import one_each
@@ -46,6 +47,7 @@ def _gather(parameters: Any, experts: int) -> Gathering:
     paper="arXiv:2306.01708",
     order_free=True,
     entrywise=everywhere,
+    late=votes_by_mass,
     gather=_gather,
     looks=1,
     model_wide=("density", "scope"),
@@ -79,7 +81,8 @@ def ties(
         elect: Whether experts vote with their magnitudes (as in the paper) or one vote each.
         scale: Multiplier on the result (λ in the paper).
         statistics: `thresholds` (expert,), fp32, and `majority` (), int64, over the scope.
-        undecided: Told of entries that are undecided, if the majority is not known yet.
+        undecided: Told of entries that are undecided, which become 0, if the majority is not
+            known yet.
 
     Returns:
         The merged task vector, fp32; entries that no expert keeps are 0.
@@ -91,7 +94,7 @@ def ties(
         elect=elect,
         reduce=reduce,
         scale=scale,
-        majority=int(statistics["majority"]) if undecided is None else 1,
+        statistics=statistics,
         undecided=undecided,
     )
 
