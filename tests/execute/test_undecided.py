@@ -1,13 +1,16 @@
-"""Entries on which no sign wins: merged at once, decided by the majority of the whole model."""
+"""Entries on which no sign wins: merged at once, decided by the majority once all have voted."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from families import State, listing, saved
-from personae.execute import pieces
+from personae._types import TensorSpec
+from personae.execute import pieces, undecided
 from personae.execute.merge import merge
 from personae.execute.merge_plan import plan_merge
 from personae.execute.work import Work
@@ -17,7 +20,7 @@ from toys import load
 
 LATE = sorted(name for name, method in MERGE_METHODS.items() if method.can_decide_late)
 # Two experts of integer task vectors: most entries that both change cancel. `balance` entries of
-# the last tensor, changed by both alike, make the majority.
+# the first and of the third tensor, changed by both alike, make the majority.
 BASE: State = {
     "a.weight": torch.arange(60.0).reshape(6, 10),
     "b.bias": torch.ones(7),
@@ -28,9 +31,10 @@ BASE: State = {
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several pieces to a tensor, several tensors to a unit."""
+    """Several pieces to a tensor, several tensors to a unit, several files to what it leaves."""
     monkeypatch.setattr(pieces, "PIECE_ENTRIES", 20)
     monkeypatch.setattr(pieces, "UNIT_ENTRIES", 50)
+    monkeypatch.setattr(undecided, "FILE_ENTRIES", 3)
 
 
 def experts_of(balance: int) -> list[State]:
@@ -42,7 +46,8 @@ def experts_of(balance: int) -> list[State]:
         first[name], second[name] = change, -change
     first["scale"], second["scale"] = torch.tensor(3.0), torch.tensor(-3.0)
     sign = float((balance > 0) - (balance < 0))
-    first["c.weight"][: abs(balance)] = second["c.weight"][: abs(balance)] = sign
+    for name in ("a.weight", "c.weight"):
+        first[name].view(-1)[: abs(balance)] = second[name].view(-1)[: abs(balance)] = sign
     return [{name: BASE[name] + change[name] for name in BASE} for change in (first, second)]
 
 
@@ -66,8 +71,10 @@ def whole(method: str, balance: int, settings: dict[str, Any]) -> State:
         )
         for name in BASE
     }
-    statistics = entry.statistics(stacks.values(), parameters)
-    assert int(statistics["majority"]) == (balance > 0) - (balance < 0)
+    statistics = None
+    if settings["scope"] == "model":
+        statistics = entry.statistics(stacks.values(), parameters)
+        assert int(statistics["majority"]) == (balance > 0) - (balance < 0)
     return {
         name: BASE[name] + entry.merge(stack, parameters, statistics, site)
         for name, (site, stack) in stacks.items()
@@ -94,11 +101,12 @@ def test_by_hand(method: str):
 
 @pytest.mark.parametrize("balance", [-9, 0, 9])
 @pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
+@pytest.mark.parametrize("scope", ["model", "tensor"])
 @pytest.mark.parametrize("method", LATE)
 def test_the_result_is_that_of_looking_first(
-    method: str, reduce: str, balance: int, tmp_path: Path
+    method: str, scope: str, reduce: str, balance: int, tmp_path: Path
 ):
-    settings = {"density": 1.0, "reduce": reduce, "scale": 0.5}
+    settings = {"density": 1.0, "scope": scope, "reduce": reduce, "scale": 0.5}
     base, experts = family(tmp_path, balance)
     for workers in (1, 3):
         merge(
@@ -144,8 +152,11 @@ def test_a_run_killed_before_it_decides_goes_on(
     assert any(stage.startswith("deciding") for stage in stages) == (killed_at != "decided")
 
 
-@pytest.mark.parametrize("damage", ["lost", "cut short"])
-def test_a_unit_whose_undecided_entries_are_gone_is_merged_again(damage: str, tmp_path: Path):
+@pytest.mark.parametrize("damage", ["lost", "cut short", "of an earlier version"])
+@pytest.mark.parametrize("file", ["0.safetensors", "0-1.safetensors"])
+def test_a_unit_whose_undecided_entries_are_gone_is_merged_again(
+    damage: str, file: str, tmp_path: Path
+):
     base, experts = family(tmp_path, -9)
     settings = MergeSettings(method="ties", parameters={"density": 1.0})
     merge(base, experts, tmp_path / "whole", settings=settings)
@@ -157,11 +168,14 @@ def test_a_unit_whose_undecided_entries_are_gone_is_merged_again(damage: str, tm
     with pytest.raises(KeyboardInterrupt):
         work = Work(workers=1, progress=kill)
         merge(base, experts, tmp_path / "out", settings=settings, work=work)
-    file = tmp_path / ".out.partial" / ".undecided" / "0.safetensors"
+    folder = tmp_path / ".out.partial" / ".undecided"
+    assert (folder / file).exists()
     if damage == "lost":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:20])
+        (folder / file).unlink()
+    elif damage == "cut short":
+        (folder / file).write_bytes((folder / file).read_bytes()[:20])
+    else:  # its files had no number of full files in them
+        save_file({"votes": torch.tensor(7)}, folder / "0.safetensors")
     merge(base, experts, tmp_path / "out", settings=settings)
     assert listing(tmp_path / "out") == listing(tmp_path / "whole")
 
@@ -184,11 +198,39 @@ def test_what_the_other_sign_would_make_need_not_fit_the_dtype(tmp_path: Path):
     assert load(tmp_path / "out")["w"].tolist() == [float(torch.tensor(51792.0).half()), -1.5, -1.5]
 
 
+def test_what_is_left_open_goes_to_files_as_it_grows(tmp_path: Path):
+    # 20 entries a piece, all undecided, with 3 to a file: each piece goes to a file of its own.
+    spec = TensorSpec("w", (3, 20), torch.float32)
+    unit = pieces.Unit(0, tuple(pieces.Piece(spec, row, row + 1) for row in range(3)), whole=False)
+    left_open = undecided.UndecidedEntries(tmp_path).of(unit)
+    for piece in unit.pieces:
+        told = Undecided()
+        told.add(5, np.arange(20), torch.full((20,), 2.0), torch.full((20,), -2.0))
+        left_open.add(piece, told, torch.full((1, 20), 10.0 * piece.start))
+    assert undecided.most_held(unit) == 20 + 3
+    left_open.keep()
+    written = {path.stem: load_file(path) for path in (tmp_path / ".undecided").iterdir()}
+    assert {
+        stem: sum(len(v) for k, v in kept.items() if k.startswith("entries"))
+        for stem, kept in written.items()
+    } == {"0-0": 20, "0-1": 20, "0-2": 20, "0": 0}
+    assert int(written["0"]["votes"]) == 15
+    assert written["0-2"]["positive/40/w"].tolist() == [22.0] * 20
+    assert written["0-2"]["negative/40/w"].tolist() == [18.0] * 20
+
+
+def test_one_expert_is_never_outvoted(tmp_path: Path):
+    base, experts = family(tmp_path, 9)
+    plan = plan_merge(base, {"one": experts["one"]}, MergeSettings(method="ties"))
+    assert plan.looks == 1
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "has_base", "looks"),
     [
         ("ties", {}, True, 1),
-        ("ties", {"scope": "tensor"}, True, 2),
+        ("ties", {"scope": "tensor"}, True, 1),
+        ("dare_ties", {"scope": "tensor"}, True, 0),
         ("ties", {"elect": "count"}, True, 2),
         ("ties", {}, False, 2),  # two difference vectors cancel everywhere
         ("dare_ties", {}, True, 0),

@@ -120,7 +120,7 @@ def run(
     ) as writer:
         before = set(journal.done) if journal else set[int]()
         decided = len(job.units)  # the step after the last unit
-        if job.decides_late and decided not in before:
+        if job.decides_at_the_end and decided not in before:
             before = {number for number in before if undecided.has(number)}
         due = [unit for unit in job.units if unit.number not in before]
         for unit in job.units:
@@ -143,7 +143,7 @@ def run(
                 journal.add(unit.number)
             work.progress(stage, done, len(job.units))
         faults.raise_if_any(CheckpointError)
-        if job.decides_late and decided not in before:
+        if job.decides_at_the_end and decided not in before:
             undecided.decide(job.units, writer, work)
             if journal:
                 journal.add(decided)
@@ -184,7 +184,7 @@ def _merge_unit(
 ) -> list[str]:
     """Merge and write one unit; returns what is wrong with its weights, and writes nothing then."""
     faults: list[str] = []
-    left_open = LeftOpen() if job.decides_late else None
+    left_open = undecided.of(unit) if job.decides_late else None
     for spec, group in groupby(unit.pieces, key=lambda piece: piece.spec):
         pieces = list(group)
         if spec.name not in job.merged:
@@ -195,7 +195,9 @@ def _merge_unit(
         if job.per_tensor:
             parameters = job.parameters_of(spec.name)
             try:
-                own = gather_tensor(job.method, parameters, job.stacks, pieces)
+                own = gather_tensor(
+                    job.method, parameters, job.stacks, pieces, late=job.decides_late
+                )
             except NotFinite as error:
                 faults += error.faults
                 continue
@@ -208,8 +210,10 @@ def _merge_unit(
             faults += found
             if not found:
                 _put(writer, piece, merged)
-    if left_open is not None and not faults:
-        undecided.put(unit, left_open)
+        if left_open is not None and job.per_tensor and not faults:
+            left_open.decide(writer)
+    if left_open is not None and job.decides_at_the_end and not faults:
+        left_open.keep()
     return faults
 
 

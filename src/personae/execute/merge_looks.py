@@ -68,16 +68,23 @@ def gather_model(
 
 
 def gather_tensor(
-    method: MergeMethod, parameters: Parameters, stacks: Stacks, pieces: Sequence[Piece]
+    method: MergeMethod,
+    parameters: Parameters,
+    stacks: Stacks,
+    pieces: Sequence[Piece],
+    *,
+    late: bool,
 ) -> Statistics:
-    """Look at one tensor alone, given as its pieces.
+    """Look at one tensor alone, given as its pieces; `late` as for `gather_model`.
 
     Raises:
         NotFinite: if it holds values that are not.
     """
     assert method.gather is not None
 
-    def answer(measure: Measure) -> Tensor:
+    def answer(measure: Measure) -> Tensor | None:
+        if measure.late and late:
+            return None
         total = _share(measure, parameters, stacks, pieces[0]).clone()
         for piece in pieces[1:]:
             total.add_(_share(measure, parameters, stacks, piece))

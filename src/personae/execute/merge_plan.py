@@ -20,7 +20,7 @@ from personae.execute.merge_faults import all_names, check_family
 from personae.execute.merge_looks import ParametersOf
 from personae.execute.pieces import Piece, Unit, units
 from personae.execute.stream import Stacks
-from personae.execute.undecided import BYTES_LEFT_OPEN
+from personae.execute.undecided import BYTES_LEFT_OPEN, most_held
 from personae.execute.work import Work
 from personae.methods import MergeMethod
 from personae.recipe import MergeSettings, count_layers
@@ -55,12 +55,17 @@ class MergeJob:
 
     @cached_property
     def decides_late(self) -> bool:
-        """Whether units are merged before it is known what becomes of undecided entries.
+        """Whether tensors are merged before it is known what becomes of undecided entries.
 
         Only where these are few: two difference vectors cancel everywhere.
         """
-        few = self.family.has_base and not self.per_tensor and self.stacks.experts > 1
+        few = self.family.has_base and self.stacks.experts > 1
         return few and all(self.method.late(self.parameters_of(name)) for name in self.merged)
+
+    @property
+    def decides_at_the_end(self) -> bool:
+        """Whether that is known only once all of the model is merged, not at a tensor's end."""
+        return self.decides_late and not self.per_tensor
 
     @property
     def looked_at(self) -> list[Unit]:
@@ -81,10 +86,8 @@ class MergeJob:
 
     def cost(self, unit: Unit) -> int:
         """Peak bytes of one unit."""
-        costs = [self._piece_cost(piece, unit.whole) for piece in unit.pieces]
-        if self.decides_late:
-            return max(costs) + BYTES_LEFT_OPEN * sum(piece.numel for piece in unit.pieces)
-        return max(costs)
+        most = max(self._piece_cost(piece, unit.whole) for piece in unit.pieces)
+        return most + BYTES_LEFT_OPEN * most_held(unit) if self.decides_late else most
 
     def _piece_cost(self, piece: Piece, undivided: bool) -> int:
         if piece.spec.name not in self.merged:
@@ -257,7 +260,8 @@ def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
     family = job.family
     own = [family.base] if family.has_base else []
     checkpoints = [*own, *(expert.checkpoint for expert in family.experts.values())]
-    looks = job.method.looks + (job.method.can_decide_late and not job.decides_late)
+    voted_on = job.method.can_decide_late and job.stacks.experts > 1
+    looks = job.method.looks + (voted_on and not job.decides_late)
     bytes_in = sum(spec.nbytes for c in checkpoints for spec in c.specs.values())
     return MergePlan(
         method=job.method.name,

@@ -1,15 +1,15 @@
-"""What a merge leaves open until all of the model has voted, kept beside its unfinished output.
+"""What a merge leaves open until all that votes has voted, kept beside its unfinished output.
 
-TIES and DARE-TIES give entries on which no sign wins the sign of the model's majority. To look at
-everything for that alone would cost as much as half the merge, so units are written without it.
-What either sign would make of those entries waits in a file a unit, and is put in place at the end.
-Of bf16 models that is one entry in some hundreds; where votes cancel often, the look is taken.
+TIES and DARE-TIES give entries on which no sign wins the sign of the majority, of the model or of
+their tensor. To look at everything for that alone would cost as much as half the merge, so tensors
+are written without it. What either sign would make of those entries waits, in files once it is
+much, and is put in place at the end. Of bf16 models that is one entry in some hundreds; where votes
+cancel often, the look is taken.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import safetensors.torch
 import torch
@@ -24,51 +24,87 @@ from personae.writers import CheckpointWriter, output_errors
 
 _FOLDER = ".undecided"
 _VOTES = "votes"
+_FULL_FILES = "full_files"
 
+FILE_ENTRIES = 1 << 16
+"""Undecided entries that wait in memory before they go to a file, but for those of one piece."""
 BYTES_LEFT_OPEN = 44
 """Bytes of memory that an entry takes at most if it is undecided: told, kept, copied to a file."""
 
 
 class LeftOpen:
-    """The undecided entries of one unit, and how it voted."""
+    """The undecided entries of what one worker merges, and how all of its entries voted."""
 
-    def __init__(self) -> None:
-        """Nothing is merged yet."""
-        self._votes = 0
-        self._values: dict[str, Tensor] = {}
+    def __init__(self, path: Path) -> None:
+        """Nothing is merged yet; files are named after `path`."""
+        self._path = path
+        self._clear()
 
     def add(self, piece: Piece, told: Undecided, reference: Float[Tensor, "..."]) -> None:
-        """Take what was told of a piece, whose result is relative to the reference's values."""
+        """Take what was told of a piece, whose result is relative to the reference's values.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
         self._votes += told.votes
         entries = told.places
-        if len(entries):
-            own = reference.reshape(-1)[entries]
-            self._values[_key(piece, "entries")] = entries.int()
-            self._values[_key(piece, "positive")] = told.positive + own
-            self._values[_key(piece, "negative")] = told.negative + own
+        if not len(entries):
+            return
+        own = reference.reshape(-1)[entries]
+        where = f"{piece.first_entry}/{piece.spec.name}"
+        self._values[f"entries/{where}"] = entries.int()
+        self._values[f"positive/{where}"] = told.positive + own
+        self._values[f"negative/{where}"] = told.negative + own
+        self._held += len(entries)
+        if self._held >= FILE_ENTRIES:
+            _save(_full_file(self._path, self._full_files), self._values)
+            self._full_files += 1
+            self._values, self._held = {}, 0
 
-    def to_bytes(self) -> bytes:
-        """As a file of safetensors."""
-        return safetensors.torch.save({_VOTES: torch.tensor(self._votes), **self._values})
+    def keep(self) -> None:
+        """Write what still waits in memory, and the votes: the sign that nothing is missing.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        counts = {_VOTES: torch.tensor(self._votes), _FULL_FILES: torch.tensor(self._full_files)}
+        _save(self._path, {**counts, **self._values})
+
+    def decide(self, writer: CheckpointWriter) -> None:
+        """Put what all that was added elects in place, and begin anew.
+
+        Raises:
+            OutputError: if the disk refuses.
+            WorkError: if a finite value does not fit in the dtype of its tensor.
+        """
+        _replace(self._values, self._votes, writer)
+        for number in range(self._full_files):
+            path = _full_file(self._path, number)
+            _replace(safetensors.torch.load_file(path), self._votes, writer)
+            path.unlink()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._votes = self._full_files = self._held = 0
+        self._values: dict[str, Tensor] = {}
 
 
 class UndecidedEntries:
-    """The undecided entries of a merge, a file a unit; they outlive a run that is killed."""
+    """The undecided entries of a merge, by unit; what is kept outlives a run that is killed."""
 
     def __init__(self, directory: Path) -> None:
         """Keep them in the directory that the merge writes to."""
         self._folder = directory / _FOLDER
 
-    def put(self, unit: Unit, left_open: LeftOpen) -> None:
-        """Keep what a unit leaves open.
+    def of(self, unit: Unit) -> LeftOpen:
+        """Where a unit that is to be merged leaves its own.
 
         Raises:
             OutputError: if the disk refuses.
         """
-        path = self._path(unit)
-        with output_errors(path):
+        with output_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
-            path.write_bytes(left_open.to_bytes())
+        return LeftOpen(self._path(unit.number))
 
     def decide(self, units: Sequence[Unit], writer: CheckpointWriter, work: Work) -> None:
         """Count the votes of all units, and give undecided entries the sign of the majority.
@@ -77,25 +113,20 @@ class UndecidedEntries:
             OutputError: if the disk refuses.
             WorkError: if a finite value does not fit in the dtype of its tensor.
         """
-        votes = sum(self._votes(unit) for unit in units)
+        votes = sum(self._count(unit.number, _VOTES) for unit in units)
         if not votes:
             return
-        which: Literal["positive", "negative"] = "positive" if votes > 0 else "negative"
 
         def write(unit: Unit) -> None:
-            kept = safetensors.torch.load_file(self._path(unit))
-            for piece in unit.pieces:
-                entries = kept.get(_key(piece, "entries"))
-                if entries is not None:
-                    values = kept[_key(piece, which)]
-                    writer.replace(piece.spec.name, piece.first_entry + entries.long(), values)
+            for path in self._files(unit.number):
+                _replace(safetensors.torch.load_file(path), votes, writer)
 
         stage = "deciding by majority"
         work.progress(stage, 0, len(units))
         results = pool.run(
             units,
             write,
-            cost=lambda unit: 8 * unit.largest.numel,
+            cost=lambda unit: BYTES_LEFT_OPEN * most_held(unit),
             workers=work.threads,
             memory=work.memory,
             in_order=True,
@@ -106,22 +137,51 @@ class UndecidedEntries:
     def has(self, number: int) -> bool:
         """Whether what the unit of this number leaves open is here, whole."""
         try:
-            with safetensors.safe_open(self._folder / f"{number}.safetensors", "pt"):
-                return True
+            for path in self._files(number):
+                with safetensors.safe_open(path, "pt"):
+                    pass
         except (OSError, safetensors.SafetensorError):
             return False
+        return True
 
     def clear(self) -> None:
         """Remove them all."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _votes(self, unit: Unit) -> int:
-        with safetensors.safe_open(self._path(unit), "pt") as file:
-            return int(file.get_tensor(_VOTES))
+    def _files(self, number: int) -> list[Path]:
+        path = self._path(number)
+        full = range(self._count(number, _FULL_FILES))
+        return [path, *(_full_file(path, each) for each in full)]
 
-    def _path(self, unit: Unit) -> Path:
-        return self._folder / f"{unit.number}.safetensors"
+    def _count(self, number: int, what: str) -> int:
+        with safetensors.safe_open(self._path(number), "pt") as file:
+            return int(file.get_tensor(what))
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number}.safetensors"
 
 
-def _key(piece: Piece, what: Literal["entries", "positive", "negative"]) -> str:
-    return f"{what}/{piece.start}/{piece.spec.name}"
+def most_held(unit: Unit) -> int:
+    """Undecided entries of a unit that are in memory at once, at most."""
+    return min(FILE_ENTRIES + unit.largest.numel, sum(piece.numel for piece in unit.pieces))
+
+
+def _full_file(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}.safetensors")
+
+
+def _save(path: Path, values: Mapping[str, Tensor]) -> None:
+    with output_errors(path):
+        path.write_bytes(safetensors.torch.save(dict(values)))
+
+
+def _replace(kept: Mapping[str, Tensor], votes: int, writer: CheckpointWriter) -> None:
+    """Write what the sign of the votes makes of undecided entries; they are 0 if no sign wins."""
+    if not votes:
+        return
+    sign = "positive" if votes > 0 else "negative"
+    for key, entries in kept.items():
+        what, _, where = key.partition("/")
+        if what == "entries":
+            first, name = where.split("/", 1)
+            writer.replace(name, int(first) + entries.long(), kept[f"{sign}/{where}"])
