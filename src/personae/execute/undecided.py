@@ -28,8 +28,9 @@ _FULL_FILES = "full_files"
 
 FILE_ENTRIES = 1 << 16
 """Undecided entries that wait in memory before they go to a file, but for those of one piece."""
-BYTES_LEFT_OPEN = 44
-"""Bytes of memory that an entry takes at most if it is undecided: told, kept, copied to a file."""
+BYTES_LEFT_OPEN = 112
+"""Bytes of memory that an entry takes if it is undecided: summed in fp64, merged by either sign,
+told, kept, copied to a file. As measured where all entries of two and of four experts are."""
 
 
 class LeftOpen:
@@ -53,8 +54,8 @@ class LeftOpen:
         own = reference.reshape(-1)[entries]
         where = f"{piece.first_entry}/{piece.spec.name}"
         self._values[f"entries/{where}"] = entries.int()
-        self._values[f"positive/{where}"] = told.positive + own
-        self._values[f"negative/{where}"] = told.negative + own
+        self._values[f"positive/{where}"] = told.positive.add_(own)
+        self._values[f"negative/{where}"] = told.negative.add_(own)
         self._held += len(entries)
         if self._held >= FILE_ENTRIES:
             _save(_full_file(self._path, self._full_files), self._values)
