@@ -73,6 +73,26 @@ def test_values_are_those_of_the_method_on_whole_tensors(method: str, tmp_path: 
 
 
 @runnable
+def test_heads_and_integer_buffers_are_untouched(method: str, tmp_path: Path):
+    """Property 16, where experts differ in both: heads of 2, 3 and 4 classes, ids counted up."""
+    base, experts = family(tmp_path)
+    original = load(Path(base))
+    merge(base, experts, tmp_path / "without", settings=MergeSettings(method=method))
+    own: dict[str, str] = {}
+    for n, (name, path) in enumerate(experts.items(), 1):
+        state = load(Path(path))
+        state["position_ids"] = state["position_ids"] + n
+        state["classifier.weight"] = torch.full((1 + n, 8), float(n))
+        saved(state, tmp_path / "own" / name)
+        own[name] = str(tmp_path / "own" / name)
+    merge(base, own, tmp_path / "out", settings=MergeSettings(method=method))
+    found, without = load(tmp_path / "out"), load(tmp_path / "without")
+    assert torch.equal(found["position_ids"], original["position_ids"])
+    assert found.keys() == original.keys() and "classifier.weight" not in found
+    assert all(torch.equal(found[name], without[name]) for name in FLOATING)
+
+
+@runnable
 @pytest.mark.usefixtures("small_pieces")
 def test_workers_and_memory_change_no_byte(method: str, tmp_path: Path):
     base, experts = family(tmp_path, torch.bfloat16)
