@@ -2,6 +2,9 @@
 
 import gc
 
+from personae._start import start
+
+start()
 gc.disable()  # nothing that loads is garbage: looking for some takes a tenth of start-up
 from personae.cli import main  # noqa: E402
 

@@ -1,9 +1,11 @@
 """The closed list of errors. Each text says what was found, what was expected, what to do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _MOST_LISTED = 16
+_MOST_FAULTS = 100
+_LONGEST_NAME = 200
 
 
 class PersonaeError(Exception):
@@ -49,12 +51,16 @@ class Faults:
 
     def __init__(self) -> None:
         """Start with none."""
-        self.messages: list[str] = []
+        self._messages: dict[str, None] = {}
+
+    @property
+    def messages(self) -> list[str]:
+        """The faults so far, each once, in the order noted."""
+        return list(self._messages)
 
     def add(self, message: str) -> None:
         """Note one fault; repeated texts are kept once."""
-        if message not in self.messages:
-            self.messages.append(message)
+        self._messages[message] = None
 
     def take(self, error: PersonaeError) -> None:
         """Note all that an error tells."""
@@ -67,20 +73,29 @@ class Faults:
         Raises:
             PersonaeError: of the class given, if any fault was noted.
         """
-        if len(self.messages) == 1:
-            raise error(self.messages[0])
-        if self.messages:
-            listed = "\n".join(f"  {n}. {text}" for n, text in enumerate(self.messages, 1))
-            raised = error(f"{len(self.messages)} faults:\n{listed}")
-            raised.faults = tuple(self.messages)
+        messages = self.messages
+        if len(messages) == 1:
+            raise error(messages[0])
+        if messages:
+            raised = error("\n".join([f"{len(messages)} faults:", *numbered(messages)]))
+            raised.faults = tuple(messages)
             raise raised
+
+
+def numbered(faults: Sequence[str]) -> list[str]:
+    """Faults as lines of a list, no more than a person reads."""
+    lines = [f"  {n}. {text}" for n, text in enumerate(faults[:_MOST_FAULTS], 1)]
+    rest = len(faults) - len(lines)
+    return [*lines, f"  … and {rest} more"] if rest else lines
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known name `name` was probably meant to be, or list what is known."""
     known = sorted(known)
     lowered = {one.lower(): one for one in known}
-    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    # Longer names are nobody's slip of the keyboard, and comparing them takes for ever.
+    wanted = [name.lower()] if len(name) <= _LONGEST_NAME else []
+    close = [one for w in wanted for one in difflib.get_close_matches(w, lowered, 1, 0.5)]
     if close:
         return f"Did you mean '{lowered[close[0]]}'?"
     rest = len(known) - _MOST_LISTED

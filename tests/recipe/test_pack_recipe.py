@@ -183,7 +183,7 @@ def test_a_recipe_that_is_not_there(tmp_path):
 
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(RecipeError, match=r"cannot be read|no valid YAML"):
+    with pytest.raises(RecipeError, match="is no UTF-8 text"):
         read_recipe(tmp_path / "r.yaml")
 
 

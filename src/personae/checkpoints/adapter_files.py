@@ -4,7 +4,6 @@ Rules (scaling, patterns, names of stored tensors) are those of PEFT's LoRA,
 https://huggingface.co/docs/peft/package_reference/lora
 """
 
-import json
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from personae._small_files import Unfit, read_json
 from personae.errors import CheckpointError, Faults
 
 CONFIG_FILE = "adapter_config.json"
@@ -83,7 +83,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     content: Any = None
     config: AdapterConfig | None = None
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         config = AdapterConfig.model_validate(content)
     except ValidationError as error:
         for problem in error.errors():
@@ -93,8 +93,8 @@ def read_adapter_config(path: Path) -> AdapterConfig:
                 f"{path}: '{field}' is {found}: {problem['msg']}. Only LoRA adapters are read; "
                 "merge any other into its base with PEFT and pass the result."
             )
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON. Copy or download it again.") from error
+    except Unfit as error:
+        raise CheckpointError(f"{path} {error}. Copy or download it again.") from error
     fields: dict[str, Any] = content if isinstance(content, dict) else {}
     for field in _NOT_STATIC_LORA:
         if fields.get(field):

@@ -1,11 +1,11 @@
 """A folder of checkpoint files, on this machine or on the hub, as far as opening needs it."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from personae._small_files import Unfit, read_json
 from personae.checkpoints.headers import Header, read_header
 from personae.errors import CheckpointError, Faults
 
@@ -126,11 +126,12 @@ def read_weight_map(folder: Folder, index: str) -> dict[str, str]:
         CheckpointError: It is not JSON with a `weight_map`, or names files outside the folder.
     """
     try:
-        content: Any = json.loads(folder.locate(index).read_bytes())
+        content: Any = read_json(folder.locate(index))
         weight_map = {str(name): str(file) for name, file in content["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f": it {error}" if isinstance(error, Unfit) else ""
         raise CheckpointError(
-            f"{folder.where(index)} is not a shard index (JSON with a 'weight_map'). "
+            f"{folder.where(index)} is not a shard index (JSON with a 'weight_map'){reason}. "
             "Copy or download it again."
         ) from error
     outside = sorted({f for f in weight_map.values() if Path(f).is_absolute() or ".." in f})

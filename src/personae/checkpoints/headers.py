@@ -3,13 +3,13 @@
 Format: https://github.com/huggingface/safetensors#format
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from personae._small_files import parse_json
 from personae._types import TensorSpec
 from personae.checkpoints.specs import READABLE, dtype_fault
 from personae.errors import Faults
@@ -39,7 +39,7 @@ def read_header(path: Path) -> tuple[Header, list[str]]:
         readable = size >= LENGTH_BYTES and header_bytes <= min(_LARGEST_HEADER, size)
         text = file.read(header_bytes) if readable else b""
     try:
-        content: Any = json.loads(text, object_pairs_hook=_without_duplicates)
+        content: Any = parse_json(text, _without_duplicates)
         metadata = dict(content.pop("__metadata__", None) or {})
         entries = {name: as_entry(**fields) for name, fields in content.items()}
     except (ValueError, TypeError, AttributeError):

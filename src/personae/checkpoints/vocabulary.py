@@ -5,13 +5,13 @@ a tokenizer library. A vocabulary may be padded: the matrices then have more row
 tokens.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from personae import _small_files as small_files
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.errors import CheckpointError
@@ -126,7 +126,10 @@ def _read_tokens(path: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]]]
         CheckpointError: if the file is not what its name says.
     """
     if path.name == "vocab.txt":
-        lines = path.read_text("utf-8").removesuffix("\n").split("\n")
+        try:
+            lines = small_files.read_text(path).removesuffix("\n").split("\n")
+        except small_files.Unfit as error:
+            raise CheckpointError(f"{path} {error}. Copy or download it again.") from error
         return {token.removesuffix("\r"): row for row, token in enumerate(lines)}, {}
     content = read_json(path)
     try:
@@ -168,6 +171,6 @@ def read_json(path: Path) -> Any:
         CheckpointError: if it is none.
     """
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON. Copy or download it again.") from error
+        return small_files.read_json(path)
+    except small_files.Unfit as error:
+        raise CheckpointError(f"{path} {error}. Copy or download it again.") from error

@@ -55,7 +55,8 @@ def main() -> None:
 
 def _interrupt(*_: object) -> NoReturn:
     """Say that Ctrl-C was heard: what workers have under way may take a while."""
-    os.write(sys.stderr.fileno(), b"\nStopping; Ctrl-C again stops at once.\n")
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), b"\nStopping; Ctrl-C again stops at once.\n")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     raise KeyboardInterrupt
 

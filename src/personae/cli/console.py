@@ -9,12 +9,48 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from personae.errors import OutputError
 from personae.execute.work import Progress as Report
+
+_CONTROL = {
+    code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
+}
+_DIRECTION = {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def plain(text: str) -> str:
+    """Text without what a terminal obeys: names come from files that anybody may have written."""
+    return text.translate(_CONTROL | _DIRECTION)
+
+
+@contextmanager
+def _report() -> Generator[None]:
+    """Say of a report that cannot be written that it is the report alone.
+
+    Raises:
+        BrokenPipeError: if its reader has left, as it is.
+        OutputError: whatever else the system refuses.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"The report cannot be written: {error.strerror}. "
+            "Files that the command was to make are complete."
+        ) from error
 
 
 class _Console(Console):
-    """One that lets the command decide what a reader that has left means."""
+    """One that shows texts as they are, and lets the command say what a reader that left means."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, with texts made harmless."""
+        with _report():
+            super().print(*(plain(o) if isinstance(o, str) else o for o in objects), **options)
 
     def on_broken_pipe(self) -> NoReturn:
         """Raise, where rich would leave with the code of a failed check."""
@@ -33,7 +69,7 @@ def progress() -> Generator[Report]:
         yield _line
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
@@ -43,7 +79,7 @@ def progress() -> Generator[Report]:
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in rows:
-                rows[stage] = bars.add_task(stage, total=total)
+                rows[stage] = bars.add_task(plain(stage), total=total)
             bars.update(rows[stage], completed=done)
 
         yield report
@@ -51,7 +87,7 @@ def progress() -> Generator[Report]:
 
 def _line(stage: str, done: int, total: int) -> None:
     if done == total:
-        sys.stderr.write(f"{stage}: {total} done\n")
+        sys.stderr.write(f"{plain(stage)}: {total} done\n")
 
 
 def note(text: str) -> None:
@@ -62,7 +98,9 @@ def note(text: str) -> None:
 
 def facts(values: Any) -> None:
     """Print plain values as JSON on standard output."""
-    sys.stdout.write(json.dumps(values, indent=2) + "\n")
+    with _report():
+        sys.stdout.write(json.dumps(values, indent=2) + "\n")
+        sys.stdout.flush()
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1) -> None:
@@ -87,7 +125,7 @@ def _grid(
             no_wrap=is_number and whole_numbers,
         )
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*(Text(plain(cell)) for cell in row))
     return grid
 
 

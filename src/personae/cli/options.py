@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
+from personae._small_files import Unfit, parse_yaml_value
 from personae.cli import console
 from personae.errors import Faults, RecipeError
 from personae.execute.work import Work
@@ -223,8 +223,8 @@ def values(pairs: list[str] | None, option: str) -> dict[str, Any]:
     """
     texts = named(pairs, option, "KEY=VALUE")
     try:
-        return {key: yaml.safe_load(value) for key, value in texts.items()}
-    except yaml.YAMLError as error:
+        return {key: parse_yaml_value(value) for key, value in texts.items()}
+    except Unfit as error:
         raise RecipeError(f"{option}: write a number, true, false or a word: {error}") from error
 
 

@@ -1,12 +1,12 @@
 """personae plan: what a merge or pack will take and cost, from headers or shapes alone."""
 
-import json as jsonlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from personae._small_files import read_json
 from personae.cli import console, options
 from personae.errors import RecipeError
 from personae.execute.architecture import specs_of_architecture, specs_of_shapes
@@ -211,7 +211,7 @@ def _read_shapes(path: Path) -> dict[str, list[int]]:
         RecipeError: if it is not a mapping from names to lists of whole numbers.
     """
     try:
-        content = jsonlib.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise RecipeError(f"--shapes {path} cannot be read: {error}") from error
     if not isinstance(content, dict) or not all(

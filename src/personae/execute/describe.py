@@ -1,10 +1,10 @@
 """What the tasks of a pack are about: said by whoever packs, or read from a config's labels."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from personae._small_files import read_json
 from personae.errors import Faults, PackError, RecipeError, nearest
 from personae.packs.reader import Pack
 from personae.packs.writer import PackWriter
@@ -68,7 +68,7 @@ def class_names(companions: Mapping[str, Path]) -> tuple[str, ...]:
     if "config.json" not in companions:
         return ()
     try:
-        labels = json.loads(companions["config.json"].read_text(encoding="utf-8"))["id2label"]
+        labels = read_json(companions["config.json"])["id2label"]
         names = [str(labels[key]) for key in sorted(labels, key=int)]
     except (KeyError, TypeError, ValueError, AttributeError):
         return ()

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from personae._small_files import read_json
 from personae._version import __version__
 from personae.checkpoints.naming import is_safe_name
 from personae.errors import PackError
@@ -213,7 +214,7 @@ def parse_manifest(path: Path) -> Manifest:
         PackError: if it is missing, damaged, foreign, or of a newer version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise PackError(
             f"{path.parent} is no pack: it has no {MANIFEST_NAME}. "

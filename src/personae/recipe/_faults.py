@@ -23,6 +23,8 @@ _FORMS = {
 }
 """What was expected, for pydantic's kinds of faults."""
 
+_MOST = 1000  # more are no person's, and a sentence on each takes its time
+
 
 class Fault(NamedTuple):
     """What is wrong, and where."""
@@ -42,7 +44,7 @@ def faults_in(
         nested: Of what lies under these keys of it.
     """
     faults: list[Fault] = []
-    for fault in error.errors():
+    for fault in error.errors()[:_MOST]:
         place: Place = fault["loc"]
         shown = ".".join(str(p) for p in place)
         if fault["type"] == "extra_forbidden":

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from personae.errors import RecipeError
+from personae._small_files import MOST_YAML, Unfit, parse_yaml, read_text, value_of
+from personae.errors import RecipeError, numbered
 from personae.recipe._faults import Fault, Place
 
 
@@ -40,10 +41,10 @@ class Document:
         by_line = sorted(((self.line(f.place) or 0), f.text) for f in faults)
         texts = [f"line {line}: {text}" if line else text for line, text in by_line]
         texts = list(dict.fromkeys(texts))
-        listed = "\n".join(f"  {n}. {text}" for n, text in enumerate(texts, 1))
         if len(texts) == 1:
             return RecipeError(f"The recipe {self.path} is wrong: {texts[0]}")
-        return RecipeError(f"The recipe {self.path} is wrong in {len(texts)} places:\n{listed}")
+        head = f"The recipe {self.path} is wrong in {len(texts)} places:"
+        return RecipeError("\n".join([head, *numbered(texts)]))
 
 
 def read_document(path: Path) -> Document:
@@ -53,37 +54,27 @@ def read_document(path: Path) -> Document:
         RecipeError: if the file cannot be read, is no YAML, or holds something else.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        text = read_text(path, MOST_YAML)
+        node = parse_yaml(text)
+        content = None if node is None else value_of(node)
     except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe {path} is no valid YAML: {yaml_fault(error)}") from error
+    except Unfit as error:
+        raise RecipeError(f"The recipe {path} {error}.") from error
     if not isinstance(content, dict) or node is None:
         raise RecipeError(f"The recipe {path} holds no settings; see recipes/ for examples.")
     lines: dict[Place, int] = {}
     faults: list[Fault] = []
-    _walk(node, (), lines, faults, set())
+    _walk(node, (), lines, faults)
     return Document(path, text, content, lines, tuple(faults))
 
 
-def yaml_fault(error: Exception) -> str:
-    """What YAML says is wrong, without its name for texts."""
-    return str(error).replace('in "<unicode string>", ', "")
-
-
-def _walk(
-    node: yaml.Node, place: Place, lines: dict[Place, int], faults: list[Fault], seen: set[int]
-) -> None:
-    """Note the lines of all that is in a node, once: an alias has the lines of its anchor's."""
-    if id(node) in seen:
-        return
-    seen.add(id(node))
+def _walk(node: yaml.Node, place: Place, lines: dict[Place, int], faults: list[Fault]) -> None:
+    """Note the lines of all that is in a node."""
     if isinstance(node, yaml.SequenceNode):
         for n, item in enumerate(node.value):
             lines[*place, n] = item.start_mark.line + 1
-            _walk(item, (*place, n), lines, faults, seen)
+            _walk(item, (*place, n), lines, faults)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = (*place, str(key.value))
@@ -95,4 +86,4 @@ def _walk(
                 faults.append(Fault((*inner, "again"), f"{text} Keep one."))
                 continue
             lines[inner] = line
-            _walk(value, inner, lines, faults, seen)
+            _walk(value, inner, lines, faults)

@@ -1,0 +1,96 @@
+"""Streams that are closed, full or of few letters: one line, and the work is done all the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from families import saved, small_base, tuned
+from personae.cli.console import plain
+
+BASE = small_base()
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    saved(BASE, tmp_path / "base")
+    saved(tuned(BASE, 1), tmp_path / "news")
+    (tmp_path / "r.yaml").write_text(
+        "merge_method: average\nbase_model: base\nmodels: [{model: news}]\n"
+    )
+    return tmp_path
+
+
+def _run(work: Path, line: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run a shell line in which `personae` is this interpreter's."""
+    return subprocess.run(
+        ["bash", "-c", f'personae() {{ "{sys.executable}" -m personae "$@"; }}; {line}'],
+        cwd=work,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"COLUMNS": "200"} | environment,
+    )
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "said"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        (">&- 2>&- <&-", 0, ""),
+        ("2>/dev/full", 0, ""),
+        (">/dev/full", 2, "error: The report cannot be written: No space left on device."),
+    ],
+)
+def test_the_work_is_done_whoever_watches(work, streams, code, said):
+    done = _run(work, f"personae merge r.yaml out {streams}")
+    assert (work / "out" / "model.safetensors").exists()
+    assert done.returncode == code, done
+    assert said in done.stderr
+    assert not list(work.glob(".out*"))
+
+
+def test_letters_that_a_terminal_lacks_are_shown_by_their_codes(work):
+    for encoding in ("ascii", "latin-1"):
+        done = _run(work, "personae methods average", PYTHONIOENCODING=encoding)
+        assert done.returncode == 0, done.stderr
+        assert "\\u03c4" in done.stdout  # the tau of the formula
+
+
+def test_a_working_directory_that_is_gone(work):
+    done = _run(work, "mkdir gone && cd gone && rmdir ../gone && personae methods")
+    assert done.returncode == 2
+    assert done.stderr == "error: The working directory is gone. Change to one that is there.\n"
+
+
+def test_ctrl_c_while_modules_load(work):
+    """Wherever in the first second it comes, there is one line and no traceback."""
+    for wait in (0.3, 0.6, 1.0):
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"import personae.__main__, time; time.sleep({60 * wait})"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(wait)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode in (130, -signal.SIGINT)  # the latter: before our first line
+        assert process.returncode != 130 or said == "\nInterrupted before anything began.\n"
+
+
+def test_names_cannot_give_orders_to_a_terminal(work):
+    (work / "e.yaml").write_text('merge_method: ties\nmodels: [{model: a}]\n"\\e[2J\\u202e": 1\n')
+    done = _run(work, "personae merge e.yaml out")
+    assert done.returncode == 2
+    assert "Unknown key '\\x1b[2J\\u202e'" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+def test_plain_text_stays_as_it_is():
+    assert plain("τ̂ = Σ\n\t[x]") == "τ̂ = Σ\n\t[x]"
+    assert plain("\x1b]0;\x07\x7f\x9b\r") == "\\x1b]0;\\x07\\x7f\\x9b\\x0d"
