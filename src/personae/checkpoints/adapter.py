@@ -44,6 +44,9 @@ class Adapter:
 
     Attributes:
         trained_on: What its configuration says it was trained on; None if it does not.
+        model_class: The class it was trained with, or PEFT's type of its task, if it says one.
+        base_specs: The base's own tensors.
+        own_files: Names of the small files that are the adapter's own, not the base's.
     """
 
     def __init__(
@@ -52,11 +55,14 @@ class Adapter:
         base: Checkpoint,
         adapted: Mapping[str, _Adapted],
         replaced: Mapping[str, str],
-        trained_on: str | None,
+        config: AdapterConfig,
     ) -> None:
         """Combine headers; `replaced` maps names to stored names. Use `open_adapter`."""
         self.source = tensors.source
-        self.trained_on = trained_on
+        self.trained_on = config.base_model_name_or_path
+        self.model_class = config.model_class
+        self.base_specs: Mapping[str, TensorSpec] = base.specs
+        self.own_files = frozenset(tensors.companions)
         self.revision = tensors.revision
         self.companions: Mapping[str, Path] = Companions(
             {*tensors.companions, *base.companions},
@@ -179,7 +185,7 @@ def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Ad
         if name in specs
     }
     faults.raise_if_any(CheckpointError)
-    return Adapter(tensors, base, adapted, replaced, config.base_model_name_or_path)
+    return Adapter(tensors, base, adapted, replaced, config)
 
 
 def _fit(

@@ -57,6 +57,13 @@ class AdapterConfig(BaseModel):
     alpha_pattern: dict[str, float] | None = None
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str | None = True
+    task_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+
+    @property
+    def model_class(self) -> str | None:
+        """The class that was adapted, or PEFT's type of its task; None if neither is said."""
+        return self.task_type or (self.auto_mapping or {}).get("base_model_class")
 
     def rank(self, module: str) -> int:
         """Return the rank of one adapted module."""

@@ -65,6 +65,17 @@ class Alignment:
         return self.checkpoint.specs[self.private_files[name]]
 
     @property
+    def own_specs(self) -> dict[str, TensorSpec]:
+        """What the expert has, but for what only it has and is left out, by its own names."""
+        kept = {self.renaming.expert_name(name): self.spec(name) for name in self.files}
+        return kept | {name: self.private_spec(name) for name in self.private}
+
+    def rebuilt_specs(self, reference: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        """The same with what is left as in the reference: what is written when the expert is."""
+        left = {self.renaming.expert_name(name): reference[name] for name in self.skipped}
+        return self.own_specs | left
+
+    @property
     def notes(self) -> list[str]:
         """What a person who packs should be told about this alignment, a line each."""
         notes = self.naming_notes

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from personae.checkpoints._protocol import Checkpoint
+from personae.checkpoints.configuration import CONFIG, with_dtype
 from personae.checkpoints.vocabularies import MergedVocabulary
 from personae.checkpoints.vocabulary import read_json
 from personae.errors import CheckpointError
@@ -16,7 +17,6 @@ _OF_TOKENIZER = re.compile(
     r"|vocab\.(json|txt|bpe)|merges\.txt|.*\.(model|tiktoken|bpe|vocab)|tokenization_.*\.py"
     r"|chat_template\.(jinja|json)|additional_chat_templates/.*|generation_config\.json)"
 )
-_CONFIG = "config.json"
 _TOKEN_ROW = re.compile(r"\w+_token_id")
 
 
@@ -39,22 +39,11 @@ def merged_companions(
     files: dict[str, Path | bytes] = {**model.companions}
     if vocabulary is not None:
         files = _with_vocabulary(vocabulary, model)
-    config = files.get(_CONFIG)
+    config = files.get(CONFIG)
     if config is None:
         return files
-    said = json.loads(config) if isinstance(config, bytes) else _read(config)
-    return files if dtype is None else files | {_CONFIG: _text(_with_dtype(said, dtype))}
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A configuration, and those in it, with another dtype where it names one."""
-    changed = {key: dtype for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
-    inner = {
-        key: _with_dtype(value, dtype)
-        for key, value in config.items()
-        if key.endswith("_config") and isinstance(value, dict)
-    }
-    return config | changed | inner
+    said = json.loads(config) if isinstance(config, bytes) else read_object(config)
+    return files if dtype is None else files | {CONFIG: _text(with_dtype(said, dtype))}
 
 
 def _with_vocabulary(vocabulary: MergedVocabulary, model: Checkpoint) -> dict[str, Path | bytes]:
@@ -65,10 +54,10 @@ def _with_vocabulary(vocabulary: MergedVocabulary, model: Checkpoint) -> dict[st
     for name, path in source.companions.items():
         if _OF_TOKENIZER.fullmatch(name):
             files[name] = path
-    if _CONFIG in files:
-        own = _read(model.companions[_CONFIG])
-        other = _read(source.companions[_CONFIG]) if _CONFIG in source.companions else {}
-        files[_CONFIG] = _text(_config(own, other, vocabulary.size))
+    if CONFIG in files:
+        own = read_object(model.companions[CONFIG])
+        other = read_object(source.companions[CONFIG]) if CONFIG in source.companions else {}
+        files[CONFIG] = _text(_config(own, other, vocabulary.size))
     if vocabulary.appended:
         files |= _with_tokens(source.companions, vocabulary.appended)
     return files
@@ -92,7 +81,7 @@ def _with_tokens(
 ) -> dict[str, Path | bytes]:
     """Tokenizer files with more added tokens."""
     files: dict[str, Path | bytes] = {}
-    tokenizer = _read(companions["tokenizer.json"])
+    tokenizer = read_object(companions["tokenizer.json"])
     tokenizer["added_tokens"] = [
         *(tokenizer.get("added_tokens") or []),
         *({**_MARKS, **said} for said in appended.values()),
@@ -100,9 +89,9 @@ def _with_tokens(
     files["tokenizer.json"] = _text(tokenizer)
     if "added_tokens.json" in companions:
         rows = {token: said["id"] for token, said in appended.items()}
-        files["added_tokens.json"] = _text(_read(companions["added_tokens.json"]) | rows)
+        files["added_tokens.json"] = _text(read_object(companions["added_tokens.json"]) | rows)
     if "tokenizer_config.json" in companions:
-        config = _read(companions["tokenizer_config.json"])
+        config = read_object(companions["tokenizer_config.json"])
         if "added_tokens_decoder" in config:
             for said in appended.values():
                 marks = {k: v for k, v in {**_MARKS, **said}.items() if k != "id"}
@@ -115,7 +104,7 @@ _MARKS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "specia
 """What tokenizer.json says of an added token of which nothing is known."""
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:

@@ -16,6 +16,7 @@ from personae.execute.describe import class_names
 from personae.execute.encode import encode_expert
 from personae.execute.family import Family
 from personae.execute.scan import ExpertScan, Scanned
+from personae.execute.small_files import small_files
 from personae.execute.work import Work
 from personae.methods import Codec
 from personae.packs.manifest import RenamingRecord
@@ -215,7 +216,7 @@ def _write_task(
         expert.name,
         coded,
         _private(expert, family, scan),
-        expert.checkpoint.companions,
+        small_files(expert, family.base)[0],
         family.base.companions,
         source=expert.checkpoint.source,
         revision=expert.checkpoint.revision,

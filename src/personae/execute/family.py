@@ -15,6 +15,7 @@ from personae.checkpoints.memory import InMemory
 from personae.checkpoints.naming import check_names, left_out, matches
 from personae.checkpoints.vocabularies import MergedVocabulary
 from personae.errors import CheckpointError, Faults, RecipeError
+from personae.execute.small_files import small_files
 
 OneVocabulary = Callable[[Checkpoint | None, Mapping[str, Checkpoint]], MergedVocabulary | None]
 """From base and experts to the vocabulary under which they are merged."""
@@ -50,12 +51,7 @@ class Family:
             if not any(matches(name, [pattern]) for name in names):
                 notes.append(f"the pattern '{pattern}' matches no tensor; '*' stands for any text")
         for name, expert in self.experts.items():
-            if (
-                expert.private
-                and "config.json" in self.base.companions
-                and "config.json" not in expert.checkpoint.companions
-            ):
-                notes.append(f"{name}: has no config.json; rebuilt, it will have the base's")
+            notes += [f"{name}: {note}" for note in small_files(expert, self.base)[1]]
         return notes
 
     @property

@@ -11,6 +11,7 @@ from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.family import align
 from personae.execute.rebuilt import Rebuilt
+from personae.execute.small_files import small_files
 from personae.execute.unpack import companions_of
 from personae.packs.reader import Pack
 
@@ -34,7 +35,7 @@ class Outline:
     grown: frozenset[str]
     whole: Callable[[str], Tensor]
     tied: Mapping[str, str]
-    companions: Callable[[], Mapping[str, Path]]
+    companions: Callable[[], Mapping[str, Path | bytes]]
     close: Callable[[], None] = lambda: None
 
     @property
@@ -108,7 +109,7 @@ def of_checkpoint(
         grown=frozenset(grown),
         whole=whole,
         tied=found.tied,
-        companions=lambda: {**reference.companions, **checkpoint.companions},
+        companions=lambda: {**reference.companions, **small_files(found, reference, specs)[0]},
         close=checkpoint.close,
     )
 

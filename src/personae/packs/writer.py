@@ -1,5 +1,6 @@
 """Writes a pack task by task; each task is on disk and in pack.json before the next begins."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -25,7 +26,7 @@ from personae.packs.manifest import (
     parse_manifest,
 )
 from personae.packs.task_file import write_task_file
-from personae.writers import CheckpointWriter, atomic_file
+from personae.writers import CheckpointWriter, atomic_file, write_companions
 
 TASKS = "tasks"
 REFERENCE = "reference"
@@ -90,7 +91,7 @@ class PackWriter:
         name: str,
         coded: Mapping[str, CodedTensor],
         private: Mapping[str, Tensor],
-        companions: Mapping[str, Path],
+        companions: Mapping[str, Path | bytes],
         reference_companions: Mapping[str, Path],
         **about: Any,
     ) -> None:
@@ -100,7 +101,7 @@ class PackWriter:
             name: The task.
             coded: Reference name to coded tensor.
             private: The expert's name to a tensor kept whole.
-            companions: The expert's small files by relative name.
+            companions: The expert's small files, or their content, by relative name.
             reference_companions: The reference's; equal files are not stored twice.
             about: Further fields of `TaskRecord`.
         """
@@ -185,21 +186,26 @@ class PackWriter:
             partial.write_text(self.manifest.to_json(), encoding="utf-8")
 
     def _keep_companions(
-        self, name: str, own: Mapping[str, Path], shared: Mapping[str, Path]
+        self, name: str, own: Mapping[str, Path | bytes], shared: Mapping[str, Path]
     ) -> dict[str, CompanionRecord]:
         """Store the expert's small files that differ from the reference's; list them all."""
         records: dict[str, CompanionRecord] = {}
         for relative in sorted({*own, *shared}):
-            digest = sha256_file(own.get(relative) or shared[relative])
+            content = own[relative] if relative in own else shared[relative]
+            digest = _digest(content)
             if relative in shared and sha256_file(shared[relative]) == digest:
                 records[relative] = CompanionRecord(stored_in="reference", sha256=digest)
                 continue
-            target = self.directory / TASKS / name / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(target) as partial:
-                shutil.copyfile(own[relative], partial)
+            with atomic_file(self.directory / TASKS / name / relative) as partial:
+                write_companions({partial.name: content}, partial.parent)
             records[relative] = CompanionRecord(stored_in="task", sha256=digest)
         return records
+
+
+def _digest(content: Path | bytes) -> str:
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    return sha256_file(content)
 
 
 def resume(directory: Path, identity: Mapping[str, Any]) -> Manifest | None:
