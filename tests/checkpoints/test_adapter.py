@@ -1,6 +1,7 @@
 """Adapters against PEFT itself: train-like random factors, save, merge_and_unload, compare all."""
 
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -21,6 +22,8 @@ from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.vocabulary_rows import ModelRows, WithRows
 from personae.errors import CheckpointError
 from personae.execute.family import open_family
+from personae.execute.merge import merge
+from personae.execute.pack import pack
 from toys import load, toy_bert, toy_gpt2, toy_llama, toy_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -235,6 +238,11 @@ FITTING: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {"a.q": ((2, 3), (
         ({"init_lora_weights": "pissa"}, ["'init_lora_weights' is 'pissa'"]),
         ({"use_dora": True, "lora_bias": True}, ["2 faults", "use_dora", "lora_bias"]),
         ({"r": 5}, ["has rank 2, but adapter_config.json says 5"]),
+        ({"r": 0}, ["'r' is 0: .* greater than or equal to 1"]),
+        ({"r": 2**70}, ["'r' is 1180591620717411303424"]),
+        ({"rank_pattern": {"q": 0}}, ["'rank_pattern.q' is 0"]),
+        ({"lora_alpha": math.nan}, ["'lora_alpha' is nan: .* finite"]),
+        ({"alpha_pattern": {"q": math.inf}}, ["'alpha_pattern.q' is inf: .* finite"]),
         ({"rank_pattern": {"[": 1}}, [r"the pattern '\[' is not a regular expression"]),
     ],
 )
@@ -244,6 +252,41 @@ def test_configurations_refused(tmp_path: Path, config: dict[str, Any], texts: l
         open_checkpoint(tmp_path, base=open_checkpoint(BASE))
     for text in texts:
         assert refused.match(text)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "text"),
+    [
+        (torch.tensor(1.0), torch.ones(4, 2), r"A \(\) and B \(4, 2\) of 'a.q' do not fit"),
+        (torch.ones(2, 3), torch.tensor(1.0), r"A \(2, 3\) and B \(\) of 'a.q' do not fit"),
+        (torch.ones(0, 3), torch.ones(4, 0), "2 tensor.s. of size 0 .* ZeRO-3"),
+        (torch.ones(2, 3, dtype=torch.int8), torch.ones(4, 2), "int8 codes of a quantised weight"),
+    ],
+)
+def test_factors_that_are_none(tmp_path: Path, a: torch.Tensor, b: torch.Tensor, text: str) -> None:
+    write_adapter(tmp_path, FITTING)
+    pair = {"base_model.model.a.q.lora_A.weight": a, "base_model.model.a.q.lora_B.weight": b}
+    save_file(pair, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=text):
+        open_checkpoint(tmp_path, base=open_checkpoint(BASE))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_factors_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    write_adapter(tmp_path / "x", FITTING)
+    stored = load_file(tmp_path / "x" / "adapter_model.safetensors")
+    stored["base_model.model.a.q.lora_A.weight"][0, 0] = value
+    save_file(stored, tmp_path / "x" / "adapter_model.safetensors")
+    for do in (pack, merge):
+        with pytest.raises(CheckpointError, match=r"Expert 'x': tensor 'a.q.weight' holds"):
+            do(BASE, {"x": str(tmp_path / "x")}, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_saved_modules_of_size_0(tmp_path: Path) -> None:
+    write_adapter(tmp_path, FITTING, {"a.k.weight": torch.empty(0)}, modules_to_save=["k"])
+    with pytest.raises(CheckpointError, match=r"1 tensor\(s\) of size 0 .*a\.k\.weight"):
+        open_checkpoint(tmp_path, base=open_checkpoint(BASE))
 
 
 def test_every_misfit_is_named_at_once(tmp_path: Path) -> None:

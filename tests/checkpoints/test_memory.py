@@ -4,6 +4,7 @@ from torch import nn
 
 from personae.checkpoints import open_checkpoint
 from personae.checkpoints.memory import InMemory
+from personae.checkpoints.specs import dtype_fault
 from personae.errors import CheckpointError
 
 
@@ -73,4 +74,20 @@ def test_faults_come_together() -> None:
         InMemory(wrong)
     text = str(refused.value)
     assert text.startswith("3 faults") and "'a' is a int, not a tensor" in text
-    assert "'b' has dtype complex64" in text and "'c.weight' holds uint8 codes" in text
+    assert "'b' has dtype complex64, which is not read. Convert it: " in text
+    assert "'c.weight' holds uint8 codes" in text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"),
+    [
+        ("C64", "Convert it"),
+        (torch.complex128, "Convert it"),
+        ("F8_E4M3", "Dequantise it first"),
+        ("F4", "Dequantise it first"),
+        (torch.float8_e5m2, "Dequantise it first"),
+        ("F6_E2M3", "Dequantise it first"),
+    ],
+)
+def test_what_to_do_with_a_dtype_that_is_not_read(dtype: torch.dtype | str, hint: str) -> None:
+    assert f"is not read. {hint}: " in (dtype_fault("m", "w", dtype) or "")

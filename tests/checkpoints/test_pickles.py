@@ -91,6 +91,29 @@ def test_damaged(tmp_path: Path, keep: int) -> None:
         open_checkpoint(tmp_path / "m.pt")
 
 
+@pytest.mark.parametrize("content", [b"\x80", b"\x80\x02]q\x00K", b"((((", b"PK\x03\x04", b"}."])
+def test_damaged_in_ways_of_which_the_unpickler_trips(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"m\.pt (is not a readable torch file|holds)"):
+        open_checkpoint(tmp_path / "m.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_without_plain_values(tmp_path: Path) -> None:
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    state = {
+        "columns": torch.eye(3).to_sparse_csc(),
+        "nested": ragged,
+        "nowhere": torch.empty(3, device="meta"),
+    }
+    torch.save(TENSORS | state, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="3 faults") as refused:
+        open_checkpoint(tmp_path / "m.pt")
+    text = str(refused.value)
+    assert all(f"'{name}' is sparse, nested or quantised" in text for name in ("columns", "nested"))
+    assert "'nowhere' has no values (meta device)" in text
+
+
 def test_entries_that_are_no_tensors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Numbers, texts and None are left out with a word; anything else is a fault."""
     torch.save({**TENSORS, "epoch": 3, "name": "x", "none": None}, tmp_path / "fine.pt")
@@ -143,7 +166,7 @@ def test_float8_and_sparse_are_refused_together(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match="'x' has dtype float8_e4m3fn") as refused:
         open_checkpoint(tmp_path / "m.pt")
-    assert "'y' is sparse or quantised" in str(refused.value)
+    assert "'y' is sparse, nested or quantised" in str(refused.value)
 
 
 def test_mappings_are_dropped_and_taken_again(

@@ -64,11 +64,18 @@ def test_no_tokenizer_and_no_embedding_are_no_vocabulary(tmp_path):
         ("tokenizer.json", "{", "is no JSON"),
         ("tokenizer.json", "{}", "holds no vocabulary"),
         ("vocab.json", "[1]", "holds no vocabulary"),
+        ("vocab.json", f'{{"a": {2**70}}}', "holds no vocabulary"),
+        ("vocab.json", '{"a": -1}', "holds no vocabulary"),
+        ("vocab.json", '{"a": 1e999}', "holds no vocabulary"),
+        ("tokenizer.json", f'{{"model": {{"vocab": {{"a": {2**31}}}}}}}', "holds no vocabulary"),
+        ("added_tokens.json", f'{{"a": {2**70}}}', "names no tokens"),
         ("tokenizer.model", "binary", r"only in tokenizer.model, which is not read"),
     ],
 )
 def test_files_that_tell_no_tokens(tmp_path, name, text, message):
     path = model(tmp_path / "m", 3, None)
+    if name == "added_tokens.json":
+        (path / "vocab.txt").write_text("a")
     (path / name).write_text(text)
     with pytest.raises(CheckpointError, match=message):
         read_vocabulary(open_checkpoint(str(path)))

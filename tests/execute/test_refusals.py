@@ -7,6 +7,7 @@ import torch
 
 from families import listing, saved, small_base, tuned
 from personae.errors import BudgetError, CheckpointError, MethodError, PackError, RecipeError
+from personae.execute.merge import merge
 from personae.execute.pack import pack, pack_many
 from personae.execute.unpack import unpack
 from personae.execute.work import Work
@@ -36,6 +37,25 @@ def test_nan_and_infinity_of_base_and_experts_are_told_at_once(tmp_path):
         "Repair the checkpoint, or leave the tensor out with 'skip'."
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_of_size_0_where_there_should_be_values(tmp_path):
+    """ZeRO-3 saves placeholders; merge and pack name them all, of experts and of the base."""
+    nothing = {"embed.weight": torch.empty(0), "layer.weight": torch.empty(0, 12)}
+    whole, hollow = tuned(BASE, 1), tuned(BASE, 2) | nothing
+    said = "has 2 tensor(s) of size 0 where there should be values: embed.weight, layer.weight"
+    for base, experts, whose in (
+        (BASE, {"x": whole, "y": hollow}, "Expert 'y'"),
+        (BASE | nothing, {"x": whole, "y": whole}, "The base (dict)"),
+    ):
+        for do in (pack, merge):
+            with pytest.raises(CheckpointError) as caught:
+                do(base, experts, tmp_path / "out")
+            assert f"{whose} {said}. ZeRO-3" in str(caught.value)
+            assert "stage3_gather_16bit_weights_on_model_save" in str(caught.value)
+            assert "faults" not in str(caught.value)  # said once
+    empty = {"unused": torch.empty(0, 4)}  # on both sides: nothing is missing
+    pack(BASE | empty, {"x": whole | empty}, tmp_path / "out")
 
 
 def test_what_is_skipped_need_not_be_finite(tmp_path):

@@ -19,6 +19,7 @@ from personae.checkpoints.adapter_files import (
 )
 from personae.checkpoints.adapter_fit import find_rename, is_transposed
 from personae.checkpoints.folders import Companions
+from personae.checkpoints.misfits import empty_fault
 from personae.checkpoints.specs import by_name, check_rows, no_such_tensor
 from personae.checkpoints.vocabulary_rows import WithRows
 from personae.errors import CheckpointError, Faults
@@ -166,6 +167,10 @@ def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Ad
     """
     config = read_adapter_config(config_file)
     faults = Faults()
+    empty = [name for name, spec in tensors.specs.items() if not spec.numel]
+    if empty:
+        faults.add(empty_fault(tensors.source, empty))
+        faults.raise_if_any(CheckpointError)
     pairs, full = sort_stored(tensors.specs, tensors.source, faults)
     if not pairs:
         faults.add(f"{tensors.source} has no LoRA tensors (lora_A, lora_B).")
@@ -206,12 +211,17 @@ def _fit(
         embedding=pair.embedding,
         fan_in_fan_out=config.fan_in_fan_out,
     )
+    if not all(tensors.specs[key].is_floating for key in (pair.a, pair.b)):
+        faults.add(
+            f"{tensors.source}: the factors of '{pair.module}' are no floating numbers. Save the "
+            "adapter again, as float32 or bfloat16."
+        )
     if transposed is None:
         faults.add(
             f"{tensors.source}: A {a} and B {b} of '{pair.module}' do not fit '{name}' of the "
             f"base, {specs[name].shape}. Pass the model the adapter was trained on."
         )
-    if a[0] != config.rank(pair.module):
+    elif a[0] != config.rank(pair.module):
         faults.add(
             f"{tensors.source}: '{pair.a}' has rank {a[0]}, but {CONFIG_FILE} says "
             f"{config.rank(pair.module)}, so its scaling is unsure. Save the adapter again."

@@ -9,9 +9,9 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from personae._small_files import Unfit, read_json
 from personae.errors import CheckpointError, Faults
@@ -39,6 +39,9 @@ _NOT_STATIC_LORA = (
     "kasa_config",
     "megatron_config",
 )
+# Alpha is divided by the rank.
+Rank = Annotated[int, Field(ge=1, le=1 << 30)]
+Alpha = Annotated[float, Field(allow_inf_nan=False)]
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -49,12 +52,12 @@ class AdapterConfig(BaseModel):
 
     peft_type: Literal["LORA"]
     base_model_name_or_path: str | None = None
-    r: int
-    lora_alpha: float
+    r: Rank
+    lora_alpha: Alpha
     use_rslora: bool = False
     fan_in_fan_out: bool = False
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str | None = True
     task_type: str | None = None

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
@@ -94,6 +95,6 @@ def tensor_fault(where: str, name: object, value: object) -> str | None:
             f"{where}: '{name}' is a {type(value).__name__}, not a tensor. Remove it, or pass the "
             "mapping of tensors alone."
         )
-    if value.is_sparse or value.is_sparse_csr or value.is_quantized:
-        return f"{where}: '{name}' is sparse or quantised. Make it dense first."
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        return f"{where}: '{name}' is sparse, nested or quantised. Make it dense first."
     return dtype_fault(where, name, value.dtype)

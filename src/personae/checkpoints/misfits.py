@@ -1,7 +1,7 @@
 """Experts that do not fit the reference they were aligned with."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.alignment import Alignment
@@ -23,12 +23,18 @@ def check_fit(
         may_lack: Whether a name may be absent or of another shape.
         faults: Where faults are added.
     """
-    if not found.shared:
+    empty, hollow = _empty(found, reference)
+    if empty:
+        faults.add(empty_fault(f"Expert '{found.name}'", empty))
+    if hollow:
+        faults.add(empty_fault(f"The base ({reference.source})", hollow))
+    if not found.shared and not empty and not hollow:
         but = " but what is left out by name" if found.skipped else ""
         faults.add(
             f"Expert '{found.name}' ({found.checkpoint.source}) shares no tensor with the base "
             f"({reference.source}){but}. Was it fine-tuned from it?"
         )
+    if not found.shared:
         return
     lacking = [
         n
@@ -45,7 +51,8 @@ def check_fit(
             f"(base: '{first.name}' of shape {first.shape}). Was '{found.name}' fine-tuned from "
             "the base? To leave them out, add them to 'skip'."
         )
-    odd = [n for n in found.private if not may_lack(n) and reference_name(n, found, reference)]
+    odd = [n for n in found.private if not may_lack(n) and n not in empty]
+    odd = [n for n in odd if (known := reference_name(n, found, reference)) and known not in hollow]
     coded = sum(reference.specs[n].numel for n in found.shared)
     if sum(found.private_spec(n).numel for n in odd) > coded:
         n = odd[0]
@@ -55,6 +62,28 @@ def check_fit(
             f"{reference.specs[reference_name(n, found, reference)].shape}. "
             "Give the base it was fine-tuned from, or name them in 'private' to keep them whole."
         )
+
+
+def empty_fault(whose: str, names: Sequence[str]) -> str:
+    """What is to be said of tensors of size 0 that stand where there should be values."""
+    return (
+        f"{whose} has {len(names)} tensor(s) of size 0 where there should be values: "
+        f"{shown(names)}. ZeRO-3 saves these where it does not gather weights: set "
+        "stage3_gather_16bit_weights_on_model_save and save again, or run zero_to_fp32.py on its "
+        "checkpoint."
+    )
+
+
+def _empty(found: Alignment, reference: Checkpoint) -> tuple[list[str], list[str]]:
+    """Tensors without entries where the other side has some: the expert's, and the base's."""
+    empty, hollow = list[str](), list[str]()
+    for own in found.private:
+        name, numel = reference_name(own, found, reference), found.private_spec(own).numel
+        if name and not numel and reference.specs[name].numel:
+            empty.append(own)
+        elif name and numel and not reference.specs[name].numel:
+            hollow.append(name)
+    return empty, hollow
 
 
 def reference_name(expert_name: str, found: Alignment, reference: Checkpoint) -> str:

@@ -13,6 +13,7 @@ from personae.checkpoints.adapter_files import CONFIG_FILE
 from personae.checkpoints.folders import Folder, local_folder, lone_file
 from personae.checkpoints.memory import InMemory
 from personae.checkpoints.pickles import open_pickles
+from personae.checkpoints.quantised import check_not_quantised
 from personae.checkpoints.safetensors_files import open_safetensors
 from personae.errors import CheckpointError, nearest
 
@@ -38,6 +39,22 @@ def open_checkpoint(
             is never taken for a hub id.
         base: What an adapter sits on; not used for a full checkpoint.
         as_stored: Opens an adapter as the tensors it stores; it needs no base then.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it cannot be read; every fault at once.
+    """
+    opened = _open(source, base, as_stored)
+    if not as_stored:
+        check_not_quantised(opened)
+    return opened
+
+
+def _open(
+    source: str | Path | nn.Module | Mapping[str, Tensor],
+    base: Checkpoint | None,
+    as_stored: bool,
+) -> Checkpoint:
+    """Open whatever it is; see `open_checkpoint`.
 
     Raises:
         CheckpointError: There is no such checkpoint, or it cannot be read; every fault at once.

@@ -6,7 +6,6 @@ from opening until `close`.
 """
 
 import logging
-import pickle
 import re
 import threading
 import warnings
@@ -187,6 +186,8 @@ def _load(path: Path, faults: Faults, *, warn: bool) -> dict[str, Tensor]:
         if isinstance(value, plain):
             continue
         fault = tensor_fault(str(path), name, value)
+        if not fault and value.is_meta:
+            fault = f"{path}: '{name}' has no values (meta device). Save the model once loaded."
         if fault:
             faults.add(fault)
         else:
@@ -199,12 +200,15 @@ def _unpickle(path: Path) -> Any:
 
     Raises:
         CheckpointError: The file holds code, or is damaged.
+        OSError: It may not be read.
     """
     try:
         with warnings.catch_warnings():  # a protocol that torch does not write is read or refused
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can make the unpickler fail anyhow
         text = str(error)
         wanted = re.search(r"GLOBAL ([\w.]+)", text)
         if wanted or "torchscript" in text.lower():

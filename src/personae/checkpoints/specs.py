@@ -1,5 +1,6 @@
 """What every reader asks of a header: known dtypes, known names, rows in range, shared storage."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
@@ -26,6 +27,7 @@ READABLE = {
 }
 """The safetensors names of the dtypes read here."""
 
+_NARROW = re.compile(r"(?i)(F|float|q?u?int|I|U|bits)[1-8]([^0-9]|$)")  # not complex128, C64
 _QUANTISED_ENDINGS = (".weight", ".qweight", ".weight_packed", "_blocks")
 
 
@@ -42,10 +44,11 @@ def dtype_fault(where: str, name: str, dtype: torch.dtype | str) -> str | None:
     """
     known = READABLE.get(dtype) if isinstance(dtype, str) else dtype
     if known is None or known not in READABLE.values():
-        hint = "Dequantise it first" if "8" in str(dtype) or "4" in str(dtype) else "Convert it"
+        called = str(dtype).removeprefix("torch.")
+        hint = "Dequantise it first" if _NARROW.match(called) else "Convert it"
         return (
-            f"{where}: tensor '{name}' has dtype {str(dtype).removeprefix('torch.')}, which is not "
-            f"read. {hint}: float64, float32, float16, bfloat16, integers and bool are."
+            f"{where}: tensor '{name}' has dtype {called}, which is not read. {hint}: "
+            "float64, float32, float16, bfloat16, integers and bool are."
         )
     if name.endswith(_QUANTISED_ENDINGS) and not known.is_floating_point:
         return (

@@ -20,6 +20,7 @@ TOKEN_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 """Files that hold a vocabulary as text, in the order in which they are looked for."""
 
 _ADDED_FILES = ("added_tokens.json", "tokenizer_config.json")
+_MOST_ROWS = 1 << 31
 _BINARY_ENDINGS = (".model", ".tiktoken")
 _INPUT = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings?|tok_embeddings|embed_in|token_embedding|shared)"
@@ -134,11 +135,11 @@ def _read_tokens(path: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]]]
     content = read_json(path)
     try:
         if path.name == "vocab.json":
-            return {str(token): int(row) for token, row in content.items()}, {}
+            return {str(token): _row(row) for token, row in content.items()}, {}
         vocab = content["model"]["vocab"]
         if isinstance(vocab, list):  # Unigram: pairs of token and score
             vocab = {piece[0]: row for row, piece in enumerate(vocab)}
-        tokens = {str(token): int(row) for token, row in vocab.items()}
+        tokens = {str(token): _row(row) for token, row in vocab.items()}
         return tokens, _by_content(content.get("added_tokens") or [])
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{path} holds no vocabulary. Copy or download it again.") from error
@@ -153,7 +154,7 @@ def _read_added(path: Path) -> dict[str, dict[str, Any]]:
     content = read_json(path)
     try:
         if path.name == "added_tokens.json":
-            return {token: {"id": int(row), "content": token} for token, row in content.items()}
+            return {token: {"id": _row(row), "content": token} for token, row in content.items()}
         decoder = content.get("added_tokens_decoder") or {}
         return _by_content([{**said, "id": row} for row, said in decoder.items()])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -161,7 +162,19 @@ def _read_added(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _by_content(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {entry["content"]: {**entry, "id": int(entry["id"])} for entry in entries}
+    return {str(entry["content"]): {**entry, "id": _row(entry["id"])} for entry in entries}
+
+
+def _row(value: Any) -> int:
+    """A token's row, given as a number or, as a key of JSON, its digits.
+
+    Raises:
+        ValueError: if it cannot be the row of a matrix.
+    """
+    row = int(value) if isinstance(value, int | str) else -1
+    if not 0 <= row < _MOST_ROWS:
+        raise ValueError(f"{value!r} is no row")
+    return row
 
 
 def read_json(path: Path) -> Any:

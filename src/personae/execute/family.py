@@ -13,6 +13,7 @@ from personae.checkpoints.family import Alignment, align
 from personae.checkpoints.mean import MeanOf
 from personae.checkpoints.memory import InMemory
 from personae.checkpoints.naming import check_names, left_out, matches
+from personae.checkpoints.quantised import quantisation_of
 from personae.checkpoints.vocabularies import MergedVocabulary
 from personae.errors import CheckpointError, Faults, RecipeError
 from personae.execute.small_files import small_files
@@ -56,8 +57,14 @@ class Family:
 
     @property
     def base_notes(self) -> list[str]:
-        """Which experts do not seem to have been fine-tuned from this base."""
+        """What is odd about the base, and which experts do not seem to be fine-tuned from it."""
         notes: list[str] = []
+        method = quantisation_of(self.base)
+        if method:
+            notes.append(
+                f"config.json of the base names the quantiser {method}, but its weights are plain "
+                "numbers; the result has that config, so that loading it quantises"
+            )
         for name, expert in self.experts.items():
             adapter, base = adapter_of(expert.checkpoint), self.base.source
             wanted = adapter.trained_on if adapter else None
