@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from families import listing, saved, small_base, tuned
@@ -19,6 +20,7 @@ from personae.cli import app, console
 from personae.execute.pack import pack
 from personae.execute.unpack import unpack
 from personae.recipe import PackSettings
+from toys import load
 
 BASE = small_base()
 HEAD = {"head.weight": torch.ones(3, 16)}
@@ -47,6 +49,21 @@ def facts(line: str) -> Any:
 
 
 PACK = "pack --base base --expert news=news --expert law=law --out p"
+
+
+def test_merge_tells_whose_changes_do_not_show(work):
+    """Both experts count their ids on; heads are private, skipped tensors asked for."""
+    for name in ("news", "law"):
+        moved = load(work / name) | {"position_ids": torch.arange(6).reshape(1, 6) + 1}
+        save_file(moved, work / name / "model.safetensors")
+    (work / "r.yaml").write_text(
+        "merge_method: average\nbase_model: base\nskip: [scale]\n"
+        "models: [{model: news}, {model: law}]\n"
+    )
+    told = facts("merge r.yaml out")
+    why = "integers or statistics, which average does not merge"
+    assert told["unchanged"] == {"position_ids": why}
+    assert told["files"] == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_packing_is_the_function_of_that_name(work):

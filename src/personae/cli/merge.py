@@ -1,7 +1,8 @@
 """personae merge: one checkpoint out of many, from a recipe."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +25,7 @@ def merge(
     read = read_merge_recipe(recipe)
     for text in read.notes:
         console.note(text)
+    found: dict[str, Any] = {}
     shard_bytes = options.bytes_of("--shard-size", shard_size)
     with options.working(workers, memory, device) as work:
         written = run_merge(
@@ -34,13 +36,13 @@ def merge(
             overwrite=overwrite,
             shard_bytes=shard_bytes,
             recipe=read.text,
-            work=work,
+            work=replace(work, fact=found.__setitem__),
         )
     files = [path for path in sorted(written.rglob("*")) if path.is_file()]
     nbytes = sum(path.stat().st_size for path in files)
     if json:
         names = [path.relative_to(written).as_posix() for path in files]
         facts = {"path": str(written), "method": read.settings.method, "bytes": nbytes}
-        console.facts(facts | {"files": names})
+        console.facts(facts | {"files": names} | found)
     else:
         console.out.print(f"{out}: {console.size(nbytes)} in {len(files)} files", markup=False)

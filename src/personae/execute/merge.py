@@ -1,7 +1,7 @@
 """Merges a family into one ordinary checkpoint, streamed through bounded memory."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -12,9 +12,19 @@ import torch
 from torch import Tensor
 
 from personae.checkpoints import Checkpoint
+from personae.checkpoints.naming import shown
 from personae.checkpoints.vocabulary_files import merged_companions
 from personae.errors import CheckpointError, Faults
 from personae.execute import pool
+from personae.execute.effects import (
+    PROBED,
+    Effect,
+    any_entry,
+    differs,
+    effect_of,
+    without_effect,
+)
+from personae.execute.family import Family
 from personae.execute.merge_card import merge_card
 from personae.execute.merge_looks import NotFinite, gather_model, gather_tensor
 from personae.execute.merge_plan import MergeJob, open_to_merge, plan_job, prepare, settings_for
@@ -92,7 +102,8 @@ def merge(
                     work.note(
                         f"going on with an interrupted run: {done} of {plan.items} items are done"
                     )
-                run(job, directory, work, shard_bytes, journal)
+                lost = run(job, directory, work, shard_bytes, journal)
+                _tell(lost, family, work)
                 write_companions(companions, directory)
                 card = merge_card(family, settings, recipe)
                 (directory / "README.md").write_text(card, encoding="utf-8")
@@ -105,8 +116,12 @@ def run(
     work: Work,
     shard_bytes: int = SHARD_BYTES,
     journal: Journal | None = None,
-) -> None:
+) -> dict[str, str]:
     """Write the weights of a merge into a directory, but for units that the journal has as done.
+
+    Returns:
+        The tensors that came out as the base's although an expert has them otherwise and nobody
+        asked to skip them, with the reason.
 
     Raises:
         CheckpointError: naming every weight that is not finite.
@@ -123,6 +138,8 @@ def run(
         if job.decides_at_the_end and decided not in before:
             before = {number for number in before if undecided.has(number)}
         due = [unit for unit in job.units if unit.number not in before]
+        told = {number: journal.done[number] if journal else "" for number in before}
+        seen = {name for name, effect in _by_name(job.units, told) if effect == "+"}
         for unit in job.units:
             for piece in unit.pieces if unit.number in before else ():
                 writer.mark(piece.spec.name, piece.start, piece.stop)
@@ -130,17 +147,18 @@ def run(
         work.progress(stage, len(job.units) - len(due), len(job.units))
         results = pool.run(
             due,
-            partial(_merge_unit, job, statistics, writer, undecided, work.torch_device),
+            partial(_merge_unit, job, statistics, writer, undecided, work.torch_device, seen),
             cost=job.cost,
             workers=work.threads,
             memory=work.memory,
             in_order=True,
         )
-        for done, (unit, found) in enumerate(results, 1 + len(job.units) - len(due)):
+        for done, (unit, (found, effects)) in enumerate(results, 1 + len(job.units) - len(due)):
             for fault in found:
                 faults.add(fault)
+            told[unit.number] = effects
             if journal and not found:
-                journal.add(unit.number)
+                journal.add(unit.number, effects)
             work.progress(stage, done, len(job.units))
         faults.raise_if_any(CheckpointError)
         if job.decides_at_the_end and decided not in before:
@@ -149,6 +167,23 @@ def run(
                 journal.add(decided)
     undecided.clear()
     (directory / _STATISTICS).unlink(missing_ok=True)
+    return without_effect(_by_name(job.units, told), job.method.name)
+
+
+def _by_name(units: Sequence[Unit], told: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+    """Name and effect of every piece of the units that told theirs."""
+    for unit in units:
+        for piece, effect in zip(unit.pieces, told.get(unit.number, ""), strict=False):
+            yield piece.spec.name, effect
+
+
+def _tell(lost: Mapping[str, str], family: Family, work: Work) -> None:
+    """Say what came out as in the base although experts differ, and why."""
+    work.fact("unchanged", dict(lost))
+    whose = "the base" if family.has_base else f"the first expert, {next(iter(family.experts))}"
+    for why in sorted(set(lost.values())):
+        names = [name for name in lost if lost[name] == why]
+        work.note(f"as in {whose}, although experts differ ({why}): {shown(names)}")
 
 
 def _statistics(job: MergeJob, directory: Path, work: Work) -> Statistics | None:
@@ -180,15 +215,31 @@ def _merge_unit(
     writer: CheckpointWriter,
     undecided: UndecidedEntries,
     device: torch.device,
+    seen: set[str],
     unit: Unit,
-) -> list[str]:
-    """Merge and write one unit; returns what is wrong with its weights, and writes nothing then."""
+) -> tuple[list[str], str]:
+    """Merge and write one unit, but for what is wrong.
+
+    Args:
+        job: What is done.
+        statistics: What looks at the whole model told.
+        writer: Where it is written.
+        undecided: Where entries that are decided late wait.
+        device: Where whole matrices are merged.
+        seen: Tensors that are known to come out otherwise than in the base; more are added.
+        unit: The unit.
+
+    Returns:
+        What is wrong with its weights, and the effect of each piece.
+    """
     faults: list[str] = []
+    effects: list[str] = []
     left_open = undecided.of(unit) if job.decides_late else None
     for spec, group in groupby(unit.pieces, key=lambda piece: piece.spec):
         pieces = list(group)
         if spec.name not in job.merged:
             for piece in pieces:
+                effects.append(job.stacks.left_alone(piece))
                 _put(writer, piece, job.stacks.reference(piece))
             continue
         own = statistics
@@ -202,54 +253,91 @@ def _merge_unit(
                 faults += error.faults
                 continue
         for piece in pieces:
-            merged, found = (
-                _merge_whole(job, own, piece, device)
+            asked = job.family.has_base and spec.name not in seen
+            merged, found, effect = (
+                _merge_whole(job, own, piece, device, asked)
                 if unit.whole
-                else _merge_rows(job, own, piece, left_open)
+                else _merge_rows(job, own, piece, left_open, asked)
             )
             faults += found
+            effects.append(effect)
+            if effect == "+":
+                seen.add(spec.name)
             if not found:
                 _put(writer, piece, merged)
         if left_open is not None and job.per_tensor and not faults:
             left_open.decide(writer)
     if left_open is not None and job.decides_at_the_end and not faults:
         left_open.keep()
-    return faults
+    return faults, "".join(effects)
 
 
 def _merge_rows(
-    job: MergeJob, statistics: Statistics | None, piece: Piece, left_open: LeftOpen | None
-) -> tuple[Tensor, list[str]]:
-    """Rows of the result: reference plus merged deltas, fp32."""
-    parameters, site = job.parameters_of(piece.spec.name), job.stacks.site(piece)
-    coefficients = job.method.coefficients(parameters, job.stacks.experts)
-    if coefficients is not None and job.is_narrow(piece.spec.name):
-        value = job.stacks.combined(piece, coefficients)
-        if value is not None:
-            return value, job.stacks.faults(value, piece)
-    stack, reference = job.stacks.read(piece, reuse=True)
-    faults = job.stacks.faults(stack, piece, reference)
+    job: MergeJob,
+    statistics: Statistics | None,
+    piece: Piece,
+    left_open: LeftOpen | None,
+    asked: bool,
+) -> tuple[Tensor, list[str], Effect]:
+    """Rows of the result: reference plus merged deltas, fp32; faults; the effect, if asked for."""
+    stacks, name = job.stacks, piece.spec.name
+    parameters, site = job.parameters_of(name), stacks.site(piece)
+    coefficients = job.method.coefficients(parameters, stacks.experts)
+    if coefficients is not None and job.is_narrow(name):
+        combined = stacks.combined(piece, coefficients)
+        if combined is not None:
+            value, apart = combined
+            effect = _effect_of_mean(job, piece, value, apart) if asked else "+"
+            return value, stacks.faults(value, piece), effect
+    stack, reference = stacks.read(piece, reuse=True)
+    faults = stacks.faults(stack, piece, reference)
     if faults:
-        return reference, faults
+        return reference, faults, "+"
+    changed = asked and any_entry(stack)  # before the method, which may work in place
     told = Undecided() if left_open is not None else None
     merged = job.method.merge(stack, parameters, statistics, site, told)
+    value = merged + reference
     if left_open is not None and told is not None:
         left_open.add(piece, told, reference)
-    return merged + reference, []
+        asked = asked and not len(told.places)  # what is decided late changes them
+    effect = effect_of(value, reference, job.dtype_of(name), lambda: changed) if asked else "+"
+    return value, [], effect
+
+
+def _effect_of_mean(job: MergeJob, piece: Piece, value: Tensor, apart: bool) -> Effect:
+    """The effect of a piece for which the base need not have been read.
+
+    Of models that are all the same nothing can be lost. Else a few entries of the base tell.
+    """
+    if not apart:
+        return "."
+    head, dtype = job.stacks.head(piece, PROBED), job.dtype_of(piece.spec.name)
+    few = value[: head.stop - head.start] if piece.spec.shape else value
+    if differs(few, job.stacks.reference(head), dtype):
+        return "+"
+    return effect_of(value, job.stacks.reference(piece), dtype, lambda: True)
 
 
 def _merge_whole(
-    job: MergeJob, statistics: Statistics | None, piece: Piece, device: torch.device
-) -> tuple[Tensor, list[str]]:
+    job: MergeJob,
+    statistics: Statistics | None,
+    piece: Piece,
+    device: torch.device,
+    asked: bool,
+) -> tuple[Tensor, list[str], Effect]:
     """A matrix of the result; adapters enter as factors, where the method allows it."""
-    parameters, site = job.parameters_of(piece.spec.name), job.stacks.site(piece)
+    name = piece.spec.name
+    parameters, site = job.parameters_of(name), job.stacks.site(piece)
     stack, expand = job.stacks.given(job.method, parameters, piece, undivided=True)
     reference = job.stacks.reference(piece).float()
     faults = job.stacks.faults(stack, piece, reference)
     if faults:
-        return reference, faults
+        return reference, faults, "+"
+    changed = asked and any_entry(stack)
     merged = job.method.merge(stack.to(device), parameters, statistics, site).cpu()
-    return expand(merged) + reference, []
+    value = expand(merged) + reference
+    effect = effect_of(value, reference, job.dtype_of(name), lambda: changed) if asked else "+"
+    return value, [], effect
 
 
 def _put(writer: CheckpointWriter, piece: Piece, value: Tensor) -> None:

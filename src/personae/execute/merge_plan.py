@@ -1,6 +1,7 @@
 """What a merge will do, from headers alone: which tensors, cut how, and every fault they tell."""
 
 import heapq
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -78,7 +79,11 @@ class MergeJob:
 
     def is_narrow(self, name: str) -> bool:
         """Whether a tensor comes out in 16 bits, so that no rounding of fp32 is seen in it."""
-        return self._dtypes[name].itemsize <= 2
+        return self.dtype_of(name).itemsize <= 2
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a tensor comes out in."""
+        return self._dtypes[name]
 
     @cached_property
     def _dtypes(self) -> Mapping[str, torch.dtype]:
@@ -227,6 +232,7 @@ def job_of(
     stacks = Stacks(family)
     specs = list(family.base.specs.values())
     merged = frozenset(name for name in stacks.names if family.base.specs[name].numel)
+    merged |= {n for n in stacks.statistics if _is_mean(method, parameters_of(n), stacks.experts)}
     per_tensor = method.gather is not None and method.scope_of(parameters_of("")) == "tensor"
 
     def undivided(spec: TensorSpec) -> bool:
@@ -246,6 +252,12 @@ def job_of(
         units=units(specs, undivided, together=per_tensor),
         per_tensor=per_tensor,
     )
+
+
+def _is_mean(method: MergeMethod, parameters: Any, experts: int) -> bool:
+    """Whether a result is a weighted mean of base and experts: a variance stays one."""
+    found = method.coefficients(parameters, experts)
+    return found is not None and min(found) >= 0.0 and math.fsum(found) <= 1.0 + 1e-6
 
 
 def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
@@ -294,6 +306,13 @@ def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
     whose = "the base" if family.has_base else f"the first expert, {next(iter(family.experts))}"
     if left:
         notes.append(f"left as in {whose}: {shown(left)}")
+    statistics = job.stacks.statistics
+    if statistics:
+        told = "averaged" if job.merged.issuperset(statistics) else f"as in {whose}"
+        notes.append(
+            f"statistics of batch normalisation are {told}: {shown(statistics)}; compute them "
+            "anew, by running data through the merged model in training mode"
+        )
     heads = [name for name in sorted(job.merged) if _HEAD.search(name)]
     if heads:
         notes.append(f"merged like all else, although heads by name: {shown(heads)}; or use skip")

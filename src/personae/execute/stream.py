@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,6 +13,7 @@ from personae.checkpoints import Checkpoint
 from personae.checkpoints.vocabulary import has_vocabulary_axis
 from personae.checkpoints.vocabulary_rows import settle
 from personae.execute.deltas import Deltas, working_bytes
+from personae.execute.effects import Effect, differs
 from personae.execute.family import Family
 from personae.execute.pieces import Piece
 from personae.execute.scan import not_finite
@@ -24,6 +26,8 @@ class Stacks:
 
     Attributes:
         names: Reference names of the tensors that every expert has in full, sorted.
+        statistics: Those of batch normalisation's running statistics, of which only means make
+            sense.
         experts: Number of experts.
     """
 
@@ -34,6 +38,10 @@ class Stacks:
         self._deltas = [Deltas(e, family.base, family.has_base) for e in family.experts.values()]
         shared = [{*e.shared} - {*e.grown} for e in family.experts.values()]
         self.names: Sequence[str] = sorted(set[str].intersection(*shared))
+        buffers = set[str].intersection(*({*e.buffers} for e in family.experts.values()))
+        self.statistics: Sequence[str] = sorted(
+            name for name in buffers if family.base.specs[name].is_floating
+        )
         self.experts = len(self._deltas)
         self._finite = set[tuple[str, int, int]]()
         self._own = threading.local()
@@ -72,11 +80,13 @@ class Stacks:
                 place.copy_(self._expert(deltas, piece)).sub_(reference)
         return stack, reference
 
-    def combined(self, piece: Piece, coefficients: Sequence[float]) -> Float[Tensor, "..."] | None:
+    def combined(
+        self, piece: Piece, coefficients: Sequence[float]
+    ) -> tuple[Float[Tensor, "..."], bool] | None:
         """(1 - Σ c_n) θ₀ + Σ c_n θ_n of a piece, fp32; the base is not read if that is 0.
 
         None where the experts' values are not simply stored in 16 bits, as of adapters, and for
-        vocabularies that differ.
+        vocabularies that differ. Beside it, whether what was read is not all the same.
         """
         name, rest = piece.spec.name, 1.0 - math.fsum(coefficients)
         needs_base = abs(rest) > 1e-12
@@ -86,11 +96,39 @@ class Stacks:
             return None
         values = self._stack(piece, reuse=True)[0]
         total = torch.zeros(piece.shape)
+        first, apart = None, False
         if needs_base:
-            total.add_(values.copy_(_rows(self._reference, name, piece)), alpha=rest)
+            first = _rows(self._reference, name, piece)
+            total.add_(values.copy_(first), alpha=rest)
         for coefficient, deltas in zip(coefficients, self._deltas, strict=True):
-            total.add_(values.copy_(self._expert(deltas, piece)), alpha=coefficient)
-        return total
+            own = self._expert(deltas, piece)
+            total.add_(values.copy_(own), alpha=coefficient)
+            first = own if first is None else first
+            apart = apart or own.dtype != first.dtype or differs(own, first, first.dtype)
+        return total, apart
+
+    def head(self, piece: Piece, entries: int) -> Piece:
+        """The first rows of a piece: at least one, and so many entries at least if it has them."""
+        if not piece.spec.shape:
+            return piece
+        rows = -(-entries * (piece.stop - piece.start) // max(piece.numel, 1))
+        return replace(piece, stop=min(piece.start + max(rows, 1), piece.stop))
+
+    def left_alone(self, piece: Piece) -> Effect:
+        """What is not merged of a piece: whether an expert has it otherwise, and is not skipped."""
+        name = piece.spec.name
+        reference: Tensor | None = None
+        for deltas in self._deltas:
+            found = deltas.alignment
+            if name not in found.files or name in found.skipped or deltas.unchanged(name):
+                continue
+            if found.spec(name).shape != piece.spec.shape:
+                continue
+            own = self._expert(deltas, piece)
+            reference = _rows(self._reference, name, piece) if reference is None else reference
+            if differs(own, reference, torch.promote_types(own.dtype, reference.dtype)):
+                return "b" if name in found.buffers else "-"
+        return "."
 
     def given(
         self, method: MergeMethod, parameters: Parameters, piece: Piece, undivided: bool

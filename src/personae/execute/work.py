@@ -6,6 +6,7 @@ of what it computes may differ from the CPU's.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,6 +25,10 @@ def _ignored(_text: str) -> None:
     """Nobody reads."""
 
 
+def _unrecorded(_name: str, _fact: Any) -> None:
+    """Nobody records."""
+
+
 @dataclass(frozen=True)
 class Work:
     """How to work.
@@ -36,6 +41,7 @@ class Work:
             `cuda` or `cuda:i`. Results come back to the CPU.
         progress: Told how far the work is.
         note: Told, a line each, what a person should know: prefixes, private tensors.
+        fact: Told, as plain values under a name, what only the work itself could find.
     """
 
     workers: int | None = None
@@ -43,6 +49,7 @@ class Work:
     device: str = "cpu"
     progress: Progress = silent
     note: Callable[[str], None] = _ignored
+    fact: Callable[[str, Any], None] = _unrecorded
 
     @property
     def threads(self) -> int:

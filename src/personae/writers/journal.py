@@ -23,7 +23,7 @@ class Journal:
     """The steps of a run that are done.
 
     Attributes:
-        done: Numbers of the steps done by this run and those before it.
+        done: Numbers of the steps done by this run and those before it, with what each told.
         directory: Where the run writes; what is in it belongs to the run.
     """
 
@@ -34,7 +34,7 @@ class Journal:
             OutputError: if the disk refuses.
         """
         self.directory = directory
-        self.done: set[int] = set()
+        self.done: dict[int, str] = {}
         path = directory / _FILE
         # What was written but not yet on disk is lost with a machine, not with a process.
         boot = _BOOT.read_text("ascii").strip() if _BOOT.exists() else ""
@@ -43,18 +43,19 @@ class Journal:
         with output_errors(path):
             if found == wanted:
                 whole, _, _ = steps.rpartition("\n")  # a line cut short was never finished
-                self.done = {int(line) for line in whole.split()}
+                steps = (line.partition(" ") for line in whole.splitlines())
+                self.done = {int(number): told for number, _, told in steps}
             else:
                 _clear(directory)
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            lines = [wanted, *map(str, sorted(self.done))]
+            lines = [wanted, *(_line(*step) for step in sorted(self.done.items()))]
             os.write(self._file, ("\n".join(lines) + "\n").encode())
 
-    def add(self, step: int) -> None:
-        """Note a step as done: all it wrote must have been handed to the system."""
-        self.done.add(step)
+    def add(self, step: int, told: str = "") -> None:
+        """Note a step as done, with a line to remember: all it wrote has been handed over."""
+        self.done[step] = told
         with output_errors(self.directory / _FILE):
-            os.write(self._file, f"{step}\n".encode())
+            os.write(self._file, f"{_line(step, told)}\n".encode())
 
     def __enter__(self) -> "Journal":
         """Begin the run."""
@@ -70,6 +71,10 @@ class Journal:
             (self.directory / _FILE).unlink()
         elif isinstance(error, PersonaeError) and not isinstance(error, OutputError):
             _clear(self.directory)
+
+
+def _line(step: int, told: str) -> str:
+    return f"{step} {told}".rstrip()
 
 
 def _read(path: Path) -> str:
