@@ -19,6 +19,27 @@ Parts = dict[str, Tensor]
 """What a codec stores for one tensor: part name to a 1-D tensor (uint8, int32 or floating)."""
 
 
+class PartSpec(NamedTuple):
+    """What a codec declares of one part before it is read: its dtype, and its number of elements.
+
+    A number is a range where it depends on the values coded; `optional` parts may be missing.
+    """
+
+    dtype: torch.dtype
+    least: int
+    most: int
+    optional: bool = False
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, count: int) -> "PartSpec":
+        """A part of just so many elements."""
+        return cls(dtype, count, count)
+
+
+Layout = dict[str, PartSpec]
+"""The parts that a block may have, by name."""
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype as configurations and recipes write it, such as 'bfloat16'."""
     return str(dtype).removeprefix("torch.")

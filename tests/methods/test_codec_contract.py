@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from personae._types import SVD, Parts, TensorSpec
-from personae.methods import CODECS, Codec, block_bits, decode_block, encode_block
+from personae.methods import (
+    CODECS,
+    Codec,
+    block_bits,
+    block_layout,
+    decode_block,
+    encode_block,
+    misfits,
+)
 from pretend_device import DEVICE, PretendDevice
 
 MATRICES = [(80, 100), (300, 70), (70, 300), (1, 50), (50, 1)]
@@ -82,6 +90,37 @@ def test_stored_bits_are_the_bytes_of_the_parts(name: str, shape: tuple[int, ...
     declared = block_bits(codec, treatment, shape).stored
     assert _bits(parts) <= declared
     assert _bits(parts) == declared or name in SIZED_BY_VALUES
+
+
+@each_shape
+def test_parts_are_those_declared(name: str, shape: tuple[int, ...]):
+    codec = _codec(name).for_family([{}, {}]).for_task("x")
+    for zeros in (slice(0), slice(1), slice(1, 2), slice(1, -1, 3)):
+        delta = _delta(shape)
+        delta.view(-1)[zeros] = 0
+        _check_declared(codec, shape, _round_trip(codec, delta)[0])
+    if len(shape) > 1:
+        delta = _delta(shape)
+        delta[1:] = 0
+        _check_declared(codec, shape, _round_trip(codec, delta)[0])
+
+
+def _check_declared(codec: Codec, shape: tuple[int, ...], parts: Parts) -> None:
+    """The parts are as the layout says, and nothing beyond it passes."""
+    lengths = {part: len(values) for part, values in parts.items()}
+    rank = lengths.get("singular_values") if parts else 0
+    assert misfits(codec, lengths, shape, rank) == []
+    layout = block_layout(codec, parts, shape, rank)
+    assert all(layout[part].dtype == values.dtype for part, values in parts.items())
+    for part in lengths:
+        beyond = lengths | {part: layout[part].most + 1}
+        missing = {name: length for name, length in lengths.items() if name != part}
+        assert misfits(codec, beyond, shape, rank) != []
+        assert not missing or layout[part].optional or misfits(codec, missing, shape, rank) != []
+        assert misfits(codec, lengths | {"foreign": 1}, shape, rank) != []
+    if "singular_values" in lengths:
+        assert misfits(codec, lengths | {"singular_values": 2_000_000}, shape, 2_000_000) != []
+        assert misfits(codec, lengths, shape, None) != []
 
 
 @each_shape

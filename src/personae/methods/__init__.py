@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 
 from personae.methods import merge, mergekit, personalise
-from personae.methods._blocks import block_bits, decode_block, encode_block
+from personae.methods._blocks import block_bits, block_layout, decode_block, encode_block, misfits
 from personae.methods._codec import Bits, Codec, Context, Facts, Look, Treatment, look
 from personae.methods._merge import Factors, Gathering, Measure, MergeMethod, Statistics, gathered
 from personae.methods._parameters import Parameters, flag_fault, percent_hint
@@ -50,6 +50,7 @@ __all__ = [
     "Treatment",
     "Undecided",
     "block_bits",
+    "block_layout",
     "build",
     "decode_block",
     "encode_block",
@@ -57,5 +58,6 @@ __all__ = [
     "gathered",
     "look",
     "lookup",
+    "misfits",
     "percent_hint",
 ]

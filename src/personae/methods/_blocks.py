@@ -1,16 +1,17 @@
 """Blocks of tensors through a codec, with those it does not code kept exact or left out."""
 
+from collections.abc import Collection, Mapping
 from math import prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personae._types import SVD, Parts
+from personae._types import SVD, Layout, Parts, PartSpec
 from personae.methods._codec import Bits, Codec, Context, Treatment
 from personae.ops.bits import pack, unpack
 from personae.ops.parts import cut
-from personae.ops.rows import restore_rows, touched_rows
+from personae.ops.rows import restore_rows, rows_spec, touched_rows
 
 
 def encode_block(
@@ -38,6 +39,50 @@ def decode_block(
         kept = cut(parts, "exact", [int(touched.count_nonzero()) * columns])[0]
         return restore_rows(kept.reshape(-1, columns), touched).reshape(shape).clone()
     return codec.decode(parts, shape, shared) if parts else torch.zeros(shape)
+
+
+def block_layout(
+    codec: Codec, parts: Collection[str], shape: tuple[int, ...], rank: int | None = None
+) -> Layout:
+    """The parts that a block with parts of these names may have; see `Codec.layout`."""
+    numel = prod(shape)
+    if not numel or not parts:
+        return {}
+    names = set(parts)
+    if names == {"exact"}:
+        return {"exact": PartSpec.of(torch.float32, numel)}
+    if names == {"exact", "rows"} and len(shape) > 1:
+        exact = PartSpec(torch.float32, numel // shape[0], numel)
+        return {"exact": exact, "rows": rows_spec(shape[0])}
+    return codec.layout(shape, rank)
+
+
+def misfits(
+    codec: Codec, parts: Mapping[str, int], shape: tuple[int, ...], rank: int | None = None
+) -> list[str]:
+    """What is wrong with a stored block that says it has parts of these lengths.
+
+    Args:
+        codec: What decodes it.
+        parts: Part name to number of elements.
+        shape: Shape of the block.
+        rank: Rank it says it has: 0 without parts, None without decomposition.
+    """
+    layout = block_layout(codec, parts, shape, rank)
+    missing = {name for name, spec in layout.items() if not spec.optional} - parts.keys()
+    faults = [f"part '{name}' is missing" for name in sorted(missing)]
+    for name, length in parts.items():
+        spec = layout.get(name, PartSpec.of(torch.uint8, 0))
+        if name not in layout:
+            faults.append(f"it has no part '{name}'")
+        elif not spec.least <= length <= spec.most:
+            faults.append(
+                f"part '{name}' has {length} elements, expected {spec.least} to {spec.most}"
+            )
+    expected = {parts.get("singular_values")} if parts else {0, None}
+    if rank not in expected:
+        faults.append(f"rank {rank} is not the number of its singular values")
+    return faults
 
 
 def block_bits(

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from personae._types import SVD, Parts, TensorSpec
+from personae._types import SVD, Layout, Parts, TensorSpec
 from personae.methods._parameters import Parameters
 from personae.methods._site import Block, Site
 from personae.ops.rows import restore_rows, touched_rows
@@ -181,6 +181,17 @@ class Codec(Parameters, ABC):
         """Rebuild the delta (fp32, of this shape) from its parts and the shared block alone.
 
         It is where the parts are.
+        """
+        ...
+
+    @abstractmethod
+    def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
+        """The parts that a block of this shape has, if any; those in a pack are held to it.
+
+        Args:
+            shape: Shape of the tensor or block; it has elements.
+            rank: Rank stored: elements of `singular_values`; None without decomposition. It may be
+                any number; the layout says by the range of `singular_values` which there are.
         """
         ...
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personae._types import SVD, Parts
+from personae._types import SVD, Layout, Parts, PartSpec
 from personae.ops.parts import cut, part
 
 
@@ -17,6 +17,18 @@ def encode_low_rank(svd: SVD, rank: int) -> Parts:
         "left": u[:, :rank].flatten().clone(),
         "singular_values": singular_values[:rank].clone(),
         "right": vh[:rank].flatten().clone(),
+    }
+
+
+def low_rank_layout(shape: tuple[int, ...], rank: int | None) -> Layout:
+    """What `encode_low_rank` stores of a matrix of this shape; nothing of what is no matrix."""
+    if len(shape) != 2:
+        return {}
+    kept, (rows, columns) = rank or 0, shape
+    return {
+        "left": PartSpec.of(torch.float32, rows * kept),
+        "singular_values": PartSpec(torch.float32, 1, min(shape)),
+        "right": PartSpec.of(torch.float32, kept * columns),
     }
 
 

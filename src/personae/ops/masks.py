@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from personae._types import Parts
+from personae._types import Layout, Parts, PartSpec
 from personae.errors import PackError
 from personae.ops.bits import pack, pack_planes, packed_size, planes_size, unpack, unpack_planes
 from personae.ops.parts import part
@@ -52,16 +52,25 @@ def decode_mask(parts: Parts, count: int) -> Int64[Tensor, " marked"]:
     unary = part(parts, "mask")
     ends = unpack(unary, 8 * len(unary), 1).nonzero().flatten()
     marked = len(ends)
-    bits = len(parts["gaps"]) // max(packed_size(marked, 1), 1)
+    # No remainder is longer than an index: a longer one, from anybody's file, would overflow.
+    bits = min(len(parts["gaps"]) // max(packed_size(marked, 1), 1), count.bit_length())
     quotients = torch.diff(ends, prepend=ends.new_full((1,), -1)) - 1
     skipped = (quotients << bits) + unpack_planes(parts["gaps"], marked, bits)
-    indices = (skipped + 1).cumsum(0) - 1
-    if marked and int(indices[-1]) >= count:
+    if float((skipped + 1).sum(dtype=torch.float64)) > count:
         raise PackError(
-            f"A mask marks entry {int(indices[-1])} of {count}. The task file is damaged or was "
+            f"A mask marks entries beyond the {count} there are. The task file is damaged or was "
             "coded for another shape: fetch or write it again."
         )
-    return indices
+    return (skipped + 1).cumsum(0) - 1
+
+
+def mask_layout(count: int) -> Layout:
+    """The parts of a mask of `count` entries.
+
+    Gaps stand only where both parts together take less than a bit an entry.
+    """
+    bits = PartSpec(torch.uint8, 1, packed_size(count, 1))
+    return {"mask": bits, "gaps": bits._replace(optional=True)}
 
 
 def mask_size(count: int, marked: int) -> int:

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from personae._types import Parts
+from personae._types import Layout, Parts, PartSpec
+from personae.errors import PackError
 from personae.ops.bits import pack, packed_size, unpack
 from personae.ops.parts import cut
 
@@ -36,14 +37,32 @@ def encode_zeros(factors: Sequence[Float[Tensor, "..."]]) -> Parts:
     return {"zeros": torch.cat([pack(mask.to(torch.uint8), 1) for mask in masks])}
 
 
+def zeros_layout(least: Sequence[int], most: Sequence[int]) -> Layout:
+    """The parts of zeros in factors with at least, and at most, so many values each."""
+    fewest, largest = (sum(packed_size(count, 1) for count in each) for each in (least, most))
+    return {
+        "zeros": PartSpec(torch.uint8, fewest, largest, optional=True),
+        "zero_positions": PartSpec(torch.int32, 1, (largest - 1) // _POSITION_BYTES, optional=True),
+    }
+
+
 def decode_zeros(parts: Parts, counts: Sequence[int]) -> list[Bool[Tensor, " _"] | None]:
-    """Masks of the exact zeros of factors with so many values each; None for a factor without."""
+    """Masks of the exact zeros of factors with so many values each; None for a factor without.
+
+    Raises:
+        PackError: if the parts fit no factors of so many values.
+    """
     if "zeros" in parts:
         planes = cut(parts, "zeros", [packed_size(count, 1) for count in counts])
         return [unpack(plane, count, 1).bool() for plane, count in zip(planes, counts, strict=True)]
     if "zero_positions" not in parts:
         return [None] * len(counts)
-    positions = parts["zero_positions"].long()
-    whole = torch.zeros(sum(counts), dtype=torch.bool, device=positions.device)
+    positions, values = parts["zero_positions"].long(), sum(counts)
+    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < values:
+        raise PackError(
+            f"Part 'zero_positions' names values beyond the {values} there are. The task file is "
+            "damaged or was coded for another shape: fetch or write it again."
+        )
+    whole = torch.zeros(values, dtype=torch.bool, device=positions.device)
     whole[positions] = True
     return list(whole.split(list(counts)))

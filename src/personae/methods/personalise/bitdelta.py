@@ -12,12 +12,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from personae._types import SVD, Parts, TensorSpec
+from personae._types import SVD, Layout, Parts, PartSpec, TensorSpec
 from personae.methods._codec import Bits, Codec, Context, Rest, Treatment
 from personae.methods._registry import codec
 from personae.methods._site import is_projection
 from personae.ops.bits import pack, packed_size, unpack
-from personae.ops.masks import decode_mask, encode_mask
+from personae.ops.masks import decode_mask, encode_mask, mask_layout
 from personae.ops.parts import cut
 from personae.ops.sums import absolute_sum
 
@@ -78,6 +78,16 @@ class BitDelta(Codec):
         signs = unpack(cut(parts, "signs", [packed_size(count, 1)])[0], count, 1)
         delta.view(-1)[changed] = torch.where(signs.bool(), -scale, scale)
         return delta
+
+    def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
+        """A mask if some entry is zero, a sign for each other entry, a scale."""
+        count = torch.Size(shape).numel()
+        mask = {name: spec._replace(optional=True) for name, spec in mask_layout(count).items()}
+        return {
+            **mask,
+            "signs": PartSpec(torch.uint8, 1, packed_size(count, 1)),
+            "scale": PartSpec.of(torch.float32, 1),
+        }
 
     def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
         """A bit an element; scales are not counted."""

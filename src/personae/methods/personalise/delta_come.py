@@ -14,13 +14,13 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from personae._types import SVD, Parts, TensorSpec
+from personae._types import SVD, Layout, Parts, PartSpec, TensorSpec
 from personae.methods._codec import Bits, Codec, Context, Rest, Treatment
 from personae.methods._registry import codec
 from personae.methods._site import is_projection
 from personae.ops.bits import pack, pack_planes, packed_size, planes_size, unpack, unpack_planes
 from personae.ops.parts import cut, part
-from personae.ops.rows import restore_rows, touched_rows
+from personae.ops.rows import restore_rows, rows_spec, touched_rows
 
 Count = Annotated[int, Field(ge=1)]
 Precision = Annotated[int, Field(ge=1, le=8)]
@@ -132,6 +132,26 @@ class DeltaCoMe(Codec):
         delta = left.T @ (singular_values[:, None] * right)
         return delta if touched is None else restore_rows(delta, touched)
 
+    def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
+        """Singular values, scales and codes of both factors, U with as few as one row."""
+        if len(shape) != 2:
+            return {}
+        kept, (rows, columns) = min(rank or 0, *shape), shape
+
+        def codes(live: int) -> int:
+            runs = list(self._runs(kept))
+            return sum(planes_size((b - a) * n, w) for n in (live, columns) for w, a, b in runs)
+
+        def scales(live: int) -> int:
+            return kept * (-(-live // GROUP) + -(-columns // GROUP))
+
+        return {
+            "singular_values": PartSpec(torch.float32, 1, min(shape)),
+            "scales": PartSpec(torch.float16, scales(1), scales(rows)),
+            "codes": PartSpec(torch.uint8, codes(1), codes(rows)),
+            "rows": rows_spec(rows),
+        }
+
     def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
         """Codes and 32 bits a singular value; scales are not counted."""
         rank = self.rank(shape) if rank is None else rank
@@ -149,7 +169,8 @@ class DeltaCoMe(Codec):
 
     def _runs(self, rank: int) -> Iterator[tuple[int, int, int]]:
         """Bits a value, first and last vector of each run of one precision."""
-        widths: Sequence[int] = [width for count, width in self.bands for _ in range(count)]
+        bands = ((min(count, rank), width) for count, width in self.bands)
+        widths: Sequence[int] = [width for count, width in bands for _ in range(count)]
         widths = [*widths, *[self.rest_bits] * (rank - len(widths))][:rank]
         start = 0
         for width, run in groupby(widths):

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from personae._types import SVD, Parts, RankFraction, TensorSpec
+from personae._types import SVD, Layout, Parts, PartSpec, RankFraction, TensorSpec
 from personae.errors import MethodError
 from personae.methods._codec import Bits, Codec, Context, decompose_touched
 from personae.methods._registry import codec
@@ -23,8 +23,8 @@ from personae.methods._site import Block, stacked_qkv
 from personae.ops.bits import Width, pack, packed_size, unpack
 from personae.ops.levels import Levels, Split, dequantise, groups, quantise
 from personae.ops.parts import cut, part
-from personae.ops.rows import restore_rows, touched_rows
-from personae.ops.zeros import decode_zeros, encode_zeros
+from personae.ops.rows import restore_rows, rows_spec, touched_rows
+from personae.ops.zeros import decode_zeros, encode_zeros, zeros_layout
 
 
 @codec(paper="arXiv:2512.01461")
@@ -167,6 +167,22 @@ class DTS(Codec):
         delta = left.T @ (singular_values[:, None] * right)
         return (delta if touched is None else restore_rows(delta, touched)).reshape(shape)
 
+    def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
+        """Scales, codes and zeros of one factor, or of two, U with as few as one row."""
+        if not shape:
+            return {"exact": PartSpec.of(torch.float32, 1)}
+        matrix = self._matrix(shape)
+        if not matrix:
+            return self._factors_layout([(1, prod(shape))], [(1, prod(shape))])
+        rows, columns = matrix
+        kept = min(rank or 0, rows, columns)
+        value = getattr(torch, self.singular_value_dtype)
+        return {
+            **self._factors_layout([(kept, 1), (kept, columns)], [(kept, rows), (kept, columns)]),
+            "singular_values": PartSpec(value, 1, min(matrix)),
+            "rows": rows_spec(rows),
+        }
+
     def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
         """3 bits an element of what is coded and 32 a singular value; scales are not counted."""
         if not shape:
@@ -239,6 +255,19 @@ class DTS(Codec):
             codes.append(pack(levels.codes.flatten(), self._width))
         parts = {"scales": torch.cat(scales), "codes": torch.cat(codes)}
         return parts | encode_zeros(factors)
+
+    def _factors_layout(
+        self, least: Sequence[tuple[int, int]], most: Sequence[tuple[int, int]]
+    ) -> Layout:
+        """Of what `_encode_factors` makes of factors of at least, and at most, these shapes."""
+        fewest, largest = ([vectors * width for vectors, width in each] for each in (least, most))
+        codes = [sum(packed_size(n, self._width) for n in each) for each in (fewest, largest)]
+        scales = groups(self._levels) * sum(self._sets(vectors) for vectors, _ in most)
+        return {
+            "scales": PartSpec.of(torch.float32, scales),
+            "codes": PartSpec(torch.uint8, codes[0], codes[1]),
+            **zeros_layout(fewest, largest),
+        }
 
     def _decode_factors(
         self, parts: Parts, shapes: Sequence[tuple[int, int]]

@@ -12,11 +12,11 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from personae._types import SVD, Parts
+from personae._types import SVD, Layout, Parts, PartSpec
 from personae.methods._codec import Bits, Codec, Context, Look, Looks
 from personae.methods._registry import codec
 from personae.ops.bits import packed_size
-from personae.ops.masks import decode_mask, encode_mask
+from personae.ops.masks import decode_mask, encode_mask, mask_layout
 from personae.ops.parts import cut
 from personae.ops.sums import absolute_sum
 
@@ -87,6 +87,13 @@ class EMR(Codec):
         kept = decode_mask(parts, delta.numel())
         delta.view(-1)[kept] = cut(parts, "scale", [1])[0] * shared.reshape(-1)[kept]
         return delta
+
+    def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
+        """A mask and a scale."""
+        return {
+            **mask_layout(torch.Size(shape).numel()),
+            "scale": PartSpec.of(torch.float32, 1),
+        }
 
     def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
         """A bit an element; the rescaler is stored with each tensor and not counted."""

@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, float32
 
 from personae import _types
-from personae._types import Parts, RankFraction
+from personae._types import Layout, Parts, PartSpec, RankFraction
 from personae.methods._codec import Bits, Codec, Context, decompose_touched
-from personae.methods._low_rank import decode_low_rank, encode_low_rank
+from personae.methods._low_rank import decode_low_rank, encode_low_rank, low_rank_layout
 from personae.methods._registry import codec
 from personae.ops.parts import cut
 
@@ -75,6 +75,12 @@ class SVD(Codec):
         if parts and len(shape) != 2:
             return cut(parts, "exact", [prod(shape)])[0].reshape(shape).clone()
         return decode_low_rank(parts, shape)
+
+    def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
+        """Factors of a matrix, or the tensor itself."""
+        if len(shape) == 2:
+            return low_rank_layout(shape, rank)
+        return {"exact": PartSpec.of(float32, prod(shape))}
 
     def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
         """32 bits for every number kept."""

@@ -13,11 +13,11 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from personae._types import SVD, Density, Parts, TensorSpec
+from personae._types import SVD, Density, Layout, Parts, PartSpec, TensorSpec
 from personae.methods._codec import Bits, Codec, Context, Facts, Look, Looks, Treatment
 from personae.methods._registry import codec
 from personae.ops.bits import pack, packed_size, unpack
-from personae.ops.masks import decode_mask, encode_mask, mask_size
+from personae.ops.masks import decode_mask, encode_mask, mask_layout, mask_size
 from personae.ops.parts import cut, part
 from personae.ops.select import TOP, Window, census, kth_magnitude, narrow
 
@@ -102,6 +102,15 @@ class TSwitch(Codec):
         scale = cut(parts, "scale", [1])[0]
         delta.view(-1)[kept] = torch.where(signs.bool(), -scale, scale)
         return delta
+
+    def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
+        """A mask, a sign for each entry it marks, a scale."""
+        count = torch.Size(shape).numel()
+        return {
+            **mask_layout(count),
+            "signs": PartSpec(torch.uint8, 1, packed_size(count, 1)),
+            "scale": PartSpec.of(torch.float32, 1),
+        }
 
     def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
         """2 bits an element counted; lean, a bit each and a sign for those kept.

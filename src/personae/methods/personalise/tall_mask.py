@@ -12,12 +12,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from personae._types import SVD, Parts
+from personae._types import SVD, Layout, Parts
 from personae.errors import MethodError
 from personae.methods._codec import Bits, Codec, Context
 from personae.methods._registry import codec
 from personae.ops.bits import packed_size
-from personae.ops.masks import decode_mask, encode_mask
+from personae.ops.masks import decode_mask, encode_mask, mask_layout
 
 Threshold = Annotated[float, Field(gt=0)]
 
@@ -88,6 +88,10 @@ class TALLMask(Codec):
         kept = decode_mask(parts, delta.numel())
         delta.view(-1)[kept] = shared.reshape(-1)[kept]
         return delta
+
+    def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
+        """A mask."""
+        return mask_layout(torch.Size(shape).numel())
 
     def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
         """A bit an element."""

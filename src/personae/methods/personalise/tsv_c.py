@@ -11,9 +11,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from personae._types import SVD, Parts, TensorSpec
+from personae._types import SVD, Layout, Parts, TensorSpec
 from personae.methods._codec import Bits, Codec, Context, Facts, Rest, Treatment
-from personae.methods._low_rank import decode_low_rank, encode_low_rank
+from personae.methods._low_rank import decode_low_rank, encode_low_rank, low_rank_layout
 from personae.methods._registry import codec
 
 
@@ -59,6 +59,10 @@ class TSVCompress(Codec):
     ) -> Float[Tensor, "..."]:
         """Rebuild the delta; parts that do not fit the shape are refused."""
         return decode_low_rank(parts, shape)
+
+    def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
+        """The factors."""
+        return low_rank_layout(shape, rank)
 
     def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
         """32 bits for every number kept, k (m + d + 1) of them."""

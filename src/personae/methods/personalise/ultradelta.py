@@ -14,12 +14,12 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from personae._types import SVD, Density, Parts, TensorSpec
+from personae._types import SVD, Density, Layout, Parts, PartSpec, TensorSpec
 from personae.methods._codec import Bits, Codec, Context, Facts, Look, Looks, Rest, Treatment
 from personae.methods._registry import codec
 from personae.methods._site import is_projection
 from personae.ops.bits import pack_planes, planes_size, unpack_planes
-from personae.ops.masks import decode_mask, encode_mask, mask_size
+from personae.ops.masks import decode_mask, encode_mask, mask_layout, mask_size
 from personae.ops.parts import cut, part
 
 _WIDTH = 4
@@ -120,6 +120,15 @@ class UltraDelta(Codec):
         least, step = cut(parts, "levels", [2])[0].cpu().tolist()
         delta.view(-1)[kept] = least + step * unpack_planes(codes, len(kept), _WIDTH)
         return delta
+
+    def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
+        """A mask, the level of each entry it marks, the value of the levels."""
+        count = torch.Size(shape).numel()
+        return {
+            **mask_layout(count),
+            "codes": PartSpec(torch.uint8, _WIDTH, planes_size(count, _WIDTH)),
+            "levels": PartSpec.of(torch.float32, 2),
+        }
 
     def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
         """What is stored at `density`, with one entry more a level for rounding."""
