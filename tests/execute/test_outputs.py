@@ -57,6 +57,61 @@ def test_overwrite_replaces_packs_and_models_and_nothing_else(family):
     assert (family / "rebuilt/pack.json").exists()
 
 
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "datasets/train.jsonl",
+        "adapters/math/adapter_model.safetensors",
+        "adapter_model.safetensors",
+        "pytorch_model.bin",
+        "results.json",
+        "notes.txt",
+        "train.py",
+        "empty/",
+    ],
+)
+@pytest.mark.parametrize("kind", ["model", "pack"])
+def test_overwrite_spares_a_folder_that_holds_what_others_wrote(family, kind, foreign):
+    _pack(family, "out")
+    if kind == "model":
+        unpack(family / "out", "x", family / "model")
+        (family / "out").rename(family / "p")
+        (family / "model").rename(family / "out")
+    place = family / "out" / foreign
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.mkdir() if foreign.endswith("/") else place.write_text("mine")
+    before = listing(family)
+    with pytest.raises(OutputError, match=f"does not write, so it is not replaced: {foreign}"):
+        _pack(family, "out", overwrite=True)
+    assert listing(family) == before
+    assert place.exists()
+
+
+def test_overwrite_replaces_all_that_a_model_may_come_with(family):
+    """What a merge or unpack copies from its models, custom code that a config names included."""
+    _pack(family, "p")
+    out = unpack(family / "p", "x", family / "out")
+    (out / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_x.X"}}')
+    for name in (
+        "modeling_x.py",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "config_sentence_transformers.json",
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "README.md",
+    ):
+        (out / name).touch()
+    _pack(family, "out", overwrite=True)
+    assert sorted(p.name for p in out.iterdir()) == ["pack.json", "tasks"]
+
+
 def test_a_pack_under_change_is_not_changed_by_another_run(family):
     _pack(family, "p")
     before = listing(family)

@@ -100,14 +100,14 @@ def test_empty_directory_and_remains_of_a_killed_run_are_fine(tmp_path: Path):
 def test_a_resumed_run_finds_what_was_finished(tmp_path: Path):
     with (
         pytest.raises(KeyboardInterrupt),
-        output_directory(tmp_path / "out", overwrite=False, resumable=True) as partial,
+        output_directory(tmp_path / "out", overwrite=False, note=".note") as partial,
     ):
         (partial / "tasks").mkdir()
         (partial / "tasks" / "finished").touch()
         (partial / "tasks" / ".begun.123.partial").touch()  # as a kill leaves it
         raise KeyboardInterrupt
     assert not (tmp_path / "out").exists()
-    with output_directory(tmp_path / "out", overwrite=False, resumable=True) as partial:
+    with output_directory(tmp_path / "out", overwrite=False, note=".note") as partial:
         assert entries(partial) == ["tasks", "tasks/finished"]
     assert entries(tmp_path) == ["out", "out/tasks", "out/tasks/finished"]
 
@@ -116,7 +116,7 @@ def test_a_refused_resumable_run_leaves_no_trace(tmp_path: Path):
     (tmp_path / "out").touch()
     with (
         pytest.raises(OutputError, match="it is a file"),
-        output_directory(tmp_path / "out", overwrite=True, resumable=True),
+        output_directory(tmp_path / "out", overwrite=True, note=".note"),
     ):
         pytest.fail("the work began")
     assert entries(tmp_path) == ["out"]

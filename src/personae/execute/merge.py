@@ -1,5 +1,6 @@
 """Merges a family into one ordinary checkpoint, streamed through bounded memory."""
 
+import hashlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -35,10 +36,13 @@ from personae.execute.work import Work
 from personae.methods import Statistics, Undecided
 from personae.recipe import MergeSettings
 from personae.writers import (
+    JOURNAL,
     SHARD_BYTES,
     CheckpointWriter,
     Journal,
     atomic_file,
+    finish,
+    identity_text,
     output_directory,
     require_space,
     write_companions,
@@ -89,13 +93,18 @@ def merge(
             work.note(text)
         companions = merged_companions(family.base, family.vocabulary, settings.dtype)
         require_space(out, plan.bytes_out)
-        with output_directory(out, overwrite=overwrite, resumable=True) as directory:
-            identity = {
+        identity = identity_text(
+            {
                 "settings": settings.model_dump(mode="json"),
                 "shard_bytes": shard_bytes,
                 "base": _weights_of(family.base) if family.has_base else None,
                 "experts": [_weights_of(e.checkpoint) for e in family.experts.values()],
             }
+        )
+        if finish({out: f"{identity}\n"}, JOURNAL):
+            work.note(f"an earlier run of this command had finished '{out}'")
+            return out
+        with output_directory(out, overwrite=overwrite, note=JOURNAL) as directory:
             with Journal(directory, identity) as journal:
                 if journal.done:
                     done = min(len(journal.done), plan.items)
@@ -348,16 +357,18 @@ def _put(writer: CheckpointWriter, piece: Piece, value: Tensor) -> None:
 
 
 def _weights_of(checkpoint: Checkpoint) -> list[Any]:
-    """What tells that a model is the one an interrupted run read, without reading it."""
+    """What tells that a model is the one an interrupted run read, from its headers alone."""
     path = Path(checkpoint.source).expanduser()
     if path.exists():
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        return [str(path.resolve()), [_stamp(file) for file in files]]
+        headers = hashlib.sha256(repr(sorted(checkpoint.specs.items())).encode()).hexdigest()
+        return [str(path.resolve()), headers, [_stamp(file) for file in files]]
     if checkpoint.revision is not None:
         return [checkpoint.source, checkpoint.revision]
     return [uuid.uuid4().hex]  # a model in memory: nothing tells
 
 
-def _stamp(file: Path) -> tuple[str, int, int]:
+def _stamp(file: Path) -> tuple[str, int, int, int, int]:
+    """Name, size, times and place of a file: a copy that keeps its time has another place."""
     status = file.stat()
-    return file.name, status.st_size, status.st_mtime_ns
+    return file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

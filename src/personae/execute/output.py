@@ -1,16 +1,23 @@
 """Models as checkpoint directories: refused before any work, or written complete."""
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from personae._small_files import read_json
 from personae._types import TensorSpec
+from personae.checkpoints.naming import shown
 from personae.errors import OutputError
 from personae.execute import pool
 from personae.execute.work import Work
+from personae.packs.manifest import MANIFEST_NAME
+from personae.packs.writer import REFERENCE, RESUME, TASKS
 from personae.writers import (
+    JOURNAL,
     CheckpointWriter,
     output_directory,
     require_place,
@@ -18,8 +25,61 @@ from personae.writers import (
     write_companions,
 )
 
-_OUTPUTS = ("pack.json", "*/pack.json", "*.safetensors", "pytorch_model*.bin")
-"""What tells that a directory may be replaced on request: nothing else is."""
+_OURS = re.compile(
+    r"(?!adapter_)[^/]+\.safetensors(\.index\.json)?|pack\.json|README\.md|personae\.json"
+    r"|config\.json|[^/]*_config\.json|config_[^/]*\.json|generation_config\.json|modules\.json"
+    r"|tokenizer[^/]*\.json|special_tokens_map\.json|added_tokens\.json|normalizer\.json"
+    r"|vocab[^/]*\.(json|txt|bpe)|merges[^/]*\.txt|chat_template\.(json|jinja)"
+    r"|[^/]+\.(jinja|model|tiktoken|bpe|vocab)|additional_chat_templates/[^/]+\.jinja"
+)
+"""The files a command may have written at the top of a model or pack."""
+_NOTES = (JOURNAL, RESUME)
+
+
+def foreign_files(out: Path) -> list[str]:
+    """Names in a directory that no command of this package writes, folders with a '/' at the end.
+
+    Small files that a model came with count as foreign where their names do not tell what they
+    are: whoever wrote `results.json` beside a model wants to keep it.
+    """
+    modules = _read_small(out / "modules.json", list)
+    folders = {str(m["path"]) for m in modules if isinstance(m, dict) and m.get("path")}
+    is_pack = (out / MANIFEST_NAME).is_file()
+    code = json.dumps([_read_small(out / name, dict) for name in _WITH_CODE])
+    foreign: list[str] = []
+    for place in sorted(out.rglob("*")):
+        name = place.relative_to(out).as_posix()
+        inner = name
+        if is_pack and name.startswith(f"{TASKS}/"):
+            inner = name.split("/", 2)[2] if name.count("/") > 1 else name.split("/")[1]
+        elif is_pack and name.startswith(f"{REFERENCE}/"):
+            inner = name.partition("/")[2]
+        elif name.partition("/")[0] in folders:
+            inner = name.partition("/")[2] or name
+        if place.is_dir() and not place.is_symlink():
+            if any(place.iterdir()):
+                continue  # its files tell
+            foreign.append(f"{name}/")
+        elif not (_OURS.fullmatch(inner) or name in _NOTES or _is_code(inner, code)):
+            foreign.append(name)
+    return foreign
+
+
+def _is_code(name: str, configurations: str) -> bool:
+    """Whether a configuration names this file as code of the model."""
+    return name.endswith(".py") and f"{name.removesuffix('.py')}." in configurations
+
+
+_WITH_CODE = ("config.json", "tokenizer_config.json")
+
+
+def _read_small(path: Path, kind: type[Any]) -> Any:
+    """A JSON file's content, or an empty one where it is missing, damaged or of another kind."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return kind()
+    return content if isinstance(content, kind) else kind()
 
 
 def check_output(out: Path, overwrite: bool, inputs: Sequence[Any] = ()) -> None:
@@ -44,20 +104,26 @@ def check_output(out: Path, overwrite: bool, inputs: Sequence[Any] = ()) -> None
                 "Choose an output beside it."
             )
     require_place(out)
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    # With a note of its run it is complete: the same command ends it, another is refused then.
+    ended = any((out / note).is_file() for note in _NOTES)
+    if out.is_dir() and any(out.iterdir()) and not overwrite and not ended:
         raise OutputError(
             f"'{out}' exists and is not empty. Choose another name, or give --overwrite."
         )
     if out.exists() and not out.is_dir():
         raise OutputError(f"'{out}' is a file. Choose another name.")
-    if (
-        out.is_dir()
-        and any(out.iterdir())
-        and not any(any(out.glob(pattern)) for pattern in _OUTPUTS)
-    ):
+    if not out.is_dir():
+        return
+    foreign = foreign_files(out)
+    if foreign and not (out / MANIFEST_NAME).exists() and not any(out.glob("*.safetensors")):
         raise OutputError(
             f"'{out}' holds neither a pack nor a model, so it is not replaced. Choose another "
             "name, or empty it by hand."
+        )
+    if foreign:
+        raise OutputError(
+            f"'{out}' also holds what personae does not write, so it is not replaced: "
+            f"{shown(foreign)}. Move that elsewhere, or choose another name."
         )
 
 

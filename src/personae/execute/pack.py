@@ -1,11 +1,12 @@
 """Packs a family: one reference and, for each expert, a file from which it can be rebuilt."""
 
+import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from personae.checkpoints.adapter import adapter_of
+from personae.checkpoints.naming import is_safe_name
 from personae.errors import CheckpointError, Faults, PackError, RecipeError
 from personae.execute.add_experts import add_experts, codec_for
 from personae.execute.describe import Characteristics, checked
@@ -17,9 +18,16 @@ from personae.execute.scan import Scanned
 from personae.execute.work import Work
 from personae.packs.manifest import MANIFEST_NAME, Manifest
 from personae.packs.reader import Pack
-from personae.packs.writer import REFERENCE, PackWriter, end_resume, resume
+from personae.packs.writer import REFERENCE, RESUME, PackWriter, resume
 from personae.recipe import PackSettings
-from personae.writers import locked, output_directory, require_place, require_space
+from personae.writers import (
+    finish,
+    identity_text,
+    locked,
+    output_directories,
+    require_place,
+    require_space,
+)
 
 
 def pack(
@@ -93,8 +101,9 @@ def pack_many(
     variants = {Path(out).absolute(): settings for out, settings in outs.items()}
     _check_alike(list(variants.values()))
     described = checked(characteristics or {}, experts)
+    ended = any((out / RESUME).is_file() for out in variants)
     for out in variants:
-        check_output(out, overwrite, inputs=[base, *experts.values()])
+        check_output(out, overwrite or ended, inputs=[base, *experts.values()])
     first = next(iter(variants.values()))
     if base is None:
         check_no_base_needed(first, len(experts))
@@ -112,12 +121,14 @@ def pack_many(
             for settings in variants.values():
                 for name, scan in scanned.experts.items():
                     codec_for(settings, family, name, scan)
-        with ExitStack() as stack:
-            directories = [
-                stack.enter_context(output_directory(out, overwrite=overwrite, resumable=True))
-                for out in variants
-            ]
-            _fill(family, scanned, directories, list(variants.values()), described, work)
+        runs = {out: _identity(one, scanned, described) for out, one in variants.items()}
+        together = json.dumps([str(out) for out in variants])
+        if finish({out: f"{text}\n{together}\n" for out, text in runs.items()}, RESUME):
+            work.note("an earlier run of this command had finished every pack")
+            return [Pack(out) for out in variants]
+        with output_directories(list(variants), overwrite=overwrite, note=RESUME) as partials:
+            started = dict(zip(partials, runs.values(), strict=True))
+            _fill(family, scanned, started, together, list(variants.values()), described, work)
     return [Pack(out) for out in variants]
 
 
@@ -170,8 +181,10 @@ def remove_task(pack_directory: str | Path, name: str) -> Pack:
     """
     with locked(Pack(Path(pack_directory)).directory):
         opened = Pack(Path(pack_directory))
-        opened.task(name)
-        PackWriter(opened.directory, opened.manifest).remove_task(name)
+        writer = PackWriter(opened.directory, opened.manifest)
+        if not (is_safe_name(name) and writer.left_of(name)):  # else a killed removal is ended
+            opened.task(name)
+        writer.remove_task(name)
     return Pack(opened.directory)
 
 
@@ -227,22 +240,19 @@ def _check_alike(settings: Sequence[PackSettings]) -> None:
 def _fill(
     family: Family,
     scanned: Scanned,
-    directories: Sequence[Path],
+    directories: Mapping[Path, str],
+    together: str,
     settings: Sequence[PackSettings],
     characteristics: Mapping[str, tuple[str, ...]],
     work: Work,
 ) -> None:
-    """Write the packs into their (partial) directories, going on where a killed run stopped."""
+    """Write the packs into their (partial) directories, going on where a killed run stopped.
+
+    Directories come with the line that tells the run which makes them; `together` tells all.
+    """
     writers: list[PackWriter] = []
-    experts = {name: scan.fingerprint for name, scan in scanned.experts.items()}
-    for directory, setting in zip(directories, settings, strict=True):
-        identity = {
-            "settings": setting.model_dump(mode="json"),
-            "base": scanned.reference,
-            "experts": list(experts.items()),
-            "characteristics": {name: list(texts) for name, texts in characteristics.items()},
-        }
-        manifest = resume(directory, identity)
+    for (directory, identity), setting in zip(directories.items(), settings, strict=True):
+        manifest = resume(directory, identity, together)
         if manifest is None:
             record = make_reference(family, scanned.reference, setting, directory, work)
             asked = setting.model_dump(exclude={"reference", "reference_parameters"})
@@ -250,11 +260,25 @@ def _fill(
         writers.append(PackWriter(directory, manifest))
         writers[-1].save()
     if settings[0].vector == "difference":
-        with relative_to_merged(family, directories[0] / REFERENCE, settings[0]) as relative:
+        merged = writers[0].directory / REFERENCE
+        with relative_to_merged(family, merged, settings[0]) as relative:
             again = Scanned.of(relative, work, from_base=False)
             add_experts(relative, again, writers, settings, work, characteristics)
     else:
         add_experts(family, scanned, writers, settings, work, characteristics)
     for writer in writers:
         writer.order_tasks(list(family.experts))
-        end_resume(writer.directory)
+
+
+def _identity(
+    settings: PackSettings, scanned: Scanned, characteristics: Mapping[str, tuple[str, ...]]
+) -> str:
+    """The line that tells a run which makes a pack from every other."""
+    return identity_text(
+        {
+            "settings": settings.model_dump(mode="json"),
+            "base": scanned.reference,
+            "experts": [(name, scan.fingerprint) for name, scan in scanned.experts.items()],
+            "characteristics": {name: list(texts) for name, texts in characteristics.items()},
+        }
+    )

@@ -1,7 +1,6 @@
 """Writes a pack task by task; each task is on disk and in pack.json before the next begins."""
 
 import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from personae._types import Parts, TensorSpec, dtype_name
-from personae._version import __version__
 from personae.packs.fingerprint import sha256_file
 from personae.packs.manifest import (
     MANIFEST_NAME,
@@ -26,12 +24,20 @@ from personae.packs.manifest import (
     parse_manifest,
 )
 from personae.packs.task_file import write_task_file
-from personae.writers import CheckpointWriter, atomic_file, write_companions
+from personae.writers import (
+    CheckpointWriter,
+    atomic_file,
+    begins,
+    clear,
+    require_place,
+    write_companions,
+)
 
 TASKS = "tasks"
 REFERENCE = "reference"
 SHARED = "shared.safetensors"
-_IDENTITY = "resume.json"
+RESUME = "resume.json"
+"""Name of the note in an unfinished pack: what run it is of."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,14 @@ class PackWriter:
     """Grows a pack in a directory: adds and removes tasks, each change whole or not at all."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
-        """Go on with what is in the directory, or begin with this manifest."""
+        """Go on with what is in the directory, or begin with this manifest.
+
+        The caller holds the directory: what killed runs had begun in it is removed.
+        """
         self.directory = directory
         self.manifest = manifest
         (directory / TASKS).mkdir(exist_ok=True)
+        clear(directory)
 
     def add_task(
         self,
@@ -105,7 +115,7 @@ class PackWriter:
             reference_companions: The reference's; equal files are not stored twice.
             about: Further fields of `TaskRecord`.
         """
-        file = self.directory / TASKS / f"{name}.safetensors"
+        file, _ = self._places(name)
         described = bool(about.get("characteristics"))
         metadata = {
             "format_version": 2 if described else self.manifest.format_version,
@@ -157,12 +167,29 @@ class PackWriter:
         self.manifest = self.manifest.model_copy(update={"shared": record})
         self.save()
 
+    def left_of(self, name: str) -> list[Path]:
+        """Files of a task that has no record: a killed run wrote them, or did not remove them."""
+        if name in self.manifest.tasks:
+            return []
+        return [place for place in self._places(name) if place.exists()]
+
     def remove_task(self, name: str) -> None:
-        """Take a task out: first its record, then its files."""
-        record = self.manifest.tasks[name]
+        """Take a task out: first its record, then its files.
+
+        Raises:
+            OutputError: if its files may not be removed; the pack is as before.
+        """
+        places = self._places(name)
+        for place in places:
+            require_place(place)
         self._save({key: value for key, value in self.manifest.tasks.items() if key != name})
-        (self.directory / record.file).unlink(missing_ok=True)
-        shutil.rmtree(self.directory / TASKS / name, ignore_errors=True)
+        places[0].unlink(missing_ok=True)
+        shutil.rmtree(places[1], ignore_errors=True)
+
+    def _places(self, name: str) -> tuple[Path, Path]:
+        """A task's file, and the folder of its small files."""
+        folder = self.directory / TASKS
+        return folder / f"{name}.safetensors", folder / name
 
     def describe(self, characteristics: Mapping[str, tuple[str, ...]]) -> None:
         """Replace what tasks are about; their files stay as they are."""
@@ -208,29 +235,25 @@ def _digest(content: Path | bytes) -> str:
     return sha256_file(content)
 
 
-def resume(directory: Path, identity: Mapping[str, Any]) -> Manifest | None:
+def resume(directory: Path, identity: str, together: str) -> Manifest | None:
     """Keep what an interrupted run with the same inputs and settings left here, else clear it.
 
     Args:
         directory: The partial directory of a pack.
-        identity: What decides the pack's bytes: settings and fingerprints.
+        identity: What decides the pack's bytes: settings and fingerprints, in one line.
+        together: The packs that are made together, in one line.
 
     Returns:
         The manifest so far, or None to begin anew.
     """
-    note = directory / _IDENTITY
-    wanted = json.dumps({"tool_version": __version__, **identity})  # in order: experts have one
-    if note.exists() and note.read_text(encoding="utf-8") == wanted:
+    note = directory / RESUME
+    if begins(note, f"{identity}\n"):
+        note.write_text(f"{identity}\n{together}\n", encoding="utf-8")
         return parse_manifest(directory / MANIFEST_NAME) if _begun(directory) else None
     for child in directory.iterdir():
         shutil.rmtree(child) if child.is_dir() else child.unlink()
-    note.write_text(wanted, encoding="utf-8")
+    note.write_text(f"{identity}\n{together}\n", encoding="utf-8")
     return None
-
-
-def end_resume(directory: Path) -> None:
-    """Remove the note that only an unfinished pack needs."""
-    (directory / _IDENTITY).unlink(missing_ok=True)
 
 
 def _begun(directory: Path) -> bool:

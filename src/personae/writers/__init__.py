@@ -2,7 +2,11 @@
 
 from personae.writers.atomic import (
     atomic_file,
+    begins,
+    clear,
+    finish,
     locked,
+    output_directories,
     output_directory,
     output_errors,
     require_folder,
@@ -11,14 +15,20 @@ from personae.writers.atomic import (
 )
 from personae.writers.checkpoint import SHARD_BYTES, CheckpointWriter
 from personae.writers.companions import write_companions
-from personae.writers.journal import Journal
+from personae.writers.journal import JOURNAL, Journal, identity_text
 
 __all__ = [
+    "JOURNAL",
     "SHARD_BYTES",
     "CheckpointWriter",
     "Journal",
     "atomic_file",
+    "begins",
+    "clear",
+    "finish",
+    "identity_text",
     "locked",
+    "output_directories",
     "output_directory",
     "output_errors",
     "require_folder",

@@ -4,15 +4,19 @@ Everything is written beside its target, on the same disk, and renamed at the en
 interrupt removes what was begun; what a killed run left is removed by the next run.
 """
 
+import ctypes
 import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from personae.errors import OutputError
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 _FULL = "Free some space, or write to another disk."
 _FORBIDDEN = "Write to a folder you may write to, or change its permissions."
@@ -122,44 +126,124 @@ def atomic_file(path: Path) -> Generator[Path, None, None]:
 
 @contextmanager
 def output_directory(
-    path: Path, *, overwrite: bool, resumable: bool = False
+    path: Path, *, overwrite: bool, note: str | None = None
 ) -> Generator[Path, None, None]:
     """Yield a temporary directory beside `path`; it becomes `path` if the block succeeds.
 
-    An existing directory is left as it is until the new one is complete, and replaced then.
-
-    Args:
-        path: The directory to make. Missing parents are made.
-        overwrite: Whether a directory that holds something may be replaced.
-        resumable: Whether what an earlier run left in the temporary directory stays there, and
-            what this one leaves if it fails; the caller tells finished work from begun.
+    See `output_directories`, of which this is the one for one directory.
 
     Raises:
-        OutputError: if `path` exists and may not be replaced, another run is writing it, or
+        OutputError: as there.
+    """
+    with output_directories([path], overwrite=overwrite, note=note) as (partial,):
+        yield partial
+
+
+@contextmanager
+def output_directories(
+    paths: Sequence[Path], *, overwrite: bool, note: str | None = None
+) -> Generator[list[Path], None, None]:
+    """Yield a temporary directory beside each path; all become these if the block succeeds.
+
+    Existing directories are left as they are until the new ones are complete, and replaced then,
+    in one step where the system can exchange two names. The renames follow each other at once, but
+    a kill may fall between two of them: `finish` does the rest then.
+
+    Args:
+        paths: The directories to make. Missing parents are made.
+        overwrite: Whether a directory that holds something may be replaced.
+        note: Name of the file by which the caller tells, in each directory, finished work from
+            begun. What an earlier run left stays there then, and so does what this one leaves
+            if it fails. The file goes when all directories have their names.
+
+    Raises:
+        OutputError: if a path exists and may not be replaced, another run is writing it, or
             the disk refuses.
     """
-    path = Path(path).resolve()
-    partial = path.parent / f".{path.name}.partial"
-    replaced = path.parent / f".{path.name}.replaced"
+    paths = [Path(path).resolve() for path in paths]
+    with ExitStack() as stack:
+        partials = [stack.enter_context(_partial(path, overwrite, note)) for path in paths]
+        yield partials
+        for path, partial in zip(paths, partials, strict=True):
+            with output_errors(path):
+                _sync_all(partial)
+                _refuse(path, overwrite)  # it may have been filled meanwhile
+        for path, partial in zip(paths, partials, strict=True):
+            with output_errors(path):
+                _swap(partial, path)
+        _end(paths, note)
+
+
+def finish(runs: Mapping[Path, str], note: str) -> bool:
+    """Do what is left of a run that was killed amid its renames, or after them.
+
+    Args:
+        runs: Each directory of the run, to the text with which its note begins if it was this very
+            run. The text must tell all the directories, so that one note stands for all.
+        note: Name of the file that tells its work, as in `output_directories`.
+
+    Returns:
+        Whether there was such a run; all its outputs are complete then.
+
+    Raises:
+        OutputError: if another run is writing one of them, or the disk refuses.
+    """
+    texts = {Path(path).resolve(): text for path, text in runs.items()}
+    if not any(begins(path / note, text) for path, text in texts.items()):
+        return False  # no name was given yet, so nothing tells that all was complete
+    due = [path for path, text in texts.items() if begins(_beside(path) / note, text)]
+    if not all(path in due or path.exists() for path in texts):
+        return False
+    with ExitStack() as stack:
+        for path in due:
+            with output_errors(path):
+                stack.callback(os.close, _claim(_beside(path), path))
+                _recover(path)
+                _swap(_beside(path), path)
+        for path in texts:  # what was replaced, if anything
+            shutil.rmtree(_beside(path), ignore_errors=True)
+            shutil.rmtree(_replaced(path), ignore_errors=True)
+        _end(list(texts), note)
+    return True
+
+
+def begins(path: Path, text: str) -> bool:
+    """Whether a file is there and begins with this text."""
+    return path.is_file() and path.read_text("utf-8").startswith(text)
+
+
+@contextmanager
+def _partial(path: Path, overwrite: bool, note: str | None) -> Generator[Path, None, None]:
+    """Make and hold the directory that will become `path`; whoever leaves with an error clears it.
+
+    Raises:
+        OutputError: if `path` may not be replaced, or another run is writing it.
+    """
+    partial = _beside(path)
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _claim(partial, path)
     try:
         with output_errors(path):
-            _recover(path, replaced)
+            _recover(path)
             _refuse(path, overwrite)
-            _empty(partial, ".*.partial" if resumable else "*")
+            clear(partial, ".*.partial" if note else "*")
         with output_errors(path, _WRITE_ONLY):
             yield partial
-        with output_errors(path):
-            _sync_all(partial)
-            _swap(partial, path, replaced, overwrite)
     except BaseException:
-        if not resumable or not any(partial.iterdir()):
+        if partial.is_dir() and not (note and any(partial.iterdir())):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         os.close(lock)
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f".{path.name}.partial"
+
+
+def _replaced(path: Path) -> Path:
+    return path.parent / f".{path.name}.replaced"
 
 
 @contextmanager
@@ -221,30 +305,50 @@ def _claim(partial: Path, path: Path) -> int:
     return lock
 
 
-def _recover(path: Path, replaced: Path) -> None:
+def _recover(path: Path) -> None:
     """Undo a swap that was killed half-way: bring the old directory back, or drop it."""
+    replaced = _replaced(path)
     if replaced.exists() and not path.exists():
         replaced.rename(path)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _swap(partial: Path, path: Path, replaced: Path, overwrite: bool) -> None:
-    """Rename the finished directory to its name; the old one, if any, steps aside first."""
-    _refuse(path, overwrite)  # it may have been filled meanwhile
-    occupied = path.exists()
-    if occupied:
-        path.rename(replaced)
-    try:
+def _swap(partial: Path, path: Path) -> None:
+    """Give the finished directory its name; the old one, if any, makes room in the same moment.
+
+    Where the system cannot exchange two names, the old one steps aside first.
+    """
+    replaced = _replaced(path)
+    if not path.exists():
         partial.rename(path)
-    except BaseException:
-        if occupied:
+    elif _exchange(partial, path):
+        partial.rename(replaced)
+    else:
+        path.rename(replaced)
+        try:
+            partial.rename(path)
+        except BaseException:
             replaced.rename(path)
-        raise
+            raise
     shutil.rmtree(replaced, ignore_errors=True)
     _sync(path.parent)
 
 
-def _empty(directory: Path, pattern: str) -> None:
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step (renameat2); False where system or disk cannot."""
+    call: Any = getattr(ctypes.CDLL(None), "renameat2", None)
+    if call is None:
+        return False
+    return call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
+def _end(paths: Sequence[Path], note: str | None) -> None:
+    """Remove the notes, after every rename: what has none is complete."""
+    for path in paths if note else ():
+        (path / str(note)).unlink(missing_ok=True)
+
+
+def clear(directory: Path, pattern: str = ".*.partial") -> None:
     """Remove what matches at any depth: everything, or the files `atomic_file` had begun."""
     for place in sorted(directory.rglob(pattern), reverse=True):  # children before parents
         if place.is_dir() and not place.is_symlink():

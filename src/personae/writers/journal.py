@@ -15,8 +15,13 @@ from personae._version import __version__
 from personae.errors import OutputError, PersonaeError
 from personae.writers.atomic import output_errors
 
-_FILE = ".journal"
+JOURNAL = ".journal"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def identity_text(identity: Mapping[str, Any]) -> str:
+    """The one line that tells a run from every other: tool, inputs and settings, in order."""
+    return json.dumps({"tool_version": __version__, **identity})
 
 
 class Journal:
@@ -27,7 +32,7 @@ class Journal:
         directory: Where the run writes; what is in it belongs to the run.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, identity: str) -> None:
         """Go on with what an earlier run of this identity left, or clear the directory.
 
         Raises:
@@ -35,26 +40,26 @@ class Journal:
         """
         self.directory = directory
         self.done: dict[int, str] = {}
-        path = directory / _FILE
+        path = directory / JOURNAL
         # What was written but not yet on disk is lost with a machine, not with a process.
         boot = _BOOT.read_text("ascii").strip() if _BOOT.exists() else ""
-        wanted = json.dumps({"tool_version": __version__, "boot": boot, **identity})
-        found, _, steps = _read(path).partition("\n")
+        found, _, rest = _read(path).partition("\n")
+        booted, _, steps = rest.partition("\n")
         with output_errors(path):
-            if found == wanted:
+            if (found, booted) == (identity, boot):
                 whole, _, _ = steps.rpartition("\n")  # a line cut short was never finished
                 steps = (line.partition(" ") for line in whole.splitlines())
                 self.done = {int(number): told for number, _, told in steps}
             else:
                 _clear(directory)
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            lines = [wanted, *(_line(*step) for step in sorted(self.done.items()))]
+            lines = [identity, boot, *(_line(*step) for step in sorted(self.done.items()))]
             os.write(self._file, ("\n".join(lines) + "\n").encode())
 
     def add(self, step: int, told: str = "") -> None:
         """Note a step as done, with a line to remember: all it wrote has been handed over."""
         self.done[step] = told
-        with output_errors(self.directory / _FILE):
+        with output_errors(self.directory / JOURNAL):
             os.write(self._file, f"{_line(step, told)}\n".encode())
 
     def __enter__(self) -> "Journal":
@@ -62,14 +67,12 @@ class Journal:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """Release the note, which a complete run no longer needs.
+        """Release the note; what renames the complete directory removes it (`output_directory`).
 
         What a run wrote before it failed stays for the next, unless its inputs are at fault.
         """
         os.close(self._file)
-        if error is None:
-            (self.directory / _FILE).unlink()
-        elif isinstance(error, PersonaeError) and not isinstance(error, OutputError):
+        if isinstance(error, PersonaeError) and not isinstance(error, OutputError):
             _clear(self.directory)
 
 
