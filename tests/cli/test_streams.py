@@ -94,3 +94,20 @@ def test_names_cannot_give_orders_to_a_terminal(work):
 def test_plain_text_stays_as_it_is():
     assert plain("τ̂ = Σ\n\t[x]") == "τ̂ = Σ\n\t[x]"
     assert plain("\x1b]0;\x07\x7f\x9b\r") == "\\x1b]0;\\x07\\x7f\\x9b\\x0d"
+
+
+def test_paths_that_are_no_text(work):
+    """A folder named in Latin-1: merged, packed, verified and rebuilt, with undecided entries."""
+    saved({k: -v + 2 * BASE[k] for k, v in tuned(BASE, 1).items()}, work / "law")  # votes cancel
+    (work / "r.yaml").write_text(
+        "merge_method: ties\nbase_model: base\nmodels: [{model: news}, {model: law}]\n"
+    )
+    done = _run(
+        work,
+        r"d=$'caf\xe9' && mkdir $d && mv base news law r.yaml $d && cd $d && "
+        "personae merge r.yaml out && personae pack --method emr --base base --expert a=news "
+        "--expert b=law --out pack && personae verify pack && "
+        "personae unpack pack --task a --out a && ls out a",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("model.safetensors") == 2

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from personae._safetensors import load_safetensors
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.naming import shown
 from personae.checkpoints.vocabulary_files import merged_companions
@@ -201,7 +202,7 @@ def _statistics(job: MergeJob, directory: Path, work: Work) -> Statistics | None
         return None
     path = directory / _STATISTICS
     if path.exists():
-        return safetensors.torch.load_file(path)
+        return load_safetensors(path)
     found = gather_model(
         job.method,
         job.parameters_of,

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from personae._safetensors import load_safetensors, open_safetensors
 from personae.execute import pool
 from personae.execute.pieces import Piece, Unit
 from personae.execute.work import Work
@@ -81,7 +82,7 @@ class LeftOpen:
         _replace(self._values, self._votes, writer)
         for number in range(self._full_files):
             path = _full_file(self._path, number)
-            _replace(safetensors.torch.load_file(path), self._votes, writer)
+            _replace(load_safetensors(path), self._votes, writer)
             path.unlink()
         self._clear()
 
@@ -120,7 +121,7 @@ class UndecidedEntries:
 
         def write(unit: Unit) -> None:
             for path in self._files(unit.number):
-                _replace(safetensors.torch.load_file(path), votes, writer)
+                _replace(load_safetensors(path), votes, writer)
 
         stage = "deciding by majority"
         work.progress(stage, 0, len(units))
@@ -139,7 +140,7 @@ class UndecidedEntries:
         """Whether what the unit of this number leaves open is here, whole."""
         try:
             for path in self._files(number):
-                with safetensors.safe_open(path, "pt"):
+                with open_safetensors(path):
                     pass
         except (OSError, safetensors.SafetensorError):
             return False
@@ -155,7 +156,7 @@ class UndecidedEntries:
         return [path, *(_full_file(path, each) for each in full)]
 
     def _count(self, number: int, what: str) -> int:
-        with safetensors.safe_open(self._path(number), "pt") as file:
+        with open_safetensors(self._path(number)) as file:
             return int(file.get_tensor(what))
 
     def _path(self, number: int) -> Path:

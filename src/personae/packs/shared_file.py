@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from personae._safetensors import open_safetensors
 from personae.errors import PackError
 from personae.packs.manifest import SharedRecord
 
@@ -20,7 +21,7 @@ class SharedFile:
             PackError: if the file is no safetensors file or does not fit its record.
         """
         try:
-            self._file = safe_open(path, framework="pt")
+            self._file = open_safetensors(path)
         except (SafetensorError, OSError) as error:
             raise PackError(f"{path} cannot be read: {error}") from error
         found = {n: tuple(self._file.get_slice(n).get_shape()) for n in self._file.keys()}

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from personae._safetensors import open_safetensors
 from personae._types import Parts
 from personae.errors import OutputError, PackError
 from personae.packs.manifest import FORMAT, BlockRecord, TaskRecord
@@ -70,7 +71,7 @@ class TaskFile:
         self.path = path
         self.record = record
         try:
-            self._file = safe_open(path, framework="pt")
+            self._file = open_safetensors(path)
         except (SafetensorError, OSError) as error:
             raise PackError(f"{path} cannot be read: {error}") from error
         self._offsets: dict[str, list[dict[str, tuple[int, int]]]] = {}

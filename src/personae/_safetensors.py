@@ -1,0 +1,48 @@
+"""Opens safetensors files under any name; the library's own opening takes UTF-8 paths alone."""
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import safe_open
+from torch import Tensor
+
+
+def open_safetensors(path: Path) -> Any:
+    """A lazy handle of a file, as `safetensors.safe_open` gives it.
+
+    Raises:
+        SafetensorError: if it is no such file.
+        OSError: if the system refuses.
+    """
+    with _named(path) as name:
+        return safe_open(name, framework="pt")
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file.
+
+    Raises:
+        SafetensorError: if it is no such file.
+        OSError: if the system refuses.
+    """
+    with _named(path) as name:
+        return safetensors.torch.load_file(name)
+
+
+@contextmanager
+def _named(path: Path) -> Generator[str]:
+    """A name in UTF-8 under which a file can be opened: its own, or that of a handle of it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            yield f"/dev/fd/{handle}"
+        finally:
+            os.close(handle)
+    else:
+        yield str(path)
