@@ -328,7 +328,7 @@ def test_without_base_or_weights(tmp_path: Path) -> None:
     write_adapter(tmp_path, FITTING)
     with pytest.raises(CheckpointError, match="is a PEFT adapter and needs the model"):
         open_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="Pass its directory"):
+    with pytest.raises(CheckpointError, match="Pass the adapter's directory"):
         open_checkpoint(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"but neither adapter_model\.safetensors nor"):

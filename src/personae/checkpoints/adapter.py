@@ -29,7 +29,7 @@ _BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True)
-class _Adapted:
+class Adapted:
     """How one weight is adapted: scaling * B @ A, transposed where the base stores (in, out)."""
 
     pair: StoredPair
@@ -54,7 +54,7 @@ class Adapter:
         self,
         tensors: Checkpoint,
         base: Checkpoint,
-        adapted: Mapping[str, _Adapted],
+        adapted: Mapping[str, Adapted],
         replaced: Mapping[str, str],
         config: AdapterConfig,
     ) -> None:
@@ -200,7 +200,7 @@ def _fit(
     name: str,
     specs: Mapping[str, TensorSpec],
     faults: Faults,
-) -> _Adapted:
+) -> Adapted:
     """Find scaling and layout of one adapted weight, noting what does not fit."""
     a, b = tensors.specs[pair.a].shape, tensors.specs[pair.b].shape
     transposed = is_transposed(
@@ -226,7 +226,7 @@ def _fit(
             f"{tensors.source}: '{pair.a}' has rank {a[0]}, but {CONFIG_FILE} says "
             f"{config.rank(pair.module)}, so its scaling is unsure. Save the adapter again."
         )
-    return _Adapted(pair, config.scaling(pair.module), bool(transposed))
+    return Adapted(pair, config.scaling(pair.module), bool(transposed))
 
 
 def _replacement_fault(

@@ -14,6 +14,7 @@ from personae.checkpoints.folders import Folder, local_folder, lone_file
 from personae.checkpoints.memory import InMemory
 from personae.checkpoints.pickles import open_pickles
 from personae.checkpoints.quantised import check_not_quantised
+from personae.checkpoints.raw_lora import holds_factors, open_raw_lora
 from personae.checkpoints.safetensors_files import open_safetensors
 from personae.errors import CheckpointError, nearest
 
@@ -44,9 +45,10 @@ def open_checkpoint(
         CheckpointError: There is no such checkpoint, or it cannot be read; every fault at once.
     """
     opened = _open(source, base, as_stored)
-    if not as_stored:
-        check_not_quantised(opened)
-    return opened
+    if as_stored:
+        return opened
+    check_not_quantised(opened)
+    return open_raw_lora(opened, base) if holds_factors(opened.specs) else opened
 
 
 def _open(
@@ -65,7 +67,7 @@ def _open(
     if path.is_dir():
         return _open_folder(local_folder(path, text), base, as_stored)
     if path.is_file():
-        return _open_file(lone_file(path, text), path.name, as_stored)
+        return _open_file(lone_file(path, text), path.name)
     if _is_hub_id(source):
         from personae.checkpoints.hub import hub_folder  # its library takes a while to load
 
@@ -123,27 +125,20 @@ def _open_adapter(folder: Folder, base: Checkpoint | None, as_stored: bool) -> C
     return open_adapter(tensors, folder.locate(CONFIG_FILE), base)
 
 
-def _open_file(folder: Folder, name: str, as_stored: bool) -> Checkpoint:
+def _open_file(folder: Folder, name: str) -> Checkpoint:
     """Open a single file by its ending.
 
     Raises:
-        CheckpointError: The ending is unknown, or the tensors are those of an adapter.
+        CheckpointError: The ending is unknown, or the file cannot be read.
     """
     if name.endswith(".safetensors"):
-        opened: Checkpoint = open_safetensors(folder, name)
-    elif name.endswith(_PICKLE_ENDINGS):
-        opened = open_pickles(folder, name)
-    else:
-        raise CheckpointError(
-            f"{folder.source} is no kind of checkpoint known here. Pass a directory, or a file "
-            f"ending in .safetensors, {', '.join(_PICKLE_ENDINGS)}."
-        )
-    if not as_stored and any(".lora_A." in tensor for tensor in opened.specs):
-        raise CheckpointError(
-            f"{folder.source} holds a LoRA adapter. Pass its directory, which has the "
-            f"{CONFIG_FILE} that says how to scale it."
-        )
-    return opened
+        return open_safetensors(folder, name)
+    if name.endswith(_PICKLE_ENDINGS):
+        return open_pickles(folder, name)
+    raise CheckpointError(
+        f"{folder.source} is no kind of checkpoint known here. Pass a directory, or a file "
+        f"ending in .safetensors, {', '.join(_PICKLE_ENDINGS)}."
+    )
 
 
 def _is_weights_pickle(name: str) -> bool:

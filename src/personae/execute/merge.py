@@ -294,7 +294,7 @@ def _merge_rows(
     parameters, site = job.parameters_of(name), stacks.site(piece)
     coefficients = job.method.coefficients(parameters, stacks.experts)
     if coefficients is not None and job.is_narrow(name):
-        combined = stacks.combined(piece, coefficients)
+        combined = stacks.combined(piece, coefficients, compare=asked)
         if combined is not None:
             value, apart = combined
             effect = _effect_of_mean(job, piece, value, apart) if asked else "+"

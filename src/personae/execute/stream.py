@@ -81,12 +81,13 @@ class Stacks:
         return stack, reference
 
     def combined(
-        self, piece: Piece, coefficients: Sequence[float]
+        self, piece: Piece, coefficients: Sequence[float], *, compare: bool = False
     ) -> tuple[Float[Tensor, "..."], bool] | None:
         """(1 - Σ c_n) θ₀ + Σ c_n θ_n of a piece, fp32; the base is not read if that is 0.
 
         None where the experts' values are not simply stored in 16 bits, as of adapters, and for
-        vocabularies that differ. Beside it, whether what was read is not all the same.
+        vocabularies that differ. Beside it, where they are to be compared, whether the models read
+        are not all the same.
         """
         name, rest = piece.spec.name, 1.0 - math.fsum(coefficients)
         needs_base = abs(rest) > 1e-12
@@ -103,8 +104,9 @@ class Stacks:
         for coefficient, deltas in zip(coefficients, self._deltas, strict=True):
             own = self._expert(deltas, piece)
             total.add_(values.copy_(own), alpha=coefficient)
-            first = own if first is None else first
-            apart = apart or own.dtype != first.dtype or differs(own, first, first.dtype)
+            if compare and not apart:
+                first = own if first is None else first
+                apart = own.dtype != first.dtype or differs(own, first, first.dtype)
         return total, apart
 
     def head(self, piece: Piece, entries: int) -> Piece:
