@@ -20,6 +20,7 @@ from personae.checkpoints.adapter_files import (
 from personae.checkpoints.adapter_fit import find_rename, is_transposed
 from personae.checkpoints.folders import Companions
 from personae.checkpoints.misfits import empty_fault
+from personae.checkpoints.modules import WithModules
 from personae.checkpoints.specs import by_name, check_rows, no_such_tensor
 from personae.checkpoints.vocabulary_rows import WithRows
 from personae.errors import CheckpointError, Faults
@@ -252,6 +253,8 @@ def _replacement_fault(
 
 
 def adapter_of(checkpoint: Checkpoint) -> Adapter | None:
-    """The checkpoint if it is an adapter, under whichever vocabulary it is seen; else None."""
-    model = checkpoint.model if isinstance(checkpoint, WithRows) else checkpoint
+    """The checkpoint if it is an adapter, whatever it is seen through; else None."""
+    model: Checkpoint | None = checkpoint
+    while isinstance(model, WithRows | WithModules):
+        model = model.model
     return model if isinstance(model, Adapter) else None

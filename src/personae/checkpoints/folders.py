@@ -9,7 +9,9 @@ from personae._small_files import Unfit, read_json
 from personae.checkpoints.headers import Header, read_header
 from personae.errors import CheckpointError, Faults
 
-_COMPANION_ENDINGS = (".json", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".bpe", ".vocab")
+_COMPANION_ENDINGS = (
+    *(".json", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".bpe", ".vocab", ".spm", ".codes"),
+)
 _NOT_COMPANIONS = {
     "adapter_config.json",
     "all_results.json",
@@ -51,6 +53,17 @@ class Folder:
     def companions(self) -> "Companions":
         """The small files beside the weights."""
         return Companions(filter(is_companion, self.names), self.locate)
+
+    def inside(self, name: str) -> "Folder":
+        """The folder of that name in this one; without files if it is not there."""
+        prefix = f"{name}/"
+        return Folder(
+            self.where(name),
+            frozenset(n.removeprefix(prefix) for n in self.names if n.startswith(prefix)),
+            lambda file: self.locate(prefix + file),
+            lambda file: self.header(prefix + file),
+            self.revision,
+        )
 
     def where(self, file: str) -> str:
         """Name a file for a text."""

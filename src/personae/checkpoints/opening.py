@@ -12,6 +12,7 @@ from personae.checkpoints.adapter import open_adapter
 from personae.checkpoints.adapter_files import CONFIG_FILE
 from personae.checkpoints.folders import Folder, local_folder, lone_file
 from personae.checkpoints.memory import InMemory
+from personae.checkpoints.modules import WithModules, module_folders
 from personae.checkpoints.pickles import open_pickles
 from personae.checkpoints.quantised import check_not_quantised
 from personae.checkpoints.raw_lora import holds_factors, open_raw_lora
@@ -20,9 +21,13 @@ from personae.errors import CheckpointError, nearest
 
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 _TRAINING_STATE = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state")
-_FULL_MODEL = ("model.safetensors", "model.safetensors.index.json")
+_FULL_MODEL = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
+)
 _FULL_MODEL_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+_PIPELINE = "model_index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -76,6 +81,30 @@ def _open(
 
 
 def _open_folder(folder: Folder, base: Checkpoint | None, as_stored: bool) -> Checkpoint:
+    """Open a model, with the weights in folders that it names.
+
+    Raises:
+        CheckpointError: It holds no weights, or folders that it names are not there.
+    """
+    inside = module_folders(folder)
+    if not inside:
+        return _open_model(folder, base, as_stored)
+    modules = {
+        name: _open_model(sub, None, as_stored) for name, sub in inside.items() if _has_weights(sub)
+    }
+    outer = _open_model(folder, base, as_stored) if _has_weights(folder) or not modules else None
+    return WithModules(folder, outer, modules, inside)
+
+
+def _has_weights(folder: Folder) -> bool:
+    """Whether a folder holds weights itself, not only in folders of its own."""
+    return any(
+        "/" not in name and (name.endswith(".safetensors") or _is_weights_pickle(name))
+        for name in folder.names
+    )
+
+
+def _open_model(folder: Folder, base: Checkpoint | None, as_stored: bool) -> Checkpoint:
     """Open what a folder holds: a full model before an adapter, safetensors before pickles.
 
     Raises:
@@ -91,6 +120,12 @@ def _open_folder(folder: Folder, base: Checkpoint | None, as_stored: bool) -> Ch
     pickles = sorted(name for name in names if _is_weights_pickle(name))
     if len(pickles) == 1:
         return open_pickles(folder, pickles[0])
+    if _PIPELINE in names:
+        parts = sorted({name.split("/")[0] for name in names if name.endswith("/config.json")})
+        raise CheckpointError(
+            f"{folder.source} is a pipeline of several models. Pass the folder of one, on this "
+            f"machine: {', '.join(map(folder.where, parts))}."
+        )
     others = pickles or sorted(name for name in names if name.endswith(".safetensors"))
     found = (
         f"It has {_some(others)}: pass the file you mean."
@@ -98,7 +133,7 @@ def _open_folder(folder: Folder, base: Checkpoint | None, as_stored: bool) -> Ch
         else f"It holds {_some(names)}."
     )
     raise CheckpointError(
-        f"{folder.source} has none of {', '.join((*_FULL_MODEL, CONFIG_FILE))} or "
+        f"{folder.source} has none of {', '.join((*_FULL_MODEL[:2], CONFIG_FILE))} or "
         f"{', '.join(_FULL_MODEL_PICKLED)}. {found}"
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from personae.checkpoints import open_checkpoint
 from personae.checkpoints.family import align
+from personae.checkpoints.modules import weight_layout
 from personae.evaluate.evaluation import evaluate_checkpoint
 from personae.evaluate.tasks import Task
 from personae.execute.merge import merge
@@ -73,7 +74,8 @@ def attach_head(
     own = align(reference, opened, private=heads)["expert"]
     shared = {own.files[name]: name for name in own.shared}
     specs = own.checkpoint.specs
-    with CheckpointWriter(directory, specs.values(), tied=own.checkpoint.tied) as writer:
+    layout = weight_layout(own.checkpoint.companions)._asdict()
+    with CheckpointWriter(directory, specs.values(), tied=own.checkpoint.tied, **layout) as writer:
         for raw in specs:
             source, name = (values, shared[raw]) if raw in shared else (own.checkpoint, raw)
             writer.write(raw, source.read(name))

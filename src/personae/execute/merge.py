@@ -14,6 +14,7 @@ from torch import Tensor
 
 from personae._safetensors import load_safetensors
 from personae.checkpoints import Checkpoint
+from personae.checkpoints.modules import weight_layout
 from personae.checkpoints.naming import shown
 from personae.checkpoints.vocabulary_files import merged_companions
 from personae.errors import CheckpointError, Faults
@@ -141,7 +142,12 @@ def run(
     undecided = UndecidedEntries(directory)
     faults = Faults()
     with CheckpointWriter(
-        directory, job.specs, shard_bytes=shard_bytes, tied=job.family.base.tied, again=True
+        directory,
+        job.specs,
+        shard_bytes=shard_bytes,
+        tied=job.family.base.tied,
+        again=True,
+        **weight_layout(job.family.base.companions)._asdict(),
     ) as writer:
         before = set(journal.done) if journal else set[int]()
         decided = len(job.units)  # the step after the last unit

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from personae._small_files import read_json
 from personae._types import TensorSpec
+from personae.checkpoints.modules import weight_layout
 from personae.checkpoints.naming import shown
 from personae.errors import OutputError
 from personae.execute import pool
@@ -30,7 +31,7 @@ _OURS = re.compile(
     r"|config\.json|[^/]*_config\.json|config_[^/]*\.json|generation_config\.json|modules\.json"
     r"|tokenizer[^/]*\.json|special_tokens_map\.json|added_tokens\.json|normalizer\.json"
     r"|vocab[^/]*\.(json|txt|bpe)|merges[^/]*\.txt|chat_template\.(json|jinja)"
-    r"|[^/]+\.(jinja|model|tiktoken|bpe|vocab)|additional_chat_templates/[^/]+\.jinja"
+    r"|[^/]+\.(jinja|model|tiktoken|bpe|vocab|spm|codes)|additional_chat_templates/[^/]+\.jinja"
 )
 """The files a command may have written at the top of a model or pack."""
 _NOTES = (JOURNAL, RESUME)
@@ -44,6 +45,7 @@ def foreign_files(out: Path) -> list[str]:
     """
     modules = _read_small(out / "modules.json", list)
     folders = {str(m["path"]) for m in modules if isinstance(m, dict) and m.get("path")}
+    folders |= {*_read_small(out / "router_config.json", dict).get("types", ())}
     is_pack = (out / MANIFEST_NAME).is_file()
     code = json.dumps([_read_small(out / name, dict) for name in _WITH_CODE])
     foreign: list[str] = []
@@ -158,9 +160,12 @@ def write_model(
         OutputError: if the disk refuses, or has too little space.
     """
     require_space(out, sum(spec.nbytes for spec in specs))
+    layout = weight_layout(companions)
     with (
         output_directory(out, overwrite=overwrite) as partial,
-        CheckpointWriter(partial, list(specs), shard_bytes=shard_bytes, tied=tied) as writer,
+        CheckpointWriter(
+            partial, specs, shard_bytes=shard_bytes, tied=tied, **layout._asdict()
+        ) as writer,
     ):
         write_companions(companions, partial)
         work.progress(stage, 0, len(specs))

@@ -72,6 +72,8 @@ class CheckpointWriter:
         shard_bytes: int = SHARD_BYTES,
         tied: Mapping[str, str] | None = None,
         again: bool = False,
+        stem: str = "model",
+        folders: Iterable[str] = (),
     ) -> None:
         """Write the headers and reserve the files.
 
@@ -81,6 +83,8 @@ class CheckpointWriter:
             shard_bytes: Most bytes of values in one file; a larger tensor gets its own file.
             tied: Dropped name to the kept name (one of `specs`) it shares storage with; noted in
                 the header of the file that holds the kept one, as safetensors does.
+            stem: What the weight files are called.
+            folders: Folders with files of their own: a tensor FOLDER/NAME is NAME in FOLDER's.
             again: Goes on with the files that an earlier run of the same specs may have reserved;
                 `mark` says what it wrote.
 
@@ -88,14 +92,15 @@ class CheckpointWriter:
             OutputError: if the disk lacks the space or refuses.
         """
         ordered = sorted(specs, key=lambda spec: spec.name)
-        shards = _shards(ordered, shard_bytes)
         self._directory = directory
-        self.files = [directory / _file_name(n, len(shards)) for n in range(len(shards))]
+        self.files: list[Path] = []
         self._handles: list[BinaryIO] = []
         self._places: dict[str, _Place] = {}
+        shards = _by_file(ordered, shard_bytes, stem, sorted(folders))
+        self.files += [directory / file for file in shards]
         if not (again and all(path.exists() for path in self.files)):
             require_space(directory, sum(spec.nbytes for spec in ordered))
-        for path, shard in zip(self.files, shards, strict=True):
+        for path, shard in zip(self.files, shards.values(), strict=True):
             self._reserve(path, shard, tied or {}, again)
         assert len(self._places) == len(ordered), "two specs of one name"
         assert self._places.keys() >= set((tied or {}).values()), "a tied name without its kept one"
@@ -104,14 +109,20 @@ class CheckpointWriter:
         self, path: Path, shard: list[TensorSpec], tied: Mapping[str, str], again: bool
     ) -> None:
         """Write one file's header and give the file its full length."""
-        header, offsets, size = _layout(shard, tied)
+        header, offsets, size = _layout(shard, tied, self._prefix(path))
         with output_errors(path):
+            path.parent.mkdir(exist_ok=True, parents=True)
             file = path.open("r+b" if again and path.exists() else "x+b", buffering=0)
             self._handles.append(file)
             _write_at(file, header, 0)
             os.ftruncate(file.fileno(), size)
         for spec in shard:
             self._places[spec.name] = _Place(spec, file, offsets[spec.name], [])
+
+    def _prefix(self, path: Path) -> str:
+        """What names have before those in this file's header."""
+        folder = path.parent.relative_to(self._directory).as_posix()
+        return "" if folder == "." else f"{folder}/"
 
     def mark(self, name: str, start: int, stop: int) -> None:
         """Note rows `start:stop` (of a scalar: 0:1) as written by an earlier run."""
@@ -191,19 +202,27 @@ class CheckpointWriter:
                 found = f"{total:,} bytes written of {place.spec.nbytes:,}"
                 faults.add(f"Tensor '{name}' was not written exactly once: {found}.")
         faults.raise_if_any(WorkError)
-        if len(self.files) > 1:
-            self._write_index()
+        for folder in {path.parent for path in self.files}:
+            self._write_index(folder)
         for file in self._handles:
             with output_errors(Path(file.name)):
                 os.fsync(file.fileno())
                 file.close()
 
-    def _write_index(self) -> None:
+    def _write_index(self, folder: Path) -> None:
+        """Write the index of a folder with several files."""
+        files = [path for path in self.files if path.parent == folder]
+        if len(files) == 1:
+            return
+        prefix = self._prefix(files[0])
+        held = {n: p for n, p in self._places.items() if Path(p.file.name).parent == folder}
         index = {
-            "metadata": {"total_size": sum(p.spec.nbytes for p in self._places.values())},
-            "weight_map": {name: Path(p.file.name).name for name, p in self._places.items()},
+            "metadata": {"total_size": sum(p.spec.nbytes for p in held.values())},
+            "weight_map": {
+                name.removeprefix(prefix): Path(p.file.name).name for name, p in held.items()
+            },
         }
-        path = self._directory / "model.safetensors.index.json"
+        path = folder / f"{files[0].name.split('-')[0]}.safetensors.index.json"
         with output_errors(path):
             path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -221,6 +240,23 @@ class CheckpointWriter:
                 file.close()
 
 
+def _by_file(
+    specs: list[TensorSpec], shard_bytes: int, stem: str, folders: Sequence[str]
+) -> dict[str, list[TensorSpec]]:
+    """Relative file name to what goes into it, which is in the order of the specs."""
+    parts: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        folder = next((f for f in folders if spec.name.startswith(f"{f}/")), "")
+        parts.setdefault(folder, []).append(spec)
+    files: dict[str, list[TensorSpec]] = {}
+    for folder, held in (parts or {"": list[TensorSpec]()}).items():
+        shards = _shards(held, shard_bytes)
+        for number, shard in enumerate(shards):
+            name = _file_name(number, len(shards), "model" if folder else stem)
+            files[f"{folder}/{name}" if folder else name] = shard
+    return files
+
+
 def _shards(specs: list[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
     """Fill shards one after the other in the order of the specs."""
     shards: list[list[TensorSpec]] = [[]]
@@ -234,21 +270,29 @@ def _shards(specs: list[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]
     return shards
 
 
-def _file_name(number: int, count: int) -> str:
-    return f"model-{number + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+def _file_name(number: int, count: int, stem: str) -> str:
+    return (
+        f"{stem}-{number + 1:05}-of-{count:05}.safetensors" if count > 1 else f"{stem}.safetensors"
+    )
 
 
-def _layout(specs: list[TensorSpec], tied: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+def _layout(
+    specs: list[TensorSpec], tied: Mapping[str, str], prefix: str
+) -> tuple[bytes, dict[str, int], int]:
     """Give one file's header, where in the file each tensor starts, and the file's length."""
     names = {spec.name for spec in specs}
-    notes = {dropped: kept for dropped, kept in sorted(tied.items()) if kept in names}
+    notes = {
+        dropped.removeprefix(prefix): kept.removeprefix(prefix)
+        for dropped, kept in sorted(tied.items())
+        if kept in names
+    }
     header: dict[str, object] = {"__metadata__": {"format": "pt", **notes}}
     starts: dict[str, int] = {}
     end = 0
     for spec in sorted(specs, key=lambda spec: (_LAYOUT_ORDER[spec.dtype], spec.name)):
         starts[spec.name] = end
         end += spec.nbytes
-        header[spec.name] = {
+        header[spec.name.removeprefix(prefix)] = {
             "dtype": _CODES[spec.dtype],
             "shape": spec.shape,
             "data_offsets": [starts[spec.name], end],
