@@ -53,9 +53,9 @@ def test_opening_fetches_headers_only(hub: FakeHub) -> None:
     assert opened.source == "org/sharded@v1" and opened.revision == COMMIT
     assert {n: s.shape for n, s in opened.specs.items()} == {"a": (512, 512), "b": (512, 512)}
     assert list(opened.companions) == ["config.json"]
-    # Of each 1 MiB shard the first 100 kB or so were sent; of the small files the index alone.
+    # Of each 1 MiB shard the first 100 kB or so were sent; then index and config.json.
     shards = ("one.safetensors", "two.safetensors")
-    assert {name for name, _ in hub.served} == {*shards, INDEX}
+    assert {name for name, _ in hub.served} == {*shards, INDEX, "config.json"}
     assert all(0 < hub.sent(shard) < 150_000 for shard in shards)
 
 
