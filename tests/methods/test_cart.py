@@ -56,7 +56,26 @@ def test_other_tensors_are_averaged():
     mean = task_vectors.mean(dim=0)
     assert torch.equal(merge(task_vectors, "text_projection.weight", **settings), mean)
     assert torch.equal(merge(task_vectors[:, 0], "bias", **settings), mean[0])
-    assert torch.equal(merge(task_vectors, "wte.weight", tensors="linear", **settings), mean)
+    assert torch.equal(merge(task_vectors, "wte.weight", **settings), mean)
+    whole = merge(task_vectors, "wte.weight", tensors="matrices", **settings)
+    assert torch.equal(whole, merge(task_vectors, **settings))
+
+
+@pytest.mark.parametrize(
+    ("experts", "rank_fraction", "scale"), [(8, 0.12, 2.0), (14, 0.16, 1.5), (20, 0.32, 1.9)]
+)
+def test_the_authors_choices_by_number_of_tasks(experts: int, rank_fraction: float, scale: float):
+    task_vectors = gaussian(experts, 30, 40)
+    chosen = merge(task_vectors, rank_fraction=rank_fraction, scale=scale)
+    assert torch.equal(merge(task_vectors), chosen)
+    assert not torch.equal(merge(task_vectors, scale=scale + 0.1), chosen)
+
+
+def test_a_rank_is_at_least_one():
+    task_vectors = gaussian(4, 6, 7)
+    least = merge(task_vectors, rank_fraction=0.01)
+    assert torch.equal(least, merge(task_vectors, rank_fraction=1 / 6))
+    assert not torch.equal(least, merge(task_vectors, rank_fraction=2 / 6))
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (50, 40), (40, 7)])

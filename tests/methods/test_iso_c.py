@@ -19,9 +19,13 @@ def test_hand_worked():
     task_vectors = diagonal([6.0, 1.0], [0.0, -3.0])
     torch.testing.assert_close(merge(task_vectors), diagonal([4.0, -4.0])[0])
     torch.testing.assert_close(merge(task_vectors, scale=1.5), diagonal([6.0, -6.0])[0])
-    # Without full rank: the mean of 6 and 2, and nothing in the third direction.
+    # Without full rank: 6 and 2 spread over three directions, or over the two there are; nothing
+    # in the third direction either way.
     task_vectors = diagonal([6.0, 0.0, 1.0], [0.0, 2.0, -1.0])
-    torch.testing.assert_close(merge(task_vectors), diagonal([4.0, 4.0, 0.0])[0])
+    spread = 8 / 3
+    torch.testing.assert_close(merge(task_vectors), diagonal([spread, spread, 0.0])[0])
+    own = merge(task_vectors, average_over="rank")
+    torch.testing.assert_close(own, diagonal([4.0, 4.0, 0.0])[0])
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (9, 20), (20, 9)])
@@ -38,7 +42,7 @@ def test_flat_spectrum_with_the_nuclear_norm_of_the_sum(rank: int):
     """Property 14, with full rank and without."""
     task_vectors = products(adapters(2, 30, 40, rank))
     directions = min(2 * rank, 30)
-    values = torch.linalg.svdvals(merge(task_vectors).double())
+    values = torch.linalg.svdvals(merge(task_vectors, average_over="rank").double())
     expected = torch.linalg.svdvals(task_vectors.double().sum(dim=0))
     assert float(values.sum()) == pytest.approx(float(expected.sum()), rel=1e-5)
     assert float(values[0]) == pytest.approx(float(values[directions - 1]), rel=1e-5)

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-WHITENING_TOLERANCE = 1e-3
-"""For singular vectors side by side, which fp32 gives to about this: closer ones are the same."""
+WHITENING_TOLERANCE = 1e-6
+"""For singular vectors in fp64 side by side. As many as fill a matrix of m rows have a smallest
+singular value of about 1/m, and each such direction counts; copies of one vector leave 1e-8."""
 
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
@@ -34,17 +35,17 @@ def polar_factor(
         tolerance: Singular values up to this one count as 0.
 
     Returns:
-        The factor and the singular values kept, descending; fp32.
+        The factor and the singular values kept, descending; fp64.
     """
     small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     peak = float(matrix.abs().max()) if matrix.numel() else 0.0
     if peak == 0:
-        return torch.zeros_like(matrix, dtype=torch.float32), matrix.new_zeros(0).float()
+        return torch.zeros_like(matrix, dtype=torch.float64), matrix.new_zeros(0).double()
     small = small.double() / peak  # squares of tiny entries would vanish
     energies, vectors = torch.linalg.eigh(small @ small.T)
     values = energies.clamp(min=0).sqrt()
     kept = values * peak > tolerance
     values, vectors = values[kept], vectors[:, kept]
-    factor = ((vectors / values) @ (vectors.T @ small)).float()
+    factor = (vectors / values) @ (vectors.T @ small)
     factor = factor if matrix.shape[0] <= matrix.shape[1] else factor.T
-    return factor, (values * peak).flip(0).float()
+    return factor, (values * peak).flip(0)

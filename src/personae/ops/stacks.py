@@ -4,10 +4,9 @@
 matrices side by side are taller than wide, of the Gram matrix of their columns). The Gram matrix
 squares the condition: two directions are blurred by eps · σ₁² / (σ_i σ_j). fp64 keeps that below
 fp32 rounding down to σ = 1e-4 σ₁; what lies below is projected out and decomposed anew, relative to
-its own largest value, until nothing above the tolerance is left. Large matrices of which only
-directions above 1 % of σ₁ are wanted take fp32, for twice the speed: the blur is 1e-3 at most,
-about twice that of LAPACK's fp32 SVD in what DRM makes of it; the basis is orthonormal and
-W_t = U Uᵀ W_t to fp32 all the same.
+its own largest value, until nothing above the tolerance is left. A Gram matrix in fp32 would take
+half the time, but it turns directions of nearly one σ, as of noise beneath a few strong directions,
+into each other, and DRM prunes what each of them holds: its result was 6 % off.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,10 +24,8 @@ BAND = 1e-4
 """σ / σ₁ that one Gram matrix in fp64 tells apart from noise, to fp32 precision."""
 FP32_PROJECTION = 1e-2
 """Smallest kept σ / σ₁ for which Uᵀ W in fp32 is good enough: its error is eps · σ₁."""
-FP32_TOLERANCE = 1e-2
-"""Smallest tolerance with which a Gram matrix in fp32 will do for large matrices."""
-LARGE_SIDE = 1024
-"""Short side above which the eigenvectors take longer than all else."""
+COUNTED_IN_FP32 = 1e-2
+"""Smallest σ / σ₁ above which directions can be counted by a Gram matrix in fp32."""
 SQUARES_VANISH = 1e-15
 """Length in fp32 below which squares of entries may have left its range."""
 SQUARES_STAY = 1e-12, 1e12
@@ -72,7 +69,7 @@ def stacked_svd(stack: Float[Tensor, "expert out in"], rank_tolerance: float = 0
     experts, rows, columns = stack.shape
     blocks, wide = _blocks(stack)
     tolerance = max(rank_tolerance, NULL_SPACE)
-    vectors, ratio = _leading(blocks, tolerance, _precision(blocks, tolerance if wide else 0.0))
+    vectors, ratio = _leading(blocks, tolerance)
     if not vectors.shape[1]:
         nothing = stack.new_zeros
         return StackedSVD(
@@ -103,7 +100,8 @@ def stacked_svd(stack: Float[Tensor, "expert out in"], rank_tolerance: float = 0
 def stacked_rank(stack: Float[Tensor, "expert out in"], rank_tolerance: float) -> int:
     """Number of directions of several matrices side by side with σ > `rank_tolerance` · σ₁."""
     blocks, _ = _blocks(stack)
-    energies = torch.linalg.eigvalsh(_gram(blocks, _precision(blocks, rank_tolerance)))
+    dtype = torch.float32 if rank_tolerance >= COUNTED_IN_FP32 else torch.float64
+    energies = torch.linalg.eigvalsh(_gram(blocks, dtype))
     most = energies[-1]
     return int((energies > rank_tolerance**2 * most).sum()) if most > 0 else 0
 
@@ -118,20 +116,15 @@ def _blocks(
     return [stack.transpose(1, 2).reshape(experts * columns, rows)], False
 
 
-def _precision(blocks: Sequence[Tensor], tolerance: float) -> torch.dtype:
-    large = len(blocks[0]) > LARGE_SIDE
-    return torch.float32 if large and tolerance >= FP32_TOLERANCE else torch.float64
-
-
 def _leading(
-    blocks: Sequence[Float[Tensor, "short part"]], tolerance: float, dtype: torch.dtype
+    blocks: Sequence[Float[Tensor, "short part"]], tolerance: float
 ) -> tuple[Float[Tensor, "short rank"], float]:
     """Left singular vectors of the blocks side by side, and their smallest σ / σ₁."""
     frame: Tensor | None = None  # what is left to decompose lies in its span; None: everything
     vectors: list[Tensor] = []
     top, ratio = 0.0, 1.0
     while True:
-        energies, turned = torch.linalg.eigh(_gram(blocks, dtype))
+        energies, turned = torch.linalg.eigh(_gram(blocks, torch.float64))
         found = energies.flip(0).clamp(min=0).sqrt()
         turned = turned.flip(1)
         first = float(found[0])
@@ -144,7 +137,7 @@ def _leading(
         if kept == len(found) or floor <= tolerance * top:
             return vectors[0] if frame is None else torch.cat(vectors, dim=1), ratio
         frame = whole[:, kept:]
-        blocks = [turned[:, kept:].T @ block.to(dtype) for block in blocks]
+        blocks = [turned[:, kept:].T @ block.double() for block in blocks]
 
 
 def _gram(

@@ -1,10 +1,12 @@
 """Iso-C (Marczak et al. 2025): the sum of the task vectors with a flat spectrum.
 
 Departs from the paper where that leaves the choice to rounding: of a sum without full rank (as of
-adapters) only the directions it has get the common singular value, their mean; the paper's mean is
-over min(m, d) values, and its decomposition fills what is missing with arbitrary directions. The
-nuclear norm is that of the sum either way.
+adapters) only the directions it has get the common singular value, where the paper's decomposition
+fills what is missing with arbitrary ones. The value is the paper's, the mean over min(m, d) values,
+or the mean over those there are, which keeps the nuclear norm of the sum.
 """
+
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -15,6 +17,8 @@ from personae.methods._matrices import Tensors, from_both_sides, is_matrix, not_
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.ops.polar import polar_factor, sum_tolerance
+
+AverageOver = Literal["side", "rank"]
 
 
 @merge_method(
@@ -29,6 +33,7 @@ def iso_c(
     task_vectors: Float[Tensor, "expert *shape"],
     *,
     tensors: Tensors = "matrices",
+    average_over: AverageOver = "side",
     scale: float = 1.0,
     site: Site,
 ) -> Float[Tensor, "*shape"]:
@@ -39,6 +44,8 @@ def iso_c(
     Args:
         task_vectors: One task vector per expert, stacked in recipe order; fp32.
         tensors: Which tensors are merged so; the rest is averaged.
+        average_over: Whether the mean of the values is over min(m, d), as published, or over
+            the rank of the sum, where that is less.
         scale: Multiplier on the result, averages included (α in the paper, tuned up to 3).
         site: Which tensor.
 
@@ -49,4 +56,10 @@ def iso_c(
         return scale * mean(task_vectors)
     total = task_vectors.sum(dim=0, dtype=torch.float64)
     factor, values = polar_factor(total, sum_tolerance(task_vectors))
-    return factor * (scale * float(values.mean())) if len(values) else factor
+    value = flat_value(values, min(site.shape), average_over)
+    return (factor * (scale * value)).float()
+
+
+def flat_value(values: Float[Tensor, " rank"], side: int, average_over: AverageOver) -> float:
+    """The one value that all directions get; 0 where there is none."""
+    return float(values.sum()) / max(1, side if average_over == "side" else len(values))

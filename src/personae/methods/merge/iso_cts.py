@@ -17,9 +17,10 @@ from personae.methods._entries import mean
 from personae.methods._matrices import Tensors, from_both_sides, is_matrix, not_matrix
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
+from personae.methods.merge.iso_c import AverageOver, flat_value
 from personae.ops.bases import joint_basis
 from personae.ops.polar import WHITENING_TOLERANCE, polar_factor, sum_tolerance
-from personae.ops.svd import truncated_svd
+from personae.ops.svd import exact_svd
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -37,6 +38,7 @@ def iso_cts(
     *,
     common_fraction: Fraction = 0.8,
     tensors: Tensors = "matrices",
+    average_over: AverageOver = "side",
     scale: float = 1.0,
     site: Site,
 ) -> Float[Tensor, "*shape"]:
@@ -53,6 +55,8 @@ def iso_cts(
         task_vectors: One task vector per expert, stacked in recipe order; fp32.
         common_fraction: Share of the directions that is common.
         tensors: Which tensors are merged so; the rest is averaged.
+        average_over: Whether the mean of the values is over min(m, d), as published, or over
+            the directions found, where these are fewer.
         scale: Multiplier on the result, averages included (α in the paper, tuned up to 3).
         site: Which tensor; numbers of directions follow from the shape of the whole tensor.
 
@@ -67,19 +71,18 @@ def iso_cts(
     basis, values = joint_basis([total])
     common = min(common, int((values > tolerance).sum()))
     basis, values = basis[:, :common], values[:common]
-    lefts, sizes, rights = [basis.float()], [values.float()], [(basis.T @ total).float()]
-    rights[0] /= sizes[0][:, None]
+    lefts, sizes, rights = [basis], [values], [(basis.T @ total) / values[:, None]]
     for matrix in task_vectors:
         image = basis.T @ matrix.double()
-        u, singular_values, vh = truncated_svd(matrix.double().sub_(basis @ image), specific)
+        u, singular_values, vh = exact_svd(matrix.double().sub_(basis @ image), specific)
         found = singular_values > tolerance
         lefts.append(u[:, found])
         sizes.append(singular_values[found])
         rights.append(vh[found])
     left, _ = polar_factor(torch.cat(lefts, dim=1), WHITENING_TOLERANCE)
     right, _ = polar_factor(torch.cat(rights), WHITENING_TOLERANCE)
-    flat = torch.cat(sizes)
-    return (left @ right) * (scale * float(flat.mean()) if len(flat) else 0.0)
+    value = flat_value(torch.cat(sizes), min(site.shape), average_over)
+    return ((left @ right) * (scale * value)).float()
 
 
 def shares(directions: int, experts: int, common_fraction: float) -> tuple[int, int]:

@@ -7,7 +7,8 @@ Departs from the original code where that leaves the choice to rounding. Directi
 share are whitened within the span they have, as copies of one expert should, and never completed
 by arbitrary ones. Directions beneath the numerical rank of an expert are not taken. A matrix with
 fewer rows or columns than there are experts has no direction for each: it is averaged, where the
-code would leave it at the base.
+code would leave it at the base. Computed in fp64, since whitening magnifies an error by up to the
+number of directions.
 """
 
 import torch
@@ -19,7 +20,7 @@ from personae.methods._matrices import Tensors, from_both_sides, is_matrix, not_
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.ops.polar import WHITENING_TOLERANCE, polar_factor
-from personae.ops.svd import truncated_svd
+from personae.ops.svd import exact_svd
 
 
 @merge_method(
@@ -54,8 +55,8 @@ def tsv_m(
     rank = min(site.shape, default=0) // len(task_vectors)
     if rank == 0 or not is_matrix(tensors, site):
         return scale * mean(task_vectors)
-    parts = [truncated_svd(matrix, rank) for matrix in task_vectors]
+    parts = [exact_svd(matrix, rank) for matrix in task_vectors]
     left, _ = polar_factor(torch.cat([u for u, _, _ in parts], dim=1), WHITENING_TOLERANCE)
     right, _ = polar_factor(torch.cat([vh for _, _, vh in parts]), WHITENING_TOLERANCE)
     values = torch.cat([singular_values for _, singular_values, _ in parts])
-    return (left * (scale * values)) @ right
+    return ((left * (scale * values)) @ right).float()
