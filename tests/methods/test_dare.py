@@ -69,6 +69,34 @@ def test_dare_ties_by_hand():
     assert merged.tolist() == [-8.0, -6.0, -4.0, -8.0]
 
 
+@pytest.mark.usefixtures("masks")
+def test_dare_ties_with_trimming_by_hand():
+    # Two of four entries are kept of what dropping left, before weights:
+    # 16 0 0 12, 0 12 8 0, 4 0 0 8 (times 2). All elect +; means of what agrees.
+    settings: dict[str, Any] = {"density": 0.25, "weight": WEIGHT, "trim": 0.5}
+    assert merge("dare_ties", TASK_VECTORS, **settings).tolist() == [12.0, 12.0, 8.0, 14.0]
+
+
+@pytest.mark.parametrize("density", [0.5, 0.1])
+def test_dare_ties_as_its_authors_have_it(density: float):
+    """Drop and rescale, then all of TIES at 20 %; below that density there is nothing to trim."""
+    task_vectors = torch.randn(3, 300, 200, generator=torch.Generator().manual_seed(2))
+    kept = kept_values(density)
+    masks = [
+        torch.from_numpy(keep_mask(kept, 0, 60_000, seed=4, name="w", expert=n)) for n in range(3)
+    ]
+    left = task_vectors.double().flatten(1) * torch.stack(masks) / (kept / 65536)
+    thresholds = left.abs().topk(12_000, dim=1).values[:, -1:]
+    trimmed = left * (left.abs() >= thresholds)
+    signs = trimmed.sum(dim=0).sign()
+    agreeing = (trimmed * signs).clamp(min=0)
+    expected = signs * agreeing.sum(dim=0) / (agreeing > 0).sum(dim=0).clamp(min=1)
+    merged = merge("dare_ties", task_vectors, density=density, seed=4, trim=0.2)
+    torch.testing.assert_close(merged.double().flatten(), expected, rtol=1e-6, atol=1e-6)
+    untrimmed = merge("dare_ties", task_vectors, density=density, seed=4)
+    assert torch.equal(merged, untrimmed) == (density < 0.2)
+
+
 def test_an_undecided_entry_of_dare_ties_takes_the_majority_of_its_scope():
     # Signs over the model: 0 in the first tensor, - - + in the second: majority -1.
     model = [torch.tensor([[2.0], [-2.0]]), torch.tensor([[-1.0, -1.0, 1.0], [-1.0, -1.0, 1.0]])]

@@ -141,7 +141,8 @@ def _share_of_unit(
     faults: list[str] = []
     for piece in unit.pieces:
         parameters, site = parameters_of(piece.spec.name), stacks.site(piece)
-        if not measure.applies(parameters, site):
+        # Adapters consist of the tensors they train: the rest of the model fills no density.
+        if stacks.untouched(piece.spec.name) or not measure.applies(parameters, site):
             continue
         part = piece if unit.whole else _sampled(piece, measure.sample)
         stack, _ = stacks.given(method, parameters, part, unit.whole)

@@ -145,6 +145,10 @@ class Stacks:
             return self.read(piece, reuse=not undivided)[0], lambda merged: merged
         return method.in_bases(factors, parameters, self.site(piece))
 
+    def untouched(self, name: str) -> bool:
+        """Whether every expert is an adapter that leaves this tensor alone, known from headers."""
+        return all(deltas.unchanged(name) for deltas in self._deltas)
+
     def factors(self, name: str) -> list[Factors] | None:
         """The task vectors of a matrix as exact factors, if every expert is an adapter there.
 

@@ -41,6 +41,16 @@ def dropper(
     return fill
 
 
+def dropped(
+    task_vectors: Float[Tensor, "expert *shape"], fill: Fill
+) -> Float[Tensor, "expert entry"]:
+    """What `fill` keeps of the experts."""
+    kept = torch.empty(len(task_vectors), task_vectors[0].numel())
+    for start, rows in blocks(task_vectors):
+        fill(start, rows, kept[:, start : start + len(rows[0])])
+    return kept
+
+
 def dropped_sum(
     task_vectors: Float[Tensor, "expert *shape"], fill: Fill, scale: float
 ) -> Float[Tensor, "*shape"]:

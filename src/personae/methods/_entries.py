@@ -131,21 +131,34 @@ def limits_of(thresholds: Float[Tensor, " expert"]) -> list[float]:
     return torch.nextafter(thresholds, torch.zeros_like(thresholds)).tolist()
 
 
+def _as_given(vectors: Tensor, _: Any, __: Site) -> Tensor:
+    return vectors
+
+
 def find_thresholds(
-    density: PerExpert, experts: int
+    density: PerExpert,
+    experts: int,
+    seen: Callable[[Tensor, Any, Site], Tensor] = _as_given,
 ) -> Generator[Measure, Tensor, Float[Tensor, " expert"]]:
     """Look for the smallest magnitude that each expert keeps: a sample, then one census or more.
 
     An expert of density 1 has threshold 0 and is not looked at.
+
+    Args:
+        density: Fraction of entries kept.
+        experts: How many there are.
+        seen: `seen(task_vectors, parameters, site)`: what is trimmed, made of the task vectors.
     """
     densities = one_each(density, experts)
     windows = [Window(0, 1) for _ in densities]
     trimming = [n for n, each in enumerate(densities) if each < 1]
 
-    def sample(vectors: Tensor, _: Any, __: Site) -> Tensor:
+    def sample(vectors: Tensor, own: Any, site: Site) -> Tensor:
+        vectors = seen(vectors, own, site)
         return torch.stack([sample_counts(vectors[n]) for n in trimming])
 
-    def count(vectors: Tensor, _: Any, __: Site) -> Tensor:
+    def count(vectors: Tensor, own: Any, site: Site) -> Tensor:
+        vectors = seen(vectors, own, site)
         bins = max(windows[n].bins for n in trimming)
         return torch.stack([census(vectors[n], windows[n], bins) for n in trimming])
 

@@ -4,6 +4,10 @@ Departs from the original code in three small things. Its `kthvalue` rule keeps 
 asked; here exactly k count, and entries that tie with the k-th are kept too, as a stream has no
 first. Entries without a winner become 0 if the model as a whole has none either (there: negative).
 Votes within rounding of a tie are summed in fp64, so that the order of experts cannot flip a sign.
+
+The whole model, over which K is taken, is what the experts consist of: of full checkpoints every
+tensor, also those that no expert changed; of LoRA adapters alone the tensors that one of them
+trains.
 """
 
 from typing import Any, Literal
