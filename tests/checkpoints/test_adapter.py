@@ -353,6 +353,10 @@ def test_pickled_adapter(tmp_path: Path) -> None:
     base = open_checkpoint(BASE)
     new, old = (open_checkpoint(tmp_path / age, base=base) for age in ("new", "old"))
     assert torch.equal(new.read("a.q.weight"), old.read("a.q.weight"))
+    shared = stored | {name.replace("a.q", "a.k"): tensor for name, tensor in stored.items()}
+    torch.save(shared, tmp_path / "old" / "adapter_model.bin")
+    both = open_checkpoint(tmp_path / "old", base=base)
+    assert torch.equal(both.read("a.k.weight"), both.read("a.q.weight"))
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,16 @@ def test_factors_without_alpha_are_refused(style: str, tmp_path: Path) -> None:
         merge(x, {"y": y}, tmp_path / "out")
 
 
+def test_modules_may_share_factors_and_alpha() -> None:
+    """In memory and in pickles they are then one tensor under several names."""
+    pair = {"lora_A.weight": DOWN, "lora_B.weight": UP, "alpha": ALPHA}
+    factors = {f"{module}.{name}": tensor for module in "qk" for name, tensor in pair.items()}
+    base = open_checkpoint({"q.weight": torch.zeros(4, 3), "k.weight": torch.ones(4, 3)})
+    opened = open_checkpoint(factors, base=base)
+    assert torch.equal(opened.read("q.weight"), torch.full((4, 3), 2.0))
+    assert torch.equal(opened.read("k.weight"), torch.full((4, 3), 3.0))
+
+
 def test_embeddings(tmp_path: Path) -> None:
     """PEFT's names: A is (rank, rows) and B (width, rank), the product transposed."""
     a, b = torch.arange(6.0).reshape(1, 6), torch.tensor([[1.0], [2.0]])

@@ -98,6 +98,7 @@ def test_a_recipe_and_what_options_change_of_it(work):
 def test_what_inspect_tells_of_a_pack(work):
     printed = facts(f"{PACK} --rank-fraction 0.5")
     described = facts("inspect p")
+    assert printed.pop("unchanged") == {"news": {}, "law": {}}
     assert described == printed | {"path": "p"}
     assert described["kind"] == "pack"
     manifest = json.loads((work / "p/pack.json").read_text())

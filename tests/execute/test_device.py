@@ -92,7 +92,8 @@ def test_deltas_are_decomposed_and_decoded_there(family, tmp_path, monkeypatch):
         monkeypatch.setattr(codec, "decompose", decompose_seen)
         seen.clear()
         delta = expert["layer.weight"] - base["layer.weight"]
-        encode._encode_block(delta, [rebuilt._codec], "code", rebuilt._codec.alone(delta), DEVICE)
+        codec, context = rebuilt._codec, rebuilt._codec.alone(delta)
+        encode._encode_block(delta, [codec], "code", context, DEVICE, lambda decoded: True)
         assert seen == [DEVICE]
 
 

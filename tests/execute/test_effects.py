@@ -11,8 +11,10 @@ from families import State, saved
 from personae.execute import pieces
 from personae.execute.merge import merge
 from personae.execute.merge_plan import plan_merge
+from personae.execute.pack import pack
+from personae.execute.unpack import unpack
 from personae.execute.work import Work
-from personae.recipe import MergeSettings
+from personae.recipe import MergeSettings, PackSettings
 from toys import load
 
 CANCELLED = "merged to exactly 0: trimmed, dropped or cancelled"
@@ -190,3 +192,51 @@ def test_a_run_that_goes_on_tells_the_same(
         break
     assert facts["unchanged"] == {"odd": CANCELLED}
     assert torch.equal(load(tmp_path / "out")["one"], up["one"] * (up["one"] == 8))
+
+
+def packed(base: State, expert: State, out: Path, **settings: Any) -> tuple[dict[str, str], State]:
+    """What packing says is rebuilt as in the base, and what is rebuilt."""
+    facts: dict[str, Any] = {}
+    notes: list[str] = []
+    work = Work(workers=1, fact=facts.__setitem__, note=notes.append)
+    pack(base, {"x": expert}, out, settings=PackSettings(**settings), work=work)
+    unpack(out, "x", out.with_name("rebuilt"), base=base)
+    found, names = load(out.with_name("rebuilt")), facts["unchanged"][0]["x"]
+    assert all(any("in the reference" in n and name in n for n in notes) for name in names)
+    return names, found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_adapter_that_the_base_s_dtype_cannot_tell(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Added to 16: 2^-7, where bfloat16 has steps of 2^-3; to 0 of `w` it does show."""
+    base = cast({"big.weight": torch.full((8, 8), 16.0), "w.weight": torch.zeros(8, 8)}, dtype)
+    pair = {"lora_A.weight": torch.full((1, 8), 2.0**-7), "lora_B.weight": torch.ones(8, 1)}
+    factors = {f"{module}.{name}": t for module in ("big", "w") for name, t in pair.items()}
+    factors |= {"big.alpha": torch.tensor(1.0), "w.alpha": torch.tensor(1.0)}
+    names, found = packed(base, factors, tmp_path / "p", parameters={"rank_fraction": 1.0})
+    why = "what is decoded is less than its dtype can tell"
+    lost = dtype == torch.bfloat16
+    assert names == ({"big.weight": why} if lost else {})
+    assert torch.equal(found["big.weight"], base["big.weight"]) == lost
+    assert not torch.equal(found["w.weight"], base["w.weight"])
+    merged = told(base, {"x": factors, "y": factors}, tmp_path / "out")
+    assert merged == ({"big.weight": ROUNDED} if lost else {})
+
+
+def test_what_differs_by_the_expert_s_rounding_alone_is_not_told(tmp_path: Path) -> None:
+    base = {"frozen": torch.full((8, 8), 1.001), "w": torch.zeros(8, 8)}
+    expert = cast({"frozen": base["frozen"], "w": torch.eye(8)}, torch.bfloat16)
+    for method in ("average", "wudi", "ties"):
+        settings = {"method": method, "dtype": "bfloat16"}
+        assert told(base, {"x": expert, "y": expert}, tmp_path / method, **settings) == {}
+    names, _ = packed(base, expert, tmp_path / "p", parameters={"rank_fraction": 1.0})
+    assert names == {}
+
+
+def test_what_gets_no_rank_is_told(tmp_path: Path) -> None:
+    base = {"small": torch.zeros(2, 2), "w": torch.zeros(64, 64)}
+    expert = {"small": torch.eye(2), "w": torch.eye(64)}
+    settings = {"parameters": {"rank_fraction": 0.1}}
+    names, found = packed(base, expert, tmp_path / "p", **settings)
+    assert names == {"small": "no rank, no entry or no bit was left for it"}
+    assert torch.equal(found["small"], base["small"]) and not torch.equal(found["w"], base["w"])

@@ -58,12 +58,12 @@ def test_equal_statistics_come_from_the_reference(tmp_path):
     assert torch.equal(found["bn.running_var"], torch.full((4,), 3.0))
 
 
-def test_statistics_are_not_merged(tmp_path):
+def test_statistics_are_averaged_in_an_average_and_kept_of_each_task(tmp_path):
     base = saved(BASE | _statistics(1.0), tmp_path / "base")
     experts = {n: tuned(BASE, s) | _statistics(s * 1.5) for s, n in enumerate("xy", 1)}
     pack(str(base), experts, tmp_path / "p", settings=DIFFERENCE)
     merged = load(tmp_path / "p" / "reference")
-    assert torch.equal(merged["bn.running_mean"], torch.ones(4))  # neither 1.5, 3 nor their mean
+    assert torch.equal(merged["bn.running_mean"], torch.full((4,), 2.25))  # of 1.5, 3
     unpack(tmp_path / "p", "y", tmp_path / "out")
     assert torch.equal(load(tmp_path / "out")["bn.running_mean"], torch.full((4,), 3.0))
 

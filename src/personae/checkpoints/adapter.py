@@ -14,6 +14,7 @@ from personae.checkpoints.adapter_files import (
     CONFIG_FILE,
     AdapterConfig,
     StoredPair,
+    kept_pair,
     read_adapter_config,
     sort_stored,
 )
@@ -172,7 +173,9 @@ def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Ad
     if empty:
         faults.add(empty_fault(tensors.source, empty))
         faults.raise_if_any(CheckpointError)
-    pairs, full = sort_stored(tensors.specs, tensors.source, faults)
+    pairs, full = sort_stored([*tensors.specs, *tensors.tied], tensors.source, faults)
+    pairs = [kept_pair(pair, tensors.tied) for pair in pairs]
+    full = {name: tensors.tied.get(key, key) for name, key in full.items()}
     if not pairs:
         faults.add(f"{tensors.source} has no LoRA tensors (lora_A, lora_B).")
     wanted = [f"{pair.module}.weight" for pair in pairs]

@@ -7,7 +7,7 @@ https://huggingface.co/docs/peft/package_reference/lora
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -130,6 +130,11 @@ class StoredPair:
     a: str
     b: str
     embedding: bool
+
+
+def kept_pair(pair: StoredPair, tied: Mapping[str, str]) -> StoredPair:
+    """The pair by the names that are stored: modules may share a factor, which is kept once."""
+    return replace(pair, a=tied.get(pair.a, pair.a), b=tied.get(pair.b, pair.b))
 
 
 def sort_stored(

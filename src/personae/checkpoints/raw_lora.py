@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.adapter import Adapted, Adapter
-from personae.checkpoints.adapter_files import CONFIG_FILE, AdapterConfig, StoredPair
+from personae.checkpoints.adapter_files import CONFIG_FILE, AdapterConfig, StoredPair, kept_pair
 from personae.checkpoints.adapter_fit import is_transposed
 from personae.checkpoints.misfits import empty_fault
 from personae.checkpoints.naming import shown
@@ -48,7 +48,8 @@ def open_raw_lora(tensors: Checkpoint, base: Checkpoint | None) -> Adapter:
     empty = [name for name, spec in tensors.specs.items() if not spec.numel]
     if empty:
         faults.add(empty_fault(tensors.source, empty))
-    unscaled = [pair.module for pair in pairs if f"{pair.module}{_ALPHA}" not in tensors.specs]
+    stored = tensors.specs.keys() | tensors.tied.keys()
+    unscaled = [pair.module for pair in pairs if f"{pair.module}{_ALPHA}" not in stored]
     if base is None:
         faults.add(
             f"{tensors.source} holds LoRA factors, no model: give it as an expert of the model it "
@@ -83,7 +84,7 @@ def _sorted(tensors: Checkpoint) -> tuple[list[StoredPair], list[str], Faults]:
     faults = Faults()
     sides: dict[str, dict[str, str]] = {}
     embeddings, others, beside = set[str](), list[str](), list[str]()
-    for name in tensors.specs:
+    for name in (*tensors.specs, *tensors.tied):
         found = _FACTOR.fullmatch(name)
         if _OTHER_KIND.search(name):
             others.append(name)
@@ -103,7 +104,7 @@ def _sorted(tensors: Checkpoint) -> tuple[list[StoredPair], list[str], Faults]:
     if lone:
         faults.add(f"{tensors.source}: without its other factor: {shown(lone)}. Save it again.")
     pairs = [
-        StoredPair(module, both["A"], both["B"], module in embeddings)
+        kept_pair(StoredPair(module, both["A"], both["B"], module in embeddings), tensors.tied)
         for module, both in sorted(sides.items())
         if len(both) == 2
     ]
@@ -148,6 +149,7 @@ def _fit(
     a, b = tensors.specs[pair.a].shape, tensors.specs[pair.b].shape
     transposed = is_transposed(name, specs, a, b, embedding=pair.embedding, fan_in_fan_out=False)
     key = f"{pair.module}{_ALPHA}"
+    key = tensors.tied.get(key, key)
     alpha = float(tensors.read(key)) if tensors.specs[key].numel == 1 else math.nan
     if transposed is None:
         faults.add(

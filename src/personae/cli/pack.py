@@ -1,5 +1,6 @@
 """personae pack: code a family of experts against one reference."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,6 +90,7 @@ def pack(
     """
     if out is None:
         raise RecipeError("Say where the pack goes: --out DIR.")
+    found: dict[str, Any] = {}
     if remove:
         options.refuse_unused(context, _BESIDE_REMOVE)
         packs = [_remove(out, remove)]
@@ -99,6 +101,7 @@ def pack(
         options.refuse_unused(context, _BESIDE_ADD)
         about, added = described(describe or []), options.named(experts, "--expert")
         with options.working(workers, memory, device) as work:
+            work = replace(work, fact=found.__setitem__)
             packs = [add_tasks(out, added, base=base, characteristics=about, work=work)]
     else:
         about, read = described(describe or []), options.recipe_from(recipe)
@@ -119,8 +122,9 @@ def pack(
         gathered = options.overridden(read, base, experts, asked)
         outs = _variants(out, gathered, rank_fraction or [], budget or [])
         with options.working(workers, memory, device) as work:
+            work = replace(work, fact=found.__setitem__)
             packs = _make(gathered, outs, about, overwrite, work)
-    _show(packs, json)
+    _show(packs, found, json)
 
 
 def _make(
@@ -173,8 +177,10 @@ def _remove(out: Path, names: list[str]) -> Pack:
     return opened
 
 
-def _show(packs: list[Pack], json: bool) -> None:
+def _show(packs: list[Pack], found: dict[str, Any], json: bool) -> None:
     described = [inspect_pack(pack) for pack in packs]
+    for facts, unchanged in zip(described, found.get("unchanged", []), strict=False):
+        facts["unchanged"] = unchanged
     if json:
         console.facts(described[0] if len(described) == 1 else described)
         return

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,8 @@ from personae.packs.reader import Pack
 from personae.packs.writer import CodedTensor, PackWriter
 from personae.recipe import PackSettings, parse_size
 
+_NOT_CODED = "no rank, no entry or no bit was left for it"
+_TOO_SMALL = "what is decoded is less than its dtype can tell"
 _SLACK_BITS = 8 * 192
 """What `HEADER_BYTES` leaves beside any usual header, enough for a few isolated zeros."""
 
@@ -56,6 +59,7 @@ def add_experts(
     due = [name for name in family.experts if any(name not in w.manifest.tasks for w in writers)]
     known = _know(all_deltas, due, scanned, writers, settings, work)
     filled = _filled_in(writers[0], settings[0], known)
+    lost: dict[Path, dict[str, dict[str, str]]] = {writer.directory: {} for writer in writers}
     for name, expert in family.experts.items():
         if name not in due:
             work.note(f"{name}: done by an earlier run")
@@ -67,8 +71,9 @@ def add_experts(
             if name not in writer.manifest.tasks:
                 about = characteristics.get(name) or class_names(expert.checkpoint.companions)
                 _write_task(writer, codec, family, expert, scan, tensors, about)
-                _note_what_is_not_coded(name, codec, tensors, work)
+                lost[writer.directory][name] = _note_what_is_not_coded(name, codec, tensors, work)
         expert.checkpoint.close()
+    work.fact("unchanged", list(lost.values()))
 
 
 def _know(
@@ -109,8 +114,12 @@ def _filled_in(
 
 def _note_what_is_not_coded(
     task: str, codec: Codec, coded: Mapping[str, CodedTensor], work: Work
-) -> None:
-    """Say which tensors that changed are left as in the reference, or kept exact."""
+) -> dict[str, str]:
+    """Say which tensors that changed are left as in the reference, or kept exact.
+
+    Returns:
+        The tensors that are rebuilt as in the reference, with the reason.
+    """
     left = [key for key, tensor in coded.items() if not tensor.nbytes]
     fraction = codec.model_dump().get("rank_fraction")
     why = "" if fraction is None else f"rank 0 at rank fraction {fraction:.3g}, so "
@@ -119,6 +128,13 @@ def _note_what_is_not_coded(
     exact = [key for key, tensor in coded.items() if tensor.shape and tensor.treatment == "exact"]
     if exact:
         work.note(f"{task}: not coded, kept exact: {shown(exact)}")
+    lost = [key for key, tensor in coded.items() if tensor.nbytes and not tensor.shows]
+    if lost:
+        work.note(
+            f"{task}: rebuilt as in the reference, although the expert differs ({_TOO_SMALL}): "
+            f"{shown(lost)}"
+        )
+    return dict.fromkeys(left, _NOT_CODED) | dict.fromkeys(lost, _TOO_SMALL)
 
 
 @dataclass(frozen=True)

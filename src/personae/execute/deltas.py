@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -60,6 +61,12 @@ class Deltas:
         """Whether the expert's values lie in its file as they are, in 16 bits or fewer."""
         spec = self.alignment.spec(name)
         return spec.dtype.itemsize <= 2 and adapter_of(self.alignment.checkpoint) is None
+
+    def read_dtype(self, name: str) -> torch.dtype:
+        """What the expert's values are read in: the dtype stored, or an adapter's sums in fp32."""
+        if self.factors(name) is not None:
+            return torch.float32
+        return self.alignment.spec(name).dtype
 
     def unchanged(self, name: str) -> bool:
         """Whether the delta is known to be zero without reading it."""

@@ -1,6 +1,6 @@
 """Codes one expert's deltas, for one or several ranks from a single decomposition."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +12,7 @@ from personae._types import SVD, Parts, TensorSpec
 from personae.execute import pool
 from personae.execute.codec_looks import Known, encoding_bytes
 from personae.execute.deltas import Deltas
+from personae.execute.effects import differs
 from personae.execute.scan import TensorScan
 from personae.execute.work import Work
 from personae.methods import Block, Codec, Context, Treatment, decode_block, encode_block
@@ -70,6 +71,7 @@ def _encode_tensor(
             treatment,
             replace(whole, shared=_share(whole, block)),
             device,
+            partial(_shows, deltas, name, block, _cut(delta, block)),
         )
         for block in blocks
     ]
@@ -78,10 +80,11 @@ def _encode_tensor(
         CodedTensor(
             shape=spec.shape,
             blocks=blocks,
-            parts=tuple(parts for parts, _ in of_codec),
-            ranks=tuple(_rank(parts) for parts, _ in of_codec),
+            parts=tuple(parts for parts, _, _ in of_codec),
+            ranks=tuple(_rank(parts) for parts, _, _ in of_codec),
             energy=energy,
-            relative_error=sum(lost for _, lost in of_codec) / energy,
+            relative_error=sum(lost for _, lost, _ in of_codec) / energy,
+            shows=any(shows for _, _, shows in of_codec),
         )
         for of_codec in zip(*coded, strict=True)
     ]
@@ -93,19 +96,54 @@ def _encode_block(
     treatment: Treatment,
     context: Context,
     device: torch.device,
-) -> list[tuple[Parts, float]]:
-    """Parts and squared error of one block for each codec, from a single decomposition."""
+    shows: Callable[[Tensor], bool],
+) -> list[tuple[Parts, float, bool]]:
+    """Parts and squared error of one block for each codec, and whether `shows` its decoding.
+
+    All are from a single decomposition.
+    """
     shape = tuple(delta.shape)
     rank = max(codec.rank(shape) for codec in codecs) if treatment == "code" else 0
     svd = None
     if rank and bool(delta.any()):
         svd = SVD(*(factor.cpu() for factor in codecs[0].decompose(delta.to(device), rank)))
-    coded: list[tuple[Parts, float]] = []
+    coded: list[tuple[Parts, float, bool]] = []
     for codec in codecs:
         parts = encode_block(codec, treatment, delta, svd, context)
         decoded = decode_block(codec, parts, shape, context.shared)
-        coded.append((parts, squared_norm(delta - decoded)))
+        coded.append((parts, squared_norm(delta - decoded), bool(parts) and shows(decoded)))
     return coded
+
+
+def _shows(
+    deltas: Deltas,
+    name: str,
+    block: Block,
+    delta: Float[Tensor, "..."],
+    decoded: Float[Tensor, "..."],
+) -> bool:
+    """Whether a block's decoded delta changes any value of the reference in the dtype rebuilt.
+
+    So it does, too, where the expert has the reference's own values, rounded to its dtype. Nearly
+    always the largest entry shows: only that entry's row is read again.
+    """
+    dtype, reference = deltas.alignment.spec(name).dtype, deltas.reference
+    if not decoded.ndim:
+        own = reference.read(name).float()
+        return differs(own + decoded, own, dtype) or not differs(
+            own + delta, own, deltas.read_dtype(name)
+        )
+    place = list(torch.unravel_index(decoded.abs().argmax(), decoded.shape))
+    largest = decoded[tuple(place)]
+    place[block.axis] = place[block.axis] + block.start
+    row = int(place[0])
+    own = reference.read_rows(name, row, row + 1)[0][tuple(place[1:])]
+    if differs(own.float() + largest, own, dtype):
+        return True
+    own = _cut(reference.read(name), block).float()
+    return differs(own + decoded, own, dtype) or not differs(
+        own + delta, own, deltas.read_dtype(name)
+    )
 
 
 def _whole(spec: TensorSpec) -> Block:

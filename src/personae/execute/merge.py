@@ -316,8 +316,18 @@ def _merge_rows(
     if left_open is not None and told is not None:
         left_open.add(piece, told, reference)
         asked = asked and not len(told.places)  # what is decided late changes them
-    effect = effect_of(value, reference, job.dtype_of(name), lambda: changed) if asked else "+"
-    return value, [], effect
+    return value, [], _effect(job, piece, value, reference, changed) if asked else "+"
+
+
+def _effect(job: MergeJob, piece: Piece, value: Tensor, reference: Tensor, changed: bool) -> Effect:
+    """The effect of a piece whose deltas were at hand, and are 0 or not.
+
+    What is lost is rare enough for the experts to be read again: do more than roundings differ?
+    """
+    dtype = job.dtype_of(piece.spec.name)
+    return effect_of(
+        value, reference, dtype, lambda: changed and job.stacks.changed(piece, reference)
+    )
 
 
 def _effect_of_mean(job: MergeJob, piece: Piece, value: Tensor, apart: bool) -> Effect:
@@ -331,7 +341,7 @@ def _effect_of_mean(job: MergeJob, piece: Piece, value: Tensor, apart: bool) -> 
     few = value[: head.stop - head.start] if piece.spec.shape else value
     if differs(few, job.stacks.reference(head), dtype):
         return "+"
-    return effect_of(value, job.stacks.reference(piece), dtype, lambda: True)
+    return _effect(job, piece, value, job.stacks.reference(piece), True)
 
 
 def _merge_whole(
@@ -352,8 +362,7 @@ def _merge_whole(
     changed = asked and any_entry(stack)
     merged = job.method.merge(stack.to(device), parameters, statistics, site).cpu()
     value = expand(merged) + reference
-    effect = effect_of(value, reference, job.dtype_of(name), lambda: changed) if asked else "+"
-    return value, [], effect
+    return value, [], _effect(job, piece, value, reference, changed) if asked else "+"
 
 
 def _put(writer: CheckpointWriter, piece: Piece, value: Tensor) -> None:

@@ -118,19 +118,27 @@ class Stacks:
 
     def left_alone(self, piece: Piece) -> Effect:
         """What is not merged of a piece: whether an expert has it otherwise, and is not skipped."""
-        name = piece.spec.name
         reference: Tensor | None = None
         for deltas in self._deltas:
-            found = deltas.alignment
+            found, name = deltas.alignment, piece.spec.name
             if name not in found.files or name in found.skipped or deltas.unchanged(name):
                 continue
             if found.spec(name).shape != piece.spec.shape:
                 continue
             own = self._expert(deltas, piece)
             reference = _rows(self._reference, name, piece) if reference is None else reference
-            if differs(own, reference, torch.promote_types(own.dtype, reference.dtype)):
+            if differs(own, reference, own.dtype):
                 return "b" if name in found.buffers else "-"
         return "."
+
+    def changed(self, piece: Piece, reference: Float[Tensor, "..."]) -> bool:
+        """Whether an expert has other values than the reference's, rounded to its own dtype."""
+        for deltas in self._deltas:
+            if not deltas.unchanged(piece.spec.name):
+                own = self._expert(deltas, piece)
+                if differs(own, reference, own.dtype):
+                    return True
+        return False
 
     def given(
         self, method: MergeMethod, parameters: Parameters, piece: Piece, undivided: bool

@@ -42,7 +42,10 @@ RESUME = "resume.json"
 
 @dataclass(frozen=True)
 class CodedTensor:
-    """One coded tensor: its record's numbers, and the parts of its blocks."""
+    """One coded tensor: its record's numbers, the parts of its blocks, and whether they show.
+
+    They do not where all that is decoded rounds to the reference's own values.
+    """
 
     shape: tuple[int, ...]
     blocks: Sequence[tuple[int, int, int]]
@@ -50,6 +53,7 @@ class CodedTensor:
     ranks: tuple[int | None, ...]
     energy: float
     relative_error: float
+    shows: bool = True
 
     @property
     def nbytes(self) -> int:
