@@ -4,8 +4,9 @@
     MERGEKIT_PYTHON=/tmp/mergekit/bin/python pytest tests/methods/test_against_mergekit.py
 
 Known differences, avoided here: masks of DARE come from another generator, so that DARE is compared
-at density 1 entry by entry, and below by its norms; entries that tie with the last one kept are all
-kept here. The base is 0, so that what is compared are task vectors, not their rounded sums.
+at density 1 entry by entry, and below by its norms; of entries that tie with the last one kept, an
+unstable sort picks there. The base is 0, so that what is compared are task vectors, not their
+rounded sums.
 """
 
 import importlib.util

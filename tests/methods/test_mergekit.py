@@ -1,5 +1,6 @@
 """What mergekit means by its methods, by hand. `test_against_mergekit.py` asks mergekit itself."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from gather import merge_model
 
 from personae.errors import Faults, MethodError
-from personae.methods import MERGEKIT_METHODS, build, lookup
+from personae.methods import MERGEKIT_METHODS, Site, build, lookup
 
 TASK_VECTORS = torch.tensor(
     [
@@ -52,6 +53,51 @@ def test_ties_divides_by_the_weights_that_agree():
         1.0,
         0.0,
     ]
+
+
+def test_ties_keeps_as_many_as_there_of_entries_that_tie():
+    # Two of four: 3 and the first of the three 2s; at 0.75 two of them.
+    task_vectors = torch.tensor([[2.0, -3.0, 2.0, -2.0]])
+    assert merge("ties", task_vectors, density=0.5) == [2.0, -3.0, 0.0, 0.0]
+    assert merge("ties", task_vectors, density=0.75) == [2.0, -3.0, 2.0, 0.0]
+    assert merge("ties", task_vectors, density=1.0) == [2.0, -3.0, 2.0, -2.0]
+    # The norm 9 is restored from what is kept, 5.
+    restored = merge("ties", task_vectors, density=0.5, rescale=True)
+    assert restored == pytest.approx([2 * 9 / 5, -3 * 9 / 5, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("shape", [(300, 257), (1, 5), (70_001,)])
+@pytest.mark.parametrize("density", [0.2, 0.5])
+def test_ties_keeps_exactly_k_of_bf16_differences(shape: tuple[int, ...], density: float):
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(shape, generator=generator).bfloat16()
+    experts = [(base + 0.01 * torch.randn(shape, generator=generator)).bfloat16() for _ in "ab"]
+    for expert in experts:
+        delta = (expert.float() - base.float())[None]
+        kept = torch.tensor(merge("ties", delta, density=density)).flatten()
+        k = max(1, int(density * kept.numel()))
+        order = delta.abs().flatten().sort(descending=True, stable=True).indices[:k]
+        expected = torch.zeros_like(kept)
+        expected[order] = delta.flatten()[order]
+        assert torch.equal(kept, expected)
+
+
+def test_ties_trims_rows_as_it_trims_the_whole():
+    """Rows are merged apart: the cut is a place in the tensor."""
+    entry = lookup(MERGEKIT_METHODS, "ties")
+    parameters = build(entry, {"weight": 1.0, "density": 0.3})
+    task_vectors = torch.randint(-3, 4, (2, 40, 25), generator=torch.Generator().manual_seed(0))
+    task_vectors = task_vectors.float()
+    site = Site("w", (40, 25))
+    statistics = entry.statistics([(site, task_vectors)], parameters)
+    whole = entry.merge(task_vectors, parameters, statistics, site)
+    rows = [
+        entry.merge(task_vectors[:, n : n + 8], parameters, statistics, replace(site, start=25 * n))
+        for n in range(0, 40, 8)
+    ]
+    assert torch.equal(torch.cat(rows), whole)
+    alone = entry.merge(task_vectors[:1], build(entry, {"weight": 1.0, "density": 0.3}), site=site)
+    assert int((alone != 0).sum()) == 300
 
 
 def test_ties_calls_an_undecided_sum_positive_and_trims_each_tensor():

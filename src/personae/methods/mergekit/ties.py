@@ -1,6 +1,7 @@
 """`ties` of mergekit 0.1.5: trimmed tensor by tensor, averaged by weight.
 
-Entries that tie with the last one kept are kept too; there an unstable sort picks among them.
+As many entries are kept as there. Of those that tie with the last one, the first in order are,
+where there an unstable sort picks.
 """
 
 from typing import Any
@@ -10,24 +11,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personae._types import Density
-from personae.methods._entries import ballots, find_thresholds, limits_of, trim
+from personae.methods._entries import ballots, find_thresholds
 from personae.methods._merge import Gathering, Measure, Statistics
 from personae.methods._parameters import one_each
 from personae.methods._registry import everywhere, merge_method
 from personae.methods._site import Site
 from personae.methods.mergekit._consensus import consensus, l1_share, rescaled
+from personae.methods.mergekit._cuts import find_cuts, trimmer
 
 
 def _gather(parameters: Any, experts: int) -> Gathering:
-    """Looks that find each expert's threshold, and one for the norms if they are restored."""
+    """Looks for each expert's threshold and ties, and one for the norms if they are restored."""
     thresholds = yield from find_thresholds(parameters.density, experts)
-    found = {"thresholds": thresholds}
+    cuts = yield from find_cuts(parameters.density, thresholds, experts)
+    found = {"thresholds": thresholds, "cuts": cuts}
     if parameters.rescale:
-        limits = limits_of(thresholds)
 
-        def norms(vectors: Tensor, _: Any, __: Site) -> Tensor:
-            ones = (1.0,) * experts
-            return l1_share(vectors, lambda _, rows, kept: trim(rows, limits, ones, kept))
+        def norms(vectors: Tensor, _: Any, site: Site) -> Tensor:
+            return l1_share(vectors, trimmer(thresholds, cuts, (1.0,) * experts, site))
 
         found["norms"] = yield Measure("norms", norms)
     return found
@@ -39,7 +40,7 @@ def _gather(parameters: Any, experts: int) -> Gathering:
     entrywise=everywhere,
     gather=_gather,
     scope="tensor",
-    looks=1,
+    looks=3,
     conventions="mergekit",
 )
 def ties(
@@ -50,6 +51,7 @@ def ties(
     normalize: bool = True,
     rescale: bool = False,
     lambda_: float = 1.0,
+    site: Site,
     statistics: Statistics | None = None,
 ) -> Float[Tensor, "*shape"]:
     """Trim each tensor, weight it, elect the sign of the sum, average by weight what agrees.
@@ -61,8 +63,9 @@ def ties(
         normalize: Whether to divide by the sum of the weights that agree.
         rescale: Whether trimming restores each tensor's L1 norm.
         lambda_: Multiplier on the result.
-        statistics: `thresholds` (expert,), fp32; with `rescale` also `norms` (expert, 2, bins),
-            int64, sums of magnitudes.
+        site: Which tensor, and from which entry on.
+        statistics: `thresholds` (expert,), fp32, and `cuts` (expert,), int64; with `rescale` also
+            `norms` (expert, 2, bins), int64, sums of magnitudes.
 
     Returns:
         The merged task vector, fp32.
@@ -71,8 +74,8 @@ def ties(
     experts = len(task_vectors)
     weights, densities = one_each(weight, experts), one_each(density, experts)
     factors = rescaled(weights, densities, statistics.get("norms"))
-    limits = limits_of(statistics["thresholds"])
+    fill = trimmer(statistics["thresholds"], statistics["cuts"], factors, site)
     merged = torch.empty(task_vectors[0].numel())
-    for block, ballot in ballots(task_vectors, lambda _, r, kept: trim(r, limits, factors, kept)):
+    for block, ballot in ballots(task_vectors, fill):
         merged[block] = consensus(ballot, weights, normalize=normalize, scale=lambda_)
     return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)
