@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test test-slow check format clean
 
 setup: .venv/.ready
 
@@ -18,6 +18,10 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -n 2
+
+# Some fifty architectures, packed, rebuilt and merged: minutes.
+test-slow: setup
+	$(BIN)/pytest -n 2 -m slow
 
 check: setup
 	$(BIN)/ruff format --check .

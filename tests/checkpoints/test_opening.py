@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,14 @@ def test_unknown_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_text("")
     with pytest.raises(CheckpointError, match="is no kind of checkpoint known here"):
         open_checkpoint(tmp_path / "model.gguf")
+
+
+def test_an_adapters_file_is_its_directory(tmp_path: Path) -> None:
+    base = {"layer.weight": torch.zeros(2, 2)}
+    factors = {"lora_A": torch.ones(1, 2), "lora_B": torch.ones(2, 1)}
+    stored = {f"base_model.model.layer.{side}.weight": t for side, t in factors.items()}
+    save_file(stored, tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 2}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    opened = open_checkpoint(tmp_path / "adapter_model.safetensors", base=open_checkpoint(base))
+    assert torch.equal(opened.read("layer.weight"), torch.full((2, 2), 2.0))  # alpha / r = 2

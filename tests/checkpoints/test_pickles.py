@@ -150,7 +150,7 @@ def test_shards(tmp_path: Path) -> None:
 def test_shards_and_index_disagree(tmp_path: Path) -> None:
     weight_map = sharded(tmp_path)
     write_index(tmp_path, {"b": "one.bin", "c": "two.bin"})
-    with pytest.raises(CheckpointError, match=r"places 'c' in two\.bin(?s:.*)not list 'a'"):
+    with pytest.raises(CheckpointError, match=r"does not list 'a'"):
         open_checkpoint(tmp_path)
     write_index(tmp_path, {**weight_map, "d": "three.bin"})
     with pytest.raises(CheckpointError, match=r"names three\.bin, which is not there"):

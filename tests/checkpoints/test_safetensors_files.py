@@ -98,11 +98,25 @@ def test_index_and_shards_disagree_in_every_way_at_once(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as refused:
         open_checkpoint(tmp_path)
     text = str(refused.value)
-    assert text.startswith("4 faults")
+    assert text.startswith("3 faults")
     assert "names c.safetensors, which is not there" in text
-    assert "places 'y' in a.safetensors, which lacks it" in text
     assert "a.safetensors holds 'extra'" in text
     assert "b.safetensors is cut short or padded: 5 bytes of tensors found, 8 expected" in text
+
+
+def test_what_only_the_index_lists_is_told_and_passed_over(tmp_path: Path, caplog) -> None:
+    one = torch.ones(2)
+    write_sharded(tmp_path, {"a.safetensors": {"x": one, "y": one}, "b.safetensors": {"z": one}})
+    save_file({"x": one}, tmp_path / "a.safetensors")
+    assert list(open_checkpoint(tmp_path).specs) == ["x", "z"]
+    assert "places in a.safetensors what it lacks, and is passed over: y" in caplog.text
+
+
+def test_a_whole_file_beside_an_index_is_read_as_loaders_do_and_told(tmp_path, caplog) -> None:
+    write_sharded(tmp_path, {"a.safetensors": {"x": torch.ones(2)}})
+    save_file({"whole": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert list(open_checkpoint(tmp_path).specs) == ["whole"]
+    assert f"model.safetensors is read, not {INDEX} beside it" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', "{}"])

@@ -1,6 +1,7 @@
 """A folder of checkpoint files, on this machine or on the hub, as far as opening needs it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ _NOT_COMPANIONS = {
     "trainer_state.json",
     "training_args.json",
 }
+_log = logging.getLogger(__name__)
 _TEMPLATES = "additional_chat_templates"
 
 # Unsubscripted at run time: checkers of a subscripted type look an item up, which may download it.
@@ -153,3 +155,10 @@ def read_weight_map(folder: Folder, index: str) -> dict[str, str]:
             f"{folder.where(index)} names files outside its folder: {', '.join(outside)}."
         )
     return weight_map
+
+
+def warn_of_absent(index: str, shard: str, names: Collection[str]) -> None:
+    """Say which tensors an index places in a shard that lacks them, as loaders pass over them."""
+    if names:
+        listed = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
+        _log.warning("%s places in %s what it lacks, and is passed over: %s", index, shard, listed)

@@ -69,7 +69,8 @@ def name_of(model: str) -> str:
     path = Path(model.partition("@")[0] if _HUB_ID.fullmatch(model) else model)
     if path.suffix not in _WEIGHT_FILES:
         return path.name
-    return path.parent.name if path.stem in ("model", "pytorch_model") else path.stem
+    usual = ("model", "pytorch_model", "adapter_model")
+    return path.parent.name if path.stem in usual else path.stem
 
 
 def is_safe_name(name: str) -> bool:

@@ -1,5 +1,6 @@
 """One door to every reader: `open_checkpoint`."""
 
+import logging
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from personae.checkpoints.raw_lora import holds_factors, open_raw_lora
 from personae.checkpoints.safetensors_files import open_safetensors
 from personae.errors import CheckpointError, nearest
 
+_log = logging.getLogger(__name__)
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 _TRAINING_STATE = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state")
 _FULL_MODEL = (
@@ -71,6 +73,8 @@ def _open(
     text, path = str(source), Path(source).expanduser()
     if path.is_dir():
         return _open_folder(local_folder(path, text), base, as_stored)
+    if path.name in _ADAPTER and path.is_file() and (path.parent / CONFIG_FILE).is_file():
+        return _open_adapter(local_folder(path.parent, str(path.parent)), base, as_stored)
     if path.is_file():
         return _open_file(lone_file(path, text), path.name)
     if _is_hub_id(source):
@@ -111,8 +115,10 @@ def _open_model(folder: Folder, base: Checkpoint | None, as_stored: bool) -> Che
         CheckpointError: It holds no weights, an adapter without a base, or several candidates.
     """
     names = folder.names
-    for file in (name for name in _FULL_MODEL if name in names):
-        return open_safetensors(folder, file)
+    if whole := [name for name in _FULL_MODEL if name in names]:
+        if len(whole) > 1:
+            _log.warning("%s is read, not %s beside it", folder.where(whole[0]), *whole[1:2])
+        return open_safetensors(folder, whole[0])
     if CONFIG_FILE in names:
         return _open_adapter(folder, base, as_stored)
     for file in (name for name in _FULL_MODEL_PICKLED if name in names):

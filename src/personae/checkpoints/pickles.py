@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from personae._types import TensorSpec
-from personae.checkpoints.folders import Companions, Folder, read_weight_map
+from personae.checkpoints.folders import Companions, Folder, read_weight_map, warn_of_absent
 from personae.checkpoints.headers import is_lfs_pointer, unreadable
 from personae.checkpoints.memory import tensor_fault
 from personae.checkpoints.specs import by_name, check_rows, find_tied, no_such_tensor
@@ -151,9 +151,9 @@ def open_pickles(folder: Folder, file: str) -> Pickles:
     opened = Pickles(folder.source, paths, folder.companions, folder.revision)
     if weight_map is not None:
         present = opened.specs.keys() | opened.tied.keys()
-        for name in sorted(weight_map.keys() - present):
-            shard = weight_map[name]
-            faults.add(f"{folder.where(file)} places '{name}' in {shard}, which lacks it.")
+        for shard in wanted:
+            listed = {name for name, place in weight_map.items() if place == shard}
+            warn_of_absent(folder.where(file), shard, listed - present)
         for name in sorted(present - weight_map.keys()):
             faults.add(f"{folder.where(file)} does not list '{name}', which a shard holds.")
         faults.raise_if_any(CheckpointError)

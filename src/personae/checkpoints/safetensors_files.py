@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from personae._types import TensorSpec
-from personae.checkpoints.folders import Companions, Folder, read_weight_map
+from personae.checkpoints.folders import Companions, Folder, read_weight_map, warn_of_absent
 from personae.checkpoints.headers import LENGTH_BYTES, Header
 from personae.checkpoints.specs import by_name, check_rows, no_such_tensor
 from personae.errors import CheckpointError, Faults
@@ -172,9 +172,8 @@ def open_safetensors(folder: Folder, file: str) -> SafetensorsFiles:
 def _compare_with_index(
     index: str, weight_map: Mapping[str, str], shard: str, header: Header, faults: Faults
 ) -> None:
-    """Note every tensor that only the index or only the shard knows of."""
+    """Note every tensor that only the shard knows of; warn of those that only the index does."""
     listed = {name for name, file in weight_map.items() if file == shard}
-    for name in sorted(listed - set(header.specs) - set(header.tied)):
-        faults.add(f"{index} places '{name}' in {shard}, which lacks it. Save the model again.")
+    warn_of_absent(index, shard, listed - set(header.specs) - set(header.tied))
     for name in sorted(set(header.specs) - listed):
         faults.add(f"{shard} holds '{name}', which {index} does not place there. Save it again.")
