@@ -63,6 +63,13 @@ class Composed(Mapping):
         ]
         self.notes = [*weighting.notes, *_kept_apart(rebuilt, of)]
 
+    @property
+    def coded(self) -> set[str]:
+        """Names of tensors to which a delta is added."""
+        changed = {name for _, rebuilt in self._parts for name in rebuilt.record.tensors}
+        names = self.outline.reference_names.items()
+        return {name for name, ref_name in names if ref_name in changed}
+
     def compose(self, name: str) -> Tensor:
         """One tensor: fp32 if a delta was added, else of its own dtype."""
         ref_name = self.outline.reference_names.get(name)
@@ -191,6 +198,7 @@ def compose(
             list(composed.outline.specs.values()),
             composed.compose,
             tied=composed.outline.tied,
+            computed=composed.coded,
             companions=files,
             cost=_cost,
             overwrite=overwrite,

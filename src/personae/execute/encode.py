@@ -1,5 +1,6 @@
 """Codes one expert's deltas, for one or several ranks from a single decomposition."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,11 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personae._types import SVD, Parts, TensorSpec
+from personae.errors import MethodError
 from personae.execute import pool
 from personae.execute.codec_looks import Known, encoding_bytes
 from personae.execute.deltas import Deltas
 from personae.execute.effects import differs
-from personae.execute.scan import TensorScan
+from personae.execute.scan import TensorScan, converging, is_finite
 from personae.execute.work import Work
 from personae.methods import Block, Codec, Context, Treatment, decode_block, encode_block
 from personae.ops.sums import squared_norm
@@ -64,18 +66,22 @@ def _encode_tensor(
     treatment = codecs[0].treats(spec)
     blocks = (codecs[0].blocks(spec) if treatment == "code" else ()) or (_whole(spec),)
     whole = known.of(spec)
-    coded = [
-        _encode_block(
-            _cut(delta, block),
-            codecs,
-            treatment,
-            replace(whole, shared=_share(whole, block)),
-            device,
-            partial(_shows, deltas, name, block, _cut(delta, block)),
-        )
-        for block in blocks
-    ]
+    with converging(name):
+        coded = [
+            _encode_block(
+                _cut(delta, block),
+                codecs,
+                treatment,
+                replace(whole, shared=_share(whole, block)),
+                device,
+                partial(_shows, deltas, name, block, _cut(delta, block)),
+            )
+            for block in blocks
+        ]
     energy = squared_norm(delta)
+    for of_block in coded:
+        for parts, lost, _ in of_block:
+            _check_finite(name, parts, lost)
     return [
         CodedTensor(
             shape=spec.shape,
@@ -144,6 +150,21 @@ def _shows(
     return differs(own + decoded, own, dtype) or not differs(
         own + delta, own, deltas.read_dtype(name)
     )
+
+
+def _check_finite(name: str, parts: Parts, lost: float) -> None:
+    """Refuse a code that rebuilds no finite values.
+
+    Raises:
+        MethodError: naming the tensor and the part.
+    """
+    bad = [key for key, part in parts.items() if part.is_floating_point() and not is_finite(part)]
+    if bad or not math.isfinite(lost):
+        raise MethodError(
+            f"Tensor '{name}' cannot be coded: {', '.join(bad) or 'what is rebuilt'} of its code "
+            "leaves the range of its dtype. Leave the tensor out with 'skip', keep it whole with "
+            "'private', or take another method."
+        )
 
 
 def _whole(spec: TensorSpec) -> Block:

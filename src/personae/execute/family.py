@@ -65,6 +65,13 @@ class Family:
                 f"config.json of the base names the quantiser {method}, but its weights are plain "
                 "numbers; the result has that config, so that loading it quantises"
             )
+        models = [self.base, *(expert.checkpoint for expert in self.experts.values())]
+        if any(
+            spec.dtype.itemsize == 8 and spec.is_floating
+            for m in models
+            for spec in m.specs.values()
+        ):
+            notes.append("weights in float64 are computed in float32: results have its precision")
         for name, expert in self.experts.items():
             adapter, base = adapter_of(expert.checkpoint), self.base.source
             wanted = adapter.trained_on if adapter else None

@@ -33,6 +33,7 @@ from personae.execute.merge_looks import NotFinite, gather_model, gather_tensor
 from personae.execute.merge_plan import MergeJob, open_to_merge, plan_job, prepare, settings_for
 from personae.execute.output import check_output
 from personae.execute.pieces import Piece, Unit
+from personae.execute.scan import converging
 from personae.execute.undecided import LeftOpen, UndecidedEntries
 from personae.execute.work import Work
 from personae.methods import Statistics, Undecided
@@ -147,6 +148,7 @@ def run(
         shard_bytes=shard_bytes,
         tied=job.family.base.tied,
         again=True,
+        computed=job.merged,
         **weight_layout(job.family.base.companions)._asdict(),
     ) as writer:
         before = set(journal.done) if journal else set[int]()
@@ -360,7 +362,8 @@ def _merge_whole(
     if faults:
         return reference, faults, "+"
     changed = asked and any_entry(stack)
-    merged = job.method.merge(stack.to(device), parameters, statistics, site).cpu()
+    with converging(name):
+        merged = job.method.merge(stack.to(device), parameters, statistics, site).cpu()
     value = expand(merged) + reference
     return value, [], _effect(job, piece, value, reference, changed) if asked else "+"
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from personae.errors import CheckpointError, Faults
 from personae.execute import pool
 from personae.execute.pieces import Piece, Unit
+from personae.execute.scan import converging
 from personae.execute.stream import Stacks
 from personae.execute.work import Work
 from personae.methods import Measure, MergeMethod, Parameters, Statistics, gathered
@@ -148,7 +149,8 @@ def _share_of_unit(
         stack, _ = stacks.given(method, parameters, part, unit.whole)
         faults += stacks.faults(stack, part)
         if not faults:
-            share = measure.tally(stack, parameters, stacks.site(part))
+            with converging(piece.spec.name):
+                share = measure.tally(stack, parameters, stacks.site(part))
             total = share.clone() if total is None else total.add_(share)
     return total, faults
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,7 @@ def write_model(
     read: Callable[[str], Tensor],
     *,
     tied: Mapping[str, str],
+    computed: Collection[str],
     companions: Mapping[str, Path | bytes],
     cost: Callable[[TensorSpec], int],
     overwrite: bool,
@@ -149,6 +150,7 @@ def write_model(
         specs: What is written, in order.
         read: Computes a tensor by its name; cast to its spec's dtype as it is written.
         tied: Further names to those of the tensors they share.
+        computed: Names of the tensors that are computed, not copied: they must be finite.
         companions: Relative name to small file, or to its content.
         cost: Peak bytes of computing one tensor.
         overwrite: Whether a directory that holds something may be replaced.
@@ -164,7 +166,12 @@ def write_model(
     with (
         output_directory(out, overwrite=overwrite) as partial,
         CheckpointWriter(
-            partial, specs, shard_bytes=shard_bytes, tied=tied, **layout._asdict()
+            partial,
+            specs,
+            shard_bytes=shard_bytes,
+            tied=tied,
+            computed=computed,
+            **layout._asdict(),
         ) as writer,
     ):
         write_companions(companions, partial)

@@ -62,6 +62,12 @@ class Rebuilt:
                 specs[name] = TensorSpec(name, record.shape, getattr(torch, record.dtype))
         return specs
 
+    @property
+    def coded(self) -> set[str]:
+        """Names of tensors to which a delta is added."""
+        names = self.reference_names.items()
+        return {name for name, ref_name in names if ref_name in self.record.tensors}
+
     def read(self, name: str) -> Tensor:
         """One tensor of the expert: fp32 if it is coded, else of its own dtype."""
         ref_name = self.reference_names.get(name)

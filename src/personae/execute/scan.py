@@ -1,6 +1,8 @@
 """A first look at every weight: is it finite, did it change, which zeros, whose model is it?"""
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from personae.checkpoints import Checkpoint
-from personae.errors import CheckpointError, Faults
+from personae.errors import CheckpointError, Faults, MethodError
 from personae.execute import pool
 from personae.execute.deltas import Deltas, working_bytes
 from personae.execute.family import Family
@@ -119,6 +121,8 @@ def _look(deltas: Deltas, taken: Mapping[str, str | None], raw_name: str) -> _Lo
         return seen
     seen.faults = not_finite(f"Expert '{alignment.name}'", raw_name, raw)
     delta = deltas.read(name)
+    if not (seen.faults or is_finite(delta) or not_finite("", name, deltas.reference.read(name))):
+        seen.faults = [f"Expert '{alignment.name}': {beyond_fp32(name)}"]
     if delta.ndim == 2:
         rows, columns = delta.any(dim=1), delta.any(dim=0)
         seen.scan = TensorScan(
@@ -185,6 +189,36 @@ def not_finite(label: str, name: str, tensor: Tensor) -> list[str]:
         f"{label}: tensor '{name}' holds {bad} value(s) that are NaN or infinite. "
         "Repair the checkpoint, or leave the tensor out with 'skip'."
     ]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value is finite: a sum is only if every term is, and costs one reading."""
+    return math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all())
+
+
+def beyond_fp32(name: str) -> str:
+    """The text for a tensor whose values are finite and whose differences are not."""
+    return (
+        f"Tensor '{name}' holds values whose difference from the base leaves the range of "
+        "float32, in which all is computed. Was the expert fine-tuned from the base? To leave the "
+        "tensor as in the base, add it to 'skip'."
+    )
+
+
+@contextmanager
+def converging(name: str) -> Generator[None]:
+    """Name the tensor whose decomposition fails.
+
+    Raises:
+        MethodError: if a decomposition does not converge.
+    """
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise MethodError(
+            f"Tensor '{name}' cannot be decomposed: {error}. Leave it out with 'skip', or take a "
+            "method that does not decompose."
+        ) from error
 
 
 @dataclass(frozen=True)

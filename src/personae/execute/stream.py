@@ -16,7 +16,7 @@ from personae.execute.deltas import Deltas, working_bytes
 from personae.execute.effects import Effect, differs
 from personae.execute.family import Family
 from personae.execute.pieces import Piece
-from personae.execute.scan import not_finite
+from personae.execute.scan import beyond_fp32, is_finite, not_finite
 from personae.methods import Factors, MergeMethod, Parameters, Site
 from personae.ops.layout import transposed_weights
 
@@ -210,7 +210,9 @@ class Stacks:
             raw = deltas.alignment.files[name]
             tensor = deltas.alignment.checkpoint.read(raw)
             found += not_finite(f"Expert '{deltas.alignment.name}'", raw, tensor)
-        return found
+        if found or is_finite(stack):
+            return found
+        return [beyond_fp32(name)]
 
     def working_bytes(self, piece: Piece, bytes_per_entry: int, undivided: bool) -> int:
         """Peak bytes of merging a piece: read, stacked, worked on, cast and written."""

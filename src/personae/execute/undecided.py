@@ -77,7 +77,7 @@ class LeftOpen:
 
         Raises:
             OutputError: if the disk refuses.
-            WorkError: if a finite value does not fit in the dtype of its tensor.
+            MethodError: if a value does not fit in the dtype of its tensor.
         """
         _replace(self._values, self._votes, writer)
         for number in range(self._full_files):
@@ -113,7 +113,7 @@ class UndecidedEntries:
 
         Raises:
             OutputError: if the disk refuses.
-            WorkError: if a finite value does not fit in the dtype of its tensor.
+            MethodError: if a value does not fit in the dtype of its tensor.
         """
         votes = sum(self._count(unit.number, _VOTES) for unit in units)
         if not votes:

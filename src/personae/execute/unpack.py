@@ -56,6 +56,7 @@ def unpack(
             list(rebuilt.specs.values()),
             rebuilt.read,
             tied=rebuilt.record.tied,
+            computed=rebuilt.coded,
             companions=companions_of(opened, task, reference),
             cost=lambda spec: working_bytes(spec.shape),
             overwrite=overwrite,

@@ -7,7 +7,7 @@ place on disk from any thread, and none is held. The bytes depend only on the sp
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from personae._types import TensorSpec
-from personae.errors import Faults, WorkError
+from personae.errors import Faults, MethodError, WorkError
 from personae.writers.atomic import output_errors, require_space
 
 # Last first, this is the order of the format's own library: widest first, so that all are aligned.
@@ -74,6 +74,7 @@ class CheckpointWriter:
         again: bool = False,
         stem: str = "model",
         folders: Iterable[str] = (),
+        computed: Collection[str] = (),
     ) -> None:
         """Write the headers and reserve the files.
 
@@ -85,6 +86,8 @@ class CheckpointWriter:
                 the header of the file that holds the kept one, as safetensors does.
             stem: What the weight files are called.
             folders: Folders with files of their own: a tensor FOLDER/NAME is NAME in FOLDER's.
+            computed: Names of tensors whose values were computed: they must be finite. Others are
+                copied as they are.
             again: Goes on with the files that an earlier run of the same specs may have reserved;
                 `mark` says what it wrote.
 
@@ -96,6 +99,7 @@ class CheckpointWriter:
         self.files: list[Path] = []
         self._handles: list[BinaryIO] = []
         self._places: dict[str, _Place] = {}
+        self._computed = frozenset(computed)
         shards = _by_file(ordered, shard_bytes, stem, sorted(folders))
         self.files += [directory / file for file in shards]
         if not (again and all(path.exists() for path in self.files)):
@@ -136,7 +140,7 @@ class CheckpointWriter:
 
         Raises:
             OutputError: if the disk is full or refuses.
-            WorkError: if a finite value does not fit in that dtype.
+            MethodError: if a value does not fit in that dtype, or is computed and not finite.
         """
         self._put(self._places[name], 0, tensor, self._places[name].spec.shape)
 
@@ -145,7 +149,7 @@ class CheckpointWriter:
 
         Raises:
             OutputError: if the disk is full or refuses.
-            WorkError: if a finite value does not fit in that dtype.
+            MethodError: if a value does not fit in that dtype, or is computed and not finite.
         """
         shape = self._places[name].spec.shape
         assert 0 <= start <= start + len(tensor) <= shape[0], f"{name}: rows from {start}"
@@ -163,14 +167,14 @@ class CheckpointWriter:
 
         Raises:
             OutputError: if the disk refuses.
-            WorkError: if a finite value does not fit in that dtype.
+            MethodError: if a value does not fit in that dtype, or is computed and not finite.
         """
         spec, file, offset, _ = self._places[name]
         first, last = int(entries[0]), int(entries[-1])
         offset += first * spec.dtype.itemsize
         with output_errors(Path(file.name)):
             held = _read_at(file, (last + 1 - first) * spec.dtype.itemsize, offset)
-            torch.frombuffer(held, dtype=spec.dtype)[entries - first] = _cast(values, spec)
+            torch.frombuffer(held, dtype=spec.dtype)[entries - first] = self._cast(values, spec)
             _write_at(file, held, offset)
 
     def _put(self, place: _Place, row: int, tensor: Tensor, shape: Sequence[int]) -> None:
@@ -179,11 +183,40 @@ class CheckpointWriter:
         if not tensor.numel():
             return
         assert tensor.dtype == spec.dtype or (tensor.is_floating_point() and spec.is_floating)
-        values = _cast(tensor.detach().cpu(), spec).contiguous().reshape(-1).view(torch.uint8)
+        values = self._cast(tensor.detach().cpu(), spec).contiguous().reshape(-1).view(torch.uint8)
         start = row * (spec.nbytes // spec.shape[0]) if row else 0
         with output_errors(Path(place.file.name)):
             _write_at(place.file, values.numpy().data, place.offset + start)
         place.written.append((start, start + values.numel()))
+
+    def _cast(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
+        """Cast to the dtype of the spec.
+
+        Raises:
+            MethodError: if a finite value does not fit in it, or a computed one is not finite.
+        """
+        cast = tensor.to(spec.dtype)
+        computed = spec.name in self._computed
+        if not cast.is_floating_point() or (tensor.dtype == spec.dtype and not computed):
+            return cast
+        wide = cast.float() if cast.dtype.itemsize == 1 else cast
+        # NaN passes through both extremes; fast, since nothing is copied.
+        if all(map(math.isfinite, torch.stack(wide.aminmax()).tolist())):
+            return cast
+        lost = ~wide.isfinite() if computed else tensor.isfinite() & ~wide.isfinite()
+        if not bool(lost.any()):
+            return cast
+        value = tensor[lost].flatten()[0].item()
+        if math.isfinite(value):
+            raise MethodError(
+                f"Tensor '{spec.name}' holds {value:.6g}, but the largest {spec.dtype} is "
+                f"{torch.finfo(spec.dtype).max:.6g}. Write another dtype, such as float32."
+            )
+        raise MethodError(
+            f"Tensor '{spec.name}' comes out as {value} in {int(lost.sum())} place(s), although "
+            "what it is made of is finite: sums left the range of float32. Give smaller weights or "
+            "scales, or leave the tensor out with 'skip'."
+        )
 
     def close(self) -> None:
         """Check that every byte was written once, write the index, and sync to disk.
@@ -302,26 +335,6 @@ def _layout(
     data = 8 + len(text)
     offsets = {name: data + start for name, start in starts.items()}
     return len(text).to_bytes(8, "little") + text, offsets, data + end
-
-
-def _cast(tensor: Tensor, spec: TensorSpec) -> Tensor:
-    """Cast to the dtype of the spec.
-
-    Raises:
-        WorkError: if a finite value does not fit in it.
-    """
-    cast = tensor.to(spec.dtype)
-    if tensor.dtype == spec.dtype:
-        return cast
-    wide = cast.float() if cast.dtype.itemsize == 1 else cast
-    finite = all(map(math.isfinite, torch.stack(wide.aminmax()).tolist()))  # fast: no copy
-    if finite or not bool((tensor.isfinite() & ~wide.isfinite()).any()):
-        return cast
-    largest = tensor[tensor.isfinite()].abs().max().item()
-    raise WorkError(
-        f"Tensor '{spec.name}' holds {largest:.6g}, but the largest {spec.dtype} is "
-        f"{torch.finfo(spec.dtype).max:.6g}. Write another dtype, such as float32."
-    )
 
 
 def _read_at(file: BinaryIO, count: int, offset: int) -> bytearray:
