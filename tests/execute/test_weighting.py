@@ -151,7 +151,7 @@ def test_class_names_are_read_from_the_config(tmp_path):
     labels = {"id2label": {"1": "dog", "0": "cat", "10": "bird"}}
     saved(EXPERTS["a"], tmp_path / "a", json.dumps(labels))
     saved(EXPERTS["b"], tmp_path / "b", json.dumps({"id2label": {"0": "LABEL_0"}}))
-    saved(EXPERTS["c"], tmp_path / "c", "not json")
+    saved(EXPERTS["c"], tmp_path / "c", "{}")
     paths = {name: tmp_path / name for name in "abc"}
     made = pack(BASE, paths, tmp_path / "p")
     assert weigh_names(made.directory) == {"a": ("cat", "dog", "bird"), "b": (), "c": ()}
