@@ -4,22 +4,40 @@ import pytest
 import torch
 
 from personae import _types
-from personae.methods.personalise.delta_come import DeltaCoMe
+from personae.methods.personalise.delta_come import DeltaCoMe, _dequantise, _quantise
 
 
 def test_levels_by_hand():
-    # One vector at 2 bits: levels −1 −⅓ ⅓ 1 of the largest magnitude. u = ½ (1 1 1 −1): levels
-    # 3 3 3 0, planes 0111 0111. v = (0.8, −0.6): s = 0.8, −0.6/0.8 = −0.75 is nearest to −1.
-    u, v = torch.tensor([[0.5], [0.5], [0.5], [-0.5]]), torch.tensor([[0.8, -0.6]])
+    # One vector at 2 bits, codes 0 … 3. u = ½ (1 1 1 −1): from −0.5 to 0.5 in steps of ⅓, zero
+    # point round(1.5) = 2; ±0.5 lie 1.5 steps off, which goes to the even 2: codes 3 (of 4) and 0.
+    # v = (0.75, −0.75): steps of 0.5, zero point 1.5 → 2, 1.5 → 2: codes 4 → 3 and 0.
+    u, v = torch.tensor([[0.5], [0.5], [0.5], [-0.5]]), torch.tensor([[0.75, -0.75]])
     svd = _types.SVD(u, torch.tensor([10.0]), v)
     codec = DeltaCoMe(bands=((1, 2),), bits_per_weight=2)
     parts = codec.encode(10 * u @ v, svd)
-    assert parts["codes"].tolist() == [7, 7, 1, 1]
+    # Codes and zero points 3 3 3 0 2 and 3 0 2, as planes of low and of high bits.
+    assert parts["codes"].tolist() == [0b00111, 0b10111, 0b001, 0b101]
     assert parts["scales"].dtype == torch.float16
-    assert parts["scales"].tolist() == pytest.approx([0.5, 0.8], abs=1e-3)
+    assert parts["scales"].tolist() == pytest.approx([1 / 3, 0.5], abs=1e-3)
     assert parts["singular_values"].tolist() == [10]
-    expected = 10 * u @ torch.tensor([[0.8, -0.8]])
+    left = torch.tensor([[1.0], [1.0], [1.0], [-2.0]]) / 3
+    expected = 10 * left @ torch.tensor([[0.5, -1.0]])
     torch.testing.assert_close(codec.decode(parts, (4, 2)), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("width", "error"), [(2, 0.253), (3, 0.045)])
+def test_the_released_quantiser_on_gaussian_values(width: int, error: float):
+    """Squared error of groups of 128, from least to largest value, 0 among the levels."""
+    values = torch.randn(400, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    top = 2**width - 1
+    step = (values.amax(1, keepdim=True) - values.amin(1, keepdim=True)) / top
+    zero = (-values.amin(1, keepdim=True) / step).round()
+    expected = (((values / step).round() + zero).clamp(0, top) - zero) * step
+    codes, steps = _quantise(values.float(), width)
+    found = _dequantise(codes, steps.float(), 128)
+    lost = float((found - values).square().mean())
+    assert lost == pytest.approx(float((expected - values).square().mean()), rel=1e-2)
+    assert lost == pytest.approx(error, rel=0.1)
 
 
 def test_bands_and_what_follows_them():
@@ -31,8 +49,9 @@ def test_bands_and_what_follows_them():
     assert list(codec._runs(2)) == [(8, 0, 1), (3, 1, 2)]
     bits = codec.bits((12, 12))
     assert bits.counted == 18 * 24 + 5 * 32
-    # planes of each factor: 8 of 12, 3 of 24 and 2 of 24 codes; a scale for 5 · 2 vectors
-    assert bits.stored == 8 * 2 * (8 * 2 + 3 * 3 + 2 * 3) + 5 * 32 + 16 * 10
+    # planes of each factor: 8 of 13 codes (12 and a zero point), 3 of 26 and 2 of 26; a scale for
+    # 5 · 2 vectors
+    assert bits.stored == 8 * 2 * (8 * 2 + 3 * 4 + 2 * 4) + 5 * 32 + 16 * 10
 
 
 def test_a_small_matrix_keeps_one_direction():

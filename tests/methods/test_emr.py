@@ -41,7 +41,7 @@ def test_rescalers_weigh_tensors_by_size_or_alike() -> None:
     # Sums 4 and 2 over 4 entries, 6 and 6 over 1: (4 + 6) / (2 + 6), or (1 + 6) / (½ + 6).
     small, large = torch.tensor([6.0]), torch.tensor([1.0, 1, 1, 1])
     shared = {"small": torch.tensor([6.0]), "large": torch.tensor([0.5, 0.5, 0.5, 0.5])}
-    for codec, scale in ((EMR(), 10 / 8), (EMR(rescaler="tensor_means"), 7 / 6.5)):
+    for codec, scale in ((EMR(rescaler="global"), 10 / 8), (EMR(), 7 / 6.5)):
         facts = look(
             codec.gather(),
             lambda one: [

@@ -22,14 +22,36 @@ def test_by_hand():
     assert codec.bits((7,)) == (14, 10, 8 * (1 + 1 + 4))
 
 
-def test_ties_are_kept_first_come():
-    parts = TSwitch(density=0.5).encode(torch.tensor([1.0, 1, 1, 1]))
-    assert TSwitch().decode(parts, (4,)).tolist() == [1, 1, 0, 0]
+def test_all_that_tie_at_the_threshold_are_kept():
+    # Two of four positive entries, 3 and the 2s beside it; of the negative one ⌊0.5 · 1⌋ = 0: all.
+    parts = TSwitch(density=0.5).encode(torch.tensor([2.0, 2, 3, 1, -1]))
+    scale = ((4 + 4 + 9 + 1) / 4) ** 0.5
+    found = TSwitch().decode(parts, (5,)).tolist()
+    assert found == pytest.approx([scale, scale, scale, 0, -scale])
 
 
-def test_nothing_is_kept_of_a_single_entry():
-    # ⌊0.4 · 1⌋ = 0, as in the released code
-    assert TSwitch().encode(torch.tensor([5.0])) == {}
+@pytest.mark.parametrize("density", [0.4, 0.1])
+def test_as_released_on_differences_of_bf16(density: float):
+    """Of each sign the ⌊density · n⌋-th largest value is the threshold; what reaches it stays."""
+    draw = torch.Generator().manual_seed(3)
+    base = torch.randn(768, 768, generator=draw).bfloat16()
+    expert = (base + 0.01 * torch.randn(768, 768, generator=draw)).bfloat16()
+    delta = expert.double() - base.double()
+    kept = torch.zeros_like(delta, dtype=torch.bool)
+    for sign in (1, -1):
+        sizes = (sign * delta).clamp(min=0)
+        count = int((sizes > 0).sum())
+        kept |= sizes >= sizes.flatten().topk(int(density * count)).values[-1]
+    scale = (delta.square() * kept).sum().div(kept.sum()).sqrt()
+    codec = TSwitch(density=density)
+    decoded = codec.decode(codec.encode(delta.float()), (768, 768))
+    assert int(kept.sum()) > 1.01 * density * int((delta != 0).sum())  # there are ties
+    torch.testing.assert_close(decoded.double(), scale * delta.sign() * kept, rtol=1e-5, atol=0)
+
+
+def test_a_single_entry_is_kept():
+    # ⌊0.4 · 1⌋ = 0: the released code keeps all of that sign then
+    assert TSwitch().decode(TSwitch().encode(torch.tensor([5.0])), (1,)).tolist() == [5.0]
 
 
 def test_over_the_model_by_hand():

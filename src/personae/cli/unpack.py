@@ -1,7 +1,8 @@
 """personae unpack: rebuild one expert as an ordinary checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +24,7 @@ def unpack(
 ) -> None:
     """Rebuild one expert as a checkpoint directory that transformers loads."""
     shard_bytes = options.bytes_of("--shard-size", shard_size)
+    found: dict[str, Any] = {}
     with options.working(workers, memory, device) as work:
         written = rebuilding.unpack(
             pack,
@@ -31,9 +33,9 @@ def unpack(
             base=base,
             overwrite=overwrite,
             shard_bytes=shard_bytes,
-            work=work,
+            work=replace(work, fact=found.__setitem__),
         )
     if json:
-        console.facts({"task": task, "path": str(written)})
+        console.facts({"task": task, "path": str(written)} | found)
     else:
         console.out.print(f"{task} rebuilt in {written}", markup=False)

@@ -141,6 +141,9 @@ def largest_rank_fraction(
 ) -> float:
     """The largest rank fraction whose cost fits a budget (methods.md 6.3).
 
+    At the smallest the widest of the matrices that changed has one direction; a budget that allows
+    less would store nothing.
+
     Args:
         codec: A codec with a `rank_fraction`.
         specs: Shared tensors of the reference.
@@ -154,7 +157,8 @@ def largest_rank_fraction(
     """
     floating = [spec for spec in specs if spec.is_floating]
     whole = Denominator.of(floating)
-    shapes = [s for _, s in _block_shapes(codec, floating) if _at(codec, 1.0).rank(s)]
+    changed = floating if facts is None else [s for s in floating if facts[s.name].changed]
+    shapes = [s for _, s in _block_shapes(codec, changed) if _at(codec, 1.0).rank(s)]
     widths = {_at(codec, 1.0).rank(shape) for shape in shapes}
     steps = sorted({j / width for width in widths for j in range(1, width + 1)})
 
@@ -222,10 +226,7 @@ def block_shapes(codec: Codec, spec: TensorSpec) -> list[tuple[int, ...]]:
     """Shapes of the blocks a codec makes of one tensor."""
     if not spec.shape or codec.treats(spec) != "code":
         return [spec.shape]
-    return [
-        (*spec.shape[: b.axis], b.stop - b.start, *spec.shape[b.axis + 1 :])
-        for b in codec.blocks(spec)
-    ]
+    return [block.shape_in(spec.shape) for block in codec.blocks(spec)]
 
 
 def _stored(codec: Codec, spec: TensorSpec, facts: TensorScan) -> int:

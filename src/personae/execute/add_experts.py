@@ -16,11 +16,12 @@ from personae.execute.deltas import Deltas
 from personae.execute.describe import class_names
 from personae.execute.encode import encode_expert
 from personae.execute.family import Family
+from personae.execute.rebuilt import left_in_words
 from personae.execute.scan import ExpertScan, Scanned
 from personae.execute.small_files import small_files
 from personae.execute.work import Work
-from personae.methods import Codec
-from personae.packs.manifest import RenamingRecord
+from personae.methods import Block, Codec
+from personae.packs.manifest import RenamingRecord, TaskRecord
 from personae.packs.reader import Pack
 from personae.packs.writer import CodedTensor, PackWriter
 from personae.recipe import PackSettings, parse_size
@@ -71,7 +72,10 @@ def add_experts(
             if name not in writer.manifest.tasks:
                 about = characteristics.get(name) or class_names(expert.checkpoint.companions)
                 _write_task(writer, codec, family, expert, scan, tensors, about)
-                lost[writer.directory][name] = _note_what_is_not_coded(name, codec, tensors, work)
+                record = writer.manifest.tasks[name]
+                lost[writer.directory][name] = _note_what_is_not_coded(
+                    name, codec, tensors, record, work
+                )
         expert.checkpoint.close()
     work.fact("unchanged", list(lost.values()))
 
@@ -113,28 +117,36 @@ def _filled_in(
 
 
 def _note_what_is_not_coded(
-    task: str, codec: Codec, coded: Mapping[str, CodedTensor], work: Work
+    task: str, codec: Codec, coded: Mapping[str, CodedTensor], record: TaskRecord, work: Work
 ) -> dict[str, str]:
     """Say which tensors that changed are left as in the reference, or kept exact.
 
     Returns:
         The tensors that are rebuilt as in the reference, with the reason.
     """
-    left = [key for key, tensor in coded.items() if not tensor.nbytes]
+    left = left_in_words(record)
     fraction = codec.model_dump().get("rank_fraction")
     why = "" if fraction is None else f"rank 0 at rank fraction {fraction:.3g}, so "
     if left:
-        work.note(f"{task}: {why}left as in the reference: {shown(left)}")
+        work.note(f"{task}: {why}{left}")
     exact = [key for key, tensor in coded.items() if tensor.shape and tensor.treatment == "exact"]
     if exact:
         work.note(f"{task}: not coded, kept exact: {shown(exact)}")
+    remark = codec.remark(
+        (Block(*block).shape_in(tensor.shape), parts)
+        for tensor in coded.values()
+        if tensor.treatment == "code"
+        for block, parts in zip(tensor.blocks, tensor.parts, strict=True)
+    )
+    if remark:
+        work.note(f"{task}: {remark}")
     lost = [key for key, tensor in coded.items() if tensor.nbytes and not tensor.shows]
     if lost:
         work.note(
             f"{task}: rebuilt as in the reference, although the expert differs ({_TOO_SMALL}): "
             f"{shown(lost)}"
         )
-    return dict.fromkeys(left, _NOT_CODED) | dict.fromkeys(lost, _TOO_SMALL)
+    return dict.fromkeys(record.left, _NOT_CODED) | dict.fromkeys(lost, _TOO_SMALL)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from personae._types import TensorSpec
@@ -12,7 +14,7 @@ from personae.execute import pool
 from personae.execute.deltas import Deltas, working_bytes
 from personae.execute.scan import ExpertScan
 from personae.execute.work import Work
-from personae.methods import Codec, Context, Facts, Look, Site, look
+from personae.methods import Block, Codec, Context, Facts, Look, Site, look
 from personae.packs.shared_file import SharedFile
 from personae.packs.writer import PackWriter
 from personae.writers import CheckpointWriter
@@ -32,10 +34,31 @@ class Known:
     shared: SharedFile | None = None
     facts: Facts | None = None
 
-    def of(self, spec: TensorSpec) -> Context:
-        """The context of one tensor."""
+    def of(self, spec: TensorSpec, blocks: Sequence[Block]) -> list[Context]:
+        """The context of each block of one tensor."""
         shared = self.shared.read(spec.name) if self.shared else None
-        return Context(Site(spec.name, spec.shape), self.task, shared, self.facts)
+        found: list[Context] = []
+        for block in blocks:
+            site = Site(spec.name, spec.shape)
+            shape = block.shape_in(spec.shape)
+            if len(shape) < len(spec.shape):  # one matrix of a stack
+                site = Site(spec.name, shape, block.start * prod(shape))
+            own = None if shared is None else cut_out(shared, block)
+            found.append(Context(site, self.task, own, self.facts))
+        return found
+
+
+def whole(spec: TensorSpec) -> Block:
+    """All of a tensor as one block."""
+    return Block(0, 0, spec.shape[0] if spec.shape else 1)
+
+
+def cut_out(tensor: Float[Tensor, "..."], block: Block) -> Float[Tensor, "..."]:
+    """One block of a tensor, in its own shape."""
+    if tensor.ndim == 0:
+        return tensor
+    cut = tensor.narrow(block.axis, block.start, block.stop - block.start)
+    return cut.reshape(block.shape_in(tuple(tensor.shape))).contiguous()
 
 
 def coded_names(codec: Codec, deltas: Deltas, scan: ExpertScan) -> list[str]:
@@ -51,8 +74,12 @@ def gather(codec: Codec, deltas: Deltas, scan: ExpertScan, known: Known, work: W
     """Take a codec's looks at one expert."""
     names = coded_names(codec, deltas, scan)
 
-    def tally(one: Look, name: str) -> Tensor:
-        return one.tally(deltas.read(name), known.of(deltas.reference.specs[name]))
+    def tally(one: Look, name: str) -> list[Tensor]:
+        delta, spec = deltas.read(name), deltas.reference.specs[name]
+        blocks = codec.blocks(spec) or (whole(spec),)
+        pairs = zip(blocks, known.of(spec, blocks), strict=True)
+        parts = ((cut_out(delta, block), context) for block, context in pairs)
+        return [one.tally(part, context) for part, context in parts if part.any()]
 
     def take(one: Look) -> list[tuple[str, Tensor]]:
         told: dict[str, Tensor] = {}
@@ -63,11 +90,12 @@ def gather(codec: Codec, deltas: Deltas, scan: ExpertScan, known: Known, work: W
             workers=work.threads,
             memory=work.memory,
         )
-        for done, (name, share) in enumerate(results, 1):
-            if one.each:
-                told[name] = share
-            else:  # whole numbers: the order does not matter
-                told[""] = told[""] + share if told else share
+        for done, (name, shares) in enumerate(results, 1):
+            for number, share in enumerate(shares):
+                if one.each:
+                    told[f"{name}/{number:06}"] = share
+                else:  # whole numbers: the order does not matter
+                    told[""] = told[""] + share if told else share
             work.progress(f"measuring {known.task} ({one.name})", done, len(names))
         return list(told.items())
 

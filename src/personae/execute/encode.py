@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personae._types import SVD, Parts, TensorSpec
+from personae._types import SVD, Parts
 from personae.errors import MethodError
 from personae.execute import pool
-from personae.execute.codec_looks import Known, encoding_bytes
+from personae.execute.codec_looks import Known, cut_out, encoding_bytes, whole
 from personae.execute.deltas import Deltas
 from personae.execute.effects import differs
 from personae.execute.scan import TensorScan, converging, is_finite
@@ -64,19 +63,18 @@ def _encode_tensor(
     delta = deltas.read(name)
     spec = deltas.reference.specs[name]
     treatment = codecs[0].treats(spec)
-    blocks = (codecs[0].blocks(spec) if treatment == "code" else ()) or (_whole(spec),)
-    whole = known.of(spec)
+    blocks = (codecs[0].blocks(spec) if treatment == "code" else ()) or (whole(spec),)
     with converging(name):
         coded = [
             _encode_block(
-                _cut(delta, block),
+                cut_out(delta, block),
                 codecs,
                 treatment,
-                replace(whole, shared=_share(whole, block)),
+                context,
                 device,
-                partial(_shows, deltas, name, block, _cut(delta, block)),
+                partial(_shows, deltas, name, block, cut_out(delta, block)),
             )
-            for block in blocks
+            for block, context in zip(blocks, known.of(spec, blocks), strict=True)
         ]
     energy = squared_norm(delta)
     for of_block in coded:
@@ -141,12 +139,14 @@ def _shows(
         )
     place = list(torch.unravel_index(decoded.abs().argmax(), decoded.shape))
     largest = decoded[tuple(place)]
+    if decoded.ndim < len(reference.specs[name].shape):  # one matrix of a stack
+        place.insert(0, torch.tensor(0))
     place[block.axis] = place[block.axis] + block.start
     row = int(place[0])
     own = reference.read_rows(name, row, row + 1)[0][tuple(place[1:])]
     if differs(own.float() + largest, own, dtype):
         return True
-    own = _cut(reference.read(name), block).float()
+    own = cut_out(reference.read(name), block).float()
     return differs(own + decoded, own, dtype) or not differs(
         own + delta, own, deltas.read_dtype(name)
     )
@@ -165,20 +165,6 @@ def _check_finite(name: str, parts: Parts, lost: float) -> None:
             "leaves the range of its dtype. Leave the tensor out with 'skip', keep it whole with "
             "'private', or take another method."
         )
-
-
-def _whole(spec: TensorSpec) -> Block:
-    return Block(0, 0, spec.shape[0] if spec.shape else 1)
-
-
-def _share(context: Context, block: Block) -> Float[Tensor, "..."] | None:
-    return None if context.shared is None else _cut(context.shared, block)
-
-
-def _cut(delta: Float[Tensor, "..."], block: Block) -> Float[Tensor, "..."]:
-    if delta.ndim == 0:
-        return delta
-    return delta.narrow(block.axis, block.start, block.stop - block.start).contiguous()
 
 
 def _rank(parts: Parts) -> int | None:

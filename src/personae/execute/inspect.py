@@ -95,6 +95,7 @@ def _task(pack: Pack, name: str, record: TaskRecord) -> dict[str, Any]:
         "companion_bytes": sum(path.stat().st_size for path in own if path.is_file()),
         "amr_percent": task_amr_percent(record, pack.manifest),
         "relative_error": record.relative_error,
+        "left": record.left,
         "characteristics": list(record.characteristics),
         "private": {key: value.model_dump(mode="json") for key, value in record.private.items()},
         "tensors": {

@@ -372,7 +372,8 @@ def _put(writer: CheckpointWriter, piece: Piece, value: Tensor) -> None:
     if piece.is_whole:
         writer.write(piece.spec.name, value)
     else:
-        writer.write_rows(piece.spec.name, piece.start, value)
+        rows = value[None] if piece.is_matrix else value
+        writer.write_rows(piece.spec.name, piece.start, rows)
 
 
 def _weights_of(checkpoint: Checkpoint) -> list[Any]:

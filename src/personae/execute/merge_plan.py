@@ -19,7 +19,7 @@ from personae.execute import pool
 from personae.execute.family import Family, open_family
 from personae.execute.merge_faults import all_names, check_family
 from personae.execute.merge_looks import ParametersOf
-from personae.execute.pieces import Piece, Unit, units
+from personae.execute.pieces import Piece, Unit, units, whole_or_matrices
 from personae.execute.stream import Stacks
 from personae.execute.undecided import BYTES_LEFT_OPEN, most_held
 from personae.execute.work import Work
@@ -236,7 +236,7 @@ def job_of(
     per_tensor = method.gather is not None and method.scope_of(parameters_of("")) == "tensor"
 
     def undivided(spec: TensorSpec) -> bool:
-        site = stacks.site(Piece(spec, 0, 0))
+        site = stacks.site(whole_or_matrices(spec)[0])
         return spec.name in merged and not method.entrywise(parameters_of(spec.name), site)
 
     return MergeJob(

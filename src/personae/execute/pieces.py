@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from personae._types import TensorSpec
+from personae.methods import stacked_matrices
 
 PIECE_ENTRIES = 1 << 20
 """Entries of one expert in a block of rows: the stack of a few experts stays near the cache."""
@@ -21,11 +22,19 @@ UNIT_PIECES = 256
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows `start:stop` of one tensor; a scalar is its one row."""
+    """Rows `start:stop` of one tensor; a scalar is its one row.
+
+    Attributes:
+        spec: The tensor.
+        start: First row.
+        stop: Row after the last one.
+        is_matrix: Whether its one row is a matrix of a stack, and has two axes.
+    """
 
     spec: TensorSpec
     start: int
     stop: int
+    is_matrix: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -39,7 +48,9 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the rows."""
+        """Shape of the rows, or of the matrix."""
+        if self.is_matrix:
+            return self.spec.shape[1:]
         return (self.stop - self.start, *self.spec.shape[1:]) if self.spec.shape else ()
 
     @property
@@ -55,7 +66,8 @@ class Unit:
     Attributes:
         number: Its place among the units of a run.
         pieces: At least one.
-        whole: Whether its one piece is a tensor given whole to a method that needs it so.
+        whole: Whether its one piece is a tensor, or a matrix of a stack, given whole to a method
+            that needs it so.
     """
 
     number: int
@@ -71,6 +83,12 @@ class Unit:
 def whole(spec: TensorSpec) -> Piece:
     """All of a tensor as one piece."""
     return Piece(spec, 0, spec.shape[0] if spec.shape else 1)
+
+
+def whole_or_matrices(spec: TensorSpec) -> list[Piece]:
+    """All of a tensor as one piece, or the matrices of a stack as one each."""
+    matrices = stacked_matrices(spec.name, spec.shape)
+    return [Piece(spec, m.start, m.stop, is_matrix=True) for m in matrices] or [whole(spec)]
 
 
 def rows_of(spec: TensorSpec) -> Iterator[Piece]:
@@ -99,7 +117,7 @@ def units(
     held = 0
     for spec in specs:
         if undivided(spec):
-            entire.append(whole(spec))
+            entire += whole_or_matrices(spec)
             continue
         for piece in rows_of(spec):
             is_full = held + piece.numel > UNIT_ENTRIES or len(batch) == UNIT_PIECES

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from personae._types import Parts, TensorSpec
 from personae.checkpoints import Checkpoint
-from personae.checkpoints.naming import Renaming
-from personae.methods import CODECS, Codec, build, decode_block, lookup
+from personae.checkpoints.naming import Renaming, shown
+from personae.methods import CODECS, Block, Codec, build, decode_block, lookup
 from personae.packs.manifest import TaskRecord
 from personae.packs.reader import Pack
 from personae.packs.shared_file import SharedFile
@@ -109,13 +109,16 @@ def decode(
     delta: Tensor | None = None
     for block, parts in file.blocks(name):
         length = block.stop - block.start
-        cut = (*shape[: block.axis], length, *shape[block.axis + 1 :])
-        own = None if common is None else common.narrow(block.axis, block.start, length)
+        cut = Block(block.axis, block.start, block.stop).shape_in(shape)
+        own = None
+        if common is not None:
+            own = common.narrow(block.axis, block.start, length).reshape(cut)
         share = _decode_block(codec, parts, cut, own, device)
         if length == shape[block.axis]:
             return share
         delta = torch.zeros(shape) if delta is None else delta
-        delta.narrow(block.axis, block.start, length).copy_(share)
+        place = delta.narrow(block.axis, block.start, length)
+        place.copy_(share.view(place.shape))
     assert delta is not None
     return delta
 
@@ -130,6 +133,15 @@ def _decode_block(
     there = {name: part.to(device) for name, part in parts.items()}
     shared = None if shared is None else shared.to(device)
     return decode_block(codec, there, shape, shared).cpu()
+
+
+def left_in_words(record: TaskRecord) -> str:
+    """Which changed tensors a task has as in the reference, and what that loses; empty if none."""
+    left = record.left
+    if not left:
+        return ""
+    share = f"{100 * sum(left.values()):.2g} % of the squared norm of the delta"
+    return f"left as in the reference: {shown(list(left))} ({len(left)} in all, {share})"
 
 
 def held(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from personae.execute import pool
 from personae.execute.deltas import Deltas, working_bytes
 from personae.execute.family import Family
 from personae.execute.work import Work
+from personae.methods import has_matrices
 from personae.packs.fingerprint import combine, tensor_digest
 
 
@@ -25,8 +26,8 @@ class TensorScan:
 
     Attributes:
         changed: Whether any entry is not zero.
-        zero_rows: Rows that are exactly zero (of a matrix), else 0.
-        zero_columns: Columns that are exactly zero (of a matrix), else 0.
+        zero_rows: Rows that are exactly zero (of a matrix, or all of a stack), else 0.
+        zero_columns: Columns that are exactly zero (likewise), else 0.
         zeros: Entries that are exactly zero (of anything but a matrix), else 0.
     """
 
@@ -123,8 +124,8 @@ def _look(deltas: Deltas, taken: Mapping[str, str | None], raw_name: str) -> _Lo
     delta = deltas.read(name)
     if not (seen.faults or is_finite(delta) or not_finite("", name, deltas.reference.read(name))):
         seen.faults = [f"Expert '{alignment.name}': {beyond_fp32(name)}"]
-    if delta.ndim == 2:
-        rows, columns = delta.any(dim=1), delta.any(dim=0)
+    if has_matrices(name, tuple(delta.shape)):
+        rows, columns = delta.any(dim=-1), delta.any(dim=-2)
         seen.scan = TensorScan(
             changed=bool(rows.any()),
             zero_rows=int((~rows).sum()),

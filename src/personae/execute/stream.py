@@ -50,7 +50,8 @@ class Stacks:
     def site(self, piece: Piece) -> Site:
         """Where a piece is."""
         spec = piece.spec
-        return Site(spec.name, spec.shape, piece.first_entry, spec.name in self._transposed)
+        shape = piece.shape if piece.is_matrix else spec.shape
+        return Site(spec.name, shape, piece.first_entry, spec.name in self._transposed)
 
     def read(
         self, piece: Piece, *, reuse: bool = False
@@ -267,4 +268,5 @@ class Stacks:
 def _rows(checkpoint: Checkpoint, name: str, piece: Piece) -> Tensor:
     if piece.is_whole:
         return checkpoint.read(name)
-    return checkpoint.read_rows(name, piece.start, piece.stop)
+    rows = checkpoint.read_rows(name, piece.start, piece.stop)
+    return rows[0] if piece.is_matrix else rows

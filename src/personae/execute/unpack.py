@@ -8,7 +8,7 @@ from personae.checkpoints import Checkpoint
 from personae.errors import PackError
 from personae.execute.deltas import working_bytes
 from personae.execute.output import check_output, write_model
-from personae.execute.rebuilt import Rebuilt
+from personae.execute.rebuilt import Rebuilt, left_in_words
 from personae.execute.reference import open_reference
 from personae.execute.work import Work
 from personae.packs.fingerprint import sha256_file
@@ -47,8 +47,11 @@ def unpack(
     device = work.torch_device
     out = Path(out).absolute()
     opened = Pack(Path(pack))
-    opened.task(task)
+    left = left_in_words(opened.task(task))
     check_output(out, overwrite, inputs=[opened.directory, opened.reference_source(base)])
+    work.fact("left", opened.task(task).left)
+    if left:
+        work.note(f"{task}: {left}")
     with closing(open_reference(opened, base, work)) as reference:
         rebuilt = Rebuilt(opened, task, reference, device)
         write_model(

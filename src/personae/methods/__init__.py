@@ -19,7 +19,7 @@ from personae.methods._registry import (
     build,
     lookup,
 )
-from personae.methods._site import Block, Site
+from personae.methods._site import Block, Site, has_matrices, stacked_matrices
 from personae.methods._undecided import Undecided
 
 for _package in (merge, mergekit, personalise):
@@ -56,8 +56,10 @@ __all__ = [
     "encode_block",
     "flag_fault",
     "gathered",
+    "has_matrices",
     "look",
     "lookup",
     "misfits",
     "percent_hint",
+    "stacked_matrices",
 ]

@@ -12,7 +12,7 @@ are called in this order; by default none does anything:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from personae._types import SVD, Layout, Parts, TensorSpec
 from personae.methods._parameters import Parameters
-from personae.methods._site import Block, Site
+from personae.methods._site import Block, Site, stacked_matrices
 from personae.ops.rows import restore_rows, touched_rows
 from personae.ops.svd import truncated_svd
 
@@ -54,7 +54,7 @@ class Context:
     """What a codec knows beside the values of the block it encodes.
 
     Attributes:
-        site: The tensor it belongs to.
+        site: The tensor it belongs to; of one matrix of a stack, that matrix and where it starts.
         task: Name of the task.
         shared: The same block of what `share` gave for the tensor; None if it is zero throughout.
         facts: What `gather` returned for this expert.
@@ -71,9 +71,9 @@ class Look(NamedTuple):
 
     Attributes:
         name: What is looked for, for progress.
-        tally: What one tensor tells: int64 counts, which are summed over all tensors; or, if
-            `each`, any tensor, of which each tensor's is sent back by its name.
-        each: Whether tensors stay apart.
+        tally: What one tensor (or block of it) tells: int64 counts, which are summed over all; or,
+            if `each`, any tensor, of which each one's is sent back by a name of its own.
+        each: Whether they stay apart.
     """
 
     name: str
@@ -108,8 +108,12 @@ class Codec(Parameters, ABC):
         return "code"
 
     def blocks(self, spec: TensorSpec) -> tuple[Block, ...]:
-        """Slices of this tensor to be coded apart; by default the whole tensor is one block."""
-        return (Block(0, 0, spec.shape[0]),) if spec.shape else ()
+        """Slices of this tensor to be coded apart.
+
+        By default the matrices of a stack, and any other tensor as one block.
+        """
+        whole = (Block(0, 0, spec.shape[0]),) if spec.shape else ()
+        return stacked_matrices(spec.name, spec.shape) or whole
 
     def share(self, deltas: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
         """What all tasks share of a tensor, fp32, if the codec `shares`.
@@ -208,6 +212,14 @@ class Codec(Parameters, ABC):
     def zero_bits(self, shape: tuple[int, ...]) -> int:
         """Most bits that exact zeros in a delta of this shape take beyond `bits`."""
         return 0
+
+    def remark(self, coded: Iterable[tuple[tuple[int, ...], Parts]]) -> str:
+        """What a person should know of a task that was coded, to be noted; empty if nothing.
+
+        Args:
+            coded: Shape and parts of each block that the codec coded and that changed.
+        """
+        return ""
 
     def alone(self, delta: Float[Tensor, "..."]) -> Context:
         """The context where this delta is the only one of the only expert."""

@@ -17,12 +17,29 @@ _LAYER_PROJECTION = re.compile(r"\.\w*(attn|attention|mlp)\w*\.proj\.weight$")
 _STACKED = {"in_proj_weight", "c_attn", "qkv", "qkv_proj", "Wqkv"}
 
 
+# Fused experts are a tensor (expert, out, in), or (expert, in, out), right below `experts`, or the
+# two of Granite's and JetMoE's parallel experts. Experts with numbers have tensors of their own.
+_EXPERTS = re.compile(r"experts\.(?!\d)(?!.*conv)|(^|\.)(input|output)_linear(\.weight)?$")
+
+
 class Block(NamedTuple):
     """A slice of one tensor that is worked on by itself: `start:stop` along `axis`."""
 
     axis: int
     start: int
     stop: int
+
+    def shape_in(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Its shape in a tensor of this shape.
+
+        One of several slices along the first of three axes is a matrix.
+        """
+        if not shape:
+            return ()
+        length = self.stop - self.start
+        if len(shape) == 3 and self.axis == 0 and length == 1 < shape[0]:
+            return shape[1:]
+        return (*shape[: self.axis], length, *shape[self.axis + 1 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +85,22 @@ def stacked_qkv(name: str, shape: tuple[int, ...]) -> tuple[Block, ...]:
     return ()
 
 
+def stacked_matrices(name: str, shape: tuple[int, ...]) -> tuple[Block, ...]:
+    """A block for each matrix of a stack of experts, none for any other tensor.
+
+    By name and shape alone, which a convolution's kernel (out, in, width) does not meet; every
+    codec and every method for matrices sees these matrices and not the stack.
+    """
+    if len(shape) != 3 or shape[0] < 2 or not _EXPERTS.search(name):
+        return ()
+    return tuple(Block(0, n, n + 1) for n in range(shape[0]))
+
+
+def has_matrices(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix, or a stack of them."""
+    return len(shape) == 2 or bool(stacked_matrices(name, shape))
+
+
 def is_projection(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is an attention or MLP matrix: a linear layer inside a numbered block.
 
@@ -81,7 +114,7 @@ def tensor_class(name: str, shape: tuple[int, ...]) -> TensorClass:
     if len(shape) < 2:
         return "vector" if shape else "scalar"
     if len(shape) > 2:
-        return "conv"
+        return "linear" if stacked_matrices(name, shape) else "conv"
     if _EMBEDDING.search(name) and not _LAYER_PROJECTION.search(name):
         return "embedding"
     return "linear"

@@ -67,6 +67,11 @@ class TensorRecord(Record):
         return max((b.rank for b in self.blocks if b.rank is not None), default=None)
 
     @property
+    def is_stack(self) -> bool:
+        """Whether its blocks are the matrices of a stack."""
+        return len(self.shape) == 3 and len(self.blocks) == self.shape[0] > 1
+
+    @property
     def treatment(self) -> Literal["coded", "exact", "skipped"]:
         """Whether it is coded, kept exact, or left as in the reference."""
         parts = {part for block in self.blocks for part in block.parts}
@@ -139,6 +144,18 @@ class TaskRecord(Record):
         return sum(t.bytes for t in self.tensors.values())
 
     @property
+    def has_stacks(self) -> bool:
+        """Whether some tensor is coded as a stack of matrices."""
+        return any(t.is_stack for t in self.tensors.values())
+
+    @property
+    def left(self) -> dict[str, float]:
+        """Changed tensors left as in the reference, to their share of the delta's squared norm."""
+        whole = sum(t.energy for t in self.tensors.values())
+        left = {n: t.energy / whole for n, t in self.tensors.items() if t.treatment == "skipped"}
+        return left
+
+    @property
     def relative_error(self) -> float:
         """Squared norm of the error over that of the delta, over all coded tensors."""
         energy = sum(t.energy for t in self.tensors.values())
@@ -188,7 +205,8 @@ class Manifest(Record):
     def format_version(self) -> int:
         """The oldest version that can say what this pack holds."""
         described = any(task.characteristics for task in self.tasks.values())
-        return 2 if described or self.shared or self.method not in _CODECS_OF_VERSION_1 else 1
+        newer = described or self.shared or self.method not in _CODECS_OF_VERSION_1
+        return 2 if newer or any(task.has_stacks for task in self.tasks.values()) else 1
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -120,9 +120,9 @@ class PackWriter:
             about: Further fields of `TaskRecord`.
         """
         file, _ = self._places(name)
-        described = bool(about.get("characteristics"))
+        newer = about.get("characteristics") or any(t.record().is_stack for t in coded.values())
         metadata = {
-            "format_version": 2 if described else self.manifest.format_version,
+            "format_version": 2 if newer else self.manifest.format_version,
             "task": name,
             "method": self.manifest.method,
             "reference": self.manifest.reference.fingerprint,

@@ -1,10 +1,13 @@
 """BitDelta without its distillation: the sign of every entry, and one scale a matrix.
 
 arXiv:2402.10193. There the scales are then trained against the fine-tuned model's outputs; here
-they are where that training starts, which needs no data. Exact zeros, which the paper counts as
-positive, stay zero: a mask says where they are, and they are no part of the mean.
+they are where that training starts, which needs no data. The paper counts exact zeros as positive
+(`zeros` "positive"). By default they stay zero: a mask says where they are, and they are no part of
+the mean. The difference is that of bf16 checkpoints, where many small updates round to nothing.
 """
 
+from collections.abc import Iterable
+from math import prod
 from typing import ClassVar, Literal
 
 import torch
@@ -30,7 +33,8 @@ class BitDelta(Codec):
     coded, the rest stays exact.
 
     Parts:
-        mask, gaps: the entries that are not zero (see `ops.masks`); absent if none is zero.
+        mask, gaps: the entries that are not zero (see `ops.masks`); absent if none is zero, or
+            zeros are positive.
         signs: a bit for each of these, 1 for negative.
         scale: fp32, [1].
 
@@ -45,6 +49,9 @@ class BitDelta(Codec):
     rest: Rest = Field(
         default="exact", description="Tensors not coded: exact, or left as in the reference."
     )
+    zeros: Literal["zero", "positive"] = Field(
+        default="zero", description="Exact zeros stay zero, or become + scale as in the paper."
+    )
 
     def treats(self, spec: TensorSpec) -> Treatment:
         """Attention and MLP matrices are coded, or everything."""
@@ -57,9 +64,9 @@ class BitDelta(Codec):
     ) -> Parts:
         """Keep signs and the mean magnitude."""
         flat = delta.flatten()
-        changed = flat != 0
-        if not changed.any():
+        if not flat.any():
             return {}
+        changed = flat != 0 if self.zeros == "zero" else torch.ones_like(flat, dtype=torch.bool)
         scale = absolute_sum(flat) / int(changed.count_nonzero())
         mask = {} if changed.all() else encode_mask(changed)
         signs = pack((flat[changed] < 0).to(torch.uint8), 1)
@@ -95,5 +102,19 @@ class BitDelta(Codec):
         return Bits(count, count, 8 * (packed_size(count, 1) + 4) if count else 0)
 
     def zero_bits(self, shape: tuple[int, ...]) -> int:
-        """A bit an element."""
-        return 8 * packed_size(torch.Size(shape).numel(), 1)
+        """A bit an element, where zeros stay zero."""
+        return 8 * packed_size(torch.Size(shape).numel(), 1) if self.zeros == "zero" else 0
+
+    def remark(self, coded: Iterable[tuple[tuple[int, ...], Parts]]) -> str:
+        """How many exact zeros there were, if any."""
+        total = zeros = 0
+        for shape, parts in coded:
+            total += prod(shape)
+            if "mask" in parts:
+                zeros += prod(shape) - len(decode_mask(parts, prod(shape)))
+        if not zeros:
+            return ""
+        return (
+            f"{100 * zeros / total:.2g} % of the coded entries are exactly zero and stay so; the "
+            "paper makes them positive (zeros: positive)"
+        )

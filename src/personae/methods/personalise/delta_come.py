@@ -1,8 +1,9 @@
 """Delta-CoMe without calibration: singular vectors in bands of decreasing precision.
 
 arXiv:2406.08903. There a GPTQ procedure on sample texts quantises the vectors; here each value goes
-to the nearest level, which needs no data. The bands are the paper's: 2 vectors at 8 bits, 32 at 3
-bits, then as many at 2 bits as keep the whole at one bit a weight, 1/16 of fp16.
+to the nearest level of the same quantiser, which needs no data. The bands are the paper's: 2
+vectors at 8 bits, 32 at 3 bits, then as many at 2 bits as keep the whole at one bit a weight, 1/16
+of fp16. As there, attention and MLP matrices alone are coded by default.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,14 +11,14 @@ from itertools import groupby
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float16, Int64
 from pydantic import Field
 from torch import Tensor
 
 from personae._types import SVD, Layout, Parts, PartSpec, TensorSpec
 from personae.methods._codec import Bits, Codec, Context, Rest, Treatment
 from personae.methods._registry import codec
-from personae.methods._site import is_projection
+from personae.methods._site import has_matrices, is_projection
 from personae.ops.bits import pack, pack_planes, packed_size, planes_size, unpack, unpack_planes
 from personae.ops.parts import cut, part
 from personae.ops.rows import restore_rows, rows_spec, touched_rows
@@ -33,14 +34,15 @@ GROUP = 128
 class DeltaCoMe(Codec):
     """Truncated SVD whose leading vectors take more bits than those that follow.
 
-    A value of a vector at b bits becomes one of 2ᵇ evenly spaced levels from -s to s, where s is
-    the largest magnitude among its `GROUP` neighbours. What is no matrix stays exact.
+    A value of a vector at b bits becomes s · (c - z), c one of 0 … 2ᵇ - 1. Its `GROUP` neighbours
+    share s, the step that cuts the range from their least to their largest value, 0 included, into
+    2ᵇ - 1, and the zero point z, the code that stands for 0. What is not coded stays exact.
 
     Parts:
         singular_values: σ, fp32, [k].
         scales: fp16, s of each group: vector after vector of U, then of Vᵀ.
-        codes: uint8: for each factor and each precision in it the codes of its vectors, as planes
-            of bits.
+        codes: uint8: for each factor and each precision in it the codes of its vectors, each vector
+            followed by the zero points of its groups, as planes of bits.
         rows: one bit a row, set for the rows of U that have codes; only if some rows are zero.
 
     A zero delta has no parts.
@@ -54,7 +56,8 @@ class DeltaCoMe(Codec):
         default=1.0, gt=0, description="Vectors are kept while codes take no more than this."
     )
     tensors: Literal["projections", "all"] = Field(
-        default="all", description="What is coded: attention and MLP matrices, or all matrices."
+        default="projections",
+        description="What is coded: attention and MLP matrices, or all matrices.",
     )
     rest: Rest = Field(
         default="exact", description="Tensors not coded: exact, or left as in the reference."
@@ -63,7 +66,7 @@ class DeltaCoMe(Codec):
     def treats(self, spec: TensorSpec) -> Treatment:
         """Matrices are coded, or those of attention and MLP alone."""
         wanted = self.tensors == "all" or is_projection(spec.name, spec.shape)
-        return "code" if len(spec.shape) == 2 and wanted else self.rest
+        return "code" if has_matrices(spec.name, spec.shape) and wanted else self.rest
 
     def rank(self, shape: tuple[int, ...]) -> int:
         """The most vectors that stay below `bits_per_weight`, but at least one."""
@@ -93,10 +96,9 @@ class DeltaCoMe(Codec):
         codes: list[Tensor] = []
         scales: list[Tensor] = []
         for vectors in (u[touched, :rank].T, vh[:rank]):
-            peaks = _groups(vectors).abs().amax(dim=2).half()
-            scales.append(peaks.flatten())
             for width, start, stop in self._runs(len(vectors)):
-                levels = _quantise(vectors[start:stop], peaks[start:stop], width)
+                levels, steps = _quantise(vectors[start:stop], width)
+                scales.append(steps.flatten())
                 codes.append(pack_planes(levels.flatten(), width))
         parts = {
             "singular_values": singular_values[:rank].clone(),
@@ -117,17 +119,17 @@ class DeltaCoMe(Codec):
         touched = unpack(parts["rows"], rows, 1).bool() if "rows" in parts else None
         lengths = [rows if touched is None else int(touched.count_nonzero()), columns]
         runs = list(self._runs(rank))
-        sizes = [planes_size((b - a) * n, width) for n in lengths for width, a, b in runs]
+        sizes = [planes_size((b - a) * _codes(n), width) for n in lengths for width, a, b in runs]
         codes = iter(cut(parts, "codes", sizes))
-        peaks = cut(parts, "scales", [rank * -(-n // GROUP) for n in lengths])
+        scales = cut(parts, "scales", [rank * _count(n) for n in lengths])
         factors: list[Tensor] = []
-        for length, of_factor in zip(lengths, peaks, strict=True):
+        for length, of_factor in zip(lengths, scales, strict=True):
             levels = [
-                _dequantise(unpack_planes(next(codes), (b - a) * length, width), width, length)
+                unpack_planes(next(codes), (b - a) * _codes(length), width).reshape(b - a, -1)
                 for width, a, b in runs
             ]
-            scale = of_factor.float().reshape(rank, -1).repeat_interleave(GROUP, dim=1)
-            factors.append(torch.cat(levels) * scale[:, :length])
+            steps = of_factor.float().reshape(rank, -1)
+            factors.append(_dequantise(torch.cat(levels), steps, length))
         left, right = factors
         delta = left.T @ (singular_values[:, None] * right)
         return delta if touched is None else restore_rows(delta, touched)
@@ -140,10 +142,12 @@ class DeltaCoMe(Codec):
 
         def codes(live: int) -> int:
             runs = list(self._runs(kept))
-            return sum(planes_size((b - a) * n, w) for n in (live, columns) for w, a, b in runs)
+            return sum(
+                planes_size((b - a) * _codes(n), w) for n in (live, columns) for w, a, b in runs
+            )
 
         def scales(live: int) -> int:
-            return kept * (-(-live // GROUP) + -(-columns // GROUP))
+            return kept * (_count(live) + _count(columns))
 
         return {
             "singular_values": PartSpec(torch.float32, 1, min(shape)),
@@ -153,14 +157,16 @@ class DeltaCoMe(Codec):
         }
 
     def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
-        """Codes and 32 bits a singular value; scales are not counted."""
+        """Codes and 32 bits a singular value; scales and zero points are not counted."""
         rank = self.rank(shape) if rank is None else rank
         if not rank:
             return Bits(0, 0, 0)
         runs = list(self._runs(rank))
         counted = sum(width * (b - a) for width, a, b in runs) * sum(shape) + 32 * rank
-        code_bytes = sum(planes_size((b - a) * n, width) for n in shape for width, a, b in runs)
-        groups = rank * sum(-(-n // GROUP) for n in shape)
+        code_bytes = sum(
+            planes_size((b - a) * _codes(n), width) for n in shape for width, a, b in runs
+        )
+        groups = rank * sum(_count(n) for n in shape)
         return Bits(counted, counted, 8 * code_bytes + 16 * groups + 32 * rank)
 
     def zero_bits(self, shape: tuple[int, ...]) -> int:
@@ -179,6 +185,16 @@ class DeltaCoMe(Codec):
             start = stop
 
 
+def _count(length: int) -> int:
+    """Groups of a vector."""
+    return -(-length // GROUP)
+
+
+def _codes(length: int) -> int:
+    """Codes of a vector, with the zero points of its groups."""
+    return length + _count(length)
+
+
 def _groups(vectors: Float[Tensor, "vector value"]) -> Float[Tensor, "vector group _"]:
     """Cut every vector into groups, the last one padded with zeros."""
     padded = torch.nn.functional.pad(vectors, (0, -vectors.shape[1] % GROUP))
@@ -186,16 +202,21 @@ def _groups(vectors: Float[Tensor, "vector value"]) -> Float[Tensor, "vector gro
 
 
 def _quantise(
-    vectors: Float[Tensor, "vector value"], peaks: Float[Tensor, "vector group"], width: int
-) -> Tensor:
-    """The nearest of the 2ᵇ levels of each value: 0 stands for -s, 2ᵇ - 1 for s."""
-    steps = (1 << width) - 1
-    peak = peaks.float()[:, :, None]
-    share = torch.where(peak > 0, _groups(vectors) / peak, 0.0)
-    levels = ((share + 1) * (steps / 2)).round().clamp(0, steps).long()
-    return levels.flatten(1)[:, : vectors.shape[1]]
+    vectors: Float[Tensor, "vector value"], width: int
+) -> tuple[Int64[Tensor, "vector code"], Float16[Tensor, "vector group"]]:
+    """Codes of the values of each vector, then zero points of its groups; and steps."""
+    groups, top = _groups(vectors), (1 << width) - 1
+    least, most = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
+    steps = ((most - least) / top).half()
+    step = steps.float().where(steps > 0, torch.inf)  # codes of nothing but zeros are 0
+    zeros = (-least / step).round().clamp(0, top)
+    codes = ((groups / step[:, :, None]).round() + zeros[:, :, None]).clamp(0, top)
+    return torch.cat([codes.flatten(1)[:, : vectors.shape[1]], zeros], dim=1).long(), steps
 
 
-def _dequantise(codes: Tensor, width: int, length: int) -> Float[Tensor, "vector value"]:
-    """Levels as fractions of the scale, from -1 to 1."""
-    return codes.reshape(-1, length).float() * (2 / ((1 << width) - 1)) - 1
+def _dequantise(
+    codes: Tensor, steps: Float[Tensor, "vector group"], length: int
+) -> Float[Tensor, "vector value"]:
+    """Undo `_quantise`, but for rounding."""
+    zeros = codes[:, length:].float().repeat_interleave(GROUP, dim=1)[:, :length]
+    return (codes[:, :length].float() - zeros) * steps.repeat_interleave(GROUP, dim=1)[:, :length]

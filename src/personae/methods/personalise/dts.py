@@ -3,7 +3,13 @@
 arXiv:2512.01461. The defaults are what the published numbers came from, where text and code of the
 paper differ (groups over a whole factor, exact halves, stacked Q, K and V). Two departures: a
 group takes 2 bits, since one of the paper's three masks follows from the others, and only singular
-triplets above the numerical rank are kept.
+triplets above the numerical rank are kept: the papers' rule counts these, while the published
+figures count the ranks asked for.
+
+A group holds entries of one sign from all vectors of a factor, and the sign of a singular vector is
+arbitrary: turning some of them changes the groups. The error does not tell the signs apart, but
+single results moved by 4 to 17 % with them. By default the largest entry is positive, so that every
+solver gives the same pack; `signs` "solver" keeps what comes out, as the published code does.
 """
 
 from collections.abc import Sequence

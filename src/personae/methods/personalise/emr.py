@@ -1,7 +1,8 @@
 """EMR-Merging: one unified vector for all tasks; a mask and a rescaler for each.
 
-arXiv:2405.17461. The paper's rescaler is a quotient of sums over the whole model, the default;
-its code sums the means of each tensor, so that every tensor weighs the same: `tensor_means`.
+arXiv:2405.17461. The published numbers came from the code, whose rescaler is a quotient of sums of
+each tensor's mean, so that every tensor weighs the same: the default. The paper's formula is one of
+sums over the whole model: `rescaler` "global".
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,8 @@ class EMR(Codec):
     """Elect, mask, rescale: of the unified vector τ, which all tasks share, each keeps a part.
 
     γ = sgn Σ τ_n, where 0 counts as negative. τ = γ · max |τ_n| over the experts whose sign is γ.
-    The mask M_n marks entries where τ_n has the sign of τ, and λ_n = Σ |τ_n| / Σ |M_n τ|. What is
-    decoded is λ_n M_n τ.
+    The mask M_n marks entries where τ_n has the sign of τ, and λ_n = Σ |τ_n| / Σ |M_n τ|, sums over
+    tensors of the mean of each. What is decoded is λ_n M_n τ.
 
     Parts:
         mask, gaps: the entries where the signs agree (see `ops.masks`).
@@ -40,7 +41,8 @@ class EMR(Codec):
     more_bytes_per_entry: ClassVar = 32
 
     rescaler: Literal["global", "tensor_means"] = Field(
-        default="global", description="λ from sums over the model, or from the mean of each tensor."
+        default="tensor_means",
+        description="λ from the mean of each tensor, as the code; or from sums over the model.",
     )
 
     def degenerates(self, experts: int) -> str:

@@ -23,11 +23,14 @@ from personae.ops.parts import cut
 class SVD(Codec):
     """Truncated SVD in fp32: matrices at low rank, every other tensor exact.
 
+    Matrices of one row or one column are vectors, and exact, as in the code that the published
+    rates came from.
+
     Parts:
         left: U, row after row, [m·k].
         singular_values: σ, [k].
         right: Vᵀ, row after row, [k·d].
-        exact: a tensor that is no matrix, as it is.
+        exact: a tensor that is no matrix, or of one row or column, as it is.
 
     All are fp32. A zero delta, or one of rank 0, has no parts.
     """
@@ -46,7 +49,7 @@ class SVD(Codec):
 
     def rank(self, shape: tuple[int, ...]) -> int:
         """`⌊rank_fraction · min(m, d)⌋` of a matrix; 0 for other tensors, which stay exact."""
-        return int(self.rank_fraction * min(shape) + 1e-9) if len(shape) == 2 else 0
+        return 0 if _is_kept_exact(shape) else int(self.rank_fraction * min(shape) + 1e-9)
 
     def decompose(self, delta: Float[Tensor, "out in"], rank: int) -> _types.SVD:
         """Truncated SVD of the rows that changed; the other rows of `u` are exact zeros."""
@@ -63,7 +66,7 @@ class SVD(Codec):
         """Keep the leading triplets of a matrix, or the tensor itself."""
         if not delta.any():
             return {}
-        if delta.ndim != 2:
+        if _is_kept_exact(tuple(delta.shape)):
             return {"exact": delta.flatten().clone()}
         rank = self.rank(tuple(delta.shape))
         return encode_low_rank(svd or self.decompose(delta, rank), rank) if rank else {}
@@ -72,19 +75,23 @@ class SVD(Codec):
         self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None
     ) -> Float[Tensor, "..."]:
         """Rebuild the delta; parts that do not fit the shape are refused."""
-        if parts and len(shape) != 2:
+        if parts and _is_kept_exact(shape):
             return cut(parts, "exact", [prod(shape)])[0].reshape(shape).clone()
         return decode_low_rank(parts, shape)
 
     def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
         """Factors of a matrix, or the tensor itself."""
-        if len(shape) == 2:
-            return low_rank_layout(shape, rank)
-        return {"exact": PartSpec.of(float32, prod(shape))}
+        if _is_kept_exact(shape):
+            return {"exact": PartSpec.of(float32, prod(shape))}
+        return low_rank_layout(shape, rank)
 
     def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
         """32 bits for every number kept."""
         numbers = prod(shape)
-        if len(shape) == 2:
+        if not _is_kept_exact(shape):
             numbers = (self.rank(shape) if rank is None else rank) * (sum(shape) + 1)
         return Bits(32 * numbers, 32 * numbers, 32 * numbers)
+
+
+def _is_kept_exact(shape: tuple[int, ...]) -> bool:
+    return len(shape) != 2 or min(shape) == 1

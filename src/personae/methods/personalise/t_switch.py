@@ -30,8 +30,9 @@ _NOTHING = Window(TOP, TOP + 1)
 class TSwitch(Codec):
     """The largest entries of each sign become ± one scale, the root mean square of those kept.
 
-    Of n₊ positive entries the ⌊density · n₊⌋ largest are kept, likewise of the negative ones; every
-    other entry becomes 0. Scalars are exact.
+    Of n₊ positive entries the ⌊density · n₊⌋ largest are kept and all that tie with the least of
+    them; if that number is 0, all. Likewise of the negative ones. Every other entry becomes 0.
+    Scalars are exact.
 
     Parts:
         mask, gaps: which entries are kept (see `ops.masks`).
@@ -60,9 +61,10 @@ class TSwitch(Codec):
         while not all(window.found for window in windows):
             counts = yield Look("thresholds", partial(_censuses, windows))
             windows = [
-                narrow(of_sign, window, kept) if kept else _NOTHING
+                narrow(of_sign, window, kept or count) if count else _NOTHING
                 for of_sign, window in zip(counts, windows, strict=True)
-                for kept in [_kept(int(of_sign[0]), self.density)]
+                for count in [int(of_sign[0])]
+                for kept in [_kept(count, self.density)]
             ]
         facts: Facts = {
             name: window.magnitude for name, window in zip(_SIGNS, windows, strict=True)
@@ -115,30 +117,27 @@ class TSwitch(Codec):
     def bits(self, shape: tuple[int, ...], rank: int | None = None) -> Bits:
         """2 bits an element counted; lean, a bit each and a sign for those kept.
 
-        With `scope` "model" a tensor may be kept whole.
+        Where all entries tie, or the threshold is the model's, a tensor may be kept whole.
         """
         count = torch.Size(shape).numel()
-        kept = _kept(count, self.density)
-        most = kept if self.scope == "tensor" else count
-        stored = mask_size(count, most) + packed_size(most, 1) + 4 if most else 0
-        return Bits(2 * count, count + kept, 8 * stored)
+        stored = mask_size(count, count) + packed_size(count, 1) + 4 if count else 0
+        return Bits(2 * count, count + _kept(count, self.density), 8 * stored)
 
 
 def _kept(count: int, density: float) -> int:
-    """⌊density · count⌋, where 0.29 · 100 = 28.999… is 29; may be 0."""
+    """⌊density · count⌋, where 0.29 · 100 = 28.999… is 29; 0 stands for all, as in their code."""
     return int(density * count + 1e-9)
 
 
 def _largest(flat: Float[Tensor, " entry"], density: float) -> Bool[Tensor, " entry"]:
-    """Mark the share of each sign that is largest; of equal ones those first in index order."""
+    """Mark the share of each sign that is largest, with all that tie at its threshold."""
     marked = torch.zeros_like(flat, dtype=torch.bool)
     for sign in _SIGNS.values():
         sizes = (sign * flat).clamp(min=0)
-        kept = _kept(int(sizes.count_nonzero()), density)
-        if kept:
-            least, tied = kth_magnitude(sizes, kept)
-            marked |= sizes > least
-            marked[(sizes == least).nonzero().flatten()[:tied]] = True
+        count = int(sizes.count_nonzero())
+        if count:
+            least, _ = kth_magnitude(sizes, _kept(count, density) or count)
+            marked |= sizes >= least
     return marked
 
 

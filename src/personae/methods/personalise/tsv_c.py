@@ -15,6 +15,7 @@ from personae._types import SVD, Layout, Parts, TensorSpec
 from personae.methods._codec import Bits, Codec, Context, Facts, Rest, Treatment
 from personae.methods._low_rank import decode_low_rank, encode_low_rank, low_rank_layout
 from personae.methods._registry import codec
+from personae.methods._site import has_matrices
 
 
 @codec(paper="arXiv:2412.00081")
@@ -35,7 +36,7 @@ class TSVCompress(Codec):
 
     def treats(self, spec: TensorSpec) -> Treatment:
         """Matrices are coded."""
-        return "code" if len(spec.shape) == 2 else self.rest
+        return "code" if has_matrices(spec.name, spec.shape) else self.rest
 
     def for_family(self, facts: Sequence[Facts]) -> "TSVCompress":
         """Count the tasks."""

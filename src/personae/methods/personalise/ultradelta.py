@@ -197,6 +197,8 @@ class UltraDelta(Codec):
 
     def _generator(self, context: Context) -> torch.Generator:
         text = f"{self.seed}\n{context.site.name}\n{context.task}"
+        if context.site.start:  # each matrix of a stack draws its own
+            text += f"\n{context.site.start}"
         return torch.Generator().manual_seed(zlib.crc32(text.encode()))
 
 
