@@ -72,7 +72,7 @@ def decode_dts(parts: Any, shape: tuple[int, ...], parameters: Any) -> Any:
 
 
 def decode_svd(parts: Any, shape: tuple[int, ...], _: Any) -> Any:
-    if not parts or len(shape) != 2:
+    if not parts or len(shape) != 2 or min(shape) == 1:
         return parts["exact"].reshape(shape) if parts else np.zeros(shape, np.float32)
     sigma = parts["singular_values"]
     return (parts["left"].reshape(-1, len(sigma)) * sigma) @ parts["right"].reshape(len(sigma), -1)
@@ -120,9 +120,11 @@ def decode_bands(parts: Any, shape: tuple[int, int], parameters: Any) -> Any:
         factor, groups = np.zeros((k, length)), -(-length // 128)
         for b in sorted(set(widths), key=widths.index):
             own = [i for i in range(k) if widths[i] == b]
-            size = b * -(-len(own) * length // 8)
-            codes = planes(parts["codes"][byte : byte + size], len(own) * length, b)
-            factor[own] = 2 * codes.reshape(-1, length) / (2**b - 1) - 1
+            size = b * -(-len(own) * (length + groups) // 8)
+            codes = planes(parts["codes"][byte : byte + size], len(own) * (length + groups), b)
+            codes = codes.reshape(-1, length + groups)
+            zeros = np.repeat(codes[:, length:], 128, axis=1)[:, :length]
+            factor[own] = codes[:, :length] - zeros
             byte += size
         scales = parts["scales"][scale : scale + k * groups].astype(float).reshape(k, groups)
         found.append(factor * np.repeat(scales, 128, axis=1)[:, :length])
@@ -176,6 +178,8 @@ def read_task(directory: Path, name: str, reference: dict[str, Any]) -> dict[str
                 reached[part] = start + length
                 parts[part] = file[part][start : start + length]
             place = (slice(None),) * block["axis"] + (slice(block["start"], block["stop"]),)
+            if len(tensor["shape"]) == 3 and len(tensor["blocks"]) == tensor["shape"][0] > 1:
+                place = (block["start"],)  # one matrix of a stack
             view = deltas[key][place] if tensor["shape"] else deltas[key]
             own = common[key][place if tensor["shape"] else ()] if key in common else None
             if decode:

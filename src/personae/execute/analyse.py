@@ -8,7 +8,7 @@ from personae.checkpoints.naming import matches
 from personae.errors import CheckpointError, Faults, MethodError, RecipeError, nearest
 from personae.execute import pool
 from personae.execute.family import open_family
-from personae.execute.pieces import Piece, whole
+from personae.execute.pieces import Piece, whole_or_matrices
 from personae.execute.stream import Stacks
 from personae.execute.work import Work
 from personae.methods import Parameters, build
@@ -62,7 +62,8 @@ def analyse(
             work.note(note)
         stacks = Stacks(family)
         specs = family.base.specs
-        pieces = [whole(specs[name]) for name in stacks.names if not _left_out(name, tensors)]
+        names = [name for name in stacks.names if not _left_out(name, tensors)]
+        pieces = [piece for name in names for piece in whole_or_matrices(specs[name])]
         pieces = [p for p in pieces if stacks.site(p).kind == "linear" and p.numel]
         if not pieces:
             raise RecipeError(
@@ -83,7 +84,8 @@ def analyse(
         for done, (piece, (findings, wrong)) in enumerate(results, 1):
             for fault in wrong:
                 faults.add(fault)
-            found[piece.spec.name] = findings
+            name = piece.spec.name
+            found[f"{name}[{piece.start}]" if piece.is_matrix else name] = findings
             work.progress(f"analysing ({analysis})", done, len(pieces))
         faults.raise_if_any(CheckpointError)
     return {
