@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from families import listing, saved, small_base, tuned
 from personae.cli import app
-from personae.packs.manifest import _checksum
+from personae.packs.manifest import checksum
 from toys import write_sharded
 
 BASE = small_base()
@@ -153,7 +153,7 @@ def test_a_flipped_byte_of_a_task_file(work, position):
 def test_a_newer_pack(work):
     path = work / "pack/pack.json"
     content = json.loads(path.read_text()) | {"format_version": 3}
-    content["checksum"] = _checksum({k: v for k, v in content.items() if k != "checksum"})
+    content["checksum"] = checksum({k: v for k, v in content.items() if k != "checksum"})
     path.write_text(json.dumps(content))
     for command in ("inspect pack", "verify pack", "unpack pack --task news --out out"):
         refused(command, "is of pack format 3", "Update personae")

@@ -201,6 +201,7 @@ def test_heads_are_not_mixed(tmp_path):
     assert load(tmp_path / "o").keys() == BASE.keys()
     assert json.loads((tmp_path / "o/config.json").read_text()) == {"of": "base"}
     assert noted == [
+        f"the reference, as the pack names it: {tmp_path / 'base'}",
         "a: kept whole, so not composed: head.weight",
         "b: kept whole, so not composed: head.weight",
         "the result has the reference's head, if any; --head attaches a task's",

@@ -213,7 +213,7 @@ def test_reading_gives_the_expert_exactly(tmp_path):
 
 
 def _bare(method: str = "dts") -> Manifest:
-    reference = ReferenceRecord(kind="base", source="dict", fingerprint="xxh3:0")
+    reference = ReferenceRecord(kind="base", source="dict", fingerprint="xxh3:" + 32 * "0")
     return Manifest(
         method=method,
         parameters={},

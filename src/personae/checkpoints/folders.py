@@ -24,6 +24,7 @@ _NOT_COMPANIONS = {
     "training_args.json",
 }
 _log = logging.getLogger(__name__)
+_LONGEST_NAME = 200
 _TEMPLATES = "additional_chat_templates"
 
 # Unsubscripted at run time: checkers of a subscripted type look an item up, which may download it.
@@ -110,6 +111,8 @@ def is_companion(name: str) -> bool:
         and file.endswith(_COMPANION_ENDINGS)
         and not file.endswith(".index.json")
         and file not in _NOT_COMPANIONS
+        and name.isprintable()
+        and len(name.encode()) <= _LONGEST_NAME
     )
 
 

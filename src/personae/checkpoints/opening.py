@@ -70,7 +70,11 @@ def _open(
     """
     if isinstance(source, nn.Module | Mapping):
         return InMemory(source)
-    text, path = str(source), Path(source).expanduser()
+    text, path = str(source), Path(source)
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{text}: there is no such user. Write the path out.") from error
     if path.is_dir():
         return _open_folder(local_folder(path, text), base, as_stored)
     if path.name in _ADAPTER and path.is_file() and (path.parent / CONFIG_FILE).is_file():

@@ -23,6 +23,7 @@ from personae.execute.outline import Outline
 from personae.execute.output import check_output, write_model
 from personae.execute.rebuilt import Rebuilt, held
 from personae.execute.reference import open_reference
+from personae.execute.unpack import note_code
 from personae.execute.weighting import Weighting, given
 from personae.execute.work import Work
 from personae.packs.fingerprint import sha256_file
@@ -190,6 +191,7 @@ def compose(
     with closing(open_composed(pack, weights, base=base, head=head, work=work)) as composed:
         for text in composed.notes:
             work.note(text)
+        note_code(opened, composed.outline.companions(), work)
         made_of = json.dumps(_about(opened, composed.weighting, head), indent=2, ensure_ascii=False)
         files: dict[str, Path | bytes] = {**composed.outline.companions()}
         files[RECORD_NAME] = (made_of + "\n").encode()

@@ -1,6 +1,7 @@
 """Models as checkpoint directories: refused before any work, or written complete."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from personae.checkpoints.naming import shown
 from personae.errors import OutputError
 from personae.execute import pool
 from personae.execute.work import Work
-from personae.packs.manifest import MANIFEST_NAME
-from personae.packs.writer import REFERENCE, RESUME, TASKS
+from personae.packs.manifest import MANIFEST_NAME, REFERENCE, TASKS
+from personae.packs.writer import RESUME
 from personae.writers import (
     JOURNAL,
     CheckpointWriter,
@@ -97,7 +98,7 @@ def check_output(out: Path, overwrite: bool, inputs: Sequence[Any] = ()) -> None
             inside an input.
     """
     for source in inputs:
-        if not isinstance(source, str | Path) or not Path(source).exists():
+        if not isinstance(source, str | Path) or not os.path.exists(source):  # noqa: PTH110 - names may be too long
             continue
         read, written = Path(source).resolve(), out.resolve()
         if read == written or read in written.parents or written in read.parents:

@@ -13,13 +13,19 @@ from personae.execute.describe import Characteristics, checked
 from personae.execute.family import Family, open_family
 from personae.execute.output import check_output
 from personae.execute.pack_plan import check_no_base_needed, pack_notes, plan_family
-from personae.execute.reference import check_fingerprint, make_reference, relative_to_merged
+from personae.execute.reference import (
+    check_fingerprint,
+    make_reference,
+    note_source,
+    relative_to_merged,
+)
 from personae.execute.scan import Scanned
 from personae.execute.work import Work
-from personae.packs.manifest import MANIFEST_NAME, Manifest
+from personae.packs.manifest import MANIFEST_NAME, REFERENCE, TASKS, Manifest
 from personae.packs.reader import Pack
-from personae.packs.writer import REFERENCE, RESUME, PackWriter, resume
-from personae.recipe import PackSettings
+from personae.packs.soundness import own_path
+from personae.packs.writer import RESUME, PackWriter, resume
+from personae.recipe import PackSettings, settings_from
 from personae.writers import (
     finish,
     identity_text,
@@ -159,7 +165,11 @@ def add_tasks(
         opened = Pack(Path(pack_directory))  # as it is now that nobody else changes it
         require_place(opened.directory / MANIFEST_NAME)
         manifest = opened.manifest
-        settings = PackSettings(**manifest.settings)
+        settings = settings_of(opened)
+        for name in experts:  # links are told before the work
+            own_path(opened.directory, f"{TASKS}/{name}")
+            own_path(opened.directory, f"{TASKS}/{name}.safetensors")
+        note_source(opened, base, work)
         source = opened.reference_source(base)
         with open_family(source, experts, skip=settings.skip, private=settings.private) as family:
             from_base = manifest.reference.kind == "base"
@@ -171,6 +181,18 @@ def add_tasks(
             writers = [PackWriter(opened.directory, manifest)]
             add_experts(family, scanned, writers, [settings], work, described)
     return Pack(opened.directory)
+
+
+def settings_of(pack: Pack) -> PackSettings:
+    """What a pack was made with.
+
+    Raises:
+        PackError: if it could not have been.
+    """
+    try:
+        return settings_from(pack.manifest.settings)
+    except RecipeError as error:
+        raise PackError(f"{pack.directory} says what no pack is made with: {error}") from error
 
 
 def remove_task(pack_directory: str | Path, name: str) -> Pack:

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from personae._types import Parts, TensorSpec
 from personae.checkpoints import Checkpoint
-from personae.checkpoints.naming import Renaming, shown
-from personae.methods import CODECS, Block, Codec, build, decode_block, lookup
-from personae.packs.manifest import TaskRecord
+from personae.checkpoints.naming import shown
+from personae.errors import PackError
+from personae.methods import Block, Codec, decode_block
+from personae.packs.manifest import TaskRecord, dtype_of
 from personae.packs.reader import Pack
 from personae.packs.shared_file import SharedFile
+from personae.packs.soundness import check_fit, expert_names
 from personae.packs.task_file import TaskFile
 
 _CPU = torch.device("cpu")
@@ -39,27 +41,28 @@ class Rebuilt:
         """
         self.record = pack.task(task)
         self.reference = reference
+        check_fit(pack.directory, task, self.record, reference.specs)
         self._device = device
         self._file = pack.open_task(task)
         self._shared = pack.open_shared()
-        entry = lookup(CODECS, pack.manifest.method)
-        self._codec: Codec = build(entry, self.record.parameters)
+        self._codec: Codec = pack.codec(task)
         self._private = self.record.private
-        self.reference_names = _expert_names(self.record, reference)
+        self.reference_names = expert_names(self.record, reference.specs)
         self.specs: Mapping[str, TensorSpec] = self._lay_out()
 
     def _lay_out(self) -> dict[str, TensorSpec]:
         specs: dict[str, TensorSpec] = {}
         for name, ref_name in self.reference_names.items():
             spec = self.reference.specs[ref_name]
-            dtype = getattr(torch, self.record.dtypes.get(ref_name, ""), spec.dtype)
+            told = self.record.dtypes.get(ref_name)
+            dtype = dtype_of(told) if told else spec.dtype
             shape = spec.shape
             if ref_name in self.record.grown:
                 shape = (shape[0] + self._private[name].shape[0], *shape[1:])
             specs[name] = TensorSpec(name, shape, dtype)
         for name, record in self._private.items():
             if name not in specs:
-                specs[name] = TensorSpec(name, record.shape, getattr(torch, record.dtype))
+                specs[name] = TensorSpec(name, record.shape, dtype_of(record.dtype))
         return specs
 
     @property
@@ -86,10 +89,20 @@ class Rebuilt:
         return self._file.private(name)
 
     def delta(self, ref_name: str) -> Tensor:
-        """The decoded delta of one reference tensor, fp32; zeros if it is unchanged."""
+        """The decoded delta of one reference tensor, fp32; zeros if it is unchanged.
+
+        Raises:
+            PackError: if its parts do not fit, or make numbers that are not finite.
+        """
         if ref_name not in self.record.tensors:
             return torch.zeros(self.reference.specs[ref_name].shape)
-        return decode(self._codec, self._file, ref_name, self._shared, self._device)
+        delta = decode(self._codec, self._file, ref_name, self._shared, self._device)
+        if not delta.isfinite().all():
+            raise PackError(
+                f"{self._file.path}: the parts of '{ref_name}' make numbers that are not finite. "
+                "The pack was damaged or changed: fetch it again."
+            )
+        return delta
 
 
 def decode(
@@ -152,19 +165,3 @@ def held(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16:
         tensor.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
     return tensor
-
-
-def _expert_names(record: TaskRecord, reference: Checkpoint) -> dict[str, str]:
-    """The expert's name of each reference tensor it has, other than those kept whole."""
-    rule = Renaming(
-        add=record.renaming.add,
-        strip=record.renaming.strip,
-        plain=frozenset(record.renaming.plain),
-    )
-    names: dict[str, str] = {}
-    absent, grown = set(record.absent), set(record.grown)
-    for ref_name in reference.specs:
-        name = rule.expert_name(ref_name)
-        if ref_name not in absent and (name not in record.private or ref_name in grown):
-            names[name] = ref_name
-    return names

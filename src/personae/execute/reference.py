@@ -12,9 +12,8 @@ from personae.execute.merge_plan import job_of
 from personae.execute.scan import fingerprint, uncoded
 from personae.execute.work import Work
 from personae.methods import MergeMethod, Parameters
-from personae.packs.manifest import ReferenceRecord
+from personae.packs.manifest import REFERENCE, ReferenceRecord
 from personae.packs.reader import Pack
-from personae.packs.writer import REFERENCE
 from personae.recipe import PackSettings
 from personae.writers import output_directory, write_companions
 
@@ -92,15 +91,22 @@ def check_fingerprint(reference: ReferenceRecord, found: str, source: str) -> No
         )
 
 
+def note_source(pack: Pack, base: Any, work: Work) -> None:
+    """Show what a pack, which may be anybody's, is about to have opened in its name."""
+    if base is None and pack.reference_directory is None:
+        work.note(f"the reference, as the pack names it: {pack.reference_source()}")
+
+
 def open_reference(pack: Pack, base: Any, work: Work) -> Checkpoint:
     """Open the reference of a pack and check its fingerprint.
 
     Raises:
         PackError: if it is not found, or its weights are others.
     """
+    note_source(pack, base, work)
     try:
         reference = open_checkpoint(pack.reference_source(base))
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         raise PackError(
             f"The reference of {pack.directory} cannot be opened: {error} "
             "Say where it is with --base."

@@ -1,10 +1,13 @@
 """Rebuilds an expert from a pack and its reference, as an ordinary checkpoint directory."""
 
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from personae._small_files import Unfit, read_json
 from personae.checkpoints import Checkpoint
+from personae.checkpoints.naming import shown
 from personae.errors import PackError
 from personae.execute.deltas import working_bytes
 from personae.execute.output import check_output, write_model
@@ -54,13 +57,15 @@ def unpack(
         work.note(f"{task}: {left}")
     with closing(open_reference(opened, base, work)) as reference:
         rebuilt = Rebuilt(opened, task, reference, device)
+        companions = companions_of(opened, task, reference)
+        note_code(opened, companions, work)
         write_model(
             out,
             list(rebuilt.specs.values()),
             rebuilt.read,
             tied=rebuilt.record.tied,
             computed=rebuilt.coded,
-            companions=companions_of(opened, task, reference),
+            companions=companions,
             cost=lambda spec: working_bytes(spec.shape),
             overwrite=overwrite,
             shard_bytes=shard_bytes,
@@ -68,6 +73,35 @@ def unpack(
             work=work,
         )
     return out
+
+
+def note_code(pack: Pack, files: Mapping[str, Path | bytes], work: Work) -> None:
+    """Name the files from a pack that loading with `trust_remote_code` would run, or that ask it.
+
+    A pack may be anybody's.
+    """
+    from_pack = {
+        name: path
+        for name, path in files.items()
+        if isinstance(path, Path) and path.is_relative_to(pack.directory)
+    }
+    found = [name for name, path in from_pack.items() if name.endswith(".py") or _asks(path)]
+    if found:
+        work.note(
+            f"code comes from the pack: {shown(found)}; read it before you load the model with "
+            "trust_remote_code"
+        )
+
+
+def _asks(path: Path) -> bool:
+    """Whether a configuration names classes to be loaded from files."""
+    if not path.name.endswith("config.json"):
+        return False
+    try:
+        content = read_json(path)
+    except Unfit:
+        return False
+    return isinstance(content, dict) and "auto_map" in content
 
 
 def companions_of(pack: Pack, task: str, reference: Checkpoint) -> dict[str, Path]:

@@ -131,8 +131,8 @@ def _compare(rebuilt: Rebuilt, deltas: Deltas, work: Work, faults: Faults) -> Ve
             f"Task '{original.name}': rebuilt with relative error {measured:.6g}, recorded is "
             f"{recorded:.6g}. Pack the task again and report this."
         )
-    for name, raw in original.private_files.items():
-        kept = rebuilt.read(name)
-        if same and not torch.equal(kept, original.checkpoint.read(raw)):
+    for name, raw in original.private_files.items() if same else ():
+        kept = rebuilt.read(name) if name in rebuilt.specs else None
+        if kept is None or not torch.equal(kept, original.checkpoint.read(raw)):
             faults.add(f"Task '{original.name}': private tensor '{name}' is not the original's.")
     return Verified(recorded, measured, same)

@@ -2,38 +2,72 @@
 
 import hashlib
 import json
-from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from personae._small_files import read_json
+from personae._types import dtype_name
 from personae._version import __version__
+from personae.checkpoints.folders import is_companion
 from personae.checkpoints.naming import is_safe_name
-from personae.errors import PackError
+from personae.checkpoints.specs import READABLE
 
 FORMAT = "personae-pack"
 FORMAT_VERSIONS = (1, 2)
 MANIFEST_NAME = "pack.json"
+TASKS = "tasks"
+REFERENCE = "reference"
+SHARED = "shared.safetensors"
 
+_DTYPES = {dtype_name(dtype): dtype for dtype in READABLE.values()}
+_MOST_SHOWN = 60
 _CODECS_OF_VERSION_1 = {"dts", "svd"}
 
 
-def _inside(path: str) -> str:
-    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise ValueError(f"'{path}' leads out of the pack")
-    return path
+Counting = Literal["counted", "counted_lean", "on_disk_fp32", "on_disk_native"]
+"""Rules that sizes are counted by."""
 
 
 def _task_name(name: str) -> str:
     if not is_safe_name(name):
-        raise ValueError(f"'{name}' is no safe task name")
+        raise ValueError(f"{name[:_MOST_SHOWN]!r} is no safe task name")
     return name
 
 
-# A pack may come from anybody: what it names is read, written and removed.
-InnerPath = Annotated[str, AfterValidator(_inside)]
+def _companion_name(name: str) -> str:
+    if not is_companion(name):
+        raise ValueError(
+            f"{name[:_MOST_SHOWN]!r} is no small file of a model (configuration, tokenizer, code)"
+        )
+    return name
+
+
+def _writable(text: str) -> str:
+    """Paths may hold bytes that are no text, which JSON cannot say."""
+    return text.encode(errors="replace").decode()
+
+
+def _dtype(name: str) -> str:
+    if name not in _DTYPES:
+        raise ValueError(f"{name[:_MOST_SHOWN]!r} is no dtype of a tensor")
+    return name
+
+
+# A pack may come from anybody, and what it says is read, written, removed and allocated.
 TaskName = Annotated[str, AfterValidator(_task_name)]
+CompanionName = Annotated[str, AfterValidator(_companion_name)]
+Source = Annotated[str, AfterValidator(_writable)]
+DtypeName = Annotated[str, AfterValidator(_dtype)]
+Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+Amount = Annotated[float, Field(strict=True, ge=0, le=1e150, allow_inf_nan=False)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Fingerprint = Annotated[str, Field(pattern="^xxh3:[0-9a-f]{32}$")]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of this name; a name of a record is one."""
+    return _DTYPES[name]
 
 
 class Record(BaseModel):
@@ -45,21 +79,21 @@ class Record(BaseModel):
 class BlockRecord(Record):
     """One coded block: `start:stop` along `axis` of a tensor, and the lengths of its parts."""
 
-    axis: int = 0
-    start: int
-    stop: int
-    rank: int | None = Field(default=None, description="Singular directions stored; None if none")
-    parts: dict[str, int] = Field(description="Part name to its number of elements")
+    axis: Count = 0
+    start: Count
+    stop: Count
+    rank: Count | None = Field(default=None, description="Singular directions stored; None if none")
+    parts: dict[str, Count] = Field(description="Part name to its number of elements")
 
 
 class TensorRecord(Record):
     """One tensor of which the expert differs from the reference."""
 
-    shape: tuple[int, ...] = Field(description="The coded shape: that of the reference")
+    shape: tuple[Count, ...] = Field(description="The coded shape: that of the reference")
     blocks: tuple[BlockRecord, ...]
-    bytes: int = Field(description="Bytes of its parts in the task file")
-    energy: float = Field(description="Squared norm of the delta")
-    relative_error: float = Field(description="Squared norm of the error over that of the delta")
+    bytes: Count = Field(description="Bytes of its parts in the task file")
+    energy: Amount = Field(description="Squared norm of the delta")
+    relative_error: Amount = Field(description="Squared norm of the error over that of the delta")
 
     @property
     def rank(self) -> int | None:
@@ -83,9 +117,9 @@ class TensorRecord(Record):
 class PrivateRecord(Record):
     """One tensor, or the extra rows of one, kept whole."""
 
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
+    shape: tuple[Count, ...]
+    dtype: DtypeName
+    bytes: Count
 
 
 class RenamingRecord(Record):
@@ -100,18 +134,18 @@ class CompanionRecord(Record):
     """A small file beside the weights: stored in the task's folder, or the reference's own."""
 
     stored_in: Literal["task", "reference"]
-    sha256: str
+    sha256: Sha256
 
 
 class TaskRecord(Record):
     """One task of a pack."""
 
-    file: InnerPath
-    sha256: str
-    bytes: int
-    source: str
+    file: str
+    sha256: Sha256
+    bytes: Count
+    source: Source
     revision: str | None = None
-    fingerprint: str = Field(description="Of the expert's weights")
+    fingerprint: Fingerprint = Field(description="Of the expert's weights")
     parameters: dict[str, Any] = Field(description="The codec's parameters as used for this task")
     renaming: RenamingRecord = RenamingRecord()
     tensors: dict[str, TensorRecord] = Field(description="By reference name; unchanged: no entry")
@@ -120,15 +154,17 @@ class TaskRecord(Record):
         default=(), description="Reference names of which the expert has more rows, kept as private"
     )
     absent: tuple[str, ...] = Field(default=(), description="Reference names the expert lacks")
-    dtypes: dict[str, str] = Field(
+    dtypes: dict[str, DtypeName] = Field(
         default={}, description="By reference name, where the expert's dtype is another"
     )
     tied: dict[str, str] = Field(default={}, description="The expert's dropped name to kept name")
-    companions: dict[InnerPath, CompanionRecord] = {}
-    base_parameters: int = Field(description="Parameters of the reference that the task shares")
-    base_bytes: int = Field(description="Bytes of those in the reference")
-    counted_bits: int = Field(description="Bits by the papers' rule, at the ranks stored")
-    counted_lean_bits: int = Field(description="The same with the fewest bits that carry the code")
+    companions: dict[CompanionName, CompanionRecord] = {}
+    base_parameters: Count = Field(description="Parameters of the reference that the task shares")
+    base_bytes: Count = Field(description="Bytes of those in the reference")
+    counted_bits: Count = Field(description="Bits by the papers' rule, at the ranks stored")
+    counted_lean_bits: Count = Field(
+        description="The same with the fewest bits that carry the code"
+    )
     characteristics: tuple[str, ...] = Field(
         default=(), description="What the task is about: class names, or a description"
     )
@@ -167,9 +203,11 @@ class ReferenceRecord(Record):
     """The model a pack is relative to."""
 
     kind: Literal["base", "merged"]
-    source: str = Field(description="As the user wrote it; for a merged one the folder in the pack")
+    source: Source = Field(
+        description="As the user wrote it; for a merged one the folder in the pack"
+    )
     revision: str | None = None
-    fingerprint: str
+    fingerprint: Fingerprint
     method: str | None = Field(default=None, description="Merge method of a merged reference")
     method_parameters: dict[str, Any] = {}
     experts: tuple[str, ...] = Field(default=(), description="Tasks a merged reference is made of")
@@ -178,11 +216,13 @@ class ReferenceRecord(Record):
 class SharedRecord(Record):
     """What all tasks share beside the reference: fp32 tensors, by reference name."""
 
-    file: InnerPath
-    sha256: str
-    bytes: int
-    tensors: dict[str, tuple[int, ...]] = Field(description="Reference name to its shape")
-    counted_bits: int = Field(description="Bits by the papers' rule, of which a task has its share")
+    file: str
+    sha256: Sha256
+    bytes: Count
+    tensors: dict[str, tuple[Count, ...]] = Field(description="Reference name to its shape")
+    counted_bits: Count = Field(
+        description="Bits by the papers' rule, of which a task has its share"
+    )
 
 
 class Manifest(Record):
@@ -193,7 +233,7 @@ class Manifest(Record):
     method: str = Field(description="The codec")
     parameters: dict[str, Any] = Field(description="Its parameters as asked for")
     budget: str | None = None
-    counting: str
+    counting: Counting
     vector: Literal["task", "difference"]
     skip: tuple[str, ...] = ()
     private: tuple[str, ...] = ()
@@ -222,45 +262,14 @@ class Manifest(Record):
             for task in content["tasks"].values():
                 del task["characteristics"]
         content = {"format": FORMAT, "format_version": self.format_version} | content
-        return json.dumps(content | {"checksum": _checksum(content)}, indent=1) + "\n"
+        return json.dumps(content | {"checksum": checksum(content)}, indent=1) + "\n"
 
 
-def parse_manifest(path: Path) -> Manifest:
-    """Read and check a pack.json.
+def checksum(content: dict[str, Any]) -> str:
+    """Of the rest of pack.json.
 
     Raises:
-        PackError: if it is missing, damaged, foreign, or of a newer version.
+        ValueError: if it holds a number that is not finite.
     """
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
-        raise PackError(
-            f"{path.parent} is no pack: it has no {MANIFEST_NAME}. "
-            "Give the directory that 'personae pack' wrote."
-        ) from None
-    except (ValueError, OSError) as error:
-        raise PackError(f"{path} cannot be read ({error}). Restore it from a copy.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise PackError(f'{path} does not say "format": "{FORMAT}"; it is no pack of this tool.')
-    version = content.get("format_version")
-    if version not in FORMAT_VERSIONS:
-        raise PackError(
-            f"{path} is of pack format {version}; this tool ({__version__}) reads formats "
-            f"{' and '.join(map(str, FORMAT_VERSIONS))}. Update personae."
-        )
-    stated = content.pop("checksum", None)
-    if stated != _checksum(content):
-        raise PackError(f"{path} is damaged: its checksum does not hold. Restore it from a copy.")
-    del content["format_version"]
-    try:
-        manifest = Manifest(**content)
-    except ValidationError as error:
-        raise PackError(f"{path} is malformed: {error}") from error
-    if manifest.format_version > version:
-        raise PackError(f"{path} is malformed: it holds what format {version} cannot say.")
-    return manifest
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from personae.errors import Faults, PackError, nearest
+from personae.methods import Codec
 from personae.packs.fingerprint import sha256_file
-from personae.packs.manifest import MANIFEST_NAME, Manifest, TaskRecord, parse_manifest
+from personae.packs.manifest import MANIFEST_NAME, REFERENCE, TASKS, Manifest, TaskRecord
 from personae.packs.shared_file import SharedFile
+from personae.packs.soundness import codec_of, own_path, parse_manifest
 from personae.packs.task_file import TaskFile
-from personae.packs.writer import REFERENCE, TASKS
 
 
 class Pack:
@@ -49,7 +50,11 @@ class Pack:
         faults = Faults()
         self.check_task(name, faults)
         faults.raise_if_any(PackError)
-        return TaskFile(self.directory / self.task(name).file, self.task(name))
+        return TaskFile(self.directory / self.task(name).file, self.task(name), self.codec(name))
+
+    def codec(self, name: str) -> Codec:
+        """The codec of one task, with its parameters."""
+        return codec_of(self.manifest, self.task(name))
 
     def open_shared(self) -> SharedFile | None:
         """Open what all tasks share after checking its checksum; None if they share nothing.
@@ -68,10 +73,14 @@ class Pack:
         record = self.manifest.shared
         if record is None:
             return
-        path = self.directory / record.file
+        try:
+            path = own_path(self.directory, record.file)
+        except PackError as error:
+            faults.take(error)
+            return
         if not path.is_file():
             faults.add(f"{path}, which all tasks need, is missing. Restore it from a copy.")
-        elif sha256_file(path) != record.sha256:
+        elif path.stat().st_size != record.bytes or sha256_file(path) != record.sha256:
             faults.add(
                 f"{path} is damaged: its SHA-256 is not the one in pack.json. "
                 "Restore it from a copy."
@@ -80,15 +89,19 @@ class Pack:
     def check_task(self, name: str, faults: Faults) -> None:
         """Add a fault for each file of a task that is missing or does not have its checksum."""
         record = self.task(name)
-        files = {self.directory / record.file: record.sha256} | {
-            self.companion(name, relative): companion.sha256
-            for relative, companion in record.companions.items()
-            if companion.stored_in == "task"
-        }
-        for path, expected in files.items():
+        files: dict[str, tuple[str, int | None]] = {record.file: (record.sha256, record.bytes)}
+        for relative, companion in record.companions.items():
+            if companion.stored_in == "task":
+                files[f"{TASKS}/{name}/{relative}"] = (companion.sha256, None)
+        for relative, (expected, nbytes) in files.items():
+            try:
+                path = own_path(self.directory, relative)
+            except PackError as error:
+                faults.take(error)
+                continue
             if not path.is_file():
                 faults.add(f"Task '{name}': {path} is missing. Restore it or pack the task again.")
-            elif sha256_file(path) != expected:
+            elif nbytes not in (None, path.stat().st_size) or sha256_file(path) != expected:
                 faults.add(
                     f"Task '{name}': {path} is damaged: its SHA-256 is not the one in pack.json. "
                     "Restore it or pack the task again."
@@ -111,7 +124,14 @@ class Pack:
 
     @property
     def reference_directory(self) -> Path | None:
-        """The merged reference inside the pack; None if the reference is the base, elsewhere."""
+        """The merged reference inside the pack; None if the reference is the base, elsewhere.
+
+        Raises:
+            PackError: if there is a link in it.
+        """
         if self.manifest.reference.kind == "base":
             return None
-        return self.directory / REFERENCE
+        folder = own_path(self.directory, REFERENCE)
+        for place in folder.rglob("*"):
+            own_path(folder, place.relative_to(folder).as_posix())
+        return folder

@@ -24,11 +24,28 @@ class SharedFile:
             self._file = open_safetensors(path)
         except (SafetensorError, OSError) as error:
             raise PackError(f"{path} cannot be read: {error}") from error
-        found = {n: tuple(self._file.get_slice(n).get_shape()) for n in self._file.keys()}
-        if found != record.tensors:
-            raise PackError(f"{path} does not fit its record in pack.json: it holds {found}.")
+        slices = {name: self._file.get_slice(name) for name in self._file.keys()}
+        found = {name: tuple(one.get_shape()) for name, one in slices.items()}
+        if found != record.tensors or any(one.get_dtype() != "F32" for one in slices.values()):
+            raise PackError(
+                f"{path} does not fit its record in pack.json: it holds other tensors, or not in "
+                "fp32. Restore it from a copy."
+            )
         self._names = set(found)
+        self._path = path
 
     def read(self, name: str) -> Float[Tensor, "..."] | None:
-        """The shared tensor of this reference name, fp32; None if there is none (it is zero)."""
-        return self._file.get_tensor(name) if name in self._names else None
+        """The shared tensor of this reference name, fp32; None if there is none (it is zero).
+
+        Raises:
+            PackError: if it holds a number that is not finite.
+        """
+        if name not in self._names:
+            return None
+        values = self._file.get_tensor(name)
+        if not values.isfinite().all():
+            raise PackError(
+                f"{self._path}: '{name}' holds a number that is not finite. The pack was damaged "
+                "or changed: fetch it again."
+            )
+        return values

@@ -7,7 +7,7 @@ their own, `private/NAME`.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,11 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from personae._safetensors import open_safetensors
-from personae._types import Parts
+from personae._types import Parts, dtype_name
+from personae.checkpoints.specs import READABLE
 from personae.errors import OutputError, PackError
-from personae.packs.manifest import FORMAT, BlockRecord, TaskRecord
+from personae.methods import Codec, block_layout
+from personae.packs.manifest import FORMAT, BlockRecord, TaskRecord, dtype_of
+from personae.packs.soundness import block_shape
 
 PRIVATE = "private/"
+
+_Entry = tuple[torch.dtype | None, tuple[int, ...]]
+_MOST_TOLD = 4
 
 
 def write_task_file(
@@ -62,8 +68,8 @@ def write_task_file(
 class TaskFile:
     """Reads blocks and private tensors of one task file on demand; safe to share by threads."""
 
-    def __init__(self, path: Path, record: TaskRecord) -> None:
-        """Open the file and check that its sections have the lengths the manifest says.
+    def __init__(self, path: Path, record: TaskRecord, codec: Codec) -> None:
+        """Open the file and check that it holds what the manifest says.
 
         Raises:
             PackError: if the file is no safetensors file or does not fit its record.
@@ -75,44 +81,67 @@ class TaskFile:
         except (SafetensorError, OSError) as error:
             raise PackError(f"{path} cannot be read: {error}") from error
         self._offsets: dict[str, list[dict[str, tuple[int, int]]]] = {}
-        totals = self._lay_out(record)
-        keys = set(self._file.keys())
-        found = {
-            key: self._file.get_slice(key).get_shape()[0]
-            for key in keys
-            if not key.startswith(PRIVATE)
-        }
-        whole = {key.removeprefix(PRIVATE) for key in keys if key.startswith(PRIVATE)}
-        if found != totals or whole != set(record.private):
+        expected = self._lay_out(record, codec)
+        for name, kept in record.private.items():
+            expected[PRIVATE + name] = (dtype_of(kept.dtype), kept.shape)
+        found: dict[str, _Entry] = {}
+        for key in self._file.keys():
+            entry = self._file.get_slice(key)
+            found[key] = (READABLE.get(entry.get_dtype()), tuple(entry.get_shape()))
+        wrong = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+        if wrong:
             raise PackError(
-                f"{path} does not fit its record in pack.json: sections {found}, expected "
-                f"{totals}; private {sorted(whole)}, expected {sorted(record.private)}."
+                f"{path} does not fit its record in pack.json: {_told(wrong, found, 'found')}; "
+                f"{_told(wrong, expected, 'expected')}. Restore it or pack the task again."
             )
 
-    def _lay_out(self, record: TaskRecord) -> dict[str, int]:
+    def _lay_out(self, record: TaskRecord, codec: Codec) -> dict[str, _Entry]:
+        """Note where the parts of each block lie; dtype and shape of each section."""
         totals: dict[str, int] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for name in sorted(record.tensors):
             self._offsets[name] = []
             for block in record.tensors[name].blocks:
+                shape = block_shape(record.tensors[name].shape, block)
+                layout = block_layout(codec, block.parts, shape, block.rank)
                 spans: dict[str, tuple[int, int]] = {}
                 for part, length in block.parts.items():
                     start = totals.get(part, 0)
                     spans[part] = (start, start + length)
                     totals[part] = start + length
+                    dtypes[part] = layout[part].dtype
                 self._offsets[name].append(spans)
-        return totals
+        return {part: (dtypes[part], (length,)) for part, length in totals.items()}
 
     def blocks(self, name: str) -> Iterator[tuple[BlockRecord, Parts]]:
-        """The coded blocks of one tensor, with their parts read from the file."""
+        """The coded blocks of one tensor, with their parts read from the file.
+
+        Raises:
+            PackError: if a part holds a number that is not finite.
+        """
         for block, spans in zip(self.record.tensors[name].blocks, self._offsets[name], strict=True):
-            yield (
-                block,
-                {
-                    part: self._file.get_slice(part)[start:stop]
-                    for part, (start, stop) in spans.items()
-                },
-            )
+            parts = {
+                part: self._file.get_slice(part)[start:stop]
+                for part, (start, stop) in spans.items()
+            }
+            for part, values in parts.items():
+                if values.is_floating_point() and not values.isfinite().all():
+                    raise PackError(
+                        f"{self.path}: part '{part}' of '{name}' holds a number that is not "
+                        "finite. The pack was damaged or changed: fetch it again."
+                    )
+            yield block, parts
 
     def private(self, name: str) -> Tensor:
         """One private tensor (or the extra rows of one), by the expert's name."""
         return self._file.get_tensor(PRIVATE + name)
+
+
+def _told(keys: Sequence[str], entries: Mapping[str, _Entry], word: str) -> str:
+    """Dtype and shape of the first of these."""
+    texts: list[str] = []
+    for key in keys[:_MOST_TOLD]:
+        dtype, shape = entries.get(key, (None, None))
+        kind = "of no dtype here" if dtype is None else dtype_name(dtype)
+        texts.append(f"no {key[:60]}" if shape is None else f"{key[:60]} {kind} {list(shape)[:8]}")
+    return f"{word} {', '.join(texts)}"

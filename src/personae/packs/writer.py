@@ -14,6 +14,8 @@ from personae._types import Parts, TensorSpec, dtype_name
 from personae.packs.fingerprint import sha256_file
 from personae.packs.manifest import (
     MANIFEST_NAME,
+    SHARED,
+    TASKS,
     BlockRecord,
     CompanionRecord,
     Manifest,
@@ -21,8 +23,8 @@ from personae.packs.manifest import (
     SharedRecord,
     TaskRecord,
     TensorRecord,
-    parse_manifest,
 )
+from personae.packs.soundness import own_path, parse_manifest
 from personae.packs.task_file import write_task_file
 from personae.writers import (
     CheckpointWriter,
@@ -33,9 +35,6 @@ from personae.writers import (
     write_companions,
 )
 
-TASKS = "tasks"
-REFERENCE = "reference"
-SHARED = "shared.safetensors"
 RESUME = "resume.json"
 """Name of the note in an unfinished pack: what run it is of."""
 
@@ -94,10 +93,13 @@ class PackWriter:
         """Go on with what is in the directory, or begin with this manifest.
 
         The caller holds the directory: what killed runs had begun in it is removed.
+
+        Raises:
+            PackError: if a link stands where its files go.
         """
         self.directory = directory
         self.manifest = manifest
-        (directory / TASKS).mkdir(exist_ok=True)
+        own_path(directory, TASKS).mkdir(exist_ok=True)
         clear(directory)
 
     def add_task(
@@ -118,6 +120,9 @@ class PackWriter:
             companions: The expert's small files, or their content, by relative name.
             reference_companions: The reference's; equal files are not stored twice.
             about: Further fields of `TaskRecord`.
+
+        Raises:
+            PackError: if a link stands where its files go.
         """
         file, _ = self._places(name)
         newer = about.get("characteristics") or any(t.record().is_stack for t in coded.values())
@@ -182,6 +187,7 @@ class PackWriter:
 
         Raises:
             OutputError: if its files may not be removed; the pack is as before.
+            PackError: if a link stands where its files are.
         """
         places = self._places(name)
         for place in places:
@@ -192,8 +198,8 @@ class PackWriter:
 
     def _places(self, name: str) -> tuple[Path, Path]:
         """A task's file, and the folder of its small files."""
-        folder = self.directory / TASKS
-        return folder / f"{name}.safetensors", folder / name
+        file = own_path(self.directory, f"{TASKS}/{name}.safetensors")
+        return file, own_path(self.directory, f"{TASKS}/{name}")
 
     def describe(self, characteristics: Mapping[str, tuple[str, ...]]) -> None:
         """Replace what tasks are about; their files stay as they are."""
@@ -227,7 +233,7 @@ class PackWriter:
             if relative in shared and sha256_file(shared[relative]) == digest:
                 records[relative] = CompanionRecord(stored_in="reference", sha256=digest)
                 continue
-            with atomic_file(self.directory / TASKS / name / relative) as partial:
+            with atomic_file(own_path(self.directory, f"{TASKS}/{name}/{relative}")) as partial:
                 write_companions({partial.name: content}, partial.parent)
             records[relative] = CompanionRecord(stored_in="task", sha256=digest)
         return records

@@ -1,17 +1,17 @@
 """What a pack shall be: codec, reference, budget."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from personae.errors import Faults, MethodError, RecipeError
 from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, Parameters, build, lookup
+from personae.packs.manifest import Counting
 from personae.recipe._base import Strict, Vector
 from personae.recipe._faults import faults_in
 from personae.recipe._sizes import parse_size
 
-Counting = Literal["counted", "counted_lean", "on_disk_fp32", "on_disk_native"]
 COUNTING: tuple[Counting, ...] = get_args(Counting)
 
 

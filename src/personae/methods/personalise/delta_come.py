@@ -139,20 +139,14 @@ class DeltaCoMe(Codec):
         if len(shape) != 2:
             return {}
         kept, (rows, columns) = min(rank or 0, *shape), shape
-
-        def codes(live: int) -> int:
-            runs = list(self._runs(kept))
-            return sum(
-                planes_size((b - a) * _codes(n), w) for n in (live, columns) for w, a, b in runs
-            )
-
-        def scales(live: int) -> int:
-            return kept * (_count(live) + _count(columns))
-
+        runs = [(width, b - a) for width, a, b in self._runs(kept)]
+        lengths = (1, rows, columns)
+        codes = [sum(planes_size(k * _codes(n), width) for width, k in runs) for n in lengths]
+        groups = [kept * _count(n) for n in lengths]
         return {
             "singular_values": PartSpec(torch.float32, 1, min(shape)),
-            "scales": PartSpec(torch.float16, scales(1), scales(rows)),
-            "codes": PartSpec(torch.uint8, codes(1), codes(rows)),
+            "scales": PartSpec(torch.float16, groups[0] + groups[2], groups[1] + groups[2]),
+            "codes": PartSpec(torch.uint8, codes[0] + codes[2], codes[1] + codes[2]),
             "rows": rows_spec(rows),
         }
 

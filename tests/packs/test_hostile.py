@@ -1,0 +1,399 @@
+"""A pack is a hostile input: what is edited, with checksums that hold, is refused or harmless."""
+
+import copy
+import functools
+import hashlib
+import json
+import operator
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from families import listing, saved, small_base, tuned
+from personae import PackSettings
+from personae.checkpoints import open_checkpoint
+from personae.errors import PackError, PersonaeError
+from personae.execute.inspect import inspect_pack
+from personae.execute.pack import add_tasks, pack, remove_task, settings_of
+from personae.execute.rebuilt import Rebuilt
+from personae.execute.reference import open_reference
+from personae.execute.unpack import companions_of, unpack
+from personae.execute.verify import verify
+from personae.execute.work import Work
+from personae.methods import CODECS
+from personae.packs.manifest import checksum
+from personae.packs.reader import Pack
+
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "bitdelta": {"tensors": "all"},
+    "delta_come": {"bands": [[1, 8], [2, 3]], "bits_per_weight": 4},
+    "dts": {"rank_fraction": 0.5, "qkv": "split"},
+    "t_switch": {"density": 0.1},
+    "ultradelta": {"tensors": "all", "density": 0.2, "rest": "exact"},
+}
+"""So that every kind of part occurs."""
+OTHER_MODELS = {"renaming", "absent", "dtypes", "tied", "grown", "parameters"}
+"""What can be said otherwise without a contradiction: of names, dtypes, how codes are read."""
+
+PHASES = (Phase.generate,)
+"""Without shrinking: what is drawn is told, and is short."""
+
+Json = Any
+
+
+class Made(NamedTuple):
+    folder: Path
+    content: Json
+    files: dict[str, bytes]
+    model: dict[str, Tensor]
+
+
+@functools.cache
+def _family(where: Path) -> None:
+    base = small_base() | {"in_proj_weight": torch.arange(48.0).reshape(12, 4) / 48}
+    saved(base, where / "base", '{"of": "base"}')
+    news = tuned(base, 1, scale=0.1)
+    news["embed.weight"][3:9] = base["embed.weight"][3:9]
+    news["embed.weight"] = torch.cat([news["embed.weight"], torch.ones(2, 16)])
+    news["conv.weight"][0, 0, 0] = base["conv.weight"][0, 0, 0]
+    news["layer.bias"] = news["layer.bias"].half()
+    saved(news | {"head.weight": torch.ones(3, 4)}, where / "news", '{"of": "news"}')
+    saved(tuned(base, 2, scale=0.1), where / "law", '{"of": "law"}')
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    where = tmp_path_factory.mktemp("hostile")
+    _family(where)
+
+    @functools.cache
+    def made(method: str) -> Made:
+        wanted = PackSettings(method=method, parameters=PARAMETERS.get(method, {}))
+        folder = where / method
+        experts = {name: str(where / name) for name in ("news", "law")}
+        opened = pack(str(where / "base"), experts, folder, settings=wanted)
+        content = json.loads((folder / "pack.json").read_text())
+        del content["checksum"]
+        files = {k: v for k, v in listing(folder).items() if v is not None and k != "pack.json"}
+        return Made(folder, content, files, _rebuild(opened))
+
+    return made
+
+
+def _write(folder: Path, content: Json) -> None:
+    try:
+        stated = checksum(content)
+    except ValueError:
+        stated = ""
+    (folder / "pack.json").write_text(json.dumps({**content, "checksum": stated}))
+
+
+def _rebuild(opened: Pack, task: str = "news", own_reference: bool = True) -> dict[str, Tensor]:
+    """All that a command does with a pack, but for writing what comes out."""
+    json.dumps(inspect_pack(opened), allow_nan=False)
+    opened.task(task)
+    settings_of(opened)
+    base = None if own_reference else open_checkpoint(opened.directory.parent / "base")
+    with closing(open_reference(opened, None, Work()) if base is None else base) as reference:
+        rebuilt = Rebuilt(opened, task, reference)
+        companions_of(opened, task, reference)
+        model = {name: rebuilt.read(name) for name in rebuilt.specs}
+        assert all(tuple(t.shape) == rebuilt.specs[name].shape for name, t in model.items())
+        return {name: t.to(rebuilt.specs[name].dtype) for name, t in model.items()}
+
+
+def _finite(model: dict[str, Tensor]) -> bool:
+    return all(bool(t.isfinite().all()) for t in model.values())
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+# Edits of pack.json
+
+
+def _paths(node: Json, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a manifest below its root."""
+    listed = enumerate(node) if isinstance(node, list) else ()
+    for key, value in node.items() if isinstance(node, dict) else listed:
+        yield (*path, key)
+        yield from _paths(value, (*path, key))
+
+
+ODD: list[Json] = [
+    *(None, True, False, "", [], {}, [[]], -1, 0, 1, 2, 3, 4, 7, 8, 16, 20, 2**31, 2**53, 2**63),
+    *(10**30, -0.5, 0.5, 1e308, float("inf"), float("nan"), "1", "load", "__dict__", "float32"),
+    *("int64", "complex64", "float8_e4m3fn", "base", "merged", "reference", "difference", "svd"),
+    *("~nosuchuser/x", "/dev/zero", "../x", "tasks/x", "pack.json", "\0", "a" * 300, "\x1b[2J"),
+    *([30000000, 32], [-4, -4], [0], [1] * 70, ["a"], {"a": "b"}, {"a": 1}, {"exact": 4}),
+    *("layer.weight", "embed.weight", "head.weight", ["layer.weight"], ["layer.weight"] * 2),
+    *({"layer.weight": "float16"}, {"layer.weight": "int8"}, {"x": "layer.weight"}),
+    *({"x": "y", "y": "layer.weight"}, {"model.safetensors": {"stored_in": "task", "sha256": ""}}),
+]
+
+
+def _edited(content: Json, data: st.DataObject, paths: list[tuple[Any, ...]]) -> Json:
+    """The manifest with one place replaced, removed, doubled, renamed, or moved elsewhere."""
+    path = data.draw(st.sampled_from(paths), "path")
+    parent = functools.reduce(operator.getitem, path[:-1], content)
+    how = data.draw(
+        st.sampled_from(["odd", "odd", "odd", "near", "other", "drop", "rename"]), "how"
+    )
+    value = parent[path[-1]]
+    if how == "drop":
+        del parent[path[-1]]
+    elif how == "rename" and isinstance(parent, dict):
+        parent[data.draw(st.sampled_from(["x", "head.weight", "scale", "rows", "é"]))] = parent.pop(
+            path[-1]
+        )
+    elif how == "near" and isinstance(value, int):
+        parent[path[-1]] = value + data.draw(st.sampled_from([-1, 1, 7, 8]), "by")
+    elif how == "other":
+        other = data.draw(st.sampled_from(paths), "from")
+        source = functools.reduce(
+            lambda node, key: node[key] if node is not None and _has(node, key) else None,
+            other,
+            content,
+        )
+        parent[path[-1]] = copy.deepcopy(source)
+    else:
+        parent[path[-1]] = data.draw(st.sampled_from(ODD), "value")
+    return path
+
+
+def _has(node: Json, key: Any) -> bool:
+    return key in node if isinstance(node, dict) else isinstance(node, list) and key < len(node)
+
+
+@pytest.mark.parametrize("method", sorted(CODECS))
+def test_an_edited_manifest_is_refused_or_gives_the_right_model(
+    method: str, make: Callable[[str], Made]
+):
+    made = make(method)
+    # The record of one task is most of what can be edited; the other's is like it.
+    paths = [path for path in _paths(made.content) if path[:2] != ("tasks", "law")]
+    whole = [path for path in paths if len(path) < 4]
+
+    @settings(phases=PHASES, max_examples=150)
+    @given(st.data(), st.booleans())
+    def fuzz(data: st.DataObject, shallow: bool) -> None:
+        content = copy.deepcopy(made.content)
+        path = _edited(content, data, whole if shallow else paths)
+        _write(made.folder, content)
+        try:
+            model = _rebuild(Pack(made.folder), own_reference=path[0] == "reference")
+        except PersonaeError as error:
+            assert str(error)
+        else:
+            assert _finite(model)
+            assert _same(model, made.model) or set(path) & OTHER_MODELS, path
+
+    try:
+        fuzz()
+    finally:
+        _write(made.folder, made.content)
+
+
+# Edits of the task file
+
+BYTES = [b"\xff", b"\0", struct.pack("<f", 3e38), struct.pack("<f", float("nan")), b"\x80\x7f"]
+
+
+def _edited_file(raw: bytes, data: st.DataObject) -> bytes:
+    """The task file with one thing about one of its tensors changed."""
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header: Json = json.loads(raw[8:start])
+    values = bytearray(raw[start:])
+    about = header.pop("__metadata__")
+    name = data.draw(st.sampled_from(sorted(header)), "name")
+    entry = header[name]
+    begin, end = entry["data_offsets"]
+    how = data.draw(st.sampled_from(["bytes", "fill", "dtype", "shape", "rename", "drop", "cut"]))
+    if how in ("bytes", "fill") and end > begin:
+        what = data.draw(st.sampled_from(BYTES))
+        place = data.draw(st.integers(begin, end - 1)) if how == "bytes" else begin
+        count = len(what) if how == "bytes" else end - begin
+        values[place : min(place + count, end)] = (what * count)[: min(count, end - place)]
+    elif how == "dtype":
+        entry["dtype"] = data.draw(st.sampled_from(["F32", "F16", "BF16", "U8", "I32", "F64", "x"]))
+    elif how == "shape":
+        entry["shape"] = data.draw(st.sampled_from([[], [0], [1, *entry["shape"]], [2**40], [-1]]))
+    elif how == "rename":
+        header[data.draw(st.sampled_from(["rows", "exact", "x", "private/x"]))] = header.pop(name)
+    elif how == "drop":
+        del header[name]
+    else:
+        values = values[: data.draw(st.integers(0, len(values)))]
+    text = json.dumps({**header, "__metadata__": about}).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(values)
+
+
+@pytest.mark.parametrize("method", sorted(CODECS))
+def test_an_edited_task_file_is_refused_or_gives_a_finite_model(
+    method: str, make: Callable[[str], Made]
+):
+    made = make(method)
+    file = "tasks/news.safetensors"
+
+    @settings(phases=PHASES, max_examples=80)
+    @given(st.data())
+    def fuzz(data: st.DataObject) -> None:
+        raw = _edited_file(made.files[file], data)
+        content = copy.deepcopy(made.content)
+        sizes = {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
+        content["tasks"]["news"] |= sizes
+        (made.folder / file).write_bytes(raw)
+        _write(made.folder, content)
+        try:
+            model = _rebuild(Pack(made.folder), own_reference=False)
+        except PersonaeError as error:
+            assert str(error)
+        else:
+            kept_whole = ("head.weight", "embed.weight")
+            assert _finite({name: model[name] for name in model if name not in kept_whole})
+            assert {n: t.shape for n, t in model.items()} == {
+                n: t.shape for n, t in made.model.items()
+            }
+
+    try:
+        fuzz()
+    finally:
+        (made.folder / file).write_bytes(made.files[file])
+        _write(made.folder, made.content)
+
+
+# One by one, what an attack found
+
+
+@pytest.fixture
+def spoilt(make: Callable[[str], Made], tmp_path: Path) -> Path:
+    """A copy of the pack by DTS, beside its base."""
+    made = make("dts")
+    shutil.copytree(made.folder.parent / "base", tmp_path / "base")
+    return shutil.copytree(made.folder, tmp_path / "pack")
+
+
+def _change(folder: Path, change: Callable[[Json], object]) -> None:
+    content = json.loads((folder / "pack.json").read_text())
+    del content["checksum"]
+    change(content)
+    _write(folder, content)
+
+
+def test_shapes_beyond_the_references_are_refused_before_anything_is_read(spoilt, monkeypatch):
+    def grow(content: Json) -> None:
+        record = content["tasks"]["law"]["tensors"]["layer.weight"]
+        record["shape"] = [30_000_000, 32]
+        record["blocks"] = [{"axis": 0, "start": 0, "stop": 30_000_000, "rank": 0, "parts": {}}]
+        content["tasks"]["law"]["bytes"] += 1
+        record["bytes"] = 0
+
+    _change(spoilt, grow)
+    monkeypatch.setattr(Pack, "open_task", lambda *_: pytest.fail("was opened"))
+    with pytest.raises(PackError, match=r"'layer.weight' is coded as \[30000000, 32\], the ref"):
+        unpack(spoilt, "law", spoilt.parent / "out", base=spoilt.parent / "base")
+
+
+def test_more_singular_values_than_sides_are_refused(spoilt):
+    def widen(content: Json) -> None:
+        block = content["tasks"]["law"]["tensors"]["layer.weight"]["blocks"][0]
+        block["rank"] = block["parts"]["singular_values"] = 2_000_000
+
+    _change(spoilt, widen)
+    with pytest.raises(
+        PackError, match=r"'singular_values' has 2000000 elements, expected 1 to 12"
+    ):
+        Pack(spoilt)
+
+
+def test_all_that_is_wrong_is_told_at_once(spoilt):
+    def spoil(content: Json) -> None:
+        task = content["tasks"]["law"]
+        task["dtypes"] = {"layer.bias": "load"}
+        task["bytes"] = -1
+        task["companions"]["model.safetensors"] = task["companions"]["config.json"]
+
+    _change(spoilt, spoil)
+    with pytest.raises(PackError) as caught:
+        Pack(spoilt)
+    for told in ("'load' is no dtype", "tasks.law.bytes", "'model.safetensors' is no small file"):
+        assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["tasks/lnk/x", "pack.json", "tasks/news.safetensors"])
+def test_a_task_removes_no_file_but_its_own(spoilt, file):
+    _change(spoilt, lambda content: content["tasks"]["law"].update(file=file))
+    before = listing(spoilt)
+    with pytest.raises(PackError, match=r"expected tasks/law.safetensors"):
+        remove_task(spoilt, "law")
+    assert listing(spoilt) == before
+
+
+@pytest.mark.parametrize("link", ["tasks", "tasks/law", "tasks/law.safetensors"])
+def test_nothing_is_removed_or_written_through_a_link(spoilt, make, tmp_path, link):
+    (spoilt / link).rename(tmp_path / "elsewhere")
+    (spoilt / link).symlink_to(tmp_path / "elsewhere")
+    before = listing(tmp_path)
+    law = {"law": str(make("dts").folder.parent / "law")}
+    for change in (
+        lambda: remove_task(spoilt, "law"),
+        lambda: unpack(spoilt, "law", tmp_path / "out", base=tmp_path / "base"),
+    ):
+        with pytest.raises(PackError, match="is a link"):
+            change()
+    _change(spoilt, lambda content: content["tasks"].pop("law"))
+    with pytest.raises(PackError, match="is a link"):
+        add_tasks(spoilt, law, base=str(tmp_path / "base"))
+    after = listing(tmp_path)
+    assert {k: v for k, v in after.items() if k != "pack/pack.json"} == {
+        k: v for k, v in before.items() if k != "pack/pack.json"
+    }
+
+
+def test_code_in_a_pack_is_named(spoilt):
+    folder = spoilt / "tasks/law"
+    (folder / "modeling_law.py").write_text("print('run')")
+    (folder / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_law.Law"}}')
+
+    def add(content: Json) -> None:
+        for file in folder.iterdir():
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            kept = {"stored_in": "task", "sha256": digest}
+            content["tasks"]["law"]["companions"][file.name] = kept
+
+    _change(spoilt, add)
+    notes: list[str] = []
+    unpack(spoilt, "law", spoilt.parent / "out", work=Work(note=notes.append))
+    assert notes[0].startswith("the reference, as the pack names it: ")
+    assert notes[1].startswith("code comes from the pack: config.json, modeling_law.py; read it")
+
+
+@pytest.mark.parametrize("source", ["~nosuchuser/model", "/dev/zero", "\0", "a" * 5000])
+def test_a_source_that_is_none_is_our_error(spoilt, source):
+    _change(spoilt, lambda content: content["reference"].update(source=source))
+    with pytest.raises(PackError, match="Say where it is with --base"):
+        unpack(spoilt, "law", spoilt.parent / "out")
+
+
+def test_an_original_with_a_head_that_the_pack_lacks(spoilt, make):
+    where = make("dts").folder.parent
+    original = load_file(where / "law/model.safetensors")
+    (spoilt.parent / "other").mkdir()
+    save_file(
+        original | {"head.weight": torch.ones(3, 4)}, spoilt.parent / "other/model.safetensors"
+    )
+    with pytest.raises(PersonaeError, match="is not the model that was packed"):
+        verify(spoilt, against={"law": str(spoilt.parent / "other")})
