@@ -80,7 +80,7 @@ def test_unpacking_is_the_function_of_that_name(work):
     assert "news rebuilt in" in done("unpack p --task news --out a")
     unpack("p", "news", "b")
     assert listing(work / "a") == listing(work / "b")
-    assert facts("unpack p -t law -o c") == {"task": "law", "path": str(work / "c")}
+    assert facts("unpack p -t law -o c") == {"task": "law", "path": str(work / "c"), "left": {}}
 
 
 def test_a_recipe_and_what_options_change_of_it(work):

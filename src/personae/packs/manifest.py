@@ -36,7 +36,10 @@ def _task_name(name: str) -> str:
 
 
 def _companion_name(name: str) -> str:
-    if not is_companion(name):
+    folder, _, file = name.rpartition("/")
+    # Folders of modules (sentence-transformers) have small files of their own, but no code.
+    in_module = is_safe_name(folder) and is_companion(file) and not file.endswith(".py")
+    if not (is_companion(name) or in_module):
         raise ValueError(
             f"{name[:_MOST_SHOWN]!r} is no small file of a model (configuration, tokenizer, code)"
         )
