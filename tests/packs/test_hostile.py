@@ -25,7 +25,7 @@ from personae.checkpoints import open_checkpoint
 from personae.errors import PackError, PersonaeError
 from personae.execute.inspect import inspect_pack
 from personae.execute.pack import add_tasks, pack, remove_task, settings_of
-from personae.execute.rebuilt import Rebuilt
+from personae.execute.rebuilt import Rebuilt, left_in_words
 from personae.execute.reference import open_reference
 from personae.execute.unpack import companions_of, unpack
 from personae.execute.verify import verify
@@ -101,7 +101,7 @@ def _write(folder: Path, content: Json) -> None:
 def _rebuild(opened: Pack, task: str = "news", own_reference: bool = True) -> dict[str, Tensor]:
     """All that a command does with a pack, but for writing what comes out."""
     json.dumps(inspect_pack(opened), allow_nan=False)
-    opened.task(task)
+    left_in_words(opened.task(task))
     settings_of(opened)
     base = None if own_reference else open_checkpoint(opened.directory.parent / "base")
     with closing(open_reference(opened, None, Work()) if base is None else base) as reference:
@@ -307,6 +307,18 @@ def test_shapes_beyond_the_references_are_refused_before_anything_is_read(spoilt
         unpack(spoilt, "law", spoilt.parent / "out", base=spoilt.parent / "base")
 
 
+def test_norms_of_zero_are_no_fault(spoilt):
+    def silence(content: Json) -> None:
+        tensors = content["tasks"]["law"]["tensors"]
+        for record in tensors.values():
+            record["energy"] = 0
+        block = tensors["scale"]["blocks"][0] | {"rank": 0, "parts": {}}
+        tensors["scale"] |= {"bytes": 0, "blocks": [block]}
+
+    _change(spoilt, silence)
+    assert Pack(spoilt).task("law").left == {"scale": 0.0}
+
+
 def test_more_singular_values_than_sides_are_refused(spoilt):
     def widen(content: Json) -> None:
         block = content["tasks"]["law"]["tensors"]["layer.weight"]["blocks"][0]
@@ -361,6 +373,13 @@ def test_nothing_is_removed_or_written_through_a_link(spoilt, make, tmp_path, li
     assert {k: v for k, v in after.items() if k != "pack/pack.json"} == {
         k: v for k, v in before.items() if k != "pack/pack.json"
     }
+
+
+def test_a_parameter_that_the_family_decided_is_needed(make, tmp_path):
+    shutil.copytree(make("tsv_c").folder, tmp_path / "pack")
+    _change(tmp_path / "pack", lambda content: content["tasks"]["law"]["parameters"].pop("tasks"))
+    with pytest.raises(PackError, match=r"tasks\.law: parameters: tasks is missing"):
+        Pack(tmp_path / "pack")
 
 
 def test_code_in_a_pack_is_named(spoilt):

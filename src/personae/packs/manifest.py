@@ -190,9 +190,8 @@ class TaskRecord(Record):
     @property
     def left(self) -> dict[str, float]:
         """Changed tensors left as in the reference, to their share of the delta's squared norm."""
-        whole = sum(t.energy for t in self.tensors.values())
-        left = {n: t.energy / whole for n, t in self.tensors.items() if t.treatment == "skipped"}
-        return left
+        whole = sum(t.energy for t in self.tensors.values()) or 1.0
+        return {n: t.energy / whole for n, t in self.tensors.items() if t.treatment == "skipped"}
 
     @property
     def relative_error(self) -> float:

@@ -192,6 +192,8 @@ def _task_faults(manifest: Manifest, name: str, task: TaskRecord) -> Iterator[st
     except PackError as error:
         yield str(error)
         return
+    for name in set(codec.of_family) - task.parameters.keys():
+        yield f"parameters: {name} is missing"
     common = manifest.shared.tensors if manifest.shared else {}
     for key, tensor in task.tensors.items():
         if common.get(key, tensor.shape) != tensor.shape:
