@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 
 from personae._types import TensorSpec
+from personae.checkpoints.renames import by_canonical, canonical
 from personae.errors import Faults
 from personae.ops.layout import stored_in_out
 
@@ -15,7 +16,7 @@ def find_rename(
     """Find the one prefix that, taken off or put on every wanted name, makes all of them known.
 
     A model with a head and its backbone alone name the same tensors with and without a prefix
-    (`transformer.h.0…` and `h.0…`).
+    (`transformer.h.0…` and `h.0…`). Where none does, names of other versions are tried.
 
     Args:
         wanted: Names of adapted weights, as the adapter has them.
@@ -35,12 +36,17 @@ def find_rename(
     if matched.count(len(wanted)) > 1:
         faults.add(f"{where} fits several parts of its base. Pass the model it was trained on.")
     elif best < len(wanted):
+        here = by_canonical(known)
+        if all(canonical(name) in here for name in wanted):
+            return lambda name: name if name in known else here.get(canonical(name), name)
         rename = renames[matched.index(best)]
         lost = sorted(n.removesuffix(".weight") for n in wanted if rename(n) not in known)
         more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
         faults.add(
-            f"{where} adapts modules whose weight the base has not: {', '.join(lost[:10])}{more}. "
-            "Pass the model it was trained on; a weight tied to another must be stored untied."
+            f"{where} adapts modules whose weight the base has not: {', '.join(lost[:10])}{more} "
+            f"(the base has, for example, '{min(known, default='')}'). Names may differ by the "
+            "version of transformers: save base and adapter with the same one. A weight tied to "
+            "another must be stored untied."
         )
     return renames[matched.index(best)]
 

@@ -1,8 +1,8 @@
 """Base and experts, aligned by name: what is shared, what is private, what is missing.
 
 Everything here is decided from headers. Names are matched as they are or, if more then agree,
-without wrappers (`module.`, `_orig_mod.`), and, where a task model wraps the backbone, with one
-prefix (`bert.`, `transformer.`).
+without wrappers (`module.`, `_orig_mod.`), with one prefix where a task model wraps the backbone
+(`bert.`, `transformer.`), and across versions of torch and transformers (see `renames`).
 """
 
 import re

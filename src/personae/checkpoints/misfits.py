@@ -3,13 +3,18 @@
 import re
 from collections.abc import Callable, Sequence
 
+from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.alignment import Alignment
 from personae.checkpoints.naming import shown
 from personae.errors import Faults
 
-# Causal masks that old GPT-2 checkpoints hold as parameters; newer ones leave them out.
-_MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
+# What old checkpoints hold and loaders make themselves or pass over: causal masks (GPT-2, GPT-Neo,
+# GPT-NeoX), frequencies of rotary positions, and the biases that T5's cross-attention never uses.
+_MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$")
+_PASSED_OVER = re.compile(
+    r"(^|\.)(rotary_emb\.inv_freq|EncDecAttention\.relative_attention_bias\.weight)$"
+)
 
 
 def check_fit(
@@ -41,16 +46,11 @@ def check_fit(
         for n in found.absent
         if reference.specs[n].is_floating
         and not may_lack(n)
-        and not _is_mask(reference, n)
+        and not _is_passed_over(reference.specs[n])
         and found.renaming.expert_name(n) not in found.tied
     ]
     if lacking:
-        first = reference.specs[lacking[0]]
-        faults.add(
-            f"Expert '{found.name}' lacks {len(lacking)} tensor(s) of the base: {shown(lacking)} "
-            f"(base: '{first.name}' of shape {first.shape}). Was '{found.name}' fine-tuned from "
-            "the base? To leave them out, add them to 'skip'."
-        )
+        faults.add(_lacking_fault(lacking, found, reference))
     odd = [n for n in found.private if not may_lack(n) and n not in empty]
     odd = [n for n in odd if (known := reference_name(n, found, reference)) and known not in hollow]
     coded = sum(reference.specs[n].numel for n in found.shared)
@@ -62,6 +62,31 @@ def check_fit(
             f"{reference.specs[reference_name(n, found, reference)].shape}. "
             "Give the base it was fine-tuned from, or name them in 'private' to keep them whole."
         )
+
+
+def _lacking_fault(lacking: Sequence[str], found: Alignment, reference: Checkpoint) -> str:
+    """What is to be said of tensors the expert lacks; it may have them under other names."""
+    first = reference.specs[lacking[0]]
+    text = (
+        f"Expert '{found.name}' lacks {len(lacking)} tensor(s) of the base: {shown(lacking)} "
+        f"(base: '{first.name}' of shape {first.shape}). "
+    )
+    extra = {
+        found.private_spec(own).shape: own
+        for own in reversed(found.private)
+        if not reference_name(own, found, reference)
+    }
+    for name in lacking:
+        own = extra.get(reference.specs[name].shape)
+        if own and name.rpartition(".")[2] == own.rpartition(".")[2]:
+            return text + (
+                f"It has others instead, such as '{own}' of the shape of '{name}': the names seem "
+                "to differ by the version that saved them. Load and save both with the same "
+                "version of transformers."
+            )
+    return text + (
+        f"Was '{found.name}' fine-tuned from the base? To leave them out, add them to 'skip'."
+    )
 
 
 def empty_fault(whose: str, names: Sequence[str]) -> str:
@@ -95,5 +120,6 @@ def reference_name(expert_name: str, found: Alignment, reference: Checkpoint) ->
     return ""
 
 
-def _is_mask(reference: Checkpoint, name: str) -> bool:
-    return _MASK.search(name) is not None and len(reference.specs[name].shape) in (0, 4)
+def _is_passed_over(spec: TensorSpec) -> bool:
+    is_mask = _MASK.search(spec.name) is not None and len(spec.shape) in (0, 4)
+    return is_mask or _PASSED_OVER.search(spec.name) is not None

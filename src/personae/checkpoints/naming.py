@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from personae._types import TensorSpec
+from personae.checkpoints.renames import by_canonical
 from personae.errors import Faults
 
 _WRAPPERS = ("module", "_orig_mod")
@@ -102,6 +103,8 @@ def find_names(
 
     Tried in this order: as they are, without wrappers, and without wrappers where the reference
     has them too (they then take the reference's). A prefix that is a wrapper counts as worse.
+    Each is tried also across versions: what another version calls otherwise takes the name that
+    the reference has for it.
 
     Returns:
         Raw name to name without wrapper, and the renaming from reference names to the latter.
@@ -115,17 +118,33 @@ def find_names(
         return wrapped.get(without_wrapper(name), without_wrapper(name))
 
     best, best_score = (as_is, Renaming()), (-1, False)
-    for plain in (as_is, without_wrapper, like_reference):
-        names = {plain(name) for name in expert}
-        if len(names) < len(expert):  # it would merge two tensors
-            continue
-        rule = _find_renaming(reference, names)
-        matched = sum(rule.expert_name(name) in names for name in reference)
-        score = (matched, without_wrapper(rule.add + "x") == rule.add + "x")
-        if score > best_score:
-            wrapper = _wrappers(expert) if plain is without_wrapper else ""
-            best, best_score = (plain, replace(rule, wrapper=wrapper)), score
+    for unwrapped in (as_is, without_wrapper, like_reference):
+        names = {unwrapped(name) for name in expert}
+        across = _across_versions(reference, names)
+        for plain, rule in (
+            (unwrapped, _find_renaming(reference, names)),
+            (lambda raw, u=unwrapped, a=across[0]: a.get(u(raw), u(raw)), across[1]),
+        ):
+            names = {plain(name) for name in expert}
+            if len(names) < len(expert):  # it would merge two tensors
+                continue
+            matched = sum(rule.expert_name(name) in names for name in reference)
+            score = (matched, without_wrapper(rule.add + "x") == rule.add + "x")
+            if score > best_score:
+                wrapper = _wrappers(expert) if unwrapped is without_wrapper else ""
+                best, best_score = (plain, replace(rule, wrapper=wrapper)), score
     return best
+
+
+def _across_versions(
+    reference: Collection[str], expert: Collection[str]
+) -> tuple[dict[str, str], Renaming]:
+    """Expert names to those they take from the reference, and the prefix between the two."""
+    known, own = by_canonical(reference), by_canonical(expert)
+    found = _find_renaming(known, own)
+    rule = replace(found, plain=frozenset(known[short] for short in found.plain))
+    pairs = ((name, found.expert_name(short)) for short, name in known.items())
+    return {own[short]: rule.expert_name(name) for name, short in pairs if short in own}, rule
 
 
 def _wrappers(names: Iterable[str]) -> str:
@@ -143,7 +162,7 @@ def _is_wrapper(segment: str, position: int) -> bool:
     return segment == "_orig_mod" or (segment == "module" and position <= 1)
 
 
-def _find_renaming(reference: Mapping[str, TensorSpec], expert: Collection[str]) -> Renaming:
+def _find_renaming(reference: Collection[str], expert: Collection[str]) -> Renaming:
     """The one prefix that makes most names agree; none if names agree as they are."""
     adds, strips = Counter[str](), Counter[str]()
     for long_names, short_names, counter in (

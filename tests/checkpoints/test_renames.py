@@ -1,0 +1,86 @@
+"""Names of one tensor in several versions."""
+
+import pytest
+import torch
+
+from personae.checkpoints import open_checkpoint
+from personae.checkpoints.family import Alignment, align
+from personae.checkpoints.renames import by_canonical, canonical
+from personae.errors import CheckpointError
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("bert.embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.weight"),
+        ("LayerNorm.beta", "LayerNorm.bias"),
+        ("conv.weight_g", "conv.parametrizations.weight.original0"),
+        ("conv.weight_v", "conv.parametrizations.weight.original1"),
+        ("model.layers.0.block_sparse_moe.gate.weight", "model.layers.0.mlp.gate.weight"),
+        ("language_model.model.layers.0.q.weight", "model.language_model.layers.0.q.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("visual.blocks.0.q.weight", "model.visual.blocks.0.q.weight"),
+        ("model.layers.0.q.weight", "model.language_model.layers.0.q.weight"),
+        ("multi_modal_projector.linear_1.bias", "model.multi_modal_projector.linear_1.bias"),
+    ],
+)
+def test_old_and_new_names_meet(old: str, new: str):
+    assert canonical(old) == canonical(new)
+
+
+@pytest.mark.parametrize("name", ["layer_scale.gamma", "norm.beta", "h.0.weight_gate", "model"])
+def test_other_names_stay(name: str):
+    assert canonical(name) == name
+
+
+def test_names_that_meet_within_one_model_are_left_alone():
+    names = ["model.norm.weight", "language_model.norm.weight", "model.head.weight"]
+    assert by_canonical(names) == {"head.weight": "model.head.weight"}
+
+
+def _aligned(base: dict[str, int], expert: dict[str, int]) -> Alignment:
+    """Vectors of these lengths."""
+    here, there = ({n: torch.zeros(k) for n, k in names.items()} for names in (base, expert))
+    return align(open_checkpoint(here), {"x": open_checkpoint(there)})["x"]
+
+
+def test_a_prefix_and_a_version_at_once():
+    base = {"enc.LayerNorm.gamma": 3, "enc.q.weight": 4}
+    expert = {"bert.enc.LayerNorm.weight": 3, "bert.enc.q.weight": 4, "classifier.bias": 2}
+    found = _aligned(base, expert)
+    assert found.shared == ("enc.LayerNorm.gamma", "enc.q.weight")
+    assert found.files["enc.LayerNorm.gamma"] == "bert.enc.LayerNorm.weight"
+    assert (found.renaming.add, found.private) == ("bert.", ("classifier.bias",))
+
+
+def test_both_names_in_one_expert_are_two_tensors():
+    base = {"LayerNorm.weight": 3, "q.weight": 4}
+    found = _aligned(base, {"LayerNorm.weight": 3, "LayerNorm.gamma": 3, "q.weight": 4})
+    assert found.files["LayerNorm.weight"] == "LayerNorm.weight"
+    assert found.private == ("LayerNorm.gamma",)
+
+
+def test_names_that_cannot_be_matched_are_laid_to_versions_without_the_advice_to_skip():
+    base = {"q.weight": 4, "old.norm.weight": 3}
+    with pytest.raises(
+        CheckpointError, match=r"'new.norm.weight'.*'old.norm.weight'.*version"
+    ) as e:
+        _aligned(base, {"q.weight": 4, "new.norm.weight": 3})
+    assert "skip" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "passed_over",
+    [
+        "layers.0.self_attn.rotary_emb.inv_freq",
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+    ],
+)
+def test_what_loaders_pass_over_may_be_absent(passed_over: str):
+    assert _aligned({"q.weight": 4, passed_over: 3}, {"q.weight": 4}).absent == (passed_over,)
+    assert _aligned({"q.weight": 4}, {"q.weight": 4, passed_over: 3}).shared == ("q.weight",)
+
+
+def test_a_bias_of_attention_is_no_mask():
+    with pytest.raises(CheckpointError, match="lacks 1 tensor"):
+        _aligned({"q.weight": 4, "attention.bias": 3}, {"q.weight": 4})
