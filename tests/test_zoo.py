@@ -150,7 +150,8 @@ def _family(kind: Kind, model_type: str, folder: Path) -> None:
         _noise(base, 1)
         base.save_pretrained(folder / "base")
         _noise(base, 2)
-        base.save_pretrained(folder / "tuned")
+        # Under the names and in the layout of transformers 5, the base as hubs hold it.
+        base.save_pretrained(folder / "tuned", save_original_format=False)
         head = _class(kind.head).from_pretrained(folder / "base", num_labels=3)
     _noise(head, 3)
     head.save_pretrained(folder / "head")

@@ -1,5 +1,6 @@
 """Base and expert saved by different versions of transformers: merged, packed, rebuilt."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,29 @@ def _wav2vec2() -> nn.Module:
     return Wav2Vec2Model(Wav2Vec2Config(**_TEXT, **sizes, **positions))
 
 
+def _vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+        )
+    )
+
+
+def _mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes: dict[str, Any]
+    sizes = {"num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(**_TEXT, **sizes))
+
+
 def _older_bert(name: str) -> str:
     return re.sub(
         r"LayerNorm\.bias$", "LayerNorm.beta", re.sub(r"Norm\.weight$", "Norm.gamma", name)
@@ -82,6 +106,9 @@ _KINDS = {
     "bert": (_bert, _older_bert, lambda name: name),
     "llava": (_llava, _older_llava, _newer_llava),
     "wav2vec2": (_wav2vec2, _older_norm, lambda name: name),
+    # Here transformers writes both itself: as hubs hold them, and as its models name them.
+    "vit": (_vit, None, None),
+    "mixtral": (_mixtral, None, None),
 }
 
 
@@ -99,9 +126,11 @@ def _family(kind: str, folder: Path) -> type[Any]:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
-        model.save_pretrained(folder / "tuned")  # type: ignore[operator]
-    _renamed(folder / "base", older)
-    _renamed(folder / "tuned", newer)
+        as_hubs_do = newer is not None
+        model.save_pretrained(folder / "tuned", save_original_format=as_hubs_do)  # type: ignore[operator]
+    if older and newer:
+        _renamed(folder / "base", older)
+        _renamed(folder / "tuned", newer)
     assert load(folder / "base").keys() != load(folder / "tuned").keys()
     return type(model)
 
@@ -111,6 +140,8 @@ def _says(model_class: type[Any], folder: Path) -> Tensor:
     assert not any(info.values()), info
     if model.main_input_name == "input_values":
         inputs = {"input_values": torch.linspace(-1, 1, 64).reshape(1, 64).sin()}
+    elif model.main_input_name == "pixel_values":
+        inputs = {"pixel_values": torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8).sin()}
     else:
         inputs = {"input_ids": torch.tensor([[5, 7, 3, 9, 11, 2]])}
     with torch.no_grad():
@@ -137,6 +168,51 @@ def test_what_is_rebuilt_says_what_the_expert_says(kind: str, tmp_path: Path):
     out = unpack(tmp_path / "p", "x", tmp_path / "out", work=_WORK)
     expected = _says(loaded, tmp_path / "tuned")
     torch.testing.assert_close(_says(loaded, out), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["vit", "mixtral"])
+def test_a_base_in_the_new_names_and_an_expert_in_the_old_ones(kind: str, tmp_path: Path):
+    loaded = _family(kind, tmp_path)
+    base, expert = tmp_path / "tuned", tmp_path / "base"  # the other way round
+    settings = MergeSettings(method="task_arithmetic")
+    merge(base, {"x": expert}, tmp_path / "m", settings=settings, work=_WORK)
+    assert load(tmp_path / "m").keys() == load(base).keys()
+    expected = _says(loaded, expert)
+    torch.testing.assert_close(_says(loaded, tmp_path / "m"), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_backbone_in_the_new_names_and_a_classifier_in_the_old_ones(tmp_path: Path):
+    loaded = _family("vit", tmp_path)
+    loaded.from_pretrained(tmp_path / "tuned").vit.save_pretrained(
+        tmp_path / "backbone", save_original_format=False
+    )
+    pack(
+        tmp_path / "backbone", {"x": tmp_path / "base"}, tmp_path / "p", settings=_WHOLE, work=_WORK
+    )
+    out = unpack(tmp_path / "p", "x", tmp_path / "out", work=_WORK)
+    expected = _says(loaded, tmp_path / "base")
+    torch.testing.assert_close(_says(loaded, out), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_an_adapter_that_names_the_old_modules_fits_a_newer_base(tmp_path: Path):
+    _family("vit", tmp_path)
+    pair = {"lora_A": torch.ones(1, 16), "lora_B": torch.arange(16.0).reshape(16, 1)}
+    module = "base_model.model.vit.encoder.layer.0.attention.attention.query"
+    (tmp_path / "adapter").mkdir()
+    save_file(
+        {f"{module}.{factor}.weight": tensor for factor, tensor in pair.items()},
+        tmp_path / "adapter" / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["query"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    settings = MergeSettings(method="task_arithmetic")
+    experts = {"x": tmp_path / "adapter"}
+    merge(tmp_path / "tuned", experts, tmp_path / "m", settings=settings, work=_WORK)
+    name = "vit.layers.0.attention.q_proj.weight"
+    # 2 / 1 times B @ A: every entry of row i grows by 2 i.
+    rows = torch.arange(0.0, 32.0, 2.0).reshape(16, 1).expand(16, 16)
+    grown = load(tmp_path / "m")[name] - load(tmp_path / "tuned")[name]
+    torch.testing.assert_close(grown, rows, atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_that_names_the_new_modules_fits_an_older_base(tmp_path: Path):

@@ -18,10 +18,11 @@ from personae.checkpoints.adapter_files import (
     read_adapter_config,
     sort_stored,
 )
-from personae.checkpoints.adapter_fit import find_rename, is_transposed
+from personae.checkpoints.adapter_fit import NAMES_DIFFER, find_rename, is_transposed
 from personae.checkpoints.folders import Companions
 from personae.checkpoints.misfits import empty_fault
 from personae.checkpoints.modules import WithModules
+from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.specs import by_name, check_rows, no_such_tensor
 from personae.checkpoints.vocabulary_rows import WithRows
 from personae.errors import CheckpointError, Faults
@@ -179,7 +180,7 @@ def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Ad
     if not pairs:
         faults.add(f"{tensors.source} has no LoRA tensors (lora_A, lora_B).")
     wanted = [f"{pair.module}.weight" for pair in pairs]
-    rename = find_rename(wanted, base.specs, tensors.source, faults)
+    rename = find_rename(wanted, base.specs, tensors.source, faults, published_renames(base))
     replaced: dict[str, str] = {}
     for name, key in full.items():
         fault = _replacement_fault(config, tensors, key, name, base.specs.get(rename(name)))
@@ -243,7 +244,7 @@ def _replacement_fault(
     if spec is None:
         return (
             f"{tensors.source}: '{key}' is no LoRA tensor, is in no module of modules_to_save, and "
-            "the base has none like it. Pass the model the adapter was trained on."
+            f"the base has none like it. {NAMES_DIFFER}"
         )
     found = tensors.specs[key].shape
     # An embedding may have grown: other rows, same width.

@@ -2,17 +2,28 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import chain
 
 from personae._types import TensorSpec
+from personae.checkpoints.published_renames import Renames
 from personae.checkpoints.renames import by_canonical, canonical
 from personae.errors import Faults
 from personae.ops.layout import stored_in_out
 
+NAMES_DIFFER = (
+    "If this is the model it was trained on, the names differ by the version of transformers: "
+    "load and save both with the same one."
+)
+
 
 def find_rename(
-    wanted: Collection[str], known: Mapping[str, object], where: str, faults: Faults
-) -> Callable[[str], str]:
+    wanted: Collection[str],
+    known: Mapping[str, object],
+    where: str,
+    faults: Faults,
+    published: Iterable[Renames] = (),
+) -> Renames:
     """Find the one prefix that, taken off or put on every wanted name, makes all of them known.
 
     A model with a head and its backbone alone name the same tensors with and without a prefix
@@ -23,6 +34,7 @@ def find_rename(
         known: Names of the base.
         where: The adapter, for texts.
         faults: Where names that no prefix explains are noted.
+        published: What transformers knows of the names of versions; asked last, as it is slow.
     """
     if all(name in known for name in wanted):
         return lambda name: name
@@ -36,17 +48,17 @@ def find_rename(
     if matched.count(len(wanted)) > 1:
         faults.add(f"{where} fits several parts of its base. Pass the model it was trained on.")
     elif best < len(wanted):
-        here = by_canonical(known)
-        if all(canonical(name) in here for name in wanted):
-            return lambda name: name if name in known else here.get(canonical(name), name)
+        for version in chain((canonical,), published):
+            here = by_canonical(known, version)
+            if all(version(name) in here for name in wanted):
+                return lambda name: name if name in known else here.get(version(name), name)
         rename = renames[matched.index(best)]
         lost = sorted(n.removesuffix(".weight") for n in wanted if rename(n) not in known)
         more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
         faults.add(
             f"{where} adapts modules whose weight the base has not: {', '.join(lost[:10])}{more} "
-            f"(the base has, for example, '{min(known, default='')}'). Names may differ by the "
-            "version of transformers: save base and adapter with the same one. A weight tied to "
-            "another must be stored untied."
+            f"(the base has, for example, '{min(known, default='')}'). {NAMES_DIFFER} "
+            "A weight tied to another must be stored untied."
         )
     return renames[matched.index(best)]
 

@@ -6,7 +6,7 @@ without wrappers (`module.`, `_orig_mod.`), with one prefix where a task model w
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,8 @@ from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.alignment import Alignment
 from personae.checkpoints.misfits import check_fit
 from personae.checkpoints.naming import Renaming, find_names, left_out, matches
+from personae.checkpoints.published_renames import published_renames
+from personae.checkpoints.renames import canonical
 from personae.errors import CheckpointError, Faults
 
 Kind = Literal["shared", "grown", "buffer", "private", "skipped"]
@@ -79,7 +81,7 @@ def _align_one(
     only: Sequence[str],
     private_patterns: Sequence[str],
 ) -> Alignment:
-    plain, renaming = find_names(reference.specs, expert.specs)
+    plain, renaming = _names(reference, expert)
     raw_of = {plain(raw): raw for raw in expert.specs}
     ties = {plain(dropped): plain(kept) for dropped, kept in expert.tied.items()}
     own_name = _match(reference.specs, raw_of, ties, renaming)
@@ -117,6 +119,25 @@ def _align_one(
         tied=_ties(ties, moved, {renaming.expert_name(name) for name in files} | private.keys()),
         renaming=renaming,
     )
+
+
+def _names(reference: Checkpoint, expert: Checkpoint) -> tuple[Callable[[str], str], Renaming]:
+    """How the expert's names are to be read; see `find_names`.
+
+    The published renames take seconds to import: they are asked only where a tensor that is left
+    on the one side looks like one that is left on the other.
+    """
+    plain, renaming = find_names(reference.specs, expert.specs)
+    own = {plain(raw): spec for raw, spec in expert.specs.items()}
+    wanted = {renaming.expert_name(name): spec for name, spec in reference.specs.items()}
+    looks = [
+        {(spec.shape, name.rpartition(".")[2]) for name, spec in one.items() if name not in other}
+        for one, other in ((own, wanted), (wanted, own))
+    ]
+    if looks[0].isdisjoint(looks[1]):
+        return plain, renaming
+    renames = published_renames(reference, expert)
+    return find_names(reference.specs, expert.specs, (canonical, *renames))
 
 
 def _match(

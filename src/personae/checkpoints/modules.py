@@ -44,7 +44,7 @@ def weight_layout(companions: Mapping[str, Path | bytes]) -> WeightLayout:
     Raises:
         CheckpointError: if one of them is damaged.
     """
-    config = _content(companions, CONFIG)
+    config = read_companion(companions, CONFIG)
     diffusers = isinstance(config, dict) and "_diffusers_version" in config
     stem = "diffusion_pytorch_model" if diffusers else "model"
     return WeightLayout(stem, tuple(named_folders(companions)))
@@ -58,9 +58,11 @@ def named_folders(companions: Mapping[str, Path | bytes]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     try:
-        for module in _content(companions, MODULES) or ():
+        for module in read_companion(companions, MODULES) or ():
             found[str(module["path"])] = str(module["type"])
-        for folder, kind in ((_content(companions, _ROUTER) or {}).get("types") or {}).items():
+        for folder, kind in (
+            (read_companion(companions, _ROUTER) or {}).get("types") or {}
+        ).items():
             found[str(folder)] = str(kind)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -74,7 +76,7 @@ def named_folders(companions: Mapping[str, Path | bytes]) -> dict[str, str]:
     return inner
 
 
-def _content(companions: Mapping[str, Path | bytes], name: str) -> Any:
+def read_companion(companions: Mapping[str, Path | bytes], name: str) -> Any:
     """What a small JSON file says; None if there is none.
 
     Raises:

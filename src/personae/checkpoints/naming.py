@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from personae._types import TensorSpec
-from personae.checkpoints.renames import by_canonical
+from personae.checkpoints.renames import by_canonical, canonical
 from personae.errors import Faults
 
 _WRAPPERS = ("module", "_orig_mod")
@@ -97,14 +97,16 @@ def check_names(names: Iterable[str], faults: Faults) -> None:
 
 
 def find_names(
-    reference: Mapping[str, TensorSpec], expert: Collection[str]
+    reference: Mapping[str, TensorSpec],
+    expert: Collection[str],
+    renames: Sequence[Callable[[str], str]] = (canonical,),
 ) -> tuple[Callable[[str], str], Renaming]:
     """How the expert's names are to be read so that most of the reference is found in them.
 
     Tried in this order: as they are, without wrappers, and without wrappers where the reference
     has them too (they then take the reference's). A prefix that is a wrapper counts as worse.
     Each is tried also across versions: what another version calls otherwise takes the name that
-    the reference has for it.
+    the reference has for it. `renames` are ways to give both one name.
 
     Returns:
         Raw name to name without wrapper, and the renaming from reference names to the latter.
@@ -120,11 +122,12 @@ def find_names(
     best, best_score = (as_is, Renaming()), (-1, False)
     for unwrapped in (as_is, without_wrapper, like_reference):
         names = {unwrapped(name) for name in expert}
-        across = _across_versions(reference, names)
-        for plain, rule in (
-            (unwrapped, _find_renaming(reference, names)),
-            (lambda raw, u=unwrapped, a=across[0]: a.get(u(raw), u(raw)), across[1]),
-        ):
+        tries: list[tuple[Callable[[str], str], Renaming]]
+        tries = [(unwrapped, _find_renaming(reference, names))]
+        for rename in renames:
+            own, rule = _across_versions(reference, names, rename)
+            tries.append((lambda name, u=unwrapped, own=own: own.get(u(name), u(name)), rule))
+        for plain, rule in tries:
             names = {plain(name) for name in expert}
             if len(names) < len(expert):  # it would merge two tensors
                 continue
@@ -137,10 +140,10 @@ def find_names(
 
 
 def _across_versions(
-    reference: Collection[str], expert: Collection[str]
+    reference: Collection[str], expert: Collection[str], rename: Callable[[str], str]
 ) -> tuple[dict[str, str], Renaming]:
     """Expert names to those they take from the reference, and the prefix between the two."""
-    known, own = by_canonical(reference), by_canonical(expert)
+    known, own = by_canonical(reference, rename), by_canonical(expert, rename)
     found = _find_renaming(known, own)
     rule = replace(found, plain=frozenset(known[short] for short in found.plain))
     pairs = ((name, found.expert_name(short)) for short, name in known.items())

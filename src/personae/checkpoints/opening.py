@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.adapter import open_adapter
 from personae.checkpoints.adapter_files import CONFIG_FILE
+from personae.checkpoints.expert_layouts import laid_out_like
 from personae.checkpoints.folders import Folder, local_folder, lone_file
 from personae.checkpoints.memory import InMemory
 from personae.checkpoints.modules import WithModules, module_folders
@@ -45,7 +46,8 @@ def open_checkpoint(
         source: A directory or file (safetensors or pickled state dict), a hub id
             `org/name[@revision]`, a module, or a mapping of names to tensors. A path that exists
             is never taken for a hub id.
-        base: What an adapter sits on; not used for a full checkpoint.
+        base: What an adapter sits on. A full checkpoint of a mixture of experts is read in its
+            layout, one tensor an expert or stacks of all.
         as_stored: Opens an adapter as the tensors it stores; it needs no base then.
 
     Raises:
@@ -55,7 +57,9 @@ def open_checkpoint(
     if as_stored:
         return opened
     check_not_quantised(opened)
-    return open_raw_lora(opened, base) if holds_factors(opened.specs) else opened
+    if holds_factors(opened.specs):
+        return open_raw_lora(opened, base)
+    return opened if base is None else laid_out_like(base, opened)
 
 
 def _open(

@@ -14,7 +14,7 @@ from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.adapter import Adapted, Adapter
 from personae.checkpoints.adapter_files import CONFIG_FILE, AdapterConfig, StoredPair, kept_pair
-from personae.checkpoints.adapter_fit import is_transposed
+from personae.checkpoints.adapter_fit import NAMES_DIFFER, is_transposed
 from personae.checkpoints.misfits import empty_fault
 from personae.checkpoints.naming import shown
 from personae.errors import CheckpointError, Faults
@@ -129,8 +129,10 @@ def _targets(
         return {module: known[name] for module, name in fitting[0].items()}
     best = max(renamed, key=lambda names: sum(name in known for name in names.values()))
     lost = [module for module, name in best.items() if name not in known]
-    what = f"adapts modules that the base has not: {shown(lost)}" if lost else "fits it in two ways"
-    faults.add(f"{where} {what}. Pass the model it was trained on, one adapter for each model.")
+    if lost:
+        faults.add(f"{where} adapts modules that the base has not: {shown(lost)}. {NAMES_DIFFER}")
+    else:
+        faults.add(f"{where} fits the base in two ways. Rename its modules as the base has them.")
     return {}
 
 

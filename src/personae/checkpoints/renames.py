@@ -1,12 +1,12 @@
 """Names that versions of torch and transformers give to one tensor.
 
-Files hold the names of the version that wrote them; loaders take the old and the new ones. The
-table is our own: no installed library is asked, so that a pack reads alike everywhere.
+Files hold the names of the version that wrote them; loaders take the old and the new ones. This
+table has the most common ones, and needs no library; see `published_renames` for all others.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 # What a version calls otherwise, and the name that stands here for both.
 _RENAMED = (
@@ -36,8 +36,8 @@ def canonical(name: str) -> str:
     return name
 
 
-def by_canonical(names: Iterable[str]) -> dict[str, str]:
+def by_canonical(names: Iterable[str], rename: Callable[[str], str] = canonical) -> dict[str, str]:
     """Canonical name to name, without those that two names share: they are told apart as is."""
-    names = list(names)
-    count = Counter(map(canonical, names))
-    return {short: name for name in names if count[short := canonical(name)] == 1}
+    short = {name: rename(name) for name in names}
+    count = Counter(short.values())
+    return {short[name]: name for name in short if count[short[name]] == 1}
