@@ -66,6 +66,26 @@ def test_merge_tells_whose_changes_do_not_show(work):
     assert told["files"] == ["README.md", "config.json", "model.safetensors"]
 
 
+def test_models_of_one_name_and_of_any_script_are_merged(work):
+    """Weights 1 and 3 of two that are called alike, 4 of a third: eighths of each task vector."""
+    states = [tuned(BASE, seed) for seed in (3, 4, 5)]
+    names = ("a/checkpoint-500", "b/checkpoint-500", "наука и 法")
+    for name, state in zip(names, states, strict=True):
+        saved(state, work / name)
+    models = ", ".join(
+        f"{{model: {name}, parameters: {{weight: {weight}}}}}"
+        for name, weight in zip(names, (1, 3, 4), strict=True)
+    )
+    (work / "r.yaml").write_text(f"merge_method: average\nbase_model: base\nmodels: [{models}]\n")
+    facts("plan r.yaml")
+    done("merge r.yaml out")
+    weighted = zip((1, 3, 4), states, strict=True)
+    wanted = sum(weight * state["layer.weight"].double() for weight, state in weighted) / 8
+    assert torch.allclose(load(work / "out")["layer.weight"].double(), wanted, atol=1e-6)
+    card = (work / "out/README.md").read_text("utf-8")
+    assert all(f"| {name} |" in card for name in names)
+
+
 def test_packing_is_the_function_of_that_name(work):
     done(f"{PACK} --rank-fraction 0.5 --skip scale --private layer.bias --workers 2")
     settings = PackSettings(

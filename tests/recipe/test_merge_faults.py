@@ -16,9 +16,9 @@ def test_all_faults_in_one_error_with_their_lines(tmp_path):
 merge_method: tise
 base_modle: a/base
 models:
-  - model: a/x
-    parameters: {weight: 1}
-  - model: b/x
+  - {model: a/y, name: x}
+    # called alike
+  - {model: b/x, name: x}
   - modle: a/y
     layer_range: [0, 4]
 dtype: float61
@@ -285,26 +285,34 @@ models:
 
 
 @pytest.mark.parametrize(
-    ("models", "message"),
+    ("models", "names"),
     [
+        ("[{model: a/my model}, {model: наука/法律}]", ["my model", "法律"]),
+        ("[{model: a/x}, {model: a/X}]", ["x", "X"]),
         (
-            "[{model: a/my model}]",
-            "line 4: 'my model' is no safe file name. Give the model another",
+            "[{model: a/checkpoint-500}, {model: b/checkpoint-500}, {model: b/y}]",
+            ["a/checkpoint-500", "b/checkpoint-500", "y"],
         ),
-        ("[{model: a/x, name: .x}]", "line 4: '.x' is no safe file name. Give the model another"),
+        ("[{model: a/t/last}, {model: b/t/last/}]", ["a/t/last", "b/t/last"]),
         (
-            "[{model: a/x},\n {model: b/X}]",
-            "line 5: Two models are named 'x' and 'X' (case is ignored). Give each its own 'name'.",
+            "[{model: a/t/model.safetensors}, {model: /b/t/x.bin}, {model: /t}]",
+            ["a/t", "x", "/t"],
         ),
-        (
-            "\n  - model: a/x\n  - model: b/y\n    name: X",
-            "line 7: Two models are named 'x' and 'X' (case is ignored).",
-        ),
+        ("[{model: a/x}, {model: b/y, name: x}]", ["a/x", "x"]),
+        ("[{model: a/x@v1}, {model: a/x@refs/pr/1}]", ["a/x@v1", "a/x@refs/pr/1"]),
+        ("[{model: a/x}, {model: a/x}, {model: a/x}]", ["x", "x #2", "x #3"]),
+        ("[{model: a/x, name: .x y}, {model: ..}]", [".x y", ".."]),
     ],
 )
-def test_names_are_looked_at_in_the_recipe(tmp_path, models, message):
-    text = f"merge_method: average\n# models\nbase_model: b\nmodels: {models}"
-    assert message in refused(tmp_path, text)
+def test_every_model_has_a_label_of_its_own(tmp_path, models, names):
+    text = f"merge_method: average\nbase_model: b\nmodels: {models}"
+    assert list(read(tmp_path, text).experts) == names
+
+
+def test_a_name_given_twice(tmp_path):
+    text = "merge_method: average\nmodels:\n  - {model: a/x, name: y}\n  - {model: b, name: y}"
+    told = "line 4: Two models are named 'y'. Give each its own 'name'."
+    assert told in refused(tmp_path, text)
 
 
 @pytest.mark.parametrize(

@@ -67,11 +67,62 @@ def name_of(model: str) -> str:
         >>> name_of("org/name@refs/pr/1"), name_of("runs/cola/model.safetensors")
         ('name', 'cola')
     """
-    path = Path(model.partition("@")[0] if _HUB_ID.fullmatch(model) else model)
+    path = _without_revision(model)
     if path.suffix not in _WEIGHT_FILES:
         return path.name
     usual = ("model", "pytorch_model", "adapter_model")
     return path.parent.name if path.stem in usual else path.stem
+
+
+def _without_revision(model: str) -> Path:
+    return Path(model.partition("@")[0] if _HUB_ID.fullmatch(model) else model)
+
+
+def labels(models: Sequence[str], taken: Collection[str] = ()) -> list[str]:
+    """What models are called that are given no name: as `name_of` says, but no two alike.
+
+    Those of one name get as many more parts of their paths as tell most of them apart, and a number
+    where nothing does.
+
+    Args:
+        models: Paths and hub ids.
+        taken: Names that are given to others.
+
+    Examples:
+        >>> labels(["cola/checkpoint-500", "sst2/checkpoint-500", "org/mnli"])
+        ['cola/checkpoint-500', 'sst2/checkpoint-500', 'mnli']
+        >>> labels(["org/mnli", "org/mnli"])
+        ['mnli', 'mnli #2']
+    """
+    longer = [_longer_names(model) for model in models]
+    used, found = set(taken), list[str]()
+    for own in longer:
+        group = [other for other in longer if other[0] == own[0]]
+
+        def distinct(parts: int, group: Sequence[Sequence[str]] = group) -> int:
+            return len({*(_at(other, parts) for other in group), *taken})
+
+        label = whole = _at(own, max(range(max(map(len, group))), key=distinct))
+        again = 1
+        while label in used:
+            again += 1
+            label = f"{whole} #{again}"
+        used.add(label)
+        found.append(label)
+    return found
+
+
+def _longer_names(model: str) -> list[str]:
+    """A model's name, the same after more and more of its folders, and all that was written."""
+    path, name = _without_revision(model), name_of(model)
+    folders = path.relative_to(path.anchor).parts[::-1]
+    above = folders[folders.index(name) + 1 :] if name in folders else folders[1:]
+    names = ["/".join([*above[:n][::-1], name]) for n in range(len(above) + 1)]
+    return [name for name in (*names, model) if name]
+
+
+def _at(names: Sequence[str], parts: int) -> str:
+    return names[min(parts, len(names) - 1)]
 
 
 def is_safe_name(name: str) -> bool:

@@ -112,6 +112,7 @@ def open_family(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
     private: Sequence[str] = (),
+    as_files: bool = False,
     vocabulary: OneVocabulary | None = None,
     check: Callable[[Family, Faults], None] | None = None,
 ) -> Family:
@@ -124,6 +125,7 @@ def open_family(
         skip: Patterns of tensor names to leave out.
         only: If any, patterns of the only ones not to leave out.
         private: Patterns of tensor names to keep whole.
+        as_files: Whether the experts' names become names of files, as those of tasks do.
         vocabulary: Works out the vocabulary under which all are seen; by default each has its own.
         check: Adds what else the headers tell against the family.
 
@@ -135,7 +137,8 @@ def open_family(
     if not experts:
         raise RecipeError("There is no expert. Give at least one: --expert NAME=PATH.")
     faults = Faults()
-    check_names(experts, faults)
+    if as_files:
+        check_names(experts, faults)
     opened: dict[str, Checkpoint] = {}
     reference = None if base is None else _open("The base", base, None, faults)
     for name, source in experts.items():

@@ -113,7 +113,9 @@ def pack_many(
     first = next(iter(variants.values()))
     if base is None:
         check_no_base_needed(first, len(experts))
-    with open_family(base, experts, skip=first.skip, private=first.private) as family:
+    with open_family(
+        base, experts, skip=first.skip, private=first.private, as_files=True
+    ) as family:
         for text in pack_notes(family, first):
             work.note(text)
         for out, settings in variants.items():
@@ -171,7 +173,9 @@ def add_tasks(
             own_path(opened.directory, f"{TASKS}/{name}.safetensors")
         note_source(opened, base, work)
         source = opened.reference_source(base)
-        with open_family(source, experts, skip=settings.skip, private=settings.private) as family:
+        with open_family(
+            source, experts, skip=settings.skip, private=settings.private, as_files=True
+        ) as family:
             from_base = manifest.reference.kind == "base"
             if not from_base:
                 _refuse_adapters(family)

@@ -156,7 +156,9 @@ def plan_pack(
     settings = settings or PackSettings()
     if base is None:
         check_no_base_needed(settings, len(experts))
-    with open_family(base, experts, skip=settings.skip, private=settings.private) as family:
+    with open_family(
+        base, experts, skip=settings.skip, private=settings.private, as_files=True
+    ) as family:
         return plan_family(family, settings, work or Work())
 
 

@@ -91,7 +91,7 @@ def validated(
     return None
 
 
-def name_faults(names: Iterable[tuple[Place, str]]) -> Iterator[Fault]:
+def file_name_faults(names: Iterable[tuple[Place, str]]) -> Iterator[Fault]:
     """A fault for each model whose name is taken twice, or no file name somewhere."""
     taken: dict[str, str] = {}
     for place, name in names:

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from personae.checkpoints.naming import name_of
+from personae.checkpoints.naming import labels
 from personae.methods import MERGE_METHODS
-from personae.recipe._faults import Fault, Place, name_faults
+from personae.recipe._faults import Fault
 from personae.recipe._merge_file import MergeFile, Model
 
 NEEDS_NO_REFERENCE = ("average", "linear")
@@ -23,7 +23,7 @@ class Family(NamedTuple):
 
     Attributes:
         base: Where the base is; None if there is none, or it is averaged as another expert.
-        experts: Name to where it is.
+        experts: Name to where it is; names are labels, of any form.
         entries: What is said of each expert.
         remarks: What becomes of the base, where that may surprise.
     """
@@ -44,20 +44,26 @@ def family_of(file: MergeFile, faults: list[Fault]) -> Family:
     models = [(n, entry) for n, entry in enumerate(file.models) if entry.model != file.base_model]
     averaged = _averaged_base(file, remarks) if models else []
     faults += _counted_base(file, remarks)
+    entries = averaged + models
+    given = {entry.name for _, entry in entries if entry.name}
+    unnamed = [_place(file, entry) for _, entry in entries if not entry.name]
+    called = iter(labels(unnamed, given))
     experts: dict[str, str] = {}
-    entries: list[Entry] = []
-    names: list[tuple[Place, str]] = []
-    for n, entry in averaged + models:
-        model = entry.model
-        if file.base_model is not None:  # mergekit's way to write an adapter of a model
-            model = model.removeprefix(f"{file.base_model}+")
-        name = entry.name or name_of(model)
-        names.append((("models", n, "name") if entry.name else ("models", n), name))
-        if name not in experts:
-            experts[name] = model
-            entries.append((n, entry))
-    faults += name_faults(names)
-    return Family(None if averaged else file.base_model, experts, entries, remarks)
+    said: list[Entry] = []
+    for n, entry in entries:
+        name = entry.name or next(called)
+        if name in experts:
+            text = f"Two models are named '{name}'. Give each its own 'name'."
+            faults.append(Fault(("models", n, "name"), text))
+            continue
+        experts[name] = _place(file, entry)
+        said.append((n, entry))
+    return Family(None if averaged else file.base_model, experts, said, remarks)
+
+
+def _place(file: MergeFile, entry: Model) -> str:
+    """Where a model is; BASE+ADAPTER is mergekit's way to write an adapter of a model."""
+    return entry.model.removeprefix(f"{file.base_model}+") if file.base_model else entry.model
 
 
 def _listed_base(file: MergeFile) -> list[Entry]:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, ValidationError
 from personae.checkpoints.naming import name_of
 from personae.errors import MethodError
 from personae.recipe._base import Given, Patterns, Strict, Vector
-from personae.recipe._faults import Fault, faults_in, name_faults, validated
+from personae.recipe._faults import Fault, faults_in, file_name_faults, validated
 from personae.recipe._yaml import read_document
 from personae.recipe.pack_recipe import Budget, Counting, PackRecipe, PackSettings
 
@@ -54,7 +54,7 @@ def read_recipe(path: str | Path) -> PackRecipe:
     if file is None:
         raise document.refusal(faults)
     names = [_name(entry) for entry in file.models]
-    faults += name_faults((("models", n), name) for n, name in enumerate(names))
+    faults += file_name_faults((("models", n), name) for n, name in enumerate(names))
     settings = _settings(file, faults)
     if faults or settings is None:
         raise document.refusal(faults)
