@@ -60,7 +60,7 @@ def test_on_a_narrow_terminal_names_are_told_apart_by_what_differs(work, monkeyp
     for number, folder in enumerate(("base", "news", "law")):
         saved({name: number * 0.1 + weight.roll(number) for name in base}, work / "deep" / folder)
     (work / "deep/merge.yaml").write_text(
-        "merge_method: drm\nbase_model: deep/base\nmodels: [{model: deep/news}, {model: deep/law}]"
+        "merge_method: drm\nbase_model: base\nmodels: [{model: news}, {model: law}]"
     )
     monkeypatch.setattr(console.out, "width", 80)
     printed = run("inspect deep/merge.yaml --analysis sign_agreement")

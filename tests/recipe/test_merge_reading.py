@@ -48,7 +48,7 @@ vector: task
     )
     assert (recipe.base, recipe.experts) == (
         "some/base@main",
-        {"news": "some/expert", "law": "./local/law/"},
+        {"news": "some/expert", "law": str(tmp_path / "local/law")},
     )
     assert recipe.settings == MergeSettings(
         method="ties",
@@ -134,7 +134,7 @@ def test_which_kind_a_recipe_is(tmp_path):
 )
 def test_settings_as_a_recipe_read_back_the_same(tmp_path, settings):
     base = None if settings.vector == "difference" else "a/base"
-    experts = {"x": "a/x", "y": "./y: z"}
+    experts = {"x": "a/x", "y": "/y: z"}
     recipe = read(tmp_path, merge_recipe_text(base, experts, settings))
     assert (recipe.base, recipe.experts) == (base, experts)
     if not any(settings.expert_parameters):

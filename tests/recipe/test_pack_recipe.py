@@ -41,7 +41,11 @@ def _read(tmp_path: Path, text: str):
 def test_everything_a_recipe_can_say(tmp_path):
     recipe = _read(tmp_path, WHOLE)
     assert recipe.base == "some/base@main"
-    assert recipe.experts == {"news": "some/expert", "law": "./local/law/", "third": "a/third"}
+    assert recipe.experts == {
+        "news": "some/expert",
+        "law": str(tmp_path / "local/law"),
+        "third": "a/third",
+    }
     assert recipe.characteristics == {
         "news": ("sports", "politics"),
         "law": ("What a court has decided.",),

@@ -85,7 +85,7 @@ def _open(
         return _open_adapter(local_folder(path.parent, str(path.parent)), base, as_stored)
     if path.is_file():
         return _open_file(lone_file(path, text), path.name)
-    if _is_hub_id(source):
+    if is_hub_id(source):
         from personae.checkpoints.hub import hub_folder  # its library takes a while to load
 
         return _open_folder(hub_folder(text), base, as_stored)
@@ -194,12 +194,12 @@ def _is_weights_pickle(name: str) -> bool:
     return name.endswith(_PICKLE_ENDINGS) and "/" not in name and not _TRAINING_STATE.match(name)
 
 
-def _is_hub_id(source: Any) -> bool:
-    """Whether text looks like `org/name[@revision]` and not like a mistyped local path."""
+def is_hub_id(source: Any, folder: Path = Path()) -> bool:
+    """Whether text looks like `org/name[@revision]`, and not like a mistyped path in a folder."""
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
         return False
     is_file_name = source.endswith((".safetensors", ".json", *_PICKLE_ENDINGS))
-    return not is_file_name and not Path(source.split("/")[0]).is_dir()
+    return not is_file_name and not (folder / source.split("/")[0]).is_dir()
 
 
 def _no_such_path(text: str, path: Path) -> str:

@@ -10,6 +10,7 @@ from personae.methods import Conventions, MergeMethod
 from personae.recipe._faults import Fault, Place
 from personae.recipe._merge_family import NEEDS_NO_REFERENCE, Family, family_of, tokenizer_of
 from personae.recipe._merge_file import MergeFile, Native, is_weighted, native, read_file
+from personae.recipe._places import placed
 from personae.recipe._yaml import read_document
 from personae.recipe.merge_recipe import MergeRecipe, MergeSettings, find_method, methods_under
 
@@ -54,18 +55,29 @@ def read_merge_recipe(path: str | Path) -> MergeRecipe:
     if file is None:
         raise document.refusal(faults)
     family = family_of(file, faults)
+    base, experts = _places(family, document.path, faults)
     reading = _read(file, family)
     if faults or reading.faults or reading.settings is None:
         if not file.models and faults:  # said already: the models are elsewhere, or wrong
             reading.faults = [f for f in reading.faults if f.place != ("models",)]
         raise document.refusal(faults + reading.faults)
     return MergeRecipe(
-        base=family.base,
-        experts=family.experts,
+        base=base,
+        experts=experts,
         settings=reading.settings,
         text=document.text,
         remarks=(*family.remarks, *reading.remarks),
     )
+
+
+def _places(family: Family, recipe: Path, faults: list[Fault]) -> tuple[str | None, dict[str, str]]:
+    """Base and experts of a family where they are opened; see `placed`."""
+    base = family.base and placed(family.base, ("base_model",), recipe, faults)
+    pairs = zip(family.experts.items(), family.entries, strict=True)
+    return base, {
+        name: placed(model, ("models", n, "model"), recipe, faults)
+        for (name, model), (n, _) in pairs
+    }
 
 
 def _read(file: MergeFile, family: Family) -> _Reading:

@@ -8,6 +8,7 @@ from personae.checkpoints.naming import name_of
 from personae.errors import MethodError
 from personae.recipe._base import Given, Patterns, Strict, Vector
 from personae.recipe._faults import Fault, faults_in, file_name_faults, validated
+from personae.recipe._places import placed
 from personae.recipe._yaml import read_document
 from personae.recipe.pack_recipe import Budget, Counting, PackRecipe, PackSettings
 
@@ -55,17 +56,21 @@ def read_recipe(path: str | Path) -> PackRecipe:
         raise document.refusal(faults)
     names = [_name(entry) for entry in file.models]
     faults += file_name_faults((("models", n), name) for n, name in enumerate(names))
+    base = file.base_model and placed(file.base_model, ("base_model",), document.path, faults)
+    models = [
+        placed(entry.model, ("models", n, "model"), document.path, faults)
+        for n, entry in enumerate(file.models)
+    ]
     settings = _settings(file, faults)
     if faults or settings is None:
         raise document.refusal(faults)
-    experts = dict(zip(names, file.models, strict=True))
     return PackRecipe(
-        base=file.base_model,
-        experts={name: entry.model for name, entry in experts.items()},
+        base=base,
+        experts=dict(zip(names, models, strict=True)),
         settings=settings,
         characteristics={
             name: (said,) if isinstance(said := entry.describe, str) else tuple(said)
-            for name, entry in experts.items()
+            for name, entry in zip(names, file.models, strict=True)
             if entry.describe
         },
     )

@@ -157,7 +157,7 @@ class MergeRecipe(Strict):
     """A family and how to merge it, as read from YAML.
 
     Attributes:
-        base: Where the base is; None for difference vectors.
+        base: Where the base is, from the working directory; None for difference vectors.
         experts: Name to where it is, in order.
         settings: How to merge them.
         text: The file as it was read.

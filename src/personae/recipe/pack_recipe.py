@@ -121,7 +121,7 @@ class PackRecipe(Strict):
     """A family and how to pack it, as read from YAML.
 
     Attributes:
-        base: Path or hub id; None if there is none.
+        base: Path from the working directory, or hub id; None if there is none.
         experts: Task name to path or hub id.
         settings: How to pack.
         characteristics: Task name to class names or a description, of experts that have any.

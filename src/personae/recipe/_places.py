@@ -1,0 +1,36 @@
+"""Where the models of a recipe are: relative paths count from the folder the recipe is in."""
+
+import os
+from pathlib import Path
+
+from personae.checkpoints.opening import is_hub_id
+from personae.recipe._faults import Fault, Place
+
+
+def placed(model: str, place: Place, recipe: Path, faults: list[Fault]) -> str:
+    """A model of a recipe as it is opened from the working directory.
+
+    Absolute paths, and hub ids where there is no such folder, stay as they are.
+
+    Args:
+        model: What the recipe says.
+        place: Where it says so.
+        recipe: The recipe's path.
+        faults: Gets one where the path exists from the working directory instead.
+    """
+    folder, path = recipe.parent, Path(model)
+    if folder == Path() or path.is_absolute() or model.startswith("~"):
+        return model
+    if _exists(folder / path):
+        return str(folder / path)
+    if _exists(path):
+        text = (
+            f"'{model}' is not in the recipe's folder ({folder}), from which its paths count, but "
+            f"in the working directory. Write '{os.path.relpath(path, folder)}'."
+        )
+        faults.append(Fault(place, text))
+    return model if is_hub_id(model, folder) else str(folder / path)
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - names may be too long
