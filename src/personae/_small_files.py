@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -37,16 +37,39 @@ def read_bytes(path: Path, most: int = MOST_TEXT) -> bytes:
         Unfit: if it is no regular file (a pipe would hang, a device never end), or is too large.
         OSError: if the system refuses.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise Unfit("is no regular file")
+    with _opened(path) as file:
         content = bytearray()
         while chunk := file.read(_CHUNK):  # not by its size: files of the system say 0
             content += chunk
             if len(content) > most:
                 raise Unfit(f"is larger than {most:,} bytes")
     return bytes(content)
+
+
+def check_readable(path: Path) -> None:
+    """Open a small file and read none of it.
+
+    Raises:
+        Unfit: if it is no regular file, or a link to nothing.
+        OSError: if the system refuses.
+    """
+    if path.is_symlink() and not path.exists():
+        raise Unfit("is a link to what is not there")
+    _opened(path).close()
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A regular file, open for reading.
+
+    Raises:
+        Unfit: if it is no regular file.
+        OSError: if the system refuses.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise Unfit("is no regular file")
+    return os.fdopen(handle, "rb")
 
 
 def read_text(path: Path, most: int = MOST_TEXT) -> str:

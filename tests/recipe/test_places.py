@@ -1,4 +1,4 @@
-"""Where the models of a recipe are: relative paths count from its folder, hub ids are left alone."""
+"""Where the models of a recipe are: relative paths count from its folder, hub ids stay."""
 
 from pathlib import Path
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from personae._small_files import Unfit, read_json
+from personae._small_files import Unfit, check_readable, read_json
 from personae.checkpoints.headers import Header, read_header
 from personae.errors import CheckpointError, Faults
 
@@ -44,6 +44,7 @@ class Folder:
         locate: File name to its path on this machine, which may download it.
         header: Safetensors file name to its header and faults, without its tensors.
         revision: The hub commit; None for a local folder.
+        is_local: Whether its files are here, so that looking at one downloads nothing.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Folder:
     locate: Callable[[str], Path]
     header: Callable[[str], tuple[Header, list[str]]]
     revision: str | None = None
+    is_local: bool = True
 
     @property
     def companions(self) -> "Companions":
@@ -66,7 +68,21 @@ class Folder:
             lambda file: self.locate(prefix + file),
             lambda file: self.header(prefix + file),
             self.revision,
+            self.is_local,
         )
+
+    def check_companions(self, faults: Faults) -> None:
+        """Add a fault for each small file here that cannot be read: work may end with its copy."""
+        for name, path in self.companions.items() if self.is_local else ():
+            try:
+                check_readable(path)
+            except Unfit as error:
+                faults.add(f"{self.where(name)} {error}. Copy or download it again.")
+            except OSError as error:
+                faults.add(
+                    f"{self.where(name)} cannot be read: {error.strerror}. See that you may read "
+                    "it, or copy it again."
+                )
 
     def where(self, file: str) -> str:
         """Name a file for a text."""
@@ -119,13 +135,19 @@ def is_companion(name: str) -> bool:
 def local_folder(directory: Path, source: str, revision: str | None = None) -> Folder:
     """Describe a directory; files down to one subfolder count.
 
+    So does what is in the place of a small file, be it a broken link: it is not passed over.
+
     Raises:
         OSError: It may not be read.
     """
     found = [*directory.iterdir(), *directory.glob("*/*")]  # glob takes a refusal for emptiness
     return Folder(
         source,
-        frozenset(path.relative_to(directory).as_posix() for path in found if path.is_file()),
+        frozenset(
+            path.relative_to(directory).as_posix()
+            for path in found
+            if path.is_file() or is_companion(path.name)
+        ),
         lambda file: directory / file,
         lambda file: read_header(directory / file),
         revision,

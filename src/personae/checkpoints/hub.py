@@ -70,7 +70,7 @@ def hub_folder(source: str) -> Folder:
         return _remote_header(api, source, repo, file, commit)
 
     names = frozenset(sibling.rfilename for sibling in info.siblings or ())
-    return Folder(source, names, locate, header, commit)
+    return Folder(source, names, locate, header, commit, is_local=False)
 
 
 def _remote_header(

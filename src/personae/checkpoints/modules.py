@@ -97,13 +97,14 @@ def module_folders(folder: Folder) -> dict[str, Folder]:
     """The folders inside a model that it names and that hold anything.
 
     Raises:
-        CheckpointError: naming those that are not there.
+        CheckpointError: naming those that are not there, and small files that cannot be read.
     """
     faults = Faults()
     inside: dict[str, Folder] = {}
     for name, kind in named_folders(folder.companions).items():
         found = folder.inside(name)
         if found.names:
+            found.check_companions(faults)
             inside[name] = found
         elif not kind.endswith(_WITHOUT_FILES):
             faults.add(

@@ -19,7 +19,7 @@ from personae.checkpoints.pickles import open_pickles
 from personae.checkpoints.quantised import check_not_quantised
 from personae.checkpoints.raw_lora import holds_factors, open_raw_lora
 from personae.checkpoints.safetensors_files import open_safetensors
-from personae.errors import CheckpointError, nearest
+from personae.errors import CheckpointError, Faults, nearest
 
 _log = logging.getLogger(__name__)
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
@@ -82,7 +82,8 @@ def _open(
     if path.is_dir():
         return _open_folder(local_folder(path, text), base, as_stored)
     if path.name in _ADAPTER and path.is_file() and (path.parent / CONFIG_FILE).is_file():
-        return _open_adapter(local_folder(path.parent, str(path.parent)), base, as_stored)
+        folder = local_folder(path.parent, str(path.parent))
+        return _open_adapter(_readable(folder), base, as_stored)
     if path.is_file():
         return _open_file(lone_file(path, text), path.name)
     if is_hub_id(source):
@@ -96,9 +97,10 @@ def _open_folder(folder: Folder, base: Checkpoint | None, as_stored: bool) -> Ch
     """Open a model, with the weights in folders that it names.
 
     Raises:
-        CheckpointError: It holds no weights, or folders that it names are not there.
+        CheckpointError: It holds no weights, folders that it names are not there, or small files
+            cannot be read.
     """
-    inside = module_folders(folder)
+    inside = module_folders(_readable(folder))
     if not inside:
         return _open_model(folder, base, as_stored)
     modules = {
@@ -106,6 +108,18 @@ def _open_folder(folder: Folder, base: Checkpoint | None, as_stored: bool) -> Ch
     }
     outer = _open_model(folder, base, as_stored) if _has_weights(folder) or not modules else None
     return WithModules(folder, outer, modules, inside)
+
+
+def _readable(folder: Folder) -> Folder:
+    """The folder, whose small files can be read.
+
+    Raises:
+        CheckpointError: naming each that cannot.
+    """
+    faults = Faults()
+    folder.check_companions(faults)
+    faults.raise_if_any(CheckpointError)
+    return folder
 
 
 def _has_weights(folder: Folder) -> bool:

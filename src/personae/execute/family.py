@@ -180,5 +180,6 @@ def _open(label: str, source: Any, base: Checkpoint | None, faults: Faults) -> C
     try:
         return open_checkpoint(source, base=base)
     except CheckpointError as error:
-        faults.add(f"{label}: {error}")
+        for fault in error.faults or (str(error),):
+            faults.add(f"{label}: {fault}")
         return None
