@@ -27,6 +27,7 @@ class Alignment:
             running statistics of batch normalisation.
         absent: Reference names the expert lacks (skipped, integer, or tied to one it has).
         skipped: Reference names left as in the reference on request.
+        spared: Reference names taken although `skip` fits them, as other experts lack them.
         tied: Dropped name to kept name, without wrappers, where the kept one is in the pack.
         renaming: The rule from reference names to expert names.
     """
@@ -40,6 +41,7 @@ class Alignment:
     buffers: tuple[str, ...]
     absent: tuple[str, ...]
     skipped: tuple[str, ...]
+    spared: tuple[str, ...]
     tied: Mapping[str, str]
     renaming: Renaming
 
@@ -80,6 +82,11 @@ class Alignment:
     def notes(self) -> list[str]:
         """What a person who packs should be told about this alignment, a line each."""
         notes = self.naming_notes
+        if self.spared:
+            notes.append(
+                f"{self.name}: packed although 'skip' fits them, which leaves them out of the "
+                f"experts that lack them: {shown(self.spared)}"
+            )
         if self.private:
             size = sum(self.private_spec(n).nbytes for n in self.private)
             listed = shown(self.private)

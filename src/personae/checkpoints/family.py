@@ -13,7 +13,7 @@ from typing import Literal
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.alignment import Alignment
-from personae.checkpoints.misfits import check_fit
+from personae.checkpoints.misfits import check_fit, is_passed_over
 from personae.checkpoints.naming import Renaming, find_names, left_out, matches
 from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.renames import canonical
@@ -33,6 +33,7 @@ def align(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
     private: Sequence[str] = (),
+    spared: Collection[str] = (),
     lenient: bool = False,
     faults: Faults | None = None,
 ) -> dict[str, Alignment]:
@@ -44,6 +45,7 @@ def align(
         skip: Patterns of reference or expert names to leave as in the reference.
         only: If any, all that fits none of these patterns is left likewise.
         private: Patterns of names to keep whole although they could be coded.
+        spared: Reference names that `skip` leaves out only where they are of another shape.
         lenient: Whether an expert may lack tensors of the reference.
         faults: If given, faults are added to it instead of raised.
 
@@ -64,13 +66,35 @@ def align(
                 "Give the fine-tuned checkpoint."
             )
             continue
-        found = _align_one(name, reference, checkpoint, skip, only, private)
+        found = _align_one(name, reference, checkpoint, skip, only, private, spared)
         if found.shared or not (only and found.skipped):  # else 'only' leaves nothing to fit
             check_fit(found, reference, may_lack, found_here)
         aligned[name] = found
     if faults is None:
         found_here.raise_if_any(CheckpointError)
     return aligned
+
+
+def lacked_by_some(reference: Checkpoint, aligned: Mapping[str, Alignment]) -> set[str]:
+    """What `skip` leaves out of every expert although only some lack it, or have another shape.
+
+    Buffers that loaders pass over do not count: nothing is trained there.
+
+    Args:
+        reference: What the experts were aligned with.
+        aligned: The experts, with `skip` for all.
+
+    Returns:
+        Reference names that the other experts have in the reference's shape.
+    """
+    lacked, had = set[str](), set[str]()
+    for expert in aligned.values():
+        lacked.update(n for n in expert.absent if expert.renaming.expert_name(n) not in expert.tied)
+        for name in expert.skipped:
+            spec, own = reference.specs[name], expert.spec(name)
+            fits = spec.shape == own.shape and spec.is_floating and own.is_floating
+            (had if fits and not is_passed_over(spec) else lacked).add(name)
+    return lacked & had
 
 
 def _align_one(
@@ -80,6 +104,7 @@ def _align_one(
     skip: Sequence[str],
     only: Sequence[str],
     private_patterns: Sequence[str],
+    spared: Collection[str],
 ) -> Alignment:
     plain, renaming = _names(reference, expert)
     raw_of = {plain(raw): raw for raw in expert.specs}
@@ -96,7 +121,8 @@ def _align_one(
     for ref_name, found in own_name.items():
         expert_name, own = renaming.expert_name(ref_name), expert.specs[raw_of[found]]
         called = (ref_name, expert_name, found)
-        if left_out(called, skip, only):
+        fits = ref_name in spared and own.shape == reference.specs[ref_name].shape
+        if left_out(called, () if fits else skip, only):
             kind = "skipped"
         else:
             kind = _kind(reference.specs[ref_name], own, called, private_patterns)
@@ -116,6 +142,7 @@ def _align_one(
         buffers=tuple(names["buffer"]),
         absent=tuple(name for name in reference.specs if name not in own_name),
         skipped=tuple(names["skipped"]),
+        spared=tuple(name for name in files if name in spared and name not in names["skipped"]),
         tied=_ties(ties, moved, {renaming.expert_name(name) for name in files} | private.keys()),
         renaming=renaming,
     )

@@ -46,7 +46,7 @@ def check_fit(
         for n in found.absent
         if reference.specs[n].is_floating
         and not may_lack(n)
-        and not _is_passed_over(reference.specs[n])
+        and not is_passed_over(reference.specs[n])
         and found.renaming.expert_name(n) not in found.tied
     ]
     if lacking:
@@ -120,6 +120,7 @@ def reference_name(expert_name: str, found: Alignment, reference: Checkpoint) ->
     return ""
 
 
-def _is_passed_over(spec: TensorSpec) -> bool:
+def is_passed_over(spec: TensorSpec) -> bool:
+    """Whether loaders make a tensor of this name and shape themselves, whatever a file holds."""
     is_mask = _MASK.search(spec.name) is not None and len(spec.shape) in (0, 4)
     return is_mask or _PASSED_OVER.search(spec.name) is not None

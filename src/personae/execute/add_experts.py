@@ -253,6 +253,7 @@ def _write_task(
         renaming=RenamingRecord(add=rule.add, strip=rule.strip, plain=tuple(sorted(rule.plain))),
         grown=expert.grown,
         absent=expert.absent,
+        spared=expert.spared,
         dtypes={
             name: expert.spec(name).dtype_name
             for name in expert.shared

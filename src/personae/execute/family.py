@@ -1,6 +1,6 @@
 """Opens base and experts and aligns them: everything that can be known from headers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +9,7 @@ from typing import Any
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.adapter import adapter_of
-from personae.checkpoints.family import Alignment, align
+from personae.checkpoints.family import Alignment, align, lacked_by_some
 from personae.checkpoints.mean import MeanOf
 from personae.checkpoints.memory import InMemory
 from personae.checkpoints.naming import check_names, left_out, matches
@@ -112,7 +112,8 @@ def open_family(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
     private: Sequence[str] = (),
-    as_files: bool = False,
+    for_pack: bool = False,
+    spared: Collection[str] = (),
     vocabulary: OneVocabulary | None = None,
     check: Callable[[Family, Faults], None] | None = None,
 ) -> Family:
@@ -125,7 +126,9 @@ def open_family(
         skip: Patterns of tensor names to leave out.
         only: If any, patterns of the only ones not to leave out.
         private: Patterns of tensor names to keep whole.
-        as_files: Whether the experts' names become names of files, as those of tasks do.
+        for_pack: Whether the experts become tasks: names are those of files then, and what only
+            some experts lack is skipped in these alone.
+        spared: Reference names that tasks packed before lack, or were spared.
         vocabulary: Works out the vocabulary under which all are seen; by default each has its own.
         check: Adds what else the headers tell against the family.
 
@@ -137,7 +140,7 @@ def open_family(
     if not experts:
         raise RecipeError("There is no expert. Give at least one: --expert NAME=PATH.")
     faults = Faults()
-    if as_files:
+    if for_pack:
         check_names(experts, faults)
     opened: dict[str, Checkpoint] = {}
     reference = None if base is None else _open("The base", base, None, faults)
@@ -157,7 +160,12 @@ def open_family(
         faults.take(error)
         faults.raise_if_any(CheckpointError)
         raise
-    aligned = align(reference, opened, skip=skip, only=only, private=private, faults=faults)
+    if for_pack and base is not None and skip:
+        alike = align(reference, opened, skip=skip, private=private, faults=Faults())
+        spared = {*spared, *lacked_by_some(reference, alike)}
+    aligned = align(
+        reference, opened, skip=skip, only=only, private=private, spared=spared, faults=faults
+    )
     family = Family(reference, aligned, (*skip, *private), base is not None, chosen)
     if check is not None:
         check(family, faults)

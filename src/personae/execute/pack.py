@@ -114,7 +114,7 @@ def pack_many(
     if base is None:
         check_no_base_needed(first, len(experts))
     with open_family(
-        base, experts, skip=first.skip, private=first.private, as_files=True
+        base, experts, skip=first.skip, private=first.private, for_pack=True
     ) as family:
         for text in pack_notes(family, first):
             work.note(text)
@@ -174,7 +174,12 @@ def add_tasks(
         note_source(opened, base, work)
         source = opened.reference_source(base)
         with open_family(
-            source, experts, skip=settings.skip, private=settings.private, as_files=True
+            source,
+            experts,
+            skip=settings.skip,
+            private=settings.private,
+            for_pack=True,
+            spared={n for task in manifest.tasks.values() for n in (*task.absent, *task.spared)},
         ) as family:
             from_base = manifest.reference.kind == "base"
             if not from_base:

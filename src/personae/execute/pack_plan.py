@@ -157,7 +157,7 @@ def plan_pack(
     if base is None:
         check_no_base_needed(settings, len(experts))
     with open_family(
-        base, experts, skip=settings.skip, private=settings.private, as_files=True
+        base, experts, skip=settings.skip, private=settings.private, for_pack=True
     ) as family:
         return plan_family(family, settings, work or Work())
 

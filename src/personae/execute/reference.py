@@ -74,7 +74,9 @@ def relative_to_merged(family: Family, directory: Path, settings: PackSettings) 
     """The same experts, aligned with the merged reference as it stands on disk."""
     merged = open_checkpoint(directory)
     experts = {name: expert.checkpoint for name, expert in family.experts.items()}
-    return Family(merged, align(merged, experts, skip=settings.skip, private=settings.private))
+    spared = {name for expert in family.experts.values() for name in expert.spared}
+    aligned = align(merged, experts, skip=settings.skip, private=settings.private, spared=spared)
+    return Family(merged, aligned)
 
 
 def check_fingerprint(reference: ReferenceRecord, found: str, source: str) -> None:

@@ -94,7 +94,13 @@ def _verify(
     reference = rebuilt.reference
     from_base = manifest.reference.kind == "base"  # an adapter sits on nothing else
     with closing(open_checkpoint(source, base=reference if from_base else None)) as original:
-        found = align(reference, {task: original}, skip=manifest.skip, private=manifest.private)
+        found = align(
+            reference,
+            {task: original},
+            skip=manifest.skip,
+            private=manifest.private,
+            spared=rebuilt.record.spared,
+        )
         return _compare(rebuilt, Deltas(found[task], reference, from_base), work, faults)
 
 

@@ -157,6 +157,10 @@ class TaskRecord(Record):
         default=(), description="Reference names of which the expert has more rows, kept as private"
     )
     absent: tuple[str, ...] = Field(default=(), description="Reference names the expert lacks")
+    spared: tuple[str, ...] = Field(
+        default=(),
+        description="Reference names taken although `skip` fits: other experts lack them",
+    )
     dtypes: dict[str, DtypeName] = Field(
         default={}, description="By reference name, where the expert's dtype is another"
     )
@@ -246,7 +250,7 @@ class Manifest(Record):
     @property
     def format_version(self) -> int:
         """The oldest version that can say what this pack holds."""
-        described = any(task.characteristics for task in self.tasks.values())
+        described = any(task.characteristics or task.spared for task in self.tasks.values())
         newer = described or self.shared or self.method not in _CODECS_OF_VERSION_1
         return 2 if newer or any(task.has_stacks for task in self.tasks.values()) else 1
 
@@ -259,6 +263,9 @@ class Manifest(Record):
     def to_json(self) -> str:
         """Serialise with a checksum over everything else, so that a flipped byte is noticed."""
         content = self.model_dump(mode="json")
+        for task in content["tasks"].values():
+            if not task["spared"]:
+                del task["spared"]
         if self.format_version == 1:  # which has none of these keys
             del content["shared"]
             for task in content["tasks"].values():

@@ -205,11 +205,11 @@ def _task_faults(manifest: Manifest, name: str, task: TaskRecord) -> Iterator[st
 def _name_faults(task: TaskRecord) -> Iterator[str]:
     """What is wrong with the names in a record, one list against the others."""
     absent, grown, rule = set(task.absent), set(task.grown), _rule(task)
-    for field in ("absent", "grown"):
+    for field in ("absent", "grown", "spared"):
         names = getattr(task, field)
         if len(set(names)) < len(names):
             yield f"{field} names a tensor twice"
-    for name in (*task.tensors, *task.grown, *task.dtypes):
+    for name in (*task.tensors, *task.grown, *task.dtypes, *task.spared):
         if name in absent:
             yield f"{_shown(name)} is absent, and yet told of"
     for name in grown:
@@ -250,7 +250,10 @@ def _tensor_faults(codec: Codec, tensor: TensorRecord) -> Iterator[str]:
 
 def _misfits(task: TaskRecord, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
     """What is wrong with the record of a task beside the headers of its reference."""
-    told = (*task.tensors, *task.grown, *task.absent, *task.dtypes, *task.renaming.plain)
+    told = (
+        *(*task.tensors, *task.grown, *task.absent, *task.spared),
+        *(*task.dtypes, *task.renaming.plain),
+    )
     unknown = [name for name in dict.fromkeys(told) if name not in specs]
     yield from (f"the reference has no {_shown(name)}" for name in unknown)
     if unknown:

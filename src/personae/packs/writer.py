@@ -125,7 +125,8 @@ class PackWriter:
             PackError: if a link stands where its files go.
         """
         file, _ = self._places(name)
-        newer = about.get("characteristics") or any(t.record().is_stack for t in coded.values())
+        newer = about.get("characteristics") or about.get("spared")
+        newer = newer or any(tensor.record().is_stack for tensor in coded.values())
         metadata = {
             "format_version": 2 if newer else self.manifest.format_version,
             "task": name,
