@@ -13,8 +13,12 @@ from personae.errors import Faults
 # GPT-NeoX), frequencies of rotary positions, and the biases that T5's cross-attention never uses.
 _MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$")
 _PASSED_OVER = re.compile(
-    r"(^|\.)(rotary_emb\.inv_freq|EncDecAttention\.relative_attention_bias\.weight)$"
+    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)"
+    r"|EncDecAttention\.relative_attention_bias\.weight)$"
 )
+# Copies of embeddings and output layers, which some versions save and others leave to be tied, and
+# tables of positions that are computed.
+_COPY = re.compile(r"(^|\.)(embed_\w+|shared|lm_head|decoder)\.(weight|bias)$")
 
 
 def check_fit(
@@ -51,6 +55,15 @@ def check_fit(
     ]
     if lacking:
         faults.add(_lacking_fault(lacking, found, reference))
+    foreign = [] if lacking else _foreign(found, reference, may_lack)
+    if foreign:
+        faults.add(
+            f"Expert '{found.name}' has {len(foreign)} tensor(s) in the base's layers that the "
+            f"base lacks: {shown(foreign)}. The names or the architecture may differ by the version "
+            "that saved them: load and save both with the same version of transformers. If they "
+            "are the expert's own, leave them out with 'skip', or keep them whole in a pack with "
+            "'private'."
+        )
     odd = [n for n in found.private if not may_lack(n) and n not in empty]
     odd = [n for n in odd if (known := reference_name(n, found, reference)) and known not in hollow]
     coded = sum(reference.specs[n].numel for n in found.shared)
@@ -62,6 +75,36 @@ def check_fit(
             f"{reference.specs[reference_name(n, found, reference)].shape}. "
             "Give the base it was fine-tuned from, or name them in 'private' to keep them whole."
         )
+
+
+def _foreign(found: Alignment, reference: Checkpoint, may_lack: Callable[[str], bool]) -> list[str]:
+    """Tensors only the expert has, in layers of the base or in a further layer.
+
+    No head: those stand beside the layers, as do other modules that an expert may have of its own.
+    """
+    layers = {parent for name in reference.specs for parent in _layered(name)}
+    rule = found.renaming
+    return [
+        own
+        for own in found.private
+        if (spec := found.private_spec(own)).is_floating
+        and not reference_name(own, found, reference)
+        and not may_lack(own)
+        and not is_passed_over(spec)
+        and not _COPY.search(own)
+        and not layers.isdisjoint(_parents(rule.strip + own.removeprefix(rule.add)))
+    ]
+
+
+def _parents(name: str) -> list[str]:
+    """The modules a tensor is in, outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:cut]) for cut in range(1, len(parts))]
+
+
+def _layered(name: str) -> list[str]:
+    """Those of the modules a tensor is in that are lists of layers, such as 'model.layers'."""
+    return [p for p in _parents(name) if name.removeprefix(f"{p}.").partition(".")[0].isdigit()]
 
 
 def _lacking_fault(lacking: Sequence[str], found: Alignment, reference: Checkpoint) -> str:
