@@ -159,9 +159,11 @@ def test_missing_tensors_of_all_experts_are_told_at_once():
         "2 faults:\n"
         "  1. Expert 'math' lacks 7 tensor(s) of the base: h.2.weight, h.3.weight, h.4.weight, "
         "h.5.weight, h.6.weight and 2 more (base: 'h.2.weight' of shape (4, 4)). Was 'math' "
-        "fine-tuned from the base? To leave them out, add them to 'skip'.\n"
+        'fine-tuned from the base? To leave them out: skip: ["h.2.weight", "h.3.weight", '
+        '"h.4.weight", "h.5.weight", "h.6.weight", "h.7.weight", "h.8.weight"].\n'
         "  2. Expert 'law' lacks 1 tensor(s) of the base: h.8.weight (base: 'h.8.weight' of shape "
-        "(4, 4)). Was 'law' fine-tuned from the base? To leave them out, add them to 'skip'."
+        "(4, 4)). Was 'law' fine-tuned from the base? To leave them out: skip: "
+        '["h.8.weight"].'
     )
 
 

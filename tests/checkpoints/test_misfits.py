@@ -34,7 +34,7 @@ def aligned(*own: str, prefix: str = "", **more: object) -> tuple[tuple[str, ...
 def test_a_tensor_in_a_layer_is_a_fault(name: str, prefix: str):
     _, (fault,) = aligned(prefix + name, prefix=prefix)
     assert fault.startswith(
-        f"Expert 'x' has 1 tensor(s) in the base's layers that the base lacks: {prefix + name}. "
+        f"Expert 'x' has 1 tensor(s) in the base's layers that it lacks: {prefix + name}. "
         "The names or the architecture may differ by the version that saved them"
     )
 

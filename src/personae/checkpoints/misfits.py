@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.alignment import Alignment
-from personae.checkpoints.naming import shown
+from personae.checkpoints.naming import patterns, shown
 from personae.errors import Faults
 
 # What old checkpoints hold and loaders make themselves or pass over: causal masks (GPT-2, GPT-Neo,
@@ -58,11 +58,11 @@ def check_fit(
     foreign = [] if lacking else _foreign(found, reference, may_lack)
     if foreign:
         faults.add(
-            f"Expert '{found.name}' has {len(foreign)} tensor(s) in the base's layers that the "
-            f"base lacks: {shown(foreign)}. The names or the architecture may differ by the version "
+            f"Expert '{found.name}' has {len(foreign)} tensor(s) in the base's layers that it "
+            f"lacks: {shown(foreign)}. The names or the architecture may differ by the version "
             "that saved them: load and save both with the same version of transformers. If they "
             "are the expert's own, leave them out with 'skip', or keep them whole in a pack with "
-            "'private'."
+            f"'private': {patterns(foreign, [*reference.specs, *found.files.values()])}."
         )
     odd = [n for n in found.private if not may_lack(n) and n not in empty]
     odd = [n for n in odd if (known := reference_name(n, found, reference)) and known not in hollow]
@@ -127,8 +127,10 @@ def _lacking_fault(lacking: Sequence[str], found: Alignment, reference: Checkpoi
                 "to differ by the version that saved them. Load and save both with the same "
                 "version of transformers."
             )
+    others = {name for name in reference.specs if name not in found.absent}
     return text + (
-        f"Was '{found.name}' fine-tuned from the base? To leave them out, add them to 'skip'."
+        f"Was '{found.name}' fine-tuned from the base? To leave them out: skip: "
+        f"{patterns(lacking, others)}."
     )
 
 

@@ -1,9 +1,11 @@
 """Names: of tasks, and of tensors under wrappers, prefixes and patterns."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import filter as fnfilter
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -46,6 +48,38 @@ def shown(names: Sequence[str]) -> str:
     listed = ", ".join(names[:_MOST_SHOWN])
     rest = len(names) - _MOST_SHOWN
     return f"{listed} and {rest} more" if rest > 0 else listed
+
+
+def patterns(names: Collection[str], others: Collection[str]) -> str:
+    """Few patterns, as YAML, that fit all of these names and none of the others.
+
+    Examples:
+        >>> patterns(["h.0.attn.bias", "h.1.attn.bias"], ["h.0.mlp.bias"])
+        '["h.*.attn.bias"]'
+        >>> patterns(["lm_head.weight", "lm_head.bias", "norm"], ["h.0.weight"])
+        '["lm_head.*", "norm"]'
+    """
+    left, chosen = dict.fromkeys(names), list[str]()
+    others = set(others) - left.keys()
+    while left:
+        covered = Counter(pattern for name in left for pattern in _patterns_of(name))
+        # Of those that fit as many, the longest says most.
+        ranked = sorted(covered, key=lambda pattern: (-covered[pattern], -len(pattern), pattern))
+        best = next(p for p in ranked if p in left or not fnfilter(others, p))
+        best = next(iter(left)) if covered[best] == 1 else best
+        fitting = {best, *fnfilter(left, best)}
+        left = {name: None for name in left if name not in fitting}
+        chosen.append(best)
+    return json.dumps(chosen, ensure_ascii=False)
+
+
+def _patterns_of(name: str) -> set[str]:
+    """A name, and what it has in common with others: its beginning, its end, all but numbers."""
+    parts = name.split(".")
+    cuts = range(1, len(parts))
+    numberless = ".".join("*" if part.isdigit() else part for part in parts)
+    beginnings = {".".join([*parts[:cut], "*"]) for cut in cuts}
+    return {name, numberless, *beginnings, *(".".join(["*", *parts[cut:]]) for cut in cuts)}
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -160,7 +160,7 @@ def open_family(
         faults.take(error)
         faults.raise_if_any(CheckpointError)
         raise
-    if for_pack and base is not None and skip:
+    if for_pack and base is not None and skip and len(opened) > 1:
         alike = align(reference, opened, skip=skip, private=private, faults=Faults())
         spared = {*spared, *lacked_by_some(reference, alike)}
     aligned = align(

@@ -4,7 +4,7 @@ from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.alignment import Alignment
 from personae.checkpoints.mean import MeanOf
 from personae.checkpoints.misfits import reference_name
-from personae.checkpoints.naming import matches, shown
+from personae.checkpoints.naming import matches, patterns, shown
 from personae.errors import Faults
 from personae.execute.family import Family
 from personae.methods import MergeMethod
@@ -78,7 +78,8 @@ def _check_average(family: Family, settings: MergeSettings, faults: Faults) -> N
         if odd:
             faults.add(
                 f"Expert '{name}': {len(odd)} tensor(s) are not in every expert in one shape: "
-                f"{shown(odd)}. Leave them as in the first with 'skip', or give a base."
+                f"{shown(odd)}. Leave them as in the first with skip: "
+                f"{patterns(odd, set(expert.own_specs) - {*odd})}, or give a base."
             )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint
-from personae.checkpoints.naming import left_out, shown
+from personae.checkpoints.naming import left_out, patterns, shown
 from personae.checkpoints.vocabularies import MergedVocabulary, merge_vocabularies
 from personae.errors import CheckpointError, Faults
 from personae.execute import pool
@@ -315,7 +315,11 @@ def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
         )
     heads = [name for name in sorted(job.merged) if _HEAD.search(name)]
     if heads:
-        notes.append(f"merged like all else, although heads by name: {shown(heads)}; or use skip")
+        others = [spec.name for spec in job.specs if spec.name not in heads]
+        notes.append(
+            f"merged like all else, although heads by name: {shown(heads)}; or leave them as in "
+            f"{whose} with skip: {patterns(heads, others)}"
+        )
     files = family.base.companions
     if files and "config.json" not in files:
         notes.append(f"{whose} has no config.json, and so has the result: transformers needs one")
