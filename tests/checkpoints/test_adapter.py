@@ -313,7 +313,9 @@ def test_every_misfit_is_named_at_once(tmp_path: Path) -> None:
 
 def test_modules_the_base_lacks_are_named(tmp_path: Path) -> None:
     write_adapter(tmp_path, {"a.q": ((2, 3), (4, 2)), "lm_head": ((2, 3), (4, 2))})
-    with pytest.raises(CheckpointError, match=r"the base has not: lm_head .* version .* untied"):
+    with pytest.raises(
+        CheckpointError, match=r"the base has not: lm_head .* version .* ties to its embedding"
+    ):
         open_checkpoint(tmp_path, base=open_checkpoint(BASE))
 
 

@@ -128,7 +128,7 @@ ALPHA = torch.tensor(2.0)
          r"'q\.alpha' is no finite number"),
         ({"q.lora_A.weight": torch.ones(0, 3), "q.lora_B.weight": UP[:, :0], "q.alpha": ALPHA},
          "2 tensor.s. of size 0"),
-        ({"k.lora_A.weight": DOWN, "k.lora_B.weight": UP, "k.alpha": ALPHA}, "fits the base in two ways"),
+        ({"k.lora_A.weight": DOWN, "k.lora_B.weight": UP, "k.alpha": ALPHA}, "base in two ways"),
     ],
 )  # fmt: skip
 def test_what_is_no_adapter_of_this_base(factors: dict[str, Any], text: str) -> None:

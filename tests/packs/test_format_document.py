@@ -186,9 +186,10 @@ def read_task(directory: Path, name: str, reference: dict[str, Any]) -> dict[str
                 view[...] = decode(parts, view.shape, task["parameters"])
             else:
                 view[...] = decode_of_version_2(method, parts, view.shape, task["parameters"], own)
-    rule, rebuilt = task["renaming"], {}
+    rule, rebuilt, stored = task["renaming"], {}, set[str]()
     for key, value in reference.items():
         own = rule["add"] + key.removeprefix(rule["strip"]) if key not in rule["plain"] else key
+        stored.add(own)
         if key in task["absent"] or (own in task["private"] and key not in task["grown"]):
             continue
         dtype = task["dtypes"].get(key, value.dtype)
@@ -196,7 +197,8 @@ def read_task(directory: Path, name: str, reference: dict[str, Any]) -> dict[str
         if key in task["grown"]:
             value = np.concatenate([value, file[f"private/{own}"]])
         rebuilt[own] = value.astype(dtype)
-    return {key: file[f"private/{key}"] for key in task["private"] if key not in rebuilt} | rebuilt
+    rebuilt |= {key: file[f"private/{key}"] for key in task["private"] if key not in rebuilt}
+    return rebuilt | {key: rebuilt[kept] for key, kept in task["tied"].items() if key in stored}
 
 
 # The tests: a family with everything the page speaks of.
@@ -324,6 +326,26 @@ def test_the_family_needs_every_rule(family: dict[str, Path], tmp_path: Path) ->
     exact = pack(base, family, tmp_path / "exact", settings=SETTINGS["bitdelta"]).manifest
     kept = exact.tasks["wrapped"].tensors.values()
     assert any(tensor.blocks[0].parts.keys() == {"exact", "rows"} for tensor in kept)
+
+
+def test_copies_are_written_as_the_page_says(tmp_path: Path) -> None:
+    """A reference that stores its embedding twice, and an expert that stores it once."""
+    embed = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    once = {"model.embed_tokens.weight": embed, "model.proj.weight": torch.eye(8)}
+    for name, state in {
+        "base": once | {"lm_head.weight": embed.clone()},
+        "x": {key: values + 0.1 * values.flip(0) for key, values in once.items()},
+    }.items():
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / WEIGHTS)
+    packed = pack(tmp_path / "base", {"x": tmp_path / "x"}, tmp_path / "pack")
+    reference = read_safetensors(tmp_path / "base" / WEIGHTS)
+    found = read_task(packed.directory, "x", reference)
+    rebuilt = read_safetensors(unpack(packed.directory, "x", tmp_path / "out") / WEIGHTS)
+    assert found.keys() == rebuilt.keys() == reference.keys()
+    assert np.array_equal(rebuilt["lm_head.weight"], rebuilt["model.embed_tokens.weight"])
+    for key, values in rebuilt.items():
+        np.testing.assert_allclose(found[key], values, rtol=2e-6, atol=2e-6)
 
 
 def test_fingerprints_are_what_the_page_says(family: dict[str, Path], tmp_path: Path) -> None:

@@ -156,6 +156,24 @@ def test_tied_names_are_noted_as_safetensors_notes_them(tmp_path: Path):
         assert mine.keys() == other.keys()
 
 
+def test_copies_are_written_with_their_tensors(tmp_path: Path):
+    """Whole, in rows, and where single values are written again; none of them is a note."""
+    specs = [TensorSpec(name, (3, 2), torch.float32) for name in ("a", "b")]
+    tied = {"a2": "a", "b2": "b", "b3": "b"}
+    values = torch.arange(6.0).reshape(3, 2)
+    with CheckpointWriter(tmp_path, specs, tied=tied, copies=("a2", "b2")) as writer:
+        writer.write("a", values)
+        writer.write_rows("b", 0, values[:1])
+        writer.write_rows("b", 1, values[1:])
+        writer.replace("b", torch.tensor([4]), torch.tensor([9.0]))
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "b3": "b"}
+        assert torch.equal(file.get_tensor("a2"), values)
+        expected = torch.tensor([[0.0, 1.0], [2.0, 3.0], [9.0, 5.0]])
+        assert torch.equal(file.get_tensor("b"), expected)
+        assert torch.equal(file.get_tensor("b2"), expected)
+
+
 def test_tied_names_stand_with_the_tensor_they_name(tmp_path: Path):
     tensors = {"a": torch.ones(9), "b": torch.ones(9)}
     files = write(tmp_path, tensors, shard_bytes=40, tied={"z": "b"})

@@ -18,7 +18,8 @@ class Checkpoint(Protocol):
         source: Where it came from, as the user wrote it: a path, a hub id, or a class name.
         revision: The hub commit it was resolved to; None for anything local.
         specs: Name to `TensorSpec`, sorted by name. Tied tensors appear once.
-        tied: Dropped name to the kept name it shares storage with.
+        tied: Dropped name to the kept name of the tensor it shares.
+        copies: Names of `tied` under which the tensor is stored again (see `tied.WithCopies`).
         companions: Relative file name to path of the small files beside the weights
             (configuration, tokenizer, processor, custom code), for copying.
     """
@@ -27,6 +28,7 @@ class Checkpoint(Protocol):
     revision: str | None
     specs: Mapping[str, TensorSpec]
     tied: Mapping[str, str]
+    copies: frozenset[str]
     companions: Mapping[str, Path]
 
     def read(self, name: str) -> Tensor:

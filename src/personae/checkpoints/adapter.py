@@ -1,7 +1,6 @@
 """A PEFT LoRA adapter on top of its base, with its low-rank factors kept available."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.adapter_files import (
     CONFIG_FILE,
+    Adapted,
     AdapterConfig,
     StoredPair,
     kept_pair,
@@ -19,25 +19,18 @@ from personae.checkpoints.adapter_files import (
     sort_stored,
 )
 from personae.checkpoints.adapter_fit import NAMES_DIFFER, find_rename, is_transposed
+from personae.checkpoints.adapter_ties import check_same, check_saved, tied_names, without_same
 from personae.checkpoints.folders import Companions
 from personae.checkpoints.misfits import empty_fault
 from personae.checkpoints.modules import WithModules
 from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.specs import by_name, check_rows, no_such_tensor
+from personae.checkpoints.tied import WithCopies
 from personae.checkpoints.vocabulary_rows import WithRows
 from personae.errors import CheckpointError, Faults
 
 # Products are formed in whole blocks of rows, so that a row comes out the same however it is asked.
 _BLOCK_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """How one weight is adapted: scaling * B @ A, transposed where the base stores (in, out)."""
-
-    pair: StoredPair
-    scaling: float
-    transposed: bool
 
 
 class Adapter:
@@ -80,6 +73,7 @@ class Adapter:
         self.tied: Mapping[str, str] = {
             dropped: kept for dropped, kept in base.tied.items() if dropped not in stored
         }
+        self.copies = base.copies & self.tied.keys()
         self._tensors, self._base = tensors, base
         self._adapted, self._replaced = adapted, replaced
 
@@ -180,20 +174,28 @@ def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Ad
     if not pairs:
         faults.add(f"{tensors.source} has no LoRA tensors (lora_A, lora_B).")
     wanted = [f"{pair.module}.weight" for pair in pairs]
-    rename = find_rename(wanted, base.specs, tensors.source, faults, published_renames(base))
+    tied = tied_names([*wanted, *full], base)
+    known = {**base.specs, **tied}
+    rename = find_rename(wanted, known, tensors.source, faults, published_renames(base))
     replaced: dict[str, str] = {}
     for name, key in full.items():
-        fault = _replacement_fault(config, tensors, key, name, base.specs.get(rename(name)))
+        known = tied.get(rename(name), rename(name))
+        fault = _replacement_fault(config, tensors, key, name, base.specs.get(known))
         if fault:
             faults.add(fault)
         replaced[rename(name)] = key
+    replaced = without_same(replaced, tied, tensors, base)
     own = {name: tensors.specs[key] for name, key in replaced.items()}
     specs = {**base.specs, **own}
-    adapted = {
-        name: _fit(config, tensors, pair, name, specs, faults)
-        for pair, name in zip(pairs, map(rename, wanted), strict=True)
-        if name in specs
-    }
+    adapted: dict[str, Adapted] = {}
+    for pair, name in zip(pairs, map(rename, wanted), strict=True):
+        kept = name if name in specs else tied.get(name, name)
+        if kept in specs:
+            how = _fit(config, tensors, pair, kept, specs, faults)
+            if kept in adapted:
+                check_same(tensors, adapted[kept], how, faults)
+            adapted[kept] = how
+    check_saved(config, tensors, [*map(rename, wanted)], replaced, tied, base, faults)
     faults.raise_if_any(CheckpointError)
     return Adapter(tensors, base, adapted, replaced, config)
 
@@ -259,6 +261,6 @@ def _replacement_fault(
 def adapter_of(checkpoint: Checkpoint) -> Adapter | None:
     """The checkpoint if it is an adapter, whatever it is seen through; else None."""
     model: Checkpoint | None = checkpoint
-    while isinstance(model, WithRows | WithModules):
+    while isinstance(model, WithRows | WithModules | WithCopies):
         model = model.model
     return model if isinstance(model, Adapter) else None

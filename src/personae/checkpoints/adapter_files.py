@@ -132,6 +132,15 @@ class StoredPair:
     embedding: bool
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """How one weight is adapted: scaling * B @ A, transposed where the base stores (in, out)."""
+
+    pair: StoredPair
+    scaling: float
+    transposed: bool
+
+
 def kept_pair(pair: StoredPair, tied: Mapping[str, str]) -> StoredPair:
     """The pair by the names that are stored: modules may share a factor, which is kept once."""
     return replace(pair, a=tied.get(pair.a, pair.a), b=tied.get(pair.b, pair.b))

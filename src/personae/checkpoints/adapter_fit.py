@@ -57,8 +57,8 @@ def find_rename(
         more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
         faults.add(
             f"{where} adapts modules whose weight the base has not: {', '.join(lost[:10])}{more} "
-            f"(the base has, for example, '{min(known, default='')}'). {NAMES_DIFFER} "
-            "A weight tied to another must be stored untied."
+            f"(the base has, for example, '{min(known, default='')}'). {NAMES_DIFFER} An output "
+            "layer that the base ties to its embedding is known by the base's config.json."
         )
     return renames[matched.index(best)]
 

@@ -26,6 +26,8 @@ class Alignment:
         buffers: Reference names of tensors both have and no arithmetic suits: integers, and the
             running statistics of batch normalisation.
         absent: Reference names the expert lacks (skipped, integer, or tied to one it has).
+        copies: Reference names of stored copies (`Checkpoint.copies`) that are not the expert's
+            own either: each equals what it is a copy of, or is not there.
         skipped: Reference names left as in the reference on request.
         spared: Reference names taken although `skip` fits them, as other experts lack them.
         tied: Dropped name to kept name, without wrappers, where the kept one is in the pack.
@@ -40,6 +42,7 @@ class Alignment:
     grown: tuple[str, ...]
     buffers: tuple[str, ...]
     absent: tuple[str, ...]
+    copies: tuple[str, ...]
     skipped: tuple[str, ...]
     spared: tuple[str, ...]
     tied: Mapping[str, str]
@@ -66,6 +69,11 @@ class Alignment:
     def private_spec(self, name: str) -> TensorSpec:
         """What the expert's header says of the private tensor of this expert name."""
         return self.checkpoint.specs[self.private_files[name]]
+
+    @property
+    def stored_again(self) -> set[str]:
+        """Names of `tied` under which the tensor is stored again, as in the reference."""
+        return {self.renaming.expert_name(name) for name in self.copies} & self.tied.keys()
 
     @property
     def own_specs(self) -> dict[str, TensorSpec]:

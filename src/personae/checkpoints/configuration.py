@@ -11,8 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from personae._types import TensorSpec
+from personae.checkpoints.vocabulary import is_input_embedding, is_output_layer
 
 CONFIG = "config.json"
+TIED = "tie_word_embeddings"
+"""Whether the output layer is the embedding; where a configuration is silent, it is."""
 
 _HEAD = re.compile(
     r"(?:^|\.)(?P<head>(?:\w*_)?classifier|score|qa_outputs|classification_head|logits_proj"
@@ -83,6 +86,11 @@ def fit_config(
     if dtype != _main_dtype(described):
         fitted = with_dtype(fitted, dtype)
         changes += [dtype] if dtype in fitted.values() else []
+    inputs = {spec.shape for name, spec in written.items() if is_input_embedding(name)}
+    new = [name for name in written if name not in described and is_output_layer(name)]
+    if fitted.get(TIED, True) and any(written[name].shape in inputs for name in new):
+        fitted = _untied(fitted)
+        changes.append(f"{TIED} false")
     head = _head(written)
     if head and (head.name not in described or head.name in unlike):
         changes += _set_labels(fitted, head.labels)
@@ -99,6 +107,12 @@ def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         if key.endswith("_config") and isinstance(value, dict)
     }
     return config | changed | inner
+
+
+def _untied(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, and those in it that say, with an output layer apart from the embedding."""
+    inner = {k: _untied(v) for k, v in config.items() if isinstance(v, dict) and TIED in v}
+    return config | inner | {TIED: False}
 
 
 def _main_dtype(specs: Mapping[str, TensorSpec]) -> str:

@@ -144,6 +144,7 @@ class ExpertsLaidOut:
         self.tied: Mapping[str, str] = {
             dropped: kept for dropped, kept in model.tied.items() if kept not in used
         }
+        self.copies = model.copies
         self.companions: Mapping[str, Path] = model.companions
 
     def read(self, name: str) -> Tensor:

@@ -6,7 +6,7 @@ without wrappers (`module.`, `_orig_mod.`), with one prefix where a task model w
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from personae.checkpoints.misfits import check_fit, is_passed_over
 from personae.checkpoints.naming import Renaming, find_names, left_out, matches
 from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.renames import canonical
+from personae.checkpoints.tied import each_once_beside
 from personae.errors import CheckpointError, Faults
 
 Kind = Literal["shared", "grown", "buffer", "private", "skipped"]
@@ -35,6 +36,7 @@ def align(
     private: Sequence[str] = (),
     spared: Collection[str] = (),
     lenient: bool = False,
+    parts: bool = False,
     faults: Faults | None = None,
 ) -> dict[str, Alignment]:
     """Match every expert with the reference, by names and shapes from headers.
@@ -47,6 +49,7 @@ def align(
         private: Patterns of names to keep whole although they could be coded.
         spared: Reference names that `skip` leaves out only where they are of another shape.
         lenient: Whether an expert may lack tensors of the reference.
+        parts: Whether it may lack whole parts of it, such as a language model's head.
         faults: If given, faults are added to it instead of raised.
 
     Raises:
@@ -68,7 +71,7 @@ def align(
             continue
         found = _align_one(name, reference, checkpoint, skip, only, private, spared)
         if found.shared or not (only and found.skipped):  # else 'only' leaves nothing to fit
-            check_fit(found, reference, may_lack, found_here)
+            check_fit(found, reference, may_lack, found_here, parts=parts)
         aligned[name] = found
     if faults is None:
         found_here.raise_if_any(CheckpointError)
@@ -107,9 +110,11 @@ def _align_one(
     spared: Collection[str],
 ) -> Alignment:
     plain, renaming = _names(reference, expert)
+    known = {renaming.expert_name(name): name for name in (*reference.tied, *reference.specs)}
+    expert = each_once_beside(expert, reference, lambda raw: known.get(plain(raw), ""))
     raw_of = {plain(raw): raw for raw in expert.specs}
     ties = {plain(dropped): plain(kept) for dropped, kept in expert.tied.items()}
-    own_name = _match(reference.specs, raw_of, ties, renaming)
+    own_name = _match(reference, raw_of, ties, renaming)
     matched = set(own_name.values())
     files: dict[str, str] = {}
     private = {
@@ -132,6 +137,10 @@ def _align_one(
             names[kind].append(ref_name)
             files[ref_name] = own.name
     moved = {found: renaming.expert_name(ref_name) for ref_name, found in own_name.items()}
+    absent = tuple(name for name in reference.specs if name not in own_name)
+    copies = [name for name in reference.copies if renaming.expert_name(name) not in private]
+    if not (absent or private or renaming.add or renaming.strip):  # a model of the same class
+        ties = {name: reference.tied[name] for name in copies} | ties
     return Alignment(
         name=name,
         checkpoint=expert,
@@ -140,7 +149,8 @@ def _align_one(
         shared=tuple(sorted(names["shared"] + names["grown"])),
         grown=tuple(names["grown"]),
         buffers=tuple(names["buffer"]),
-        absent=tuple(name for name in reference.specs if name not in own_name),
+        absent=absent,
+        copies=tuple(sorted(copies)),
         skipped=tuple(names["skipped"]),
         spared=tuple(name for name in files if name in spared and name not in names["skipped"]),
         tied=_ties(ties, moved, {renaming.expert_name(name) for name in files} | private.keys()),
@@ -168,19 +178,22 @@ def _names(reference: Checkpoint, expert: Checkpoint) -> tuple[Callable[[str], s
 
 
 def _match(
-    reference: Iterable[str], own: Collection[str], ties: Mapping[str, str], renaming: Renaming
+    reference: Checkpoint, own: Collection[str], ties: Mapping[str, str], renaming: Renaming
 ) -> dict[str, str]:
     """Reference name to the expert's, of all that both have.
 
-    A tensor that the expert ties to another one may be there under that one's name alone.
+    A tensor that expert or reference tie to another one may be there under that one's name alone.
     """
-    wanted = {name: renaming.expert_name(name) for name in reference}
+    wanted = {name: renaming.expert_name(name) for name in reference.specs}
     taken = set(wanted.values())
     found: dict[str, str] = {}
     for name, expert_name in wanted.items():
+        twins = [dropped for dropped in sorted(reference.copies) if reference.tied[dropped] == name]
+        others = [ties.get(expert_name, expert_name), *map(renaming.expert_name, twins)]
+        kept = next((other for other in others if other in own and other not in taken), None)
         if expert_name in own:
             found[name] = expert_name
-        elif (kept := ties.get(expert_name, expert_name)) in own and kept not in taken:
+        elif kept is not None:
             found[name] = kept
             taken.add(kept)
     return found

@@ -47,6 +47,7 @@ class MeanOf:
         self.tied: Mapping[str, str] = {
             dropped: kept for dropped, kept in first.tied.items() if kept in self.specs
         }
+        self.copies = first.copies & self.tied.keys()
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, fp32 where it is a mean; see `Checkpoint.read`."""

@@ -20,6 +20,8 @@ class InMemory:
     headers, and refuse to be read.
     """
 
+    copies: frozenset[str] = frozenset()
+
     def __init__(self, tensors: nn.Module | Mapping[str, Any]) -> None:
         """Take names, shapes and ties; copy nothing.
 

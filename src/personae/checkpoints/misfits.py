@@ -7,6 +7,7 @@ from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.alignment import Alignment
 from personae.checkpoints.naming import patterns, shown
+from personae.checkpoints.vocabulary import is_input_embedding, is_output_layer
 from personae.errors import Faults
 
 # What old checkpoints hold and loaders make themselves or pass over: causal masks (GPT-2, GPT-Neo,
@@ -20,9 +21,16 @@ _PASSED_OVER = re.compile(
 # tables of positions that are computed.
 _COPY = re.compile(r"(^|\.)(embed_\w+|shared|lm_head|decoder)\.(weight|bias)$")
 
+_POOLER = re.compile(r"(.*\.)?pooler\.")
+
 
 def check_fit(
-    found: Alignment, reference: Checkpoint, may_lack: Callable[[str], bool], faults: Faults
+    found: Alignment,
+    reference: Checkpoint,
+    may_lack: Callable[[str], bool],
+    faults: Faults,
+    *,
+    parts: bool = False,
 ) -> None:
     """Add a fault for an expert that lacks tensors of the reference, or is of another shape.
 
@@ -31,6 +39,7 @@ def check_fit(
         reference: What it was aligned with.
         may_lack: Whether a name may be absent or of another shape.
         faults: Where faults are added.
+        parts: Whether whole parts may be absent, such as a language model's head.
     """
     empty, hollow = _empty(found, reference)
     if empty:
@@ -45,17 +54,13 @@ def check_fit(
         )
     if not found.shared:
         return
-    lacking = [
-        n
-        for n in found.absent
-        if reference.specs[n].is_floating
-        and not may_lack(n)
-        and not is_passed_over(reference.specs[n])
-        and found.renaming.expert_name(n) not in found.tied
-    ]
-    if lacking:
-        faults.add(_lacking_fault(lacking, found, reference))
-    foreign = [] if lacking else _foreign(found, reference, may_lack)
+    absent = [n for n in lacking(found, reference) if not may_lack(n)]
+    if parts:
+        whole = _lacking_parts(found, reference)
+        absent = [n for n in absent if not n.startswith(tuple(whole))]
+    if absent:
+        faults.add(_lacking_fault(absent, found, reference))
+    foreign = [] if absent else _foreign(found, reference, may_lack)
     if foreign:
         faults.add(
             f"Expert '{found.name}' has {len(foreign)} tensor(s) in the base's layers that it "
@@ -107,6 +112,31 @@ def _layered(name: str) -> list[str]:
     return [p for p in _parents(name) if name.removeprefix(f"{p}.").partition(".")[0].isdigit()]
 
 
+def lacking(found: Alignment, reference: Checkpoint) -> list[str]:
+    """Weights of the reference that the expert has in no form, but for what loaders pass over."""
+    return [
+        name
+        for name in found.absent
+        if reference.specs[name].is_floating
+        and not is_passed_over(reference.specs[name])
+        and found.renaming.expert_name(name) not in found.tied
+    ]
+
+
+def _lacking_parts(found: Alignment, reference: Checkpoint) -> list[str]:
+    """Parts of the reference of which the expert has nothing, as 'cls.' or 'bert.pooler.'.
+
+    A part is a whole module at the top, or the pooler, and less than what the expert has.
+    """
+    here = {name: name.partition(".")[0] + "." for name in found.absent if "." in name}
+    here |= {name: m[0] for name in found.absent if (m := _POOLER.match(name))}
+    held = (*found.files, *found.private)
+    whole = [p for p in set(here.values()) if not any(name.startswith(p) for name in held)]
+    gone = sum(reference.specs[name].numel for name, part in here.items() if part in whole)
+    coded = sum(reference.specs[name].numel for name in found.shared)
+    return sorted(whole) if gone < coded else []
+
+
 def _lacking_fault(lacking: Sequence[str], found: Alignment, reference: Checkpoint) -> str:
     """What is to be said of tensors the expert lacks; it may have them under other names."""
     first = reference.specs[lacking[0]]
@@ -114,12 +144,14 @@ def _lacking_fault(lacking: Sequence[str], found: Alignment, reference: Checkpoi
         f"Expert '{found.name}' lacks {len(lacking)} tensor(s) of the base: {shown(lacking)} "
         f"(base: '{first.name}' of shape {first.shape}). "
     )
+    inputs = [name for name in found.files if is_input_embedding(name)]
     extra = {
         found.private_spec(own).shape: own
         for own in reversed(found.private)
         if not reference_name(own, found, reference)
     }
-    for name in lacking:
+    parts = _lacking_parts(found, reference)
+    for name in (n for n in lacking if not n.startswith(tuple(parts))):
         own = extra.get(reference.specs[name].shape)
         if own and name.rpartition(".")[2] == own.rpartition(".")[2]:
             return text + (
@@ -127,6 +159,12 @@ def _lacking_fault(lacking: Sequence[str], found: Alignment, reference: Checkpoi
                 "to differ by the version that saved them. Load and save both with the same "
                 "version of transformers."
             )
+    heads = [name for name in lacking if is_output_layer(name) and name.endswith(".weight")]
+    if any(reference.specs[n].shape == reference.specs[i].shape for n in heads for i in inputs):
+        return text + (
+            f"If '{found.name}' ties '{heads[0]}' to its embedding, save it untied "
+            "(tie_word_embeddings: false, both stored), or give a base that ties them too."
+        )
     others = {name for name in reference.specs if name not in found.absent}
     return text + (
         f"Was '{found.name}' fine-tuned from the base? To leave them out: skip: "

@@ -122,6 +122,8 @@ class WithModules:
         model: The model in the outer folder; None if there are only modules.
     """
 
+    copies: frozenset[str] = frozenset()
+
     def __init__(
         self,
         folder: Folder,

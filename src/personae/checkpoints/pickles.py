@@ -44,6 +44,8 @@ class Pickles:
         revision: See `Checkpoint`.
     """
 
+    copies: frozenset[str] = frozenset()
+
     def __init__(
         self,
         source: str,

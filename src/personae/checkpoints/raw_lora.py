@@ -12,9 +12,16 @@ from collections.abc import Collection, Iterable, Mapping
 
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
-from personae.checkpoints.adapter import Adapted, Adapter
-from personae.checkpoints.adapter_files import CONFIG_FILE, AdapterConfig, StoredPair, kept_pair
+from personae.checkpoints.adapter import Adapter
+from personae.checkpoints.adapter_files import (
+    CONFIG_FILE,
+    Adapted,
+    AdapterConfig,
+    StoredPair,
+    kept_pair,
+)
 from personae.checkpoints.adapter_fit import NAMES_DIFFER, is_transposed
+from personae.checkpoints.adapter_ties import check_same
 from personae.checkpoints.misfits import empty_fault
 from personae.checkpoints.naming import shown
 from personae.errors import CheckpointError, Faults
@@ -68,12 +75,15 @@ def open_raw_lora(tensors: Checkpoint, base: Checkpoint | None) -> Adapter:
         )
     faults.raise_if_any(CheckpointError)
     assert base is not None
-    targets = _targets([pair.module for pair in pairs], base.specs, tensors.source, faults)
-    adapted = {
-        targets[pair.module]: _fit(pair, targets[pair.module], tensors, base.specs, faults)
-        for pair in pairs
-        if pair.module in targets
-    }
+    names = (*base.specs, *base.tied)
+    targets = _targets([pair.module for pair in pairs], names, tensors.source, faults)
+    adapted: dict[str, Adapted] = {}
+    for pair in pairs if targets else ():
+        kept = base.tied.get(targets[pair.module], targets[pair.module])
+        how = _fit(pair, kept, tensors, base.specs, faults)
+        if kept in adapted:
+            check_same(tensors, adapted[kept], how, faults)
+        adapted[kept] = how
     faults.raise_if_any(CheckpointError)
     unsaid = AdapterConfig(peft_type="LORA", r=1, lora_alpha=1.0)  # each pair has its own scaling
     return Adapter(tensors, base, adapted, {}, unsaid)
@@ -112,10 +122,10 @@ def _sorted(tensors: Checkpoint) -> tuple[list[StoredPair], list[str], Faults]:
 
 
 def _targets(
-    modules: Collection[str], specs: Mapping[str, TensorSpec], where: str, faults: Faults
+    modules: Collection[str], names: Collection[str], where: str, faults: Faults
 ) -> dict[str, str]:
     """The base's weight for each module: the same name with dots as underscores, but one prefix."""
-    weights = [name for name in specs if name.endswith(".weight")]
+    weights = [name for name in names if name.endswith(".weight")]
     known = {_flat(name.removesuffix(".weight")): name for name in weights}
     wanted = {module: _flat(module) for module in modules}
     first = next(iter(wanted.values()))

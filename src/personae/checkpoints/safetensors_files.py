@@ -39,6 +39,8 @@ class SafetensorsFiles:
         revision: See `Checkpoint`.
     """
 
+    copies: frozenset[str] = frozenset()
+
     def __init__(
         self,
         source: str,

@@ -58,10 +58,20 @@ class Vocabulary:
         return max(after, self.core_size)
 
 
+def is_input_embedding(name: str) -> bool:
+    """Whether a tensor is by its name an embedding of tokens."""
+    return _INPUT.search(name) is not None
+
+
+def is_output_layer(name: str) -> bool:
+    """Whether a tensor is by its name a language model's output layer, or the bias of one."""
+    return _OUTPUT.search(name) is not None
+
+
 def embedding_rows(specs: Mapping[str, TensorSpec]) -> int | None:
     """Rows of the input embedding; None if there is none (a vision model)."""
     for name, spec in specs.items():
-        if len(spec.shape) == 2 and _INPUT.search(name):
+        if len(spec.shape) == 2 and is_input_embedding(name):
             return spec.shape[0]
     return None
 
@@ -72,8 +82,8 @@ def has_vocabulary_axis(spec: TensorSpec, rows: int) -> bool:
     Input embeddings and output layers with their biases, told by name and size; position
     embeddings and classifiers are none.
     """
-    called = _INPUT.search(spec.name) or _OUTPUT.search(spec.name)
-    return called is not None and len(spec.shape) in (1, 2) and spec.shape[0] == rows
+    called = is_input_embedding(spec.name) or is_output_layer(spec.name)
+    return called and len(spec.shape) in (1, 2) and spec.shape[0] == rows
 
 
 def same_token_files(one: Checkpoint, other: Checkpoint) -> bool:

@@ -54,6 +54,7 @@ class WithRows:
         self.source = model.source
         self.revision = model.revision
         self.tied: Mapping[str, str] = model.tied
+        self.copies = model.copies
         self.companions: Mapping[str, Path] = model.companions
         size = rows.rows if rows.index is None else len(rows.index)
         self.specs: Mapping[str, TensorSpec] = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from personae.checkpoints import open_checkpoint
 from personae.checkpoints.family import align
 from personae.checkpoints.modules import weight_layout
+from personae.checkpoints.tied import each_once
 from personae.evaluate.evaluation import evaluate_checkpoint
 from personae.evaluate.tasks import Task
 from personae.execute.merge import merge
@@ -69,13 +70,13 @@ def attach_head(
         directory: An empty directory.
         heads: Patterns of tensors that stay the expert's, beside those of another shape.
     """
-    reference, values = open_checkpoint(base), open_checkpoint(merged)
+    reference, values = each_once(open_checkpoint(base)), open_checkpoint(merged)
     opened = {"expert": open_checkpoint(expert, base=reference)}
     own = align(reference, opened, private=heads)["expert"]
     shared = {own.files[name]: name for name in own.shared}
-    specs = own.checkpoint.specs
+    specs, tied, copies = own.checkpoint.specs, own.checkpoint.tied, own.checkpoint.copies
     layout = weight_layout(own.checkpoint.companions)._asdict()
-    with CheckpointWriter(directory, specs.values(), tied=own.checkpoint.tied, **layout) as writer:
+    with CheckpointWriter(directory, specs.values(), tied=tied, copies=copies, **layout) as writer:
         for raw in specs:
             source, name = (values, shared[raw]) if raw in shared else (own.checkpoint, raw)
             writer.write(raw, source.read(name))
@@ -84,7 +85,7 @@ def attach_head(
 
 def heads_of(base: Path, experts: Mapping[str, Path]) -> tuple[str, ...]:
     """Names of the base's tensors of which some expert has another shape."""
-    reference = open_checkpoint(base)
+    reference = each_once(open_checkpoint(base))
     opened = {name: open_checkpoint(path, base=reference) for name, path in experts.items()}
     aligned = align(reference, opened)
     shared = set(reference.specs).intersection(*({*a.shared, *a.buffers} for a in aligned.values()))

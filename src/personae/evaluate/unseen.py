@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from personae.checkpoints import open_checkpoint
+from personae.checkpoints.tied import each_once
 from personae.errors import RecipeError, nearest
 from personae.evaluate.comparison import merge_rows
 from personae.evaluate.evaluation import evaluate_checkpoint
@@ -181,12 +182,14 @@ class _HeldOut:
 
     def unified(self, row: str, pack: Pack) -> Path:
         """What an EMR pack's tasks share, added to the base: no mask, no rescaler."""
-        shared, base = pack.open_shared(), open_checkpoint(self.base)
+        shared, base = pack.open_shared(), each_once(open_checkpoint(self.base))
         assert shared is not None, "an EMR pack has a unified vector"
         out = self.directory / _file_name(f"{row} unified")
         with (
             output_directory(out, overwrite=True) as partial,
-            CheckpointWriter(partial, base.specs.values(), tied=base.tied) as writer,
+            CheckpointWriter(
+                partial, base.specs.values(), tied=base.tied, copies=base.copies
+            ) as writer,
         ):
             for name in base.specs:
                 tensor, vector = base.read(name), shared.read(name)

@@ -252,7 +252,7 @@ def _write_task(
         parameters=codec.model_dump(mode="json"),
         renaming=RenamingRecord(add=rule.add, strip=rule.strip, plain=tuple(sorted(rule.plain))),
         grown=expert.grown,
-        absent=expert.absent,
+        absent=tuple(sorted((*expert.absent, *expert.copies))),
         spared=expert.spared,
         dtypes={
             name: expert.spec(name).dtype_name

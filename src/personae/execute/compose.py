@@ -200,6 +200,7 @@ def compose(
             list(composed.outline.specs.values()),
             composed.compose,
             tied=composed.outline.tied,
+            copies=composed.outline.copies,
             computed=composed.coded,
             companions=files,
             cost=_cost,

@@ -12,8 +12,10 @@ from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.family import Alignment, align, lacked_by_some
 from personae.checkpoints.mean import MeanOf
 from personae.checkpoints.memory import InMemory
-from personae.checkpoints.naming import check_names, left_out, matches
+from personae.checkpoints.misfits import lacking
+from personae.checkpoints.naming import check_names, left_out, matches, shown
 from personae.checkpoints.quantised import quantisation_of
+from personae.checkpoints.tied import as_stored, each_once
 from personae.checkpoints.vocabularies import MergedVocabulary
 from personae.errors import CheckpointError, Faults, RecipeError
 from personae.execute.small_files import small_files
@@ -44,8 +46,13 @@ class Family:
     def notes(self) -> list[str]:
         """What a person who packs should be told about the alignment."""
         notes = [note for expert in self.experts.values() for note in expert.notes]
+        for name, expert in self.experts.items():
+            if absent := lacking(expert, self.base):
+                notes.append(
+                    f"{name}: has none of these, nor will it when rebuilt: {shown(absent)}"
+                )
         notes += self.base_notes
-        names = set(self.base.specs).union(
+        names = (self.base.specs.keys() | self.base.copies).union(
             *(expert.checkpoint.specs for expert in self.experts.values())
         )
         for pattern in self.patterns:
@@ -72,10 +79,20 @@ class Family:
             for spec in m.specs.values()
         ):
             notes.append("weights in float64 are computed in float32: results have its precision")
+        tied, copies = self.base.tied, sorted(self.base.copies)
+        if copies:
+            told = shown([f"{name} as {tied[name]}" for name in copies])
+            notes.append(f"stored twice and taken as one tensor, as they are equal: {told}")
+        for name in copies:
+            if matches(name, self.patterns) and not matches(tied[name], self.patterns):
+                notes.append(
+                    f"'{name}' is treated as '{tied[name]}' is, with which it is one tensor, "
+                    "whatever patterns say of it"
+                )
         for name, expert in self.experts.items():
             adapter, base = adapter_of(expert.checkpoint), self.base.source
             wanted = adapter.trained_on if adapter else None
-            if isinstance(self.base, InMemory):
+            if isinstance(as_stored(self.base), InMemory):
                 continue  # it has no name
             if wanted and Path(wanted).name.lower() != Path(base.split("@")[0]).name.lower():
                 notes.append(
@@ -126,8 +143,9 @@ def open_family(
         skip: Patterns of tensor names to leave out.
         only: If any, patterns of the only ones not to leave out.
         private: Patterns of tensor names to keep whole.
-        for_pack: Whether the experts become tasks: names are those of files then, and what only
-            some experts lack is skipped in these alone.
+        for_pack: Whether the experts become tasks: names are those of files then, what only some
+            experts lack is skipped in these alone, and an expert may lack whole parts of the base,
+            such as a language model's head.
         spared: Reference names that tasks packed before lack, or were spared.
         vocabulary: Works out the vocabulary under which all are seen; by default each has its own.
         check: Adds what else the headers tell against the family.
@@ -143,7 +161,7 @@ def open_family(
     if for_pack:
         check_names(experts, faults)
     opened: dict[str, Checkpoint] = {}
-    reference = None if base is None else _open("The base", base, None, faults)
+    reference = None if base is None else _open("The base", base, None, faults, each_once)
     for name, source in experts.items():
         expert = _open(f"Expert '{name}'", source, reference, faults)
         if expert is not None:
@@ -161,10 +179,17 @@ def open_family(
         faults.raise_if_any(CheckpointError)
         raise
     if for_pack and base is not None and skip and len(opened) > 1:
-        alike = align(reference, opened, skip=skip, private=private, faults=Faults())
+        alike = align(reference, opened, skip=skip, private=private, parts=True, faults=Faults())
         spared = {*spared, *lacked_by_some(reference, alike)}
     aligned = align(
-        reference, opened, skip=skip, only=only, private=private, spared=spared, faults=faults
+        reference,
+        opened,
+        skip=skip,
+        only=only,
+        private=private,
+        spared=spared,
+        parts=for_pack,
+        faults=faults,
     )
     family = Family(reference, aligned, (*skip, *private), base is not None, chosen)
     if check is not None:
@@ -180,13 +205,20 @@ def _average(experts: Mapping[str, Checkpoint], skip: Sequence[str], only: Seque
         CheckpointError: if an expert does not fit the first.
     """
     (_, first), *others = experts.items()
+    first = each_once(first)
     aligned = align(first, dict(others), skip=skip, only=only, lenient=True)
     return MeanOf(first, list(aligned.values()), lambda name: left_out([name], skip, only))
 
 
-def _open(label: str, source: Any, base: Checkpoint | None, faults: Faults) -> Checkpoint | None:
+def _open(
+    label: str,
+    source: Any,
+    base: Checkpoint | None,
+    faults: Faults,
+    seen: Callable[[Checkpoint], Checkpoint] = lambda model: model,
+) -> Checkpoint | None:
     try:
-        return open_checkpoint(source, base=base)
+        return seen(open_checkpoint(source, base=base))
     except CheckpointError as error:
         for fault in error.faults or (str(error),):
             faults.add(f"{label}: {fault}")

@@ -147,6 +147,7 @@ def run(
         job.specs,
         shard_bytes=shard_bytes,
         tied=job.family.base.tied,
+        copies=job.family.base.copies,
         again=True,
         computed=job.merged,
         **weight_layout(job.family.base.companions)._asdict(),

@@ -5,6 +5,7 @@ from personae.checkpoints.alignment import Alignment
 from personae.checkpoints.mean import MeanOf
 from personae.checkpoints.misfits import reference_name
 from personae.checkpoints.naming import matches, patterns, shown
+from personae.checkpoints.tied import trained_apart
 from personae.errors import Faults
 from personae.execute.family import Family
 from personae.methods import MergeMethod
@@ -16,6 +17,7 @@ def check_family(family: Family, settings: MergeSettings, faults: Faults) -> Non
     for name, expert in family.experts.items():
         _check_shapes(name, expert, family, faults)
         _check_dtypes(name, expert, family, settings, faults)
+        _check_ties(name, expert, family, faults)
     if not family.has_base:
         _check_average(family, settings, faults)
     _check_adapters(family, settings.merge_method(), faults)
@@ -27,7 +29,8 @@ def check_family(family: Family, settings: MergeSettings, faults: Faults) -> Non
 def all_names(family: Family) -> set[str]:
     """Every tensor name in the family, as the reference and as the experts' files have it."""
     checkpoints = (one.checkpoint for one in family.experts.values())
-    return set(family.base.specs).union(*(checkpoint.specs for checkpoint in checkpoints))
+    names = family.base.specs.keys() | family.base.copies
+    return names.union(*(checkpoint.specs for checkpoint in checkpoints))
 
 
 def _check_shapes(name: str, expert: Alignment, family: Family, faults: Faults) -> None:
@@ -53,6 +56,25 @@ def _check_shapes(name: str, expert: Alignment, family: Family, faults: Faults) 
         )
 
 
+def _check_ties(name: str, expert: Alignment, family: Family, faults: Faults) -> None:
+    """An output layer of its own beside a tied one has no place in the result, nor the reverse."""
+    base, whose = family.base, "base" if family.has_base else "first expert"
+    for own, kept in trained_apart(expert, base).items():
+        faults.add(
+            f"Expert '{name}': '{own}' is trained apart from '{kept}', to which the {whose} ties "
+            f"it: merged into one tensor, one training of the two would be lost. Give a {whose} "
+            f"that is untied (tie_word_embeddings: false, '{own}' stored), and experts likewise."
+        )
+    for lacking in expert.absent:
+        own = expert.renaming.expert_name(lacking)
+        if own in expert.tied and base.specs[lacking].is_floating:
+            faults.add(
+                f"Expert '{name}' ties '{own}' to '{expert.tied[own]}', and the {whose} has both "
+                "apart: its training of the two would not be merged. Save the expert untied "
+                "(tie_word_embeddings: false, both stored)."
+            )
+
+
 def _check_dtypes(
     name: str, expert: Alignment, family: Family, settings: MergeSettings, faults: Faults
 ) -> None:
@@ -74,7 +96,8 @@ def _check_average(family: Family, settings: MergeSettings, faults: Faults) -> N
     """Without a base, what the experts do not share in one shape has nothing to stay as."""
     assert isinstance(family.base, MeanOf)
     for name, expert in family.experts.items():
-        odd = [own for own in expert.private if not matches(own, settings.skip)]
+        apart = trained_apart(expert, family.base)
+        odd = [n for n in expert.private if not matches(n, settings.skip) and n not in apart]
         if odd:
             faults.add(
                 f"Expert '{name}': {len(odd)} tensor(s) are not in every expert in one shape: "

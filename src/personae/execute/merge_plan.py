@@ -25,6 +25,7 @@ from personae.execute.undecided import BYTES_LEFT_OPEN, most_held
 from personae.execute.work import Work
 from personae.methods import MergeMethod
 from personae.recipe import MergeSettings, count_layers
+from personae.writers import with_copies
 
 # Each answers the question of its task; a language model's lm_head is none of them.
 _HEAD = re.compile(r"(^|\.)(classifier|score|qa_outputs|classification_head)\.")
@@ -275,6 +276,7 @@ def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
     voted_on = job.method.can_decide_late and job.stacks.experts > 1
     looks = job.method.looks + (voted_on and not job.decides_late)
     bytes_in = sum(spec.nbytes for c in checkpoints for spec in c.specs.values())
+    copies = {name: family.base.tied[name] for name in family.base.copies}
     return MergePlan(
         method=job.method.name,
         vector="task" if family.has_base else "difference",
@@ -284,7 +286,7 @@ def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
         looks=looks,
         bytes_in=bytes_in,
         bytes_read=bytes_in * (1 + looks),
-        bytes_out=sum(spec.nbytes for spec in job.specs),
+        bytes_out=sum(spec.nbytes for spec in with_copies(job.specs, copies)),
         peak_memory=peak if work.memory is None else min(peak, work.memory),
         largest=max(costs, default=0),
         workers=work.threads,

@@ -1,6 +1,6 @@
 """What a checkpoint made of a reference and one task's head is like: names, dtypes, small files."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ class Outline:
         reference_names: Name to the reference's, of those the reference has.
         grown: Names of those to which `whole` adds rows.
         whole: Reads what the reference has not: a tensor, or the rows added to one, by name.
-        tied: Dropped name to the kept one it shares storage with.
+        tied: Dropped name to the kept name of the tensor it shares.
+        copies: Those of them under which the tensor is written again.
         companions: Finds the small files (configuration, tokenizer), by relative name.
         close: Releases files opened for it.
     """
@@ -35,6 +36,7 @@ class Outline:
     grown: frozenset[str]
     whole: Callable[[str], Tensor]
     tied: Mapping[str, str]
+    copies: Collection[str]
     companions: Callable[[], Mapping[str, Path | bytes]]
     close: Callable[[], None] = lambda: None
 
@@ -56,6 +58,7 @@ def of_reference(reference: Checkpoint) -> Outline:
         grown=frozenset(),
         whole=none,
         tied=reference.tied,
+        copies=reference.copies,
         companions=lambda: reference.companions,
     )
 
@@ -69,6 +72,7 @@ def of_task(pack: Pack, rebuilt: Rebuilt, task: str) -> Outline:
         grown=frozenset(grown),
         whole=rebuilt.private,
         tied=rebuilt.record.tied,
+        copies=rebuilt.copies,
         companions=lambda: companions_of(pack, task, rebuilt.reference),
     )
 
@@ -88,7 +92,8 @@ def of_checkpoint(
         CheckpointError: if it cannot be read, or does not fit the reference.
     """
     checkpoint = open_checkpoint(source, base=reference)
-    found = align(reference, {"head": checkpoint}, skip=skip, private=private)["head"]
+    aligned = align(reference, {"head": checkpoint}, skip=skip, private=private, parts=True)
+    found = aligned["head"]
     names = {found.renaming.expert_name(ref): ref for ref in (*found.files, *found.skipped)}
     grown = {name: ref for name, ref in names.items() if ref in found.grown}
     specs = {name: _named(name, reference.specs[ref]) for name, ref in names.items()}
@@ -109,6 +114,7 @@ def of_checkpoint(
         grown=frozenset(grown),
         whole=whole,
         tied=found.tied,
+        copies=found.stored_again,
         companions=lambda: {**reference.companions, **small_files(found, reference, specs)[0]},
         close=checkpoint.close,
     )

@@ -24,6 +24,7 @@ from personae.writers import (
     output_directory,
     require_place,
     require_space,
+    with_copies,
     write_companions,
 )
 
@@ -136,6 +137,7 @@ def write_model(
     read: Callable[[str], Tensor],
     *,
     tied: Mapping[str, str],
+    copies: Collection[str],
     computed: Collection[str],
     companions: Mapping[str, Path | bytes],
     cost: Callable[[TensorSpec], int],
@@ -151,6 +153,7 @@ def write_model(
         specs: What is written, in order.
         read: Computes a tensor by its name; cast to its spec's dtype as it is written.
         tied: Further names to those of the tensors they share.
+        copies: Those of them under which the tensor is written again.
         computed: Names of the tensors that are computed, not copied: they must be finite.
         companions: Relative name to small file, or to its content.
         cost: Peak bytes of computing one tensor.
@@ -162,7 +165,8 @@ def write_model(
     Raises:
         OutputError: if the disk refuses, or has too little space.
     """
-    require_space(out, sum(spec.nbytes for spec in specs))
+    written = with_copies(specs, {copy: tied[copy] for copy in copies})
+    require_space(out, sum(spec.nbytes for spec in written))
     layout = weight_layout(companions)
     with (
         output_directory(out, overwrite=overwrite) as partial,
@@ -171,6 +175,7 @@ def write_model(
             specs,
             shard_bytes=shard_bytes,
             tied=tied,
+            copies=copies,
             computed=computed,
             **layout._asdict(),
         ) as writer,

@@ -1,6 +1,6 @@
 """An expert as its pack tells it: every tensor decoded when it is asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -8,12 +8,13 @@ from torch import Tensor
 from personae._types import Parts, TensorSpec
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.naming import shown
+from personae.checkpoints.tied import as_stored
 from personae.errors import PackError
 from personae.methods import Block, Codec, decode_block
 from personae.packs.manifest import TaskRecord, dtype_of
 from personae.packs.reader import Pack
 from personae.packs.shared_file import SharedFile
-from personae.packs.soundness import check_fit, expert_names
+from personae.packs.soundness import check_fit, expert_names, stored_names
 from personae.packs.task_file import TaskFile
 
 _CPU = torch.device("cpu")
@@ -25,8 +26,9 @@ class Rebuilt:
     Attributes:
         specs: The expert's names to specs.
         record: The task's record.
-        reference: What the task is relative to.
+        reference: What the task is relative to, as it is stored.
         reference_names: The expert's name to the reference's, of all that the reference has.
+        copies: Names that are tied to others and that the reference stores: written again.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class Rebuilt:
             PackError: if the task is unknown, or its files are damaged or do not fit.
         """
         self.record = pack.task(task)
-        self.reference = reference
+        self.reference = reference = as_stored(reference)
         check_fit(pack.directory, task, self.record, reference.specs)
         self._device = device
         self._file = pack.open_task(task)
@@ -48,6 +50,7 @@ class Rebuilt:
         self._codec: Codec = pack.codec(task)
         self._private = self.record.private
         self.reference_names = expert_names(self.record, reference.specs)
+        self.copies = stored_names(self.record, reference.specs) & self.record.tied.keys()
         self.specs: Mapping[str, TensorSpec] = self._lay_out()
 
     def _lay_out(self) -> dict[str, TensorSpec]:
@@ -70,6 +73,10 @@ class Rebuilt:
         """Names of tensors to which a delta is added."""
         names = self.reference_names.items()
         return {name for name, ref_name in names if ref_name in self.record.tensors}
+
+    def codes(self, copies: Collection[str]) -> bool:
+        """Whether stored copies of tensors have codes of their own, as in packs of old."""
+        return any(name in self.record.tensors for name in copies)
 
     def read(self, name: str) -> Tensor:
         """One tensor of the expert: fp32 if it is coded, else of its own dtype."""

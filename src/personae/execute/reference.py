@@ -5,6 +5,7 @@ from typing import Any
 
 from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.family import align
+from personae.checkpoints.tied import each_once
 from personae.errors import CheckpointError, Faults, PackError
 from personae.execute.family import Family
 from personae.execute.merge import run
@@ -72,10 +73,17 @@ def make_reference(
 
 def relative_to_merged(family: Family, directory: Path, settings: PackSettings) -> Family:
     """The same experts, aligned with the merged reference as it stands on disk."""
-    merged = open_checkpoint(directory)
+    merged = each_once(open_checkpoint(directory))
     experts = {name: expert.checkpoint for name, expert in family.experts.items()}
     spared = {name for expert in family.experts.values() for name in expert.spared}
-    aligned = align(merged, experts, skip=settings.skip, private=settings.private, spared=spared)
+    aligned = align(
+        merged,
+        experts,
+        skip=settings.skip,
+        private=settings.private,
+        spared=spared,
+        parts=True,
+    )
     return Family(merged, aligned)
 
 
@@ -116,4 +124,4 @@ def open_reference(pack: Pack, base: Any, work: Work) -> Checkpoint:
     unchecked = reference.specs  # the weights that were packed have been looked at then
     found = fingerprint(reference, "The reference", work, Faults(), unchecked=unchecked)
     check_fingerprint(pack.manifest.reference, found, reference.source)
-    return reference
+    return each_once(reference)

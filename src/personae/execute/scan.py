@@ -86,6 +86,7 @@ def scan(deltas: Deltas, work: Work, faults: Faults) -> ExpertScan:
             tensors[name] = seen.scan
         if name is not None and seen.differs:
             differing.append(name)
+    digests |= _copied(alignment.checkpoint, digests)
     of_its_own = alignment.private or alignment.grown or differing
     if not of_its_own and not any(seen.changed for seen in tensors.values()):
         faults.add(_says_equal(deltas, len(tensors)))
@@ -168,7 +169,13 @@ def fingerprint(
         digests[name] = digest
         for fault in found:
             faults.add(fault)
-    return combine(digests)
+    return combine(digests | _copied(checkpoint, digests))
+
+
+def _copied(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, str]:
+    """Digests of stored copies, which are those of their tensors."""
+    tied = checkpoint.tied
+    return {name: digests[tied[name]] for name in checkpoint.copies if tied[name] in digests}
 
 
 def uncoded(family: Family) -> set[str]:

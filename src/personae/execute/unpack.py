@@ -64,6 +64,7 @@ def unpack(
             list(rebuilt.specs.values()),
             rebuilt.read,
             tied=rebuilt.record.tied,
+            copies=rebuilt.copies,
             computed=rebuilt.coded,
             companions=companions,
             cost=lambda spec: working_bytes(spec.shape),

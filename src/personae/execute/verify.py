@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from personae.checkpoints import open_checkpoint
+from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.family import align
 from personae.errors import Faults, PackError, WorkError, nearest
 from personae.execute import pool
@@ -82,16 +82,22 @@ def verify(
         with closing(open_reference(opened, base, work)) as reference:
             for task, source in (against or {}).items():
                 rebuilt = Rebuilt(opened, task, reference, device)
-                verified[task] = _verify(rebuilt, task, source, opened.manifest, work, faults)
+                seen = rebuilt.reference if rebuilt.codes(reference.copies) else reference
+                verified[task] = _verify(rebuilt, seen, task, source, opened.manifest, work, faults)
     faults.raise_if_any(WorkError)
     return verified
 
 
 def _verify(
-    rebuilt: Rebuilt, task: str, source: Any, manifest: Manifest, work: Work, faults: Faults
+    rebuilt: Rebuilt,
+    reference: Checkpoint,
+    task: str,
+    source: Any,
+    manifest: Manifest,
+    work: Work,
+    faults: Faults,
 ) -> Verified:
     """Compare one task with the model it was made from."""
-    reference = rebuilt.reference
     from_base = manifest.reference.kind == "base"  # an adapter sits on nothing else
     with closing(open_checkpoint(source, base=reference if from_base else None)) as original:
         found = align(
@@ -100,6 +106,7 @@ def _verify(
             skip=manifest.skip,
             private=manifest.private,
             spared=rebuilt.record.spared,
+            parts=True,
         )
         return _compare(rebuilt, Deltas(found[task], reference, from_base), work, faults)
 

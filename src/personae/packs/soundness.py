@@ -144,6 +144,12 @@ def expert_names(task: TaskRecord, specs: Mapping[str, TensorSpec]) -> dict[str,
     return names
 
 
+def stored_names(task: TaskRecord, specs: Mapping[str, TensorSpec]) -> set[str]:
+    """What a task calls the reference's tensors, absent ones too."""
+    rule = _rule(task)
+    return {rule.expert_name(name) for name in specs}
+
+
 def _faults(manifest: Manifest) -> Iterator[str]:
     """What is wrong with a manifest, as far as itself and its codec tell."""
     reference = manifest.reference

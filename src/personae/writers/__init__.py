@@ -13,7 +13,7 @@ from personae.writers.atomic import (
     require_place,
     require_space,
 )
-from personae.writers.checkpoint import SHARD_BYTES, CheckpointWriter
+from personae.writers.checkpoint import SHARD_BYTES, CheckpointWriter, with_copies
 from personae.writers.companions import write_companions
 from personae.writers.journal import JOURNAL, Journal, identity_text
 
@@ -34,5 +34,6 @@ __all__ = [
     "require_folder",
     "require_place",
     "require_space",
+    "with_copies",
     "write_companions",
 ]

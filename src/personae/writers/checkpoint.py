@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -71,6 +72,7 @@ class CheckpointWriter:
         *,
         shard_bytes: int = SHARD_BYTES,
         tied: Mapping[str, str] | None = None,
+        copies: Collection[str] = (),
         again: bool = False,
         stem: str = "model",
         folders: Iterable[str] = (),
@@ -84,6 +86,7 @@ class CheckpointWriter:
             shard_bytes: Most bytes of values in one file; a larger tensor gets its own file.
             tied: Dropped name to the kept name (one of `specs`) it shares storage with; noted in
                 the header of the file that holds the kept one, as safetensors does.
+            copies: Names of `tied` that are not noted but written out again, each with its tensor.
             stem: What the weight files are called.
             folders: Folders with files of their own: a tensor FOLDER/NAME is NAME in FOLDER's.
             computed: Names of tensors whose values were computed: they must be finite. Others are
@@ -94,7 +97,9 @@ class CheckpointWriter:
         Raises:
             OutputError: if the disk lacks the space or refuses.
         """
-        ordered = sorted(specs, key=lambda spec: spec.name)
+        tied = tied or {}
+        self._copies = {copy: tied[copy] for copy in copies}
+        ordered = sorted(with_copies(specs, self._copies), key=lambda spec: spec.name)
         self._directory = directory
         self.files: list[Path] = []
         self._handles: list[BinaryIO] = []
@@ -104,10 +109,11 @@ class CheckpointWriter:
         self.files += [directory / file for file in shards]
         if not (again and all(path.exists() for path in self.files)):
             require_space(directory, sum(spec.nbytes for spec in ordered))
+        noted = {dropped: kept for dropped, kept in tied.items() if dropped not in self._copies}
         for path, shard in zip(self.files, shards.values(), strict=True):
-            self._reserve(path, shard, tied or {}, again)
+            self._reserve(path, shard, noted, again)
         assert len(self._places) == len(ordered), "two specs of one name"
-        assert self._places.keys() >= set((tied or {}).values()), "a tied name without its kept one"
+        assert self._places.keys() >= set(tied.values()), "a tied name without its kept one"
 
     def _reserve(
         self, path: Path, shard: list[TensorSpec], tied: Mapping[str, str], again: bool
@@ -130,10 +136,10 @@ class CheckpointWriter:
 
     def mark(self, name: str, start: int, stop: int) -> None:
         """Note rows `start:stop` (of a scalar: 0:1) as written by an earlier run."""
-        place = self._places[name]
-        rows = place.spec.shape[0] if place.spec.shape else 1
-        row_bytes = place.spec.nbytes // max(rows, 1)
-        place.written.append((start * row_bytes, stop * row_bytes))
+        for place in self._everywhere(name):
+            rows = place.spec.shape[0] if place.spec.shape else 1
+            row_bytes = place.spec.nbytes // max(rows, 1)
+            place.written.append((start * row_bytes, stop * row_bytes))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one whole tensor, cast to the dtype of its spec (to nearest, ties to even).
@@ -142,7 +148,8 @@ class CheckpointWriter:
             OutputError: if the disk is full or refuses.
             MethodError: if a value does not fit in that dtype, or is computed and not finite.
         """
-        self._put(self._places[name], 0, tensor, self._places[name].spec.shape)
+        for place in self._everywhere(name):
+            self._put(place, 0, tensor, place.spec.shape)
 
     def write_rows(self, name: str, start: int, tensor: Tensor) -> None:
         """Write rows `start:start + len(tensor)` along the first axis; see `write`.
@@ -153,7 +160,8 @@ class CheckpointWriter:
         """
         shape = self._places[name].spec.shape
         assert 0 <= start <= start + len(tensor) <= shape[0], f"{name}: rows from {start}"
-        self._put(self._places[name], start, tensor, (len(tensor), *shape[1:]))
+        for place in self._everywhere(name):
+            self._put(place, start, tensor, (len(tensor), *shape[1:]))
 
     def replace(
         self, name: str, entries: Int64[Tensor, " some"], values: Float[Tensor, " some"]
@@ -169,13 +177,18 @@ class CheckpointWriter:
             OutputError: if the disk refuses.
             MethodError: if a value does not fit in that dtype, or is computed and not finite.
         """
-        spec, file, offset, _ = self._places[name]
         first, last = int(entries[0]), int(entries[-1])
-        offset += first * spec.dtype.itemsize
-        with output_errors(Path(file.name)):
-            held = _read_at(file, (last + 1 - first) * spec.dtype.itemsize, offset)
-            torch.frombuffer(held, dtype=spec.dtype)[entries - first] = self._cast(values, spec)
-            _write_at(file, held, offset)
+        for spec, file, offset, _ in self._everywhere(name):
+            offset += first * spec.dtype.itemsize
+            with output_errors(Path(file.name)):
+                held = _read_at(file, (last + 1 - first) * spec.dtype.itemsize, offset)
+                torch.frombuffer(held, dtype=spec.dtype)[entries - first] = self._cast(values, spec)
+                _write_at(file, held, offset)
+
+    def _everywhere(self, name: str) -> list[_Place]:
+        """The places of one tensor: its own, and those of its copies."""
+        copies = [copy for copy, kept in self._copies.items() if kept == name]
+        return [self._places[one] for one in (name, *copies)]
 
     def _put(self, place: _Place, row: int, tensor: Tensor, shape: Sequence[int]) -> None:
         spec = place.spec
@@ -271,6 +284,13 @@ class CheckpointWriter:
         finally:
             for file in self._handles:
                 file.close()
+
+
+def with_copies(specs: Iterable[TensorSpec], copies: Mapping[str, str]) -> list[TensorSpec]:
+    """Specs, and those of copies: name of a copy to that of the tensor it is written from."""
+    written = list(specs)
+    named = {spec.name: spec for spec in written}
+    return written + [replace(named[kept], name=copy) for copy, kept in sorted(copies.items())]
 
 
 def _by_file(

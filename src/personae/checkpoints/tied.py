@@ -1,0 +1,199 @@
+"""Tensors that a model ties to each other and a file stores twice: copies of an embedding.
+
+A model with tied embeddings has one matrix under several names. Most files hold it under one; some
+hold a copy under each (`lm_head.weight` beside `model.embed_tokens.weight`, T5's `shared.weight`,
+`encoder.embed_tokens.weight` and `lm_head.weight`). Here a copy is one more tied name of the one
+tensor, and `Checkpoint.copies` tells which names are to be written again.
+
+Headers come before weights everywhere else. Whether two tensors are the same only their bytes
+tell, so those of input embeddings and output layers are compared here when a family is aligned:
+where names, shapes and dtypes allow it, in chunks, and up to the first that differs.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from personae._types import TensorSpec
+from personae.checkpoints._protocol import Checkpoint
+from personae.checkpoints.alignment import Alignment
+from personae.checkpoints.configuration import CONFIG, TIED
+from personae.checkpoints.vocabulary import is_input_embedding, is_output_layer, read_json
+
+_CHUNK_BYTES = 32 << 20
+
+
+class WithCopies:
+    """A checkpoint that stores tensors under several names, seen with each tensor once.
+
+    Attributes:
+        model: The checkpoint as it is stored.
+    """
+
+    def __init__(self, model: Checkpoint, copies: Mapping[str, str]) -> None:
+        """See a model without `copies`, by the names of what they are copies of; reads nothing."""
+        self.model = model
+        self.source, self.revision = model.source, model.revision
+        self.companions: Mapping[str, Path] = model.companions
+        self.specs: Mapping[str, TensorSpec] = {
+            name: spec for name, spec in model.specs.items() if name not in copies
+        }
+        noted = {dropped: copies.get(kept, kept) for dropped, kept in model.tied.items()}
+        self.tied: Mapping[str, str] = {**noted, **copies}
+        self.copies = frozenset(copies) | model.copies
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor; see `Checkpoint.read`."""
+        return self.model.read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows `start:stop`; see `Checkpoint.read_rows`."""
+        return self.model.read_rows(name, start, stop)
+
+    def factors(
+        self, name: str
+    ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]] | None:
+        """Return the model's own; see `Checkpoint.factors`."""
+        return self.model.factors(name)
+
+    def same_as_base(self, name: str) -> bool:
+        """Whether the model knows it to be the base's; see `Checkpoint.same_as_base`."""
+        return self.model.same_as_base(name)
+
+    def close(self) -> None:
+        """Close the model."""
+        self.model.close()
+
+
+def each_once(model: Checkpoint) -> Checkpoint:
+    """A reference with each tensor once, whatever copies it stores; see `WithCopies`.
+
+    Raises:
+        CheckpointError: Its config.json is damaged, or a file changed since it was opened.
+    """
+    copies = _find_copies(model, model.specs, says_tied(model) is not False)
+    return WithCopies(model, copies) if copies else model
+
+
+def as_stored(model: Checkpoint) -> Checkpoint:
+    """The checkpoint with every tensor that it stores, copies too."""
+    return model.model if isinstance(model, WithCopies) else model
+
+
+def each_once_beside(
+    expert: Checkpoint, reference: Checkpoint, reference_name: Callable[[str], str]
+) -> Checkpoint:
+    """An expert without copies of what the reference has once.
+
+    Copies that the reference lacks altogether are left out where both models' config.json ties
+    them, so that whoever loads the expert needs none.
+
+    Args:
+        expert: The expert.
+        reference: What it is aligned with.
+        reference_name: The expert's stored name to the reference's.
+
+    Raises:
+        CheckpointError: A config.json is damaged, or a file changed since it was opened.
+    """
+    named = {name: reference_name(name) for name in expert.specs}
+    may_go = {name for name, known in named.items() if known not in reference.specs}
+    if says_tied(reference) is not True or says_tied(expert) is False:
+        may_go = {name for name in may_go if named[name] in reference.tied}
+    copies = _find_copies(expert, may_go, ties_output=True)
+    return WithCopies(expert, copies) if copies else expert
+
+
+def trained_apart(expert: Alignment, reference: Checkpoint) -> dict[str, str]:
+    """Tensors of the expert's own that the reference ties to others: name to the reference's one.
+
+    Beside those that the reference knows by name, output layers as large as the embedding to
+    which its config.json ties one.
+
+    Raises:
+        CheckpointError: A config.json is damaged.
+    """
+    known = {expert.renaming.expert_name(name): kept for name, kept in reference.tied.items()}
+    apart = {name: known[name] for name in expert.private if name in known}
+    inputs = [name for name in expert.files if is_input_embedding(name)]
+    heads = [n for n in expert.private if is_output_layer(n) and n.endswith(".weight")]
+    if says_tied(reference):
+        shapes = {expert.spec(name).shape: name for name in reversed(inputs)}
+        found = {name: shapes.get(expert.private_spec(name).shape) for name in heads}
+        taken = set(map(expert.renaming.expert_name, reference.specs))
+        apart |= {
+            n: kept for n, kept in found.items() if kept and n not in apart and n not in taken
+        }
+    return apart
+
+
+def says_tied(model: Checkpoint) -> bool | None:
+    """Whether a model's config.json ties its output layer to its embedding; None without one.
+
+    Like the readers of config.json, it takes silence for yes.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    path = model.companions.get(CONFIG)
+    if path is None:
+        return None
+    config = read_json(path)
+    config = config if isinstance(config, dict) else {}
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    said = [part[TIED] for part in parts if isinstance(part.get(TIED), bool)]
+    return not said or any(said)
+
+
+def _find_copies(model: Checkpoint, may_go: Collection[str], ties_output: bool) -> dict[str, str]:
+    """The names in `may_go` of copies, each with the name of the first tensor it equals."""
+    copies: dict[str, str] = {}
+    for group in _alike(model.specs, ties_output):
+        kept: list[str] = []
+        for name in group:
+            known = kept if name in may_go else []
+            twin = next((one for one in known if same_bytes(model, one, model, name)), None)
+            if twin is None:
+                kept.append(name)
+            else:
+                copies[name] = twin
+    return copies
+
+
+def _alike(specs: Mapping[str, TensorSpec], ties_output: bool) -> Iterator[list[str]]:
+    """Groups of names that may be one tensor, the likeliest to be kept first.
+
+    Input embeddings of one shape; output layers of their shape, and the biases of these.
+    """
+    groups: dict[tuple[tuple[int, ...], torch.dtype], list[str]] = {}
+    inputs = {n: s for n, s in specs.items() if len(s.shape) == 2 and is_input_embedding(n)}
+    rows = {spec.shape[0] for spec in inputs.values()}
+    for name, spec in specs.items():
+        is_bias = len(spec.shape) == 1 and spec.shape[0] in rows
+        of_output = ties_output and (len(spec.shape) == 2 or is_bias) and is_output_layer(name)
+        if spec.is_floating and spec.numel and (name in inputs or of_output):
+            groups.setdefault((spec.shape, spec.dtype), []).append(name)
+    for (shape, _), names in groups.items():
+        if len(shape) == 1 or any(name in inputs for name in names):
+            yield sorted(names, key=lambda name: (name not in inputs, name.count("."), name))
+
+
+def same_bytes(one: Checkpoint, name: str, other: Checkpoint, other_name: str) -> bool:
+    """Whether two tensors hold the same bytes; read in chunks, up to the first that differs."""
+    spec, other_spec = one.specs[name], other.specs[other_name]
+    if (spec.shape, spec.dtype) != (other_spec.shape, other_spec.dtype):
+        return False
+    rows = max(1, _CHUNK_BYTES * spec.shape[0] // max(spec.nbytes, 1))
+    for start in range(0, spec.shape[0], rows):
+        stop = min(start + rows, spec.shape[0])
+        ours, theirs = one.read_rows(name, start, stop), other.read_rows(other_name, start, stop)
+        if not torch.equal(_bytes(ours), _bytes(theirs)):
+            return False
+    return True
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    return rows.contiguous().view(torch.uint8)
