@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -18,7 +19,9 @@ from toys import load, toy_llama
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def adapters(folder: Path, count: int = 2) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+def adapters(
+    folder: Path, count: int = 2, rank: int = 2
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """A base and adapters of its q_proj and v_proj; the state dicts of all, merged by PEFT."""
     toy_llama(folder / "base")
     merged: list[dict[str, Tensor]] = []
@@ -26,7 +29,8 @@ def adapters(folder: Path, count: int = 2) -> tuple[dict[str, Tensor], list[dict
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             torch.manual_seed(number)
-            config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+            targets = ["q_proj", "v_proj"]
+            config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
             model = LlamaForCausalLM.from_pretrained(folder / "base")
             adapted: Any = get_peft_model(model, config)
             adapted.save_pretrained(str(folder / f"adapter{number}"))
@@ -87,3 +91,25 @@ def test_beside_a_full_checkpoint_the_density_is_of_the_whole_model(tmp_path):
     agreeing = (flat * signs).clamp(min=0)
     expected = signs * agreeing.sum(dim=0) / (agreeing > 0).sum(dim=0).clamp(min=1)
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [3, 6, 12])
+def test_core_space_has_the_bases_of_the_factors(tmp_path: Path, rank: int):
+    """Also of ranks that add up to more than a side (16, of v_proj 8)."""
+    base, experts = adapters(tmp_path, rank=rank)
+    stored = [load_file(tmp_path / f"adapter{n}" / "adapter_model.safetensors") for n in range(2)]
+    settings = MergeSettings(method="core_space", parameters={"rule": "ties", "density": 0.3})
+    paths = {f"a{n}": tmp_path / f"adapter{n}" for n in range(2)}
+    merge(tmp_path / "base", paths, tmp_path / "out", settings=settings)
+    found = load(tmp_path / "out")
+    for name in (name for name in base if "q_proj" in name or "v_proj" in name):
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        down = torch.cat([state[f"{module}.lora_A.weight"] for state in stored]).double()
+        up = torch.cat([state[f"{module}.lora_B.weight"] for state in stored], dim=1).double()
+        u = torch.linalg.svd(up, full_matrices=False).U
+        vh = torch.linalg.svd(down, full_matrices=False).Vh
+        stack = torch.stack([expert[name].double() - base[name].double() for expert in experts])
+        cores = u.T @ stack @ vh.T
+        expected = u @ ties(cores.flatten(1), 0.3).view(cores.shape[1:]) @ vh
+        change = found[name].double() - base[name].double()
+        assert (change - expected).norm() < 1e-5 * expected.norm()

@@ -356,8 +356,8 @@ def _merge_whole(
 ) -> tuple[Tensor, list[str], Effect]:
     """A matrix of the result; adapters enter as factors, where the method allows it."""
     name = piece.spec.name
-    parameters, site = job.parameters_of(name), job.stacks.site(piece)
-    stack, expand = job.stacks.given(job.method, parameters, piece, undivided=True)
+    parameters = job.parameters_of(name)
+    stack, site, expand = job.stacks.given(job.method, parameters, piece, undivided=True)
     reference = job.stacks.reference(piece).float()
     faults = job.stacks.faults(stack, piece, reference)
     if faults:

@@ -146,11 +146,11 @@ def _share_of_unit(
         if stacks.untouched(piece.spec.name) or not measure.applies(parameters, site):
             continue
         part = piece if unit.whole else _sampled(piece, measure.sample)
-        stack, _ = stacks.given(method, parameters, part, unit.whole)
+        stack, place, _ = stacks.given(method, parameters, part, unit.whole)
         faults += stacks.faults(stack, part)
         if not faults:
             with converging(piece.spec.name):
-                share = measure.tally(stack, parameters, stacks.site(part))
+                share = measure.tally(stack, parameters, place)
             total = share.clone() if total is None else total.add_(share)
     return total, faults
 

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,7 @@ from personae.execute.effects import Effect, differs
 from personae.execute.family import Family
 from personae.execute.pieces import Piece
 from personae.execute.scan import beyond_fp32, is_finite, not_finite
-from personae.methods import Factors, MergeMethod, Parameters, Site
+from personae.methods import Factors, Given, MergeMethod, Parameters, Site
 from personae.ops.layout import transposed_weights
 
 
@@ -143,7 +143,7 @@ class Stacks:
 
     def given(
         self, method: MergeMethod, parameters: Parameters, piece: Piece, undivided: bool
-    ) -> tuple[Float[Tensor, "expert ..."], Callable[[Tensor], Tensor]]:
+    ) -> Given:
         """What a method is given of a piece, and what makes a task vector of its answer.
 
         For most that is the stack as it is. Matrices of adapters enter as small as the method's
@@ -151,7 +151,8 @@ class Stacks:
         """
         factors = self.factors(piece.spec.name) if undivided else None
         if factors is None:
-            return self.read(piece, reuse=not undivided)[0], lambda merged: merged
+            stack, _ = self.read(piece, reuse=not undivided)
+            return Given(stack, self.site(piece), lambda merged: merged)
         return method.in_bases(factors, parameters, self.site(piece))
 
     def untouched(self, name: str) -> bool:

@@ -6,7 +6,15 @@ import pkgutil
 from personae.methods import merge, mergekit, personalise
 from personae.methods._blocks import block_bits, block_layout, decode_block, encode_block, misfits
 from personae.methods._codec import Bits, Codec, Context, Facts, Look, Treatment, look
-from personae.methods._merge import Factors, Gathering, Measure, MergeMethod, Statistics, gathered
+from personae.methods._merge import (
+    Factors,
+    Gathering,
+    Given,
+    Measure,
+    MergeMethod,
+    Statistics,
+    gathered,
+)
 from personae.methods._parameters import Parameters, flag_fault, percent_hint
 from personae.methods._registry import (
     ALIASES,
@@ -41,6 +49,7 @@ __all__ = [
     "Factors",
     "Facts",
     "Gathering",
+    "Given",
     "Look",
     "Measure",
     "MergeMethod",

@@ -3,7 +3,7 @@
 import inspect
 import keyword
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -21,8 +21,22 @@ Statistics = Mapping[str, Tensor]
 
 Side = Literal["none", "left", "right", "both"]
 Scope = Literal["model", "tensor"]
-Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]
+Factors = tuple[Float[Tensor, "out _"], Float[Tensor, "_ in"]]
 """Exact low-rank factors of one expert's task vector, left @ right."""
+
+
+class Given(NamedTuple):
+    """What a method is given of one tensor.
+
+    Attributes:
+        stack: The task vectors, as they are or in bases that all share.
+        site: Which tensor.
+        expand: What makes the merged task vector of the method's answer.
+    """
+
+    stack: Float[Tensor, "expert ..."]
+    site: Site
+    expand: Callable[[Tensor], Tensor]
 
 
 def _everywhere(_: Any, __: Site) -> bool:
@@ -90,7 +104,7 @@ class MergeMethod:
         coefficients: `coefficients(parameters, experts)`: c_n if the result is Σ c_n τ_n; or None.
             Where rounding in fp32 does not show, (1 - Σ c_n) θ₀ + Σ c_n θ_n is formed instead.
         needs: "deltas": task vectors, or difference vectors where there is no base. "base": task
-            vectors alone. "adapters": task vectors of LoRA adapters.
+            vectors alone. "adapters": task vectors of LoRA adapters, as cores (`in_bases`).
         degenerates: On difference vectors, what it amounts to; empty if to nothing simpler.
         looks: How many looks it usually takes, without those that are answered late.
         model_wide: Parameters that `gather` reads: while it looks at the whole model, they cannot
@@ -171,27 +185,26 @@ class MergeMethod:
     ) -> Float[Tensor, "out in"]:
         """The same for the matrices of LoRA experts, one pair of exact factors an expert."""
         site = site or Site("", (factors[0][0].shape[0], factors[0][1].shape[1]))
-        stack, expand = self.in_bases(factors, parameters, site)
+        stack, site, expand = self.in_bases(factors, parameters, site)
         return expand(self.merge(stack, parameters, statistics, site))
 
-    def in_bases(
-        self, factors: Sequence[Factors], parameters: Parameters, site: Site
-    ) -> tuple[Float[Tensor, "expert _ _"], Callable[[Tensor], Tensor]]:
+    def in_bases(self, factors: Sequence[Factors], parameters: Parameters, site: Site) -> Given:
         """What the method is given of task vectors that are known as exact factors.
 
         Where it is `equivariant`, these are the task vectors in orthonormal bases of all left and
-        right factors: matrices of Σ ranks rows or columns, or both. Elsewhere they are dense.
-
-        Returns:
-            The stack, and what turns its merged matrix into the merged task vector.
+        right factors: matrices of Σ ranks rows or columns, or both. Elsewhere they are dense, as
+        they are where the ranks add up to as many as a side has, for nothing would be saved. A
+        method that needs adapters is about these bases, and has them at any rank.
         """
         side = self.equivariant(parameters, site)
+        cores = self.needs == "adapters" and side == "both"
         lefts, rights = [left for left, _ in factors], [right for _, right in factors]
+        ranks = sum(left.shape[1] for left in lefts)
         basis = cobasis = None
-        if side in ("left", "both") and sum(a.shape[1] for a in lefts) < site.shape[0]:
+        if side in ("left", "both") and (cores or ranks < site.shape[0]):
             basis = joint_basis(lefts)[0].float()
             lefts = [basis.T @ left for left in lefts]
-        if side in ("right", "both") and sum(b.shape[0] for b in rights) < site.shape[1]:
+        if side in ("right", "both") and (cores or ranks < site.shape[1]):
             cobasis = joint_basis([right.T for right in rights])[0].float()
             rights = [right @ cobasis for right in rights]
 
@@ -199,7 +212,8 @@ class MergeMethod:
             merged = merged if basis is None else basis @ merged
             return merged if cobasis is None else merged @ cobasis.T
 
-        return torch.stack([a @ b for a, b in zip(lefts, rights, strict=True)]), expand
+        stack = torch.stack([a @ b for a, b in zip(lefts, rights, strict=True)])
+        return Given(stack, replace(site, cores=cores), expand)
 
     def statistics(
         self, stacks: Iterable[tuple[Site, Float[Tensor, "expert ..."]]], parameters: Parameters

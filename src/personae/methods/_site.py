@@ -52,12 +52,15 @@ class Site:
         start: Flat index, in the whole tensor, of the first entry given. Not 0 only for methods
             that are entry-wise there.
         transposed: Whether a matrix is stored (in, out), as GPT-2's Conv1D is.
+        cores: Whether a method that needs adapters is given a matrix in the bases of all their
+            factors (`MergeMethod.in_bases`), and not as it is.
     """
 
     name: str
     shape: tuple[int, ...]
     start: int = 0
     transposed: bool = False
+    cores: bool = False
 
     @property
     def kind(self) -> TensorClass:
