@@ -27,7 +27,7 @@ from personae.ops.sums import absolute_sum
 
 @codec(paper="arXiv:2402.10193")
 class BitDelta(Codec):
-    """Every entry becomes its sign times the mean magnitude of its tensor.
+    """Every entry but exact zeros becomes its sign times the mean magnitude of its tensor.
 
     By default only attention and MLP matrices (linear layers inside the numbered blocks) are
     coded, the rest stays exact.
