@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow check format clean
+.PHONY: setup demo test test-slow test-lowest check format clean
 
 setup: .venv/.ready
 
@@ -22,6 +22,10 @@ test: setup
 # Some fifty architectures, packed, rebuilt and merged: minutes.
 test-slow: setup
 	$(BIN)/pytest -n 2 -m slow
+
+# The lowest versions that pyproject.toml allows, in an environment of their own: a large download.
+test-lowest:
+	$(PYTHON) scripts/lowest_versions.py
 
 check: setup
 	$(BIN)/ruff format --check .
