@@ -25,6 +25,7 @@ def _tokenizer(directory: Path, length: int = 8) -> None:
         cls_token="[CLS]",
         sep_token="[SEP]",
         model_max_length=length,
+        model_input_names=["input_ids", "attention_mask"],  # as CLIP's; its model takes no others
     ).save_pretrained(directory)
 
 

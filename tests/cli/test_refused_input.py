@@ -182,7 +182,7 @@ def test_a_rank_fraction_out_of_range(work, fraction, limit):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--rank-fractoin 0.1", "No such option: --rank-fractoin"),
+        ("--rank-fractoin 0.1", "No such option"),  # the rest depends on the version of click
         ("--method dtz", "Unknown method 'dtz'. Did you mean 'dts'?"),
         ("--method ties", "'ties' merges models, it does not code them"),
         ("--reference ties", "a merged reference needs vector: difference"),
