@@ -126,15 +126,30 @@ def lacking(found: Alignment, reference: Checkpoint) -> list[str]:
 def _lacking_parts(found: Alignment, reference: Checkpoint) -> list[str]:
     """Parts of the reference of which the expert has nothing, as 'cls.' or 'bert.pooler.'.
 
-    A part is a whole module at the top, or the pooler, and less than what the expert has.
+    A part is a whole module at the top, or the pooler, and less than what the expert has. Where
+    the expert has the like of each of its tensors, it is there under another name.
     """
     here = {name: name.partition(".")[0] + "." for name in found.absent if "." in name}
     here |= {name: m[0] for name in found.absent if (m := _POOLER.match(name))}
-    held = (*found.files, *found.private)
-    whole = [p for p in set(here.values()) if not any(name.startswith(p) for name in held)]
+    held, like = (*found.files, *found.private), _unknown(found, reference)
+    parts = {part for name, part in here.items() if _kind(reference.specs[name]) not in like}
+    whole = [part for part in parts if not any(name.startswith(part) for name in held)]
     gone = sum(reference.specs[name].numel for name, part in here.items() if part in whole)
     coded = sum(reference.specs[name].numel for name in found.shared)
     return sorted(whole) if gone < coded else []
+
+
+def _unknown(found: Alignment, reference: Checkpoint) -> dict[tuple[tuple[int, ...], str], str]:
+    """Tensors of the expert that answer to none of the reference, by shape and end of the name."""
+    return {
+        (found.private_spec(own).shape, own.rpartition(".")[2]): own
+        for own in reversed(found.private)
+        if not reference_name(own, found, reference)
+    }
+
+
+def _kind(spec: TensorSpec) -> tuple[tuple[int, ...], str]:
+    return spec.shape, spec.name.rpartition(".")[2]
 
 
 def _lacking_fault(lacking: Sequence[str], found: Alignment, reference: Checkpoint) -> str:
@@ -145,15 +160,10 @@ def _lacking_fault(lacking: Sequence[str], found: Alignment, reference: Checkpoi
         f"(base: '{first.name}' of shape {first.shape}). "
     )
     inputs = [name for name in found.files if is_input_embedding(name)]
-    extra = {
-        found.private_spec(own).shape: own
-        for own in reversed(found.private)
-        if not reference_name(own, found, reference)
-    }
-    parts = _lacking_parts(found, reference)
+    parts, unknown = _lacking_parts(found, reference), _unknown(found, reference)
     for name in (n for n in lacking if not n.startswith(tuple(parts))):
-        own = extra.get(reference.specs[name].shape)
-        if own and name.rpartition(".")[2] == own.rpartition(".")[2]:
+        own = unknown.get(_kind(reference.specs[name]))
+        if own:
             return text + (
                 f"It has others instead, such as '{own}' of the shape of '{name}': the names seem "
                 "to differ by the version that saved them. Load and save both with the same "
