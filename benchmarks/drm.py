@@ -72,9 +72,9 @@ def measure(text: str, direction: str, experts: int, repeats: int) -> Row:
     stack = make((out, into), experts)
     beside = torch.cat(list(stack), dim=1 if direction == "horizontal" else 0)
     method = lookup(MERGE_METHODS, "drm")
-    parameters, site = build(method, {"direction": direction}), Site("layer.weight", (out, into))
+    built, site = build(method, {"direction": direction}), Site("layer.weight", (out, into))
     works = (
-        lambda: method.merge(stack, parameters, site=site),
+        lambda: built.apply(stack, site=site),
         lambda: torch.linalg.svd(beside, full_matrices=False),
     )
     turns = [[timed(work) for work in works] for _ in range(repeats)]

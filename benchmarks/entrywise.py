@@ -25,25 +25,25 @@ _COPIES = 32
 
 
 def steps(
-    method: MergeMethod, settings: dict[str, Any], stack: Tensor
+    method: type[MergeMethod], settings: dict[str, Any], stack: Tensor
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Every look that a method takes but the sampled one, then the merge itself."""
-    parameters, site = build(method, settings), Site("w", tuple(stack.shape[1:]))
+    built, site = build(method, settings), Site("w", tuple(stack.shape[1:]))
     statistics = {}
-    if method.gather is not None:
-        looks = method.gather(parameters, len(stack))
+    if method.has_looks():
+        looks = built.gather(len(stack))
         given: Tensor | None = None
         try:
             while True:
                 measure = looks.send(given) if given is not None else next(looks)
                 if measure.sample > 1:
-                    given = _COPIES * measure.tally(stack, parameters, site)
+                    given = _COPIES * measure.tally(stack, built, site)
                     continue
-                given = measure.tally(stack, parameters, site)
-                yield measure.name, lambda m=measure: m.tally(stack, parameters, site)
+                given = measure.tally(stack, built, site)
+                yield measure.name, lambda m=measure: m.tally(stack, built, site)
         except StopIteration as done:
             statistics = done.value
-    yield "merge", lambda: method.merge(stack, parameters, statistics, site)
+    yield "merge", lambda: built.apply(stack, statistics, site)
 
 
 def nanoseconds(work: Callable[[], Any], entries: int, repeats: int) -> float:
@@ -78,7 +78,7 @@ def main() -> None:
         rows.append({"method": method, "step": step, "ns_per_position": taken})
 
     add("copy", "", lambda: into.copy_(source))
-    cases: list[tuple[str, MergeMethod, dict[str, Any]]] = [
+    cases: list[tuple[str, type[MergeMethod], dict[str, Any]]] = [
         (name, lookup(MERGE_METHODS, name), {})
         for name in ("average", "task_arithmetic", "ties", "dare", "dare_ties")
     ]

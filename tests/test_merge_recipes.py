@@ -89,7 +89,7 @@ def by_hand(recipe: MergeRecipe, toys: Toys, adapters: bool = False) -> State:
     Statistics of adapters are those of the tensors that one of them trains.
     """
     settings, base = recipe.settings, load(toys.base)
-    method, layers, experts = settings.merge_method(), count_layers(base), len(toys.states)
+    layers, experts = count_layers(base), len(toys.states)
     result = dict(base)
     stacks: dict[str, tuple[Site, Tensor]] = {}
     for name, tensor in base.items():
@@ -101,12 +101,12 @@ def by_hand(recipe: MergeRecipe, toys: Toys, adapters: bool = False) -> State:
         stacks[name] = site, stack - reference
         result[name] = reference
     common = settings.for_tensor("", layers, experts)
-    is_wide = method.gather is not None and method.scope_of(common) == "model"
+    is_wide = common.has_looks() and common.looks_at == "model"
     looked_at = [given for given in stacks.values() if not adapters or bool(given[1].any())]
-    statistics = method.statistics(looked_at, common) if is_wide else None
+    statistics = common.statistics(looked_at) if is_wide else None
     for name, (site, stack) in stacks.items():
-        parameters = settings.for_tensor(name, layers, experts)
-        merged = result[name] + method.merge(stack, parameters, statistics, site)
+        method = settings.for_tensor(name, layers, experts)
+        merged = result[name] + method.apply(stack, statistics, site)
         result[name] = merged.to(getattr(torch, settings.dtype or "float32"))
     return result
 

@@ -8,7 +8,15 @@ from personae._version import __version__
 if TYPE_CHECKING:
     from personae.checkpoints import open_checkpoint
     from personae.encoders import text_encoder
-    from personae.errors import PersonaeError
+    from personae.errors import (
+        BudgetError,
+        CheckpointError,
+        MethodError,
+        OutputError,
+        PackError,
+        PersonaeError,
+        RecipeError,
+    )
     from personae.execute.analyse import analyse
     from personae.execute.compose import compose, open_composed
     from personae.execute.describe import describe
@@ -17,11 +25,36 @@ if TYPE_CHECKING:
     from personae.execute.merge_plan import plan_merge
     from personae.execute.pack import add_tasks, pack, pack_many, remove_task
     from personae.execute.pack_plan import plan_pack, plan_shapes
+    from personae.execute.state_dicts import merge_state_dicts
     from personae.execute.unpack import unpack
     from personae.execute.verify import verify
     from personae.execute.weighting import Weighting, weigh
     from personae.execute.work import Work
-    from personae.methods import CODECS, MERGE_METHODS
+    from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod
+    from personae.methods.merge.average import Average, average
+    from personae.methods.merge.cart import CART, cart
+    from personae.methods.merge.consensus import Consensus, consensus
+    from personae.methods.merge.core_space import CoreSpace, core_space
+    from personae.methods.merge.dare import DARE, dare
+    from personae.methods.merge.dare_ties import DARETIES, dare_ties
+    from personae.methods.merge.drm import DRM, drm
+    from personae.methods.merge.iso_c import IsoC, iso_c
+    from personae.methods.merge.iso_cts import IsoCTS, iso_cts
+    from personae.methods.merge.knots import KnOTS, knots
+    from personae.methods.merge.task_arithmetic import TaskArithmetic, task_arithmetic
+    from personae.methods.merge.ties import TIES, ties
+    from personae.methods.merge.tsv_m import TSVM, tsv_m
+    from personae.methods.merge.wudi import WUDI, wudi
+    from personae.methods.personalise.bitdelta import BitDelta
+    from personae.methods.personalise.delta_come import DeltaCoMe
+    from personae.methods.personalise.dts import DTS
+    from personae.methods.personalise.emr import EMR
+    from personae.methods.personalise.svd import SVD
+    from personae.methods.personalise.t_switch import TSwitch
+    from personae.methods.personalise.tall_mask import TALLMask
+    from personae.methods.personalise.tsv_c import TSVCompress
+    from personae.methods.personalise.ultradelta import UltraDelta
+    from personae.packs.reader import Pack
     from personae.recipe import MergeSettings, PackSettings
 
 # Names are looked up when first used: `import personae` alone costs nothing.
@@ -31,6 +64,53 @@ _HOMES = {
     "MergeSettings": "recipe",
     "PackSettings": "recipe",
     "PersonaeError": "errors",
+    "Average": "methods.merge.average",
+    "average": "methods.merge.average",
+    "CART": "methods.merge.cart",
+    "cart": "methods.merge.cart",
+    "Consensus": "methods.merge.consensus",
+    "consensus": "methods.merge.consensus",
+    "CoreSpace": "methods.merge.core_space",
+    "core_space": "methods.merge.core_space",
+    "DARE": "methods.merge.dare",
+    "dare": "methods.merge.dare",
+    "DARETIES": "methods.merge.dare_ties",
+    "dare_ties": "methods.merge.dare_ties",
+    "DRM": "methods.merge.drm",
+    "drm": "methods.merge.drm",
+    "IsoC": "methods.merge.iso_c",
+    "iso_c": "methods.merge.iso_c",
+    "IsoCTS": "methods.merge.iso_cts",
+    "iso_cts": "methods.merge.iso_cts",
+    "KnOTS": "methods.merge.knots",
+    "knots": "methods.merge.knots",
+    "TaskArithmetic": "methods.merge.task_arithmetic",
+    "task_arithmetic": "methods.merge.task_arithmetic",
+    "TIES": "methods.merge.ties",
+    "ties": "methods.merge.ties",
+    "TSVM": "methods.merge.tsv_m",
+    "tsv_m": "methods.merge.tsv_m",
+    "WUDI": "methods.merge.wudi",
+    "wudi": "methods.merge.wudi",
+    "BitDelta": "methods.personalise.bitdelta",
+    "DeltaCoMe": "methods.personalise.delta_come",
+    "DTS": "methods.personalise.dts",
+    "EMR": "methods.personalise.emr",
+    "SVD": "methods.personalise.svd",
+    "TSwitch": "methods.personalise.t_switch",
+    "TALLMask": "methods.personalise.tall_mask",
+    "TSVCompress": "methods.personalise.tsv_c",
+    "UltraDelta": "methods.personalise.ultradelta",
+    "BudgetError": "errors",
+    "CheckpointError": "errors",
+    "MethodError": "errors",
+    "OutputError": "errors",
+    "PackError": "errors",
+    "RecipeError": "errors",
+    "Codec": "methods",
+    "MergeMethod": "methods",
+    "merge_state_dicts": "execute.state_dicts",
+    "Pack": "packs.reader",
     "Work": "execute.work",
     "Weighting": "execute.weighting",
     "add_tasks": "execute.pack",
@@ -54,20 +134,63 @@ _HOMES = {
 }
 
 __all__ = [
+    "CART",
     "CODECS",
+    "DARE",
+    "DARETIES",
+    "DRM",
+    "DTS",
+    "EMR",
     "MERGE_METHODS",
+    "SVD",
+    "TIES",
+    "TSVM",
+    "WUDI",
+    "Average",
+    "BitDelta",
+    "BudgetError",
+    "CheckpointError",
+    "Codec",
+    "Consensus",
+    "CoreSpace",
+    "DeltaCoMe",
+    "IsoC",
+    "IsoCTS",
+    "KnOTS",
+    "MergeMethod",
     "MergeSettings",
+    "MethodError",
+    "OutputError",
+    "Pack",
+    "PackError",
     "PackSettings",
     "PersonaeError",
+    "RecipeError",
+    "TALLMask",
+    "TSVCompress",
+    "TSwitch",
+    "TaskArithmetic",
+    "UltraDelta",
     "Weighting",
     "Work",
     "__version__",
     "add_tasks",
     "analyse",
+    "average",
+    "cart",
     "compose",
+    "consensus",
+    "core_space",
+    "dare",
+    "dare_ties",
     "describe",
+    "drm",
     "inspect",
+    "iso_c",
+    "iso_cts",
+    "knots",
     "merge",
+    "merge_state_dicts",
     "open_checkpoint",
     "open_composed",
     "pack",
@@ -76,10 +199,14 @@ __all__ = [
     "plan_pack",
     "plan_shapes",
     "remove_task",
+    "task_arithmetic",
     "text_encoder",
+    "ties",
+    "tsv_m",
     "unpack",
     "verify",
     "weigh",
+    "wudi",
 ]
 
 

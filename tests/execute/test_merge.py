@@ -42,17 +42,17 @@ def family(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[str, dict[
 def expected(base: State, experts: list[State], method: str, **settings: Any) -> State:
     """Every tensor in memory at once, nothing cut."""
     entry = lookup(MERGE_METHODS, method)
-    parameters = build(entry, settings)
+    built = build(entry, settings)
     stacks = {
         name: torch.stack([e[name].float() - base[name].float() for e in experts])
         for name in FLOATING
     }
     sites = {name: Site(name, tuple(base[name].shape)) for name in FLOATING}
     statistics = None
-    if entry.gather is not None and entry.scope_of(parameters) == "model":
-        statistics = entry.statistics([(sites[n], stacks[n]) for n in FLOATING], parameters)
+    if entry.has_looks() and built.looks_at == "model":
+        statistics = built.statistics([(sites[n], stacks[n]) for n in FLOATING])
     merged = {
-        name: base[name].float() + entry.merge(stacks[name], parameters, statistics, sites[name])
+        name: base[name].float() + built.apply(stacks[name], statistics, sites[name])
         for name in FLOATING
     }
     return base | merged

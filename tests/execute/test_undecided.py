@@ -62,7 +62,7 @@ def family(folder: Path, balance: int) -> tuple[str, dict[str, str]]:
 def whole(method: str, balance: int, settings: dict[str, Any]) -> State:
     """All of the model in memory, its majority looked for first."""
     entry = lookup(MERGE_METHODS, method)
-    parameters = build(entry, settings)
+    built = build(entry, settings)
     states = experts_of(balance)
     stacks = {
         name: (
@@ -73,10 +73,10 @@ def whole(method: str, balance: int, settings: dict[str, Any]) -> State:
     }
     statistics = None
     if settings["scope"] == "model":
-        statistics = entry.statistics(stacks.values(), parameters)
+        statistics = built.statistics(stacks.values())
         assert int(statistics["majority"]) == (balance > 0) - (balance < 0)
     return {
-        name: BASE[name] + entry.merge(stack, parameters, statistics, site)
+        name: BASE[name] + built.apply(stack, statistics, site)
         for name, (site, stack) in stacks.items()
     }
 
@@ -92,8 +92,8 @@ def test_by_hand(method: str):
     stack = torch.tensor([[2.0, 5.0, 1.0, 0.0], [-2.0, 1.0, -4.0, 0.0]])
     entry, told = lookup(MERGE_METHODS, method), Undecided()
     statistics = {"thresholds": torch.zeros(2)}
-    parameters = build(entry, {"density": 1.0, "scale": 3.0})
-    merged = entry.merge(stack, parameters, statistics, Site("x", (4,)), told)
+    built = build(entry, {"density": 1.0, "scale": 3.0})
+    merged = built.apply(stack, statistics, Site("x", (4,)), told)
     assert merged.tolist() == [0.0, 3 * 3.0, 3 * -4.0, 0.0]
     assert (told.votes, told.places.tolist()) == (0, [0])
     assert (told.positive.tolist(), told.negative.tolist()) == ([3 * 2.0], [3 * -2.0])

@@ -33,7 +33,7 @@ def merge_factors(method: str, factors: Factors, name: str = "a.weight", **setti
     """Merge one tensor given as factors."""
     entry = MERGE_METHODS[method]
     site = Site(name, (factors[0][0].shape[0], factors[0][1].shape[1]))
-    return entry.merge_factors(factors, build(entry, settings), site=site)
+    return build(entry, settings).merge_factors(factors, site=site)
 
 
 def polar(matrix: Array) -> Array:

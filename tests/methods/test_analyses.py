@@ -21,7 +21,7 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def analyse(name: str, stack: torch.Tensor, **settings: Any) -> dict[str, Any]:
     analysis = ANALYSES[name]
-    return analysis.function(stack, **dict(build(analysis, settings)))
+    return analysis.function(stack, **dict(build(analysis.parameters, settings)))
 
 
 @names

@@ -6,7 +6,7 @@ import torch
 from personae.errors import PackError
 from personae.methods import CODECS, block_bits, decode_block, encode_block
 
-CODEC = CODECS["bitdelta"].parameters()
+CODEC = CODECS["bitdelta"]()
 
 
 def test_rows_that_changed():

@@ -113,8 +113,8 @@ def test_what_is_kept_is_what_the_masks_of_the_tensor_say(method: str):
     mask = keep_mask(kept_values(0.5), 0, 1000, seed=9, name="w", expert=0).reshape(40, 25)
     assert torch.equal(merged, 2 * task_vectors[0] * torch.from_numpy(mask))
     entry = lookup(MERGE_METHODS, method)
-    parameters = build(entry, {"density": 0.5, "seed": 9})
-    part = entry.merge(task_vectors[:, 20:], parameters, site=Site("w", (40, 25), 500))
+    built = build(entry, {"density": 0.5, "seed": 9})
+    part = built.apply(task_vectors[:, 20:], site=Site("w", (40, 25), 500))
     assert torch.equal(part, merged[20:])
 
 

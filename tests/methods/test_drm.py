@@ -24,7 +24,7 @@ def drm(
     """DRM on one tensor alone."""
     method = lookup(MERGE_METHODS, "drm")
     site = Site(name, tuple(task_vectors.shape[1:]), transposed=transposed)
-    return method.merge(task_vectors, build(method, settings), site=site)
+    return build(method, settings).apply(task_vectors, site=site)
 
 
 def naive_drm(
@@ -318,13 +318,11 @@ def test_adapters_merge_as_their_products_do(transposed: bool, direction: str, q
     name = "attn.qkv.weight"
     factors = [(gaussian(shape[0], 2, seed=n), gaussian(2, shape[1], seed=9 + n)) for n in range(3)]
     method = lookup(MERGE_METHODS, "drm")
-    parameters = build(method, {"direction": direction, "qkv": qkv, "rank_tolerance": 0.0})
+    built = build(method, {"direction": direction, "qkv": qkv, "rank_tolerance": 0.0})
     site = Site(name, shape, transposed=transposed)
-    dense = method.merge(torch.stack([a @ b for a, b in factors]), parameters, site=site)
-    torch.testing.assert_close(
-        method.merge_factors(factors, parameters, site=site), dense, rtol=1e-4, atol=1e-4
-    )
-    side = method.equivariant(parameters, site)
+    dense = built.apply(torch.stack([a @ b for a, b in factors]), site=site)
+    torch.testing.assert_close(built.merge_factors(factors, site=site), dense, rtol=1e-4, atol=1e-4)
+    side = built.equivariant(site)
     if direction == "auto:rank":
         assert side == "none"
     elif (direction == "horizontal") != transposed:

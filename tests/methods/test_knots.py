@@ -119,10 +119,10 @@ def test_one_expert_and_copies():
 def test_transposed_weights():
     """Stored (in, out): the same model as stored (out, in)."""
     method = MERGE_METHODS["knots"]
-    parameters, task_vectors = build(method, {"density": 0.5}), gaussian(3, 5, 8)
+    built, task_vectors = build(method, {"density": 0.5}), gaussian(3, 5, 8)
     stored = Site("a.weight", (8, 5), transposed=True)
-    merged = method.merge(task_vectors.mT.contiguous(), parameters, site=stored)
-    expected = method.merge(task_vectors, parameters, site=Site("a.weight", (5, 8)))
+    merged = built.apply(task_vectors.mT.contiguous(), site=stored)
+    expected = built.apply(task_vectors, site=Site("a.weight", (5, 8)))
     torch.testing.assert_close(merged.T, expected)
 
 

@@ -99,10 +99,10 @@ def test_order_of_experts_is_free_where_declared(name: str):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_factors_merge_as_their_products_do(name: str, shape: tuple[int, int], transposed: bool):
     factors, method = adapters(3, *shape, rank=2), find(name)
-    parameters = build(method, settings_of(method))
+    built = build(method, settings_of(method))
     site = Site("a.weight", shape, transposed=transposed)
-    merged = method.merge_factors(factors, parameters, site=site)
-    expected = method.merge(products(factors), parameters, site=site)
+    merged = built.merge_factors(factors, site=site)
+    expected = built.apply(products(factors), site=site)
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -137,13 +137,13 @@ def test_rows_cut_apart_merge_as_the_whole_does(
     Its looks are cut in the same blocks; blocks inside the method are cut elsewhere.
     """
     method = find(name)
-    parameters = build(method, settings_of(method))
+    built = build(method, settings_of(method))
     pieces: dict[str, list[tuple[Site, torch.Tensor]]] = {}
     whole: dict[str, tuple[Site, torch.Tensor]] = {}
     for key, stack in reals(experts).items():
         site = Site(key, tuple(stack.shape[1:]))
         whole[key] = site, stack
-        if stack.ndim > 1 and method.entrywise(parameters, site):
+        if stack.ndim > 1 and built.entrywise(site):
             row = stack[0, 0].numel()
             starts = range(0, stack.shape[1], rows)
             cut = [stack[:, start : start + rows] for start in starts]
@@ -152,15 +152,15 @@ def test_rows_cut_apart_merge_as_the_whole_does(
         else:
             pieces[key] = [(site, stack)]
     statistics = cut_statistics = None
-    if method.scope_of(parameters) == "model":
-        statistics = method.statistics(whole.values(), parameters)
+    if built.looks_at == "model":
+        statistics = built.statistics(whole.values())
         flat = [piece for of_tensor in pieces.values() for piece in of_tensor]
-        cut_statistics = method.statistics(flat, parameters)
+        cut_statistics = built.statistics(flat)
     for key, (site, stack) in whole.items():
         monkeypatch.undo()
-        expected = method.merge(stack, parameters, statistics, site)
+        expected = built.apply(stack, statistics, site)
         monkeypatch.setattr(_entries, "BLOCK", 36)
-        own = cut_statistics or method.statistics(pieces[key], parameters)
-        merged = [method.merge(part, parameters, own, place) for place, part in pieces[key]]
+        own = cut_statistics or built.statistics(pieces[key])
+        merged = [built.apply(part, own, place) for place, part in pieces[key]]
         joined = torch.cat(merged) if stack.ndim > 1 else merged[0]
         assert joined.numpy().tobytes() == expected.numpy().tobytes(), key

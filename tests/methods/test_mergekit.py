@@ -85,18 +85,18 @@ def test_ties_keeps_exactly_k_of_bf16_differences(shape: tuple[int, ...], densit
 def test_ties_trims_rows_as_it_trims_the_whole():
     """Rows are merged apart: the cut is a place in the tensor."""
     entry = lookup(MERGEKIT_METHODS, "ties")
-    parameters = build(entry, {"weight": 1.0, "density": 0.3})
+    built = build(entry, {"weight": 1.0, "density": 0.3})
     task_vectors = torch.randint(-3, 4, (2, 40, 25), generator=torch.Generator().manual_seed(0))
     task_vectors = task_vectors.float()
     site = Site("w", (40, 25))
-    statistics = entry.statistics([(site, task_vectors)], parameters)
-    whole = entry.merge(task_vectors, parameters, statistics, site)
+    statistics = built.statistics([(site, task_vectors)])
+    whole = built.apply(task_vectors, statistics, site)
     rows = [
-        entry.merge(task_vectors[:, n : n + 8], parameters, statistics, replace(site, start=25 * n))
+        built.apply(task_vectors[:, n : n + 8], statistics, replace(site, start=25 * n))
         for n in range(0, 40, 8)
     ]
     assert torch.equal(torch.cat(rows), whole)
-    alone = entry.merge(task_vectors[:1], build(entry, {"weight": 1.0, "density": 0.3}), site=site)
+    alone = built.apply(task_vectors[:1], site=site)
     assert int((alone != 0).sum()) == 300
 
 

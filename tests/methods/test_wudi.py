@@ -81,11 +81,11 @@ def test_one_expert_and_experts_without_a_change():
 def test_transposed_weights():
     """Stored (in, out): the same model as stored (out, in)."""
     method = MERGE_METHODS["wudi"]
-    parameters = build(method, {"learning_rate": 0.01})
+    built = build(method, {"learning_rate": 0.01})
     task_vectors = gaussian(3, 5, 8)
-    expected = method.merge(task_vectors, parameters, site=Site("a.weight", (5, 8)))
+    expected = built.apply(task_vectors, site=Site("a.weight", (5, 8)))
     stored = Site("a.weight", (8, 5), transposed=True)
-    merged = method.merge(task_vectors.mT.contiguous(), parameters, site=stored)
+    merged = built.apply(task_vectors.mT.contiguous(), site=stored)
     torch.testing.assert_close(merged.T, expected)
 
 

@@ -93,11 +93,11 @@ def test_zeros_make_no_difference(method: str):
     """What `personae` has of these; mergekit leaves the base out itself."""
     entry = METHODS_BY_CONVENTIONS["personae"][method]
     settings = {"density": 1.0} if method.startswith("dare") else {}  # other places, other masks
-    parameters = build(entry, settings)
+    built = build(entry, settings)
     vectors = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(1))
     zeros = torch.zeros(1, 6, 5)
-    merged = entry.merge(vectors, parameters)
-    assert torch.equal(entry.merge(torch.cat([vectors, zeros]), parameters), merged)
+    merged = built.apply(vectors)
+    assert torch.equal(built.apply(torch.cat([vectors, zeros])), merged)
     assert merged.any()
 
 

@@ -1,7 +1,6 @@
 """Merge recipes: by whose method a recipe is merged where mergekit has one of the name too."""
 
 from collections.abc import Iterator
-from typing import Annotated
 
 import pytest
 import torch
@@ -10,8 +9,16 @@ from pydantic import Field
 from torch import Tensor
 
 from personae.errors import MethodError, RecipeError
-from personae.methods import MERGE_METHODS, MERGEKIT_METHODS, MergeMethod
-from personae.methods._registry import everywhere, merge_method
+from personae.methods import (
+    MERGE_METHODS,
+    MERGEKIT_METHODS,
+    MergeMethod,
+    Site,
+    Statistics,
+    Undecided,
+)
+from personae.methods._merge import RowWise
+from personae.methods._registry import merge_method
 from personae.recipe import MergeSettings
 
 MERGEKIT_RECIPES = {
@@ -62,28 +69,44 @@ models:
 def thinned() -> Iterator[str]:
     """A method of ours, and mergekit's of the same name, which takes more."""
 
-    def method(
-        task_vectors: Tensor, *, density: Annotated[float, Field(gt=0, le=1)], reduce: str = "mean"
-    ) -> Tensor:
+    class Ours(RowWise):
         """Nothing, by our rule."""
-        return task_vectors[0] * density
 
-    def theirs(
-        task_vectors: Tensor,
-        *,
-        density: float | tuple[float, ...] = 1.0,
-        weight: float | tuple[float, ...],
-        normalize: bool = True,
-        scale: float = 1.0,
-    ) -> Tensor:
+        __module__ = "thinned"
+
+        density: float = Field(gt=0, le=1)
+        reduce: str = "mean"
+
+        def merge(
+            self,
+            task_vectors: Tensor,
+            statistics: Statistics,
+            site: Site,
+            undecided: Undecided | None = None,
+        ) -> Tensor:
+            return task_vectors[0] * self.density
+
+    class Theirs(Ours):
         """Nothing, by theirs."""
-        return task_vectors[0]
 
-    method.__module__ = theirs.__module__ = "thinned"
-    merge_method(paper="none", order_free=True, entrywise=everywhere)(method)
-    merge_method(paper="none", order_free=True, entrywise=everywhere, conventions="mergekit")(
-        theirs
-    )
+        __module__ = "thinned"
+
+        density: float | tuple[float, ...] = 1.0
+        weight: float | tuple[float, ...]
+        normalize: bool = True
+        scale: float = 1.0
+
+        def merge(
+            self,
+            task_vectors: Tensor,
+            statistics: Statistics,
+            site: Site,
+            undecided: Undecided | None = None,
+        ) -> Tensor:
+            return task_vectors[0]
+
+    merge_method(paper="none")(Ours)
+    merge_method(paper="none", conventions="mergekit")(Theirs)
     yield "thinned"
     del MERGE_METHODS["thinned"], MERGEKIT_METHODS["thinned"]
 
@@ -119,7 +142,7 @@ def test_ours_is_taken_where_both_can(tmp_path, thinned):
 def test_under_mergekit_s_conventions_ours_serve_where_they_have_none():
     settings = MergeSettings(method="linear", conventions="mergekit")
     method = settings.merge_method()
-    assert isinstance(method, MergeMethod) and method.name in ("average", "linear")
+    assert issubclass(method, MergeMethod) and method.name == "linear"
 
 
 def test_a_required_parameter(tmp_path, thinned):
@@ -156,7 +179,7 @@ def test_normalize_divides_by_weights_so_weighted_recipes_are_merged_by_mergekit
     # (0.3·2 + 0.3·4) / (0.3 + 0.3); by how many agree it would be 0.9.
     parameters = recipe.settings.for_tensor("w", 1, 2)
     vectors = torch.tensor([[2.0], [4.0]])
-    assert recipe.settings.merge_method().merge(vectors, parameters).tolist() == [3.0]
+    assert parameters.apply(vectors).tolist() == [3.0]
     told = refused(tmp_path, text + WEIGHTED + NORMALIZED + "conventions: personae")
     assert "line 7: normalize: true divides by the sum of the weights that agree" in told
     assert told.endswith("mergekit's can: conventions: mergekit.")

@@ -96,7 +96,7 @@ def test_a_list_for_all_experts_is_a_gradient_and_says_so():
 def test_weights_reach_the_method():
     settings = MergeSettings(expert_parameters=({"weight": 1.0}, {"weight": 3.0}))
     vectors = torch.tensor([[4.0], [8.0]])
-    merged = settings.merge_method().merge(vectors, settings.for_tensor("x", 1, 2))
+    merged = settings.for_tensor("x", 1, 2).apply(vectors)
     assert merged.tolist() == [7.0]  # (1·4 + 3·8) / 4
 
 

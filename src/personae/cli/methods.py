@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from personae.cli import console, options
-from personae.methods import CODECS, MERGE_METHODS, CodecEntry, MergeMethod, lookup
+from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, lookup
 from personae.recipe import refuse_mergekit_alone
 
 
@@ -14,7 +14,7 @@ def methods(
     json: options.Json = False,
 ) -> None:
     """List every method, or describe one with its parameters and defaults."""
-    known: dict[str, CodecEntry | MergeMethod] = {**MERGE_METHODS, **CODECS}
+    known: dict[str, type[Codec] | type[MergeMethod]] = {**MERGE_METHODS, **CODECS}
     if name:
         refuse_mergekit_alone(name)
     chosen = [lookup(known, name)] if name else list(known.values())
@@ -33,11 +33,11 @@ def methods(
         console.table("\nparameters", ["name", "type", "default", "meaning"], rows, left=4)
 
 
-def _describe(entry: CodecEntry | MergeMethod) -> dict[str, Any]:
-    schema = entry.parameters.model_json_schema()["properties"]
+def _describe(entry: type[Codec] | type[MergeMethod]) -> dict[str, Any]:
+    schema = entry.model_json_schema()["properties"]
     return {
         "name": entry.name,
-        "kind": "codec" if isinstance(entry, CodecEntry) else "merge",
+        "kind": "codec" if issubclass(entry, Codec) else "merge",
         "paper": entry.paper,
         "summary": entry.summary,
         "parameters": [
@@ -47,7 +47,7 @@ def _describe(entry: CodecEntry | MergeMethod) -> dict[str, Any]:
                 "default": field.default,
                 "description": field.description or "",
             }
-            for key, field in entry.parameters.model_fields.items()
+            for key, field in entry.fields().items()
         ],
     }
 

@@ -53,7 +53,7 @@ def analyse(
     if analysis not in ANALYSES:
         raise MethodError(f"Unknown analysis '{analysis}'. {nearest(analysis, ANALYSES)}")
     chosen = ANALYSES[analysis]
-    built = build(chosen, parameters or {})
+    built = build(chosen.parameters, parameters or {})
     with open_family(base, experts, skip=skip) as family:
         for expert in family.experts.values():
             for note in expert.naming_notes:

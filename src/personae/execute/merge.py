@@ -36,7 +36,7 @@ from personae.execute.pieces import Piece, Unit
 from personae.execute.scan import converging
 from personae.execute.undecided import LeftOpen, UndecidedEntries
 from personae.execute.work import Work
-from personae.methods import Statistics, Undecided
+from personae.methods import MergeMethod, Statistics, Undecided
 from personae.recipe import MergeSettings
 from personae.writers import (
     JOURNAL,
@@ -58,6 +58,7 @@ def merge(
     base: Any,
     experts: Mapping[str, Any],
     out: str | Path,
+    method: MergeMethod | None = None,
     *,
     settings: MergeSettings | None = None,
     overwrite: bool = False,
@@ -72,7 +73,8 @@ def merge(
             are relative to the experts' average.
         experts: Name to path, hub id, module or state dict of the expert, in recipe order.
         out: Directory to write; must not exist, or be empty.
-        settings: Method, parameters, dtype; by default the average.
+        method: The method with its parameters, such as `TIES(density=0.2)`; by default the average.
+        settings: Method, parameters and all else that a recipe says, in place of `method`.
         overwrite: Replace `out` if it exists.
         shard_bytes: Most bytes in one weight file.
         recipe: The recipe's text for the model card; by default written from the settings.
@@ -85,9 +87,8 @@ def merge(
         PersonaeError: for anything wrong with the input, all faults at once, before work starts
             (but for values that are not finite, which only reading finds).
     """
-    settings, work = settings or MergeSettings(), work or Work()
-    out = Path(out).absolute()
-    settings = settings_for(base, settings)
+    work, out = work or Work(), Path(out).absolute()
+    settings = settings_for(base, settings, method, len(experts))
     check_output(out, overwrite, inputs=[base, *experts.values()])
     with open_to_merge(base, experts, settings) as family:
         job = prepare(family, settings)
@@ -207,14 +208,13 @@ def _tell(lost: Mapping[str, str], family: Family, work: Work) -> None:
 
 def _statistics(job: MergeJob, directory: Path, work: Work) -> Statistics | None:
     """What the looks at the whole model tell; from an earlier run of the same merge, if any."""
-    if job.method.gather is None or job.per_tensor:
+    if not job.method.has_looks() or job.per_tensor:
         return None
     path = directory / _STATISTICS
     if path.exists():
         return load_safetensors(path)
     found = gather_model(
-        job.method,
-        job.parameters_of,
+        job.method_of,
         job.stacks,
         job.looked_at,
         job.cost,
@@ -263,11 +263,9 @@ def _merge_unit(
             continue
         own = statistics
         if job.per_tensor:
-            parameters = job.parameters_of(spec.name)
+            method = job.method_of(spec.name)
             try:
-                own = gather_tensor(
-                    job.method, parameters, job.stacks, pieces, late=job.decides_late
-                )
+                own = gather_tensor(method, job.stacks, pieces, late=job.decides_late)
             except NotFinite as error:
                 faults += error.faults
                 continue
@@ -300,8 +298,8 @@ def _merge_rows(
 ) -> tuple[Tensor, list[str], Effect]:
     """Rows of the result: reference plus merged deltas, fp32; faults; the effect, if asked for."""
     stacks, name = job.stacks, piece.spec.name
-    parameters, site = job.parameters_of(name), stacks.site(piece)
-    coefficients = job.method.coefficients(parameters, stacks.experts)
+    method, site = job.method_of(name), stacks.site(piece)
+    coefficients = method.coefficients(stacks.experts)
     if coefficients is not None and job.is_narrow(name):
         combined = stacks.combined(piece, coefficients, compare=asked)
         if combined is not None:
@@ -314,7 +312,7 @@ def _merge_rows(
         return reference, faults, "+"
     changed = asked and any_entry(stack)  # before the method, which may work in place
     told = Undecided() if left_open is not None else None
-    merged = job.method.merge(stack, parameters, statistics, site, told)
+    merged = method.apply(stack, statistics, site, told)
     value = merged + reference
     if left_open is not None and told is not None:
         left_open.add(piece, told, reference)
@@ -356,15 +354,15 @@ def _merge_whole(
 ) -> tuple[Tensor, list[str], Effect]:
     """A matrix of the result; adapters enter as factors, where the method allows it."""
     name = piece.spec.name
-    parameters = job.parameters_of(name)
-    stack, site, expand = job.stacks.given(job.method, parameters, piece, undivided=True)
+    method = job.method_of(name)
+    stack, site, expand = job.stacks.given(method, piece, undivided=True)
     reference = job.stacks.reference(piece).float()
     faults = job.stacks.faults(stack, piece, reference)
     if faults:
         return reference, faults, "+"
     changed = asked and any_entry(stack)
     with converging(name):
-        merged = job.method.merge(stack.to(device), parameters, statistics, site).cpu()
+        merged = method.apply(stack.to(device), statistics, site).cpu()
     value = expand(merged) + reference
     return value, [], _effect(job, piece, value, reference, changed) if asked else "+"
 

@@ -49,6 +49,6 @@ def _parameters(settings: MergeSettings) -> dict[str, Any]:
     own = {name for expert in settings.expert_parameters for name in expert}
     return {
         name: settings.parameters.get(name, field.default)
-        for name, field in settings.merge_method().parameters.model_fields.items()
+        for name, field in settings.merge_method().fields().items()
         if name in settings.parameters or name not in own
     }

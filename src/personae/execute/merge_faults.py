@@ -106,7 +106,7 @@ def _check_average(family: Family, settings: MergeSettings, faults: Faults) -> N
             )
 
 
-def _check_adapters(family: Family, method: MergeMethod, faults: Faults) -> None:
+def _check_adapters(family: Family, method: type[MergeMethod], faults: Faults) -> None:
     if method.needs != "adapters":
         return
     for name, expert in family.experts.items():

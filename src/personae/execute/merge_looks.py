@@ -13,10 +13,10 @@ from personae.execute.pieces import Piece, Unit
 from personae.execute.scan import converging
 from personae.execute.stream import Stacks
 from personae.execute.work import Work
-from personae.methods import Measure, MergeMethod, Parameters, Statistics, gathered
+from personae.methods import Measure, MergeMethod, Statistics, gathered
 
-ParametersOf = Callable[[str], Parameters]
-"""The parameters of a method for the tensor of this reference name."""
+MethodOf = Callable[[str], MergeMethod]
+"""The method with its parameters for the tensor of this reference name."""
 
 
 class NotFinite(Exception):
@@ -33,8 +33,7 @@ class NotFinite(Exception):
 
 
 def gather_model(
-    method: MergeMethod,
-    parameters_of: ParametersOf,
+    method_of: MethodOf,
     stacks: Stacks,
     units: Sequence[Unit],
     cost: Callable[[Unit], int],
@@ -45,8 +44,7 @@ def gather_model(
     """Look at the whole family; what is not finite is refused by the first full look.
 
     Args:
-        method: A method with looks.
-        parameters_of: Its parameters.
+        method_of: A method with looks.
         stacks: The task vectors.
         units: What to look at, in a fixed order.
         cost: Peak bytes of one unit.
@@ -56,21 +54,19 @@ def gather_model(
     Raises:
         CheckpointError: naming every weight that is not finite.
     """
-    assert method.gather is not None
     numbers = count(1)
 
     def answer(measure: Measure) -> Tensor | None:
         if measure.late and late:
             return None
         stage = f"measuring {measure.name}, look {next(numbers)}"
-        return _look(method, measure, parameters_of, stacks, units, cost, work, stage)
+        return _look(measure, method_of, stacks, units, cost, work, stage)
 
-    return gathered(method.gather(parameters_of(""), stacks.experts), answer)
+    return gathered(method_of("").gather(stacks.experts), answer)
 
 
 def gather_tensor(
     method: MergeMethod,
-    parameters: Parameters,
     stacks: Stacks,
     pieces: Sequence[Piece],
     *,
@@ -81,23 +77,21 @@ def gather_tensor(
     Raises:
         NotFinite: if it holds values that are not.
     """
-    assert method.gather is not None
 
     def answer(measure: Measure) -> Tensor | None:
         if measure.late and late:
             return None
-        total = _share(measure, parameters, stacks, pieces[0]).clone()
+        total = _share(measure, method, stacks, pieces[0]).clone()
         for piece in pieces[1:]:
-            total.add_(_share(measure, parameters, stacks, piece))
+            total.add_(_share(measure, method, stacks, piece))
         return total
 
-    return gathered(method.gather(parameters, stacks.experts), answer)
+    return gathered(method.gather(stacks.experts), answer)
 
 
 def _look(
-    method: MergeMethod,
     measure: Measure,
-    parameters_of: ParametersOf,
+    method_of: MethodOf,
     stacks: Stacks,
     units: Sequence[Unit],
     cost: Callable[[Unit], int],
@@ -111,7 +105,7 @@ def _look(
     work.progress(stage, 0, len(units))
     results = pool.run(
         units,
-        partial(_share_of_unit, method, measure, parameters_of, stacks),
+        partial(_share_of_unit, measure, method_of, stacks),
         cost=cost,
         workers=work.threads,
         memory=work.memory,
@@ -132,36 +126,35 @@ def _look(
 
 
 def _share_of_unit(
-    method: MergeMethod,
     measure: Measure,
-    parameters_of: ParametersOf,
+    method_of: MethodOf,
     stacks: Stacks,
     unit: Unit,
 ) -> tuple[Tensor | None, list[str]]:
     total: Tensor | None = None
     faults: list[str] = []
     for piece in unit.pieces:
-        parameters, site = parameters_of(piece.spec.name), stacks.site(piece)
+        method, site = method_of(piece.spec.name), stacks.site(piece)
         # Adapters consist of the tensors they train: the rest of the model fills no density.
-        if stacks.untouched(piece.spec.name) or not measure.applies(parameters, site):
+        if stacks.untouched(piece.spec.name) or not measure.applies(method, site):
             continue
         part = piece if unit.whole else _sampled(piece, measure.sample)
-        stack, place, _ = stacks.given(method, parameters, part, unit.whole)
+        stack, place, _ = stacks.given(method, part, unit.whole)
         faults += stacks.faults(stack, part)
         if not faults:
             with converging(piece.spec.name):
-                share = measure.tally(stack, parameters, place)
+                share = measure.tally(stack, method, place)
             total = share.clone() if total is None else total.add_(share)
     return total, faults
 
 
-def _share(measure: Measure, parameters: Parameters, stacks: Stacks, piece: Piece) -> Tensor:
+def _share(measure: Measure, method: MergeMethod, stacks: Stacks, piece: Piece) -> Tensor:
     part = _sampled(piece, measure.sample)
     stack, _ = stacks.read(part, reuse=True)
     faults = stacks.faults(stack, part)
     if faults:
         raise NotFinite(faults)
-    return measure.tally(stack, parameters, stacks.site(part))
+    return measure.tally(stack, method, stacks.site(part))
 
 
 def _sampled(piece: Piece, sample: int) -> Piece:

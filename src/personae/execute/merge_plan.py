@@ -14,11 +14,11 @@ from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.naming import left_out, patterns, shown
 from personae.checkpoints.vocabularies import MergedVocabulary, merge_vocabularies
-from personae.errors import CheckpointError, Faults
+from personae.errors import CheckpointError, Faults, RecipeError
 from personae.execute import pool
 from personae.execute.family import Family, open_family
 from personae.execute.merge_faults import all_names, check_family
-from personae.execute.merge_looks import ParametersOf
+from personae.execute.merge_looks import MethodOf
 from personae.execute.pieces import Piece, Unit, units, whole_or_matrices
 from personae.execute.stream import Stacks
 from personae.execute.undecided import BYTES_LEFT_OPEN, most_held
@@ -37,8 +37,8 @@ class MergeJob:
 
     Attributes:
         family: Base and experts.
-        method: What is done.
-        parameters_of: Its parameters, by tensor.
+        method: What is done: the class.
+        method_of: The method with its parameters, by tensor.
         merged: Names of the tensors merged; all others are the reference's own.
         specs: Every tensor of the result, sorted by name, in its own dtype.
         stacks: The task vectors.
@@ -47,8 +47,8 @@ class MergeJob:
     """
 
     family: Family
-    method: MergeMethod
-    parameters_of: ParametersOf
+    method: type[MergeMethod]
+    method_of: MethodOf
     merged: frozenset[str]
     specs: Sequence[TensorSpec]
     stacks: Stacks
@@ -62,7 +62,7 @@ class MergeJob:
         Only where these are few: two difference vectors cancel everywhere.
         """
         few = self.family.has_base and self.stacks.experts > 1
-        return few and all(self.method.late(self.parameters_of(name)) for name in self.merged)
+        return few and all(self.method_of(name).is_late() for name in self.merged)
 
     @property
     def decides_at_the_end(self) -> bool:
@@ -143,7 +143,12 @@ class MergePlan:
 
 
 def plan_merge(
-    base: Any, experts: Mapping[str, Any], settings: MergeSettings, work: Work | None = None
+    base: Any,
+    experts: Mapping[str, Any],
+    settings: MergeSettings | None = None,
+    work: Work | None = None,
+    *,
+    method: MergeMethod | None = None,
 ) -> MergePlan:
     """Plan a merge from headers: every fault they tell, items, bytes, peak memory.
 
@@ -152,17 +157,31 @@ def plan_merge(
         experts: As for `merge`.
         settings: As for `merge`.
         work: Workers and memory bound.
+        method: As for `merge`.
 
     Raises:
         PersonaeError: for anything wrong that headers tell, all faults at once.
     """
-    settings = settings_for(base, settings)
+    settings = settings_for(base, settings, method, len(experts))
     with open_to_merge(base, experts, settings) as family:
         return plan_job(prepare(family, settings), settings, work or Work())
 
 
-def settings_for(base: Any, settings: MergeSettings) -> MergeSettings:
-    """The settings, which without a base are about difference vectors."""
+def settings_for(
+    base: Any,
+    settings: MergeSettings | None,
+    method: MergeMethod | None = None,
+    experts: int = 0,
+) -> MergeSettings:
+    """The settings, or those of a method; without a base they are about difference vectors.
+
+    Raises:
+        RecipeError: if both are given, or the method's parameters are not one an expert.
+    """
+    if method is not None and settings is not None:
+        raise RecipeError("Both 'method' and 'settings' say how to merge. Give one of them.")
+    if settings is None:
+        settings = MergeSettings() if method is None else MergeSettings.of(method, experts)
     return settings if base is not None else settings.model_copy(update={"vector": "difference"})
 
 
@@ -210,11 +229,11 @@ def prepare(family: Family, settings: MergeSettings) -> MergeJob:
     layers = count_layers(family.base.specs)
     experts = len(family.experts)
 
-    def parameters_of(name: str) -> Any:
+    def method_of(name: str) -> MergeMethod:
         return settings.for_tensor(name, layers=layers, experts=experts)
 
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    job = job_of(family, settings.merge_method(), parameters_of, dtype)
+    job = job_of(family, method_of, dtype)
     if not job.merged:
         raise CheckpointError(
             f"There is no tensor to merge: none of the {len(family.base.specs)} is in 'only' "
@@ -225,25 +244,25 @@ def prepare(family: Family, settings: MergeSettings) -> MergeJob:
 
 def job_of(
     family: Family,
-    method: MergeMethod,
-    parameters_of: ParametersOf,
+    method_of: MethodOf,
     dtype: torch.dtype | None = None,
 ) -> MergeJob:
     """A merge of a family that is known to fit; see `MergeJob`."""
     stacks = Stacks(family)
     specs = list(family.base.specs.values())
     merged = frozenset(name for name in stacks.names if family.base.specs[name].numel)
-    merged |= {n for n in stacks.statistics if _is_mean(method, parameters_of(n), stacks.experts)}
-    per_tensor = method.gather is not None and method.scope_of(parameters_of("")) == "tensor"
+    merged |= {n for n in stacks.statistics if _is_mean(method_of(n), stacks.experts)}
+    method = method_of("")
+    per_tensor = method.has_looks() and method.looks_at == "tensor"
 
     def undivided(spec: TensorSpec) -> bool:
         site = stacks.site(whole_or_matrices(spec)[0])
-        return spec.name in merged and not method.entrywise(parameters_of(spec.name), site)
+        return spec.name in merged and not method_of(spec.name).entrywise(site)
 
     return MergeJob(
         family=family,
-        method=method,
-        parameters_of=parameters_of,
+        method=type(method),
+        method_of=method_of,
         merged=merged,
         specs=[
             replace(spec, dtype=dtype) if dtype is not None and spec.is_floating else spec
@@ -255,9 +274,9 @@ def job_of(
     )
 
 
-def _is_mean(method: MergeMethod, parameters: Any, experts: int) -> bool:
+def _is_mean(method: MergeMethod, experts: int) -> bool:
     """Whether a result is a weighted mean of base and experts: a variance stays one."""
-    found = method.coefficients(parameters, experts)
+    found = method.coefficients(experts)
     return found is not None and min(found) >= 0.0 and math.fsum(found) <= 1.0 + 1e-6
 
 

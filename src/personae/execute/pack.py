@@ -12,7 +12,7 @@ from personae.execute.add_experts import add_experts, codec_for
 from personae.execute.describe import Characteristics, checked
 from personae.execute.family import Family, open_family
 from personae.execute.output import check_output
-from personae.execute.pack_plan import check_no_base_needed, pack_notes, plan_family
+from personae.execute.pack_plan import check_no_base_needed, pack_notes, pack_settings, plan_family
 from personae.execute.reference import (
     check_fingerprint,
     make_reference,
@@ -21,6 +21,7 @@ from personae.execute.reference import (
 )
 from personae.execute.scan import Scanned
 from personae.execute.work import Work
+from personae.methods import Codec
 from personae.packs.manifest import MANIFEST_NAME, REFERENCE, TASKS, Manifest
 from personae.packs.reader import Pack
 from personae.packs.soundness import own_path
@@ -40,7 +41,9 @@ def pack(
     base: Any,
     experts: Mapping[str, Any],
     out: str | Path,
+    codec: Codec | None = None,
     *,
+    budget: str | None = None,
     settings: PackSettings | None = None,
     characteristics: Characteristics | None = None,
     overwrite: bool = False,
@@ -53,7 +56,10 @@ def pack(
             vectors are relative to the experts' average, over the tensors all have in one shape.
         experts: Task name to path, hub id, module or state dict of the expert.
         out: The pack's directory; must not exist, or be empty.
-        settings: Codec, reference, budget; by default DTS-T at its paper's rank fraction.
+        codec: The codec with its parameters, such as `DTS(rank_fraction=0.1)`; by default DTS at
+            its paper's rank fraction.
+        budget: What a task may cost, such as "1%" or "900KB", in place of a rank fraction.
+        settings: Codec, reference, budget and all else that a recipe says, in place of both.
         characteristics: Task name to what the task is about, class names or a description, kept in
             the pack; if not given, the class names in the `id2label` of the expert's config.json.
         overwrite: Replace `out` if it exists.
@@ -65,7 +71,7 @@ def pack(
     Raises:
         PersonaeError: for anything wrong with the input, all faults at once, before work starts.
     """
-    settings = settings or PackSettings()
+    settings = pack_settings(settings, codec, budget)
     made = pack_many(
         base,
         experts,

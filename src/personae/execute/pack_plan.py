@@ -141,6 +141,9 @@ def plan_pack(
     experts: Mapping[str, Any],
     settings: PackSettings | None = None,
     work: Work | None = None,
+    *,
+    codec: Codec | None = None,
+    budget: str | None = None,
 ) -> PackPlan:
     """Plan a pack from the headers of its family.
 
@@ -149,17 +152,34 @@ def plan_pack(
         experts: As for `pack`.
         settings: As for `pack`.
         work: Workers and memory bound.
+        codec: As for `pack`.
+        budget: As for `pack`.
 
     Raises:
         PersonaeError: for anything wrong that headers tell.
     """
-    settings = settings or PackSettings()
+    settings = pack_settings(settings, codec, budget)
     if base is None:
         check_no_base_needed(settings, len(experts))
     with open_family(
         base, experts, skip=settings.skip, private=settings.private, for_pack=True
     ) as family:
         return plan_family(family, settings, work or Work())
+
+
+def pack_settings(
+    settings: PackSettings | None, codec: Codec | None, budget: str | None
+) -> PackSettings:
+    """The settings, or those of a codec and a budget.
+
+    Raises:
+        RecipeError: if both are given.
+    """
+    if settings is None:
+        return PackSettings.of(codec, budget=budget) if codec else PackSettings(budget=budget)
+    if codec is not None or budget is not None:
+        raise RecipeError("'settings' and 'codec' or 'budget' both say how to pack. Give one.")
+    return settings
 
 
 def check_no_base_needed(settings: PackSettings, experts: int) -> None:
@@ -173,7 +193,7 @@ def check_no_base_needed(settings: PackSettings, experts: int) -> None:
             "Task vectors need the base: give it (--base), or pack difference vectors, which are "
             "relative to a merged model (vector: difference, --vector difference)."
         )
-    method, _ = settings.merge(experts, has_base=False)
+    method = settings.merge(experts, has_base=False)
     if method.needs != "deltas":
         raise RecipeError(
             f"{method.name} merges task vectors, which need the base: give it (--base), or another "

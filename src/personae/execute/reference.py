@@ -12,7 +12,7 @@ from personae.execute.merge import run
 from personae.execute.merge_plan import job_of
 from personae.execute.scan import fingerprint, uncoded
 from personae.execute.work import Work
-from personae.methods import MergeMethod, Parameters
+from personae.methods import MergeMethod
 from personae.packs.manifest import REFERENCE, ReferenceRecord
 from personae.packs.reader import Pack
 from personae.recipe import PackSettings
@@ -20,18 +20,17 @@ from personae.writers import output_directory, write_companions
 
 
 def write_merged_reference(
-    family: Family, method: MergeMethod, parameters: Parameters, directory: Path, work: Work
+    family: Family, method: MergeMethod, directory: Path, work: Work
 ) -> None:
     """Merge the tensors all experts share with the base; the others stay the base's.
 
     Args:
         family: Base and experts.
         method: Static merge method.
-        parameters: Its parameters.
         directory: Where the checkpoint is written, in the base's dtypes; replaced if it exists.
         work: Workers, memory bound, progress.
     """
-    job = job_of(family, method, lambda _: parameters)
+    job = job_of(family, lambda _: method)
     with output_directory(directory, overwrite=True) as partial:
         run(job, partial, work)
         write_companions(family.base.companions, partial)
@@ -53,8 +52,8 @@ def make_reference(
             revision=base.revision,
             fingerprint=base_fingerprint,
         )
-    method, parameters = settings.merge(len(family.experts))
-    write_merged_reference(family, method, parameters, directory / REFERENCE, work)
+    method = settings.merge(len(family.experts))
+    write_merged_reference(family, method, directory / REFERENCE, work)
     faults = Faults()
     merged = open_checkpoint(directory / REFERENCE)
     unchecked = uncoded(family)
@@ -66,7 +65,7 @@ def make_reference(
         source=REFERENCE,
         fingerprint=found,
         method=method.name,
-        method_parameters=parameters.model_dump(mode="json"),
+        method_parameters=method.model_dump(mode="json", by_alias=True),
         experts=tuple(family.experts),
     )
 

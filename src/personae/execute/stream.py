@@ -17,7 +17,7 @@ from personae.execute.effects import Effect, differs
 from personae.execute.family import Family
 from personae.execute.pieces import Piece
 from personae.execute.scan import beyond_fp32, is_finite, not_finite
-from personae.methods import Factors, Given, MergeMethod, Parameters, Site
+from personae.methods import Factors, Given, MergeMethod, Site
 from personae.ops.layout import transposed_weights
 
 
@@ -141,9 +141,7 @@ class Stacks:
                     return True
         return False
 
-    def given(
-        self, method: MergeMethod, parameters: Parameters, piece: Piece, undivided: bool
-    ) -> Given:
+    def given(self, method: MergeMethod, piece: Piece, undivided: bool) -> Given:
         """What a method is given of a piece, and what makes a task vector of its answer.
 
         For most that is the stack as it is. Matrices of adapters enter as small as the method's
@@ -153,7 +151,7 @@ class Stacks:
         if factors is None:
             stack, _ = self.read(piece, reuse=not undivided)
             return Given(stack, self.site(piece), lambda merged: merged)
-        return method.in_bases(factors, parameters, self.site(piece))
+        return method.in_bases(factors, self.site(piece))
 
     def untouched(self, name: str) -> bool:
         """Whether every expert is an adapter that leaves this tensor alone, known from headers."""

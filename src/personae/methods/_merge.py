@@ -1,16 +1,27 @@
 """A static method: the task vectors of one tensor to one, after looks at the whole model."""
 
 import inspect
-import keyword
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import (
+    Any,
+    ClassVar,
+    Concatenate,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    cast,
+)
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
+from personae.errors import Faults, MethodError
+from personae.methods._matrices import is_matrix
 from personae.methods._parameters import Parameters
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
@@ -18,6 +29,12 @@ from personae.ops.bases import joint_basis
 
 Statistics = Mapping[str, Tensor]
 """What a method has to know beyond the entries it is given, by name."""
+
+Stack = Tensor | NDArray[np.floating] | Sequence[Tensor | NDArray[np.floating]]
+"""Task vectors of one tensor, (expert, *shape), or one array an expert."""
+
+Conventions = Literal["personae", "mergekit"]
+"""Whose algorithm a name means, where two codes use one name for two."""
 
 Side = Literal["none", "left", "right", "both"]
 Scope = Literal["model", "tensor"]
@@ -48,7 +65,7 @@ class Measure(NamedTuple):
 
     Attributes:
         name: What is measured, for progress and records.
-        tally: `tally(task_vectors, parameters, site)`, the share of the entries given; shares are
+        tally: `tally(task_vectors, method, site)`, the share of the entries given; shares are
             summed over all tensors, and over blocks of rows where the method is entry-wise.
             int64, or floating (then summed in the order of tensors and rows).
         applies: Whether a tensor is looked at.
@@ -79,116 +96,145 @@ def gathered(gathering: Gathering, answer: Callable[[Measure], Tensor | None]) -
         told = answer(measure)
 
 
-@dataclass(frozen=True)
-class MergeMethod:
-    """A registered static method; what it computes is `merge`.
+class MergeMethod(Parameters, ABC):
+    """A static method: a frozen object whose fields are its parameters; calling it merges.
 
-    Attributes:
-        name: Its name in recipes.
-        summary: One line.
-        paper: Where it is from.
-        parameters: Their model.
-        function: `function(task_vectors, **parameters)`. If it takes `statistics`, `site` or
-            `undecided`, it is given them.
-        order_free: Whether the order of experts does not matter (beyond rounding).
-        gather: `gather(parameters, experts)`, the looks it takes before it runs: over the whole
-            model, or over each tensor alone (see `scope_of`).
-        late: `late(parameters)`: whether so few entries wait for its late looks that it is merged
-            before them.
-        scope: What its looks are at, unless a parameter `scope` says it.
-        entrywise: `entrywise(parameters, site)`: whether an entry of the result depends on that
-            entry of the task vectors and the statistics alone, so that rows can be cut apart.
-        equivariant: `equivariant(parameters, site)`: whether turning all task vectors (matrices)
-            by one orthogonal matrix from this side turns the result. Adapters are then merged as
-            small matrices, exactly.
-        coefficients: `coefficients(parameters, experts)`: c_n if the result is Σ c_n τ_n; or None.
-            Where rounding in fp32 does not show, (1 - Σ c_n) θ₀ + Σ c_n θ_n is formed instead.
-        needs: "deltas": task vectors, or difference vectors where there is no base. "base": task
-            vectors alone. "adapters": task vectors of LoRA adapters, as cores (`in_bases`).
-        degenerates: On difference vectors, what it amounts to; empty if to nothing simpler.
-        looks: How many looks it usually takes, without those that are answered late.
-        model_wide: Parameters that `gather` reads: while it looks at the whole model, they cannot
-            differ from tensor to tensor.
-        bytes_per_entry: Peak working memory, in bytes an entry of the stack, itself included.
+    Subclasses are of one of three kinds: `Linear`, `RowWise`, `MatrixWise`.
+
+    Examples:
+        >>> from personae import TIES
+        >>> TIES(density=0.5)(torch.tensor([[3.0, 1.0], [1.0, -2.0]])).tolist()
+        [3.0, -2.0]
     """
 
-    name: str
-    summary: str
-    paper: str
-    parameters: type[Parameters]
-    function: Callable[..., Tensor]
-    order_free: bool
-    gather: Callable[[Any, int], Gathering] | None
-    late: Callable[[Any], bool]
-    scope: Scope
-    entrywise: Callable[[Any, Site], bool]
-    equivariant: Callable[[Any, Site], Side]
-    coefficients: Callable[[Any, int], Sequence[float] | None]
-    needs: Literal["deltas", "base", "adapters"]
-    degenerates: str
-    looks: int
-    model_wide: tuple[str, ...]
-    bytes_per_entry: int
+    conventions: ClassVar[Conventions] = "personae"
+    """Whose algorithm it is."""
+    order_free: ClassVar[bool] = True
+    """Whether the order of experts does not matter (beyond rounding)."""
+    needs: ClassVar[Literal["deltas", "base", "adapters"]] = "deltas"
+    """`deltas`: task vectors, or difference vectors where there is no base. `base`: task vectors
+    alone. `adapters`: task vectors of LoRA adapters."""
+    degenerates: ClassVar[str] = ""
+    """On difference vectors, what it amounts to; empty if to nothing simpler."""
+    looks: ClassVar[int] = 0
+    """How many looks it usually takes, without those that are answered late."""
+    model_wide: ClassVar[tuple[str, ...]] = ()
+    """Parameters that `gather` reads: while it looks at the whole model, they cannot differ from
+    tensor to tensor."""
+    default_scope: ClassVar[Scope] = "model"
+    """What its looks are at, unless a parameter `scope` says it."""
+    can_decide_late: ClassVar[bool] = False
+    """Whether it has a look that may be answered late, and takes `undecided`."""
+    bytes_per_entry: ClassVar[int] = 16
+    """Peak working memory, in bytes an entry of the stack, itself included."""
 
+    def __call__(self, task_vectors: Stack, *, name: str = "") -> Any:
+        """Merge the task vectors of one tensor, all in memory; reads and writes no file.
+
+        Args:
+            task_vectors: (expert, *shape), or one array an expert: tensors or numpy arrays of any
+                floating dtype; computed in fp32.
+            name: The tensor's name, by which methods tell embeddings from linear layers and draw
+                their masks.
+
+        Returns:
+            The merged task vector, (*shape), in the dtype and of the kind of what was given.
+
+        Raises:
+            MethodError: These are no task vectors, or parameters are not one an expert.
+        """
+        return merged_in_memory(self, task_vectors, name)
+
+    @abstractmethod
     def merge(
         self,
         task_vectors: Float[Tensor, "expert *shape"],
-        parameters: Parameters,
-        statistics: Statistics | None = None,
-        site: Site | None = None,
+        statistics: Statistics,
+        site: Site,
         undecided: Undecided | None = None,
     ) -> Float[Tensor, "*shape"]:
         """Apply the method to the stacked task vectors of one tensor, or of rows of it.
 
         Args:
             task_vectors: One an expert, in recipe order; fp32.
-            parameters: As `build` made them.
-            statistics: What the method's looks told; by default they look at these alone.
-            site: Which tensor, and which rows; by default a nameless one.
+            statistics: What the method's looks told.
+            site: Which tensor, and which rows.
             undecided: Where a method that `can_decide_late` tells of entries that it merged before
                 it knew the majority; not given to others.
 
         Returns:
             The merged task vector, fp32, on the device of the input.
         """
-        site = site or Site("", tuple(task_vectors.shape[1:]))
-        given: dict[str, Any] = {}
-        if "site" in self._takes:
-            given["site"] = site
-        if "statistics" in self._takes:
-            given["statistics"] = (
-                self.statistics([(site, task_vectors)], parameters)
-                if statistics is None
-                else statistics
-            )
-        if self.can_decide_late:
-            given["undecided"] = undecided
-        for name, value in parameters:
-            given[f"{name}_" if keyword.iskeyword(name) else name] = value
-        return self.function(task_vectors, **given)
+        ...
+
+    def gather(self, experts: int) -> Gathering:
+        """The looks it takes before it runs: over the whole model, or over each tensor alone.
+
+        By default none.
+        """
+        yield from ()
+        return {}
+
+    def entrywise(self, site: Site) -> bool:
+        """Whether an entry of the result depends on that entry of the task vectors alone.
+
+        And on the statistics; rows can be cut apart then.
+        """
+        return True
+
+    def equivariant(self, site: Site) -> Side:
+        """Whether turning all task vectors (matrices) from this side turns the result.
+
+        By one orthogonal matrix. Adapters are then merged as small matrices, exactly.
+        """
+        return "none"
+
+    def coefficients(self, experts: int) -> Sequence[float] | None:
+        """c_n if the result is Σ c_n τ_n; else None.
+
+        Where rounding in fp32 does not show, (1 - Σ c_n) θ₀ + Σ c_n θ_n is formed instead.
+        """
+        return None
+
+    def is_late(self) -> bool:
+        """Whether so few entries wait for its late looks that it is merged before them."""
+        return False
+
+    @classmethod
+    def has_looks(cls) -> bool:
+        """Whether it takes looks."""
+        return cls.gather is not MergeMethod.gather
 
     @property
-    def can_decide_late(self) -> bool:
-        """Whether it has a look that may be answered late, and takes `undecided`."""
-        return "undecided" in self._takes
-
-    def scope_of(self, parameters: Parameters) -> Scope:
+    def looks_at(self) -> Scope:
         """Whether its looks are at the whole model, or at each tensor alone."""
-        return getattr(parameters, "scope", self.scope)
+        return getattr(self, "scope", self.default_scope)
+
+    def apply(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics | None = None,
+        site: Site | None = None,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """`merge`, by default with a nameless tensor and what looks at it alone tell."""
+        site = site or Site("", tuple(task_vectors.shape[1:]))
+        if statistics is None:
+            statistics = self.statistics([(site, task_vectors)])
+        return self.merge(task_vectors, statistics, site, undecided)
 
     def merge_factors(
         self,
         factors: Sequence[Factors],
-        parameters: Parameters,
         statistics: Statistics | None = None,
         site: Site | None = None,
     ) -> Float[Tensor, "out in"]:
         """The same for the matrices of LoRA experts, one pair of exact factors an expert."""
         site = site or Site("", (factors[0][0].shape[0], factors[0][1].shape[1]))
-        stack, site, expand = self.in_bases(factors, parameters, site)
-        return expand(self.merge(stack, parameters, statistics, site))
+        stack, site, expand = self.in_bases(factors, site)
+        return expand(self.apply(stack, statistics, site))
 
-    def in_bases(self, factors: Sequence[Factors], parameters: Parameters, site: Site) -> Given:
+    def in_bases(self, factors: Sequence[Factors], site: Site) -> Given:
         """What the method is given of task vectors that are known as exact factors.
 
         Where it is `equivariant`, these are the task vectors in orthonormal bases of all left and
@@ -196,7 +242,7 @@ class MergeMethod:
         they are where the ranks add up to as many as a side has, for nothing would be saved. A
         method that needs adapters is about these bases, and has them at any rank.
         """
-        side = self.equivariant(parameters, site)
+        side = self.equivariant(site)
         cores = self.needs == "adapters" and side == "both"
         lefts, rights = [left for left, _ in factors], [right for _, right in factors]
         ranks = sum(left.shape[1] for left in lefts)
@@ -215,27 +261,104 @@ class MergeMethod:
         stack = torch.stack([a @ b for a, b in zip(lefts, rights, strict=True)])
         return Given(stack, replace(site, cores=cores), expand)
 
-    def statistics(
-        self, stacks: Iterable[tuple[Site, Float[Tensor, "expert ..."]]], parameters: Parameters
-    ) -> Statistics:
+    def statistics(self, stacks: Iterable[tuple[Site, Float[Tensor, "expert ..."]]]) -> Statistics:
         """What the method's looks tell of tensors that are all in memory."""
-        if self.gather is None:
+        if not self.has_looks():
             return {}
         model = list(stacks)
 
         def answer(measure: Measure) -> Tensor:
             shares = [
-                measure.tally(one_row_in(measure.sample, vectors), parameters, site)
+                measure.tally(one_row_in(measure.sample, vectors), self, site)
                 for site, vectors in model
-                if measure.applies(parameters, site)
+                if measure.applies(self, site)
             ]
             return sum(shares[1:], shares[0]) if shares else torch.zeros(())
 
-        return gathered(self.gather(parameters, len(model[0][1])), answer)
+        return gathered(self.gather(len(model[0][1])), answer)
 
-    @cached_property
-    def _takes(self) -> set[str]:
-        return set(inspect.signature(self.function).parameters)
+
+class Linear(MergeMethod):
+    """Σ c_n τ_n, with coefficients for the whole tensor."""
+
+    bytes_per_entry: ClassVar[int] = 12
+
+    @abstractmethod
+    def coefficients(self, experts: int) -> Sequence[float] | None:
+        """c_n; None where the sum must be rounded as `merge` does it."""
+        ...
+
+
+class RowWise(MergeMethod):
+    """Each entry of the result from that entry of the task vectors and statistics."""
+
+
+class MatrixWise(MergeMethod):
+    """Whole matrices, decomposed; other tensors entry by entry, by default as an average."""
+
+    side: ClassVar[Side] = "none"
+    """From which side it is `equivariant`, where that is one for all tensors and parameters."""
+
+    def entrywise(self, site: Site) -> bool:
+        """On all but the tensors that its parameter `tensors` names, or the linear layers."""
+        return not is_matrix(getattr(self, "tensors", "linear"), site)
+
+    def equivariant(self, site: Site) -> Side:
+        """See `MergeMethod.equivariant`."""
+        return self.side
+
+
+P = ParamSpec("P")
+
+
+def as_function(method: Callable[P, MergeMethod]) -> Callable[Concatenate[Stack, P], Any]:
+    """The function of a class of methods: `ties(task_vectors, density=0.2)`."""
+    cls = cast("type[MergeMethod]", method)
+
+    def function(task_vectors: Stack, *args: P.args, **parameters: P.kwargs) -> Any:
+        return method(*args, **parameters)(task_vectors)
+
+    texts = [f"    {name}: {field.description}" for name, field in cls.model_fields.items()]
+    function.__name__ = function.__qualname__ = cls.name
+    function.__module__ = cls.__module__
+    function.__doc__ = "\n".join([f"{inspect.getdoc(cls)}\n\nParameters:", *texts])
+    own = inspect.Parameter("task_vectors", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    rest = inspect.signature(cls).parameters.values()
+    function.__signature__ = inspect.Signature([own, *rest])  # type: ignore[attr-defined]
+    return function
+
+
+def merged_in_memory(method: MergeMethod, task_vectors: Stack, name: str) -> Any:
+    """See `MergeMethod.__call__`.
+
+    Raises:
+        MethodError: These are no task vectors, or parameters are not one an expert.
+    """
+    arrays = task_vectors if isinstance(task_vectors, Sequence) else [task_vectors]
+    tensors = [torch.as_tensor(array) for array in arrays]
+    if isinstance(task_vectors, Sequence):
+        shapes = {tuple(tensor.shape) for tensor in tensors}
+        if len(shapes) != 1:
+            raise MethodError(
+                f"{method.name}: task vectors of one tensor have one shape; found "
+                f"{sorted(shapes) or 'none'}. Give those of one tensor, one an expert."
+            )
+        stack = torch.stack(tensors)
+    else:
+        stack = tensors[0]
+    if stack.ndim < 1 or not len(stack) or not stack.is_floating_point():
+        raise MethodError(
+            f"{method.name}: found a {stack.dtype} tensor of shape {tuple(stack.shape)}. Give "
+            "floating task vectors of shape (expert, *shape), of one expert at least."
+        )
+    faults = Faults()
+    method.check_experts(len(stack), faults)
+    faults.raise_if_any(MethodError)
+    shape = tuple(stack.shape[1:])
+    site = Site(name, shape)
+    merged = method.apply(stack.float().contiguous(), None, site).to(stack.dtype)
+    is_numpy = all(isinstance(array, np.ndarray) for array in arrays)
+    return merged.numpy() if is_numpy else merged
 
 
 def one_row_in(sample: int, task_vectors: Tensor) -> Tensor:

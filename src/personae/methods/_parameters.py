@@ -1,11 +1,12 @@
 """Typed parameters of a method, and values that differ from expert to expert."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from personae.errors import Faults
@@ -17,23 +18,42 @@ class Parameters(BaseModel):
     A parameter that takes a tuple takes one value an expert, in recipe order.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+    )
 
-    check: ClassVar[Callable[[Any, int, bool], str]] = lambda _, __, ___: ""
-    """What is wrong with values that are sound one by one, for so many experts with a base or
-    without; or nothing."""
+    name: ClassVar[str] = ""
+    """The method's name in recipes: that of its file."""
+    summary: ClassVar[str] = ""
+    """One line."""
+    paper: ClassVar[str] = ""
+    """Where it is from."""
+
+    def check(self, experts: int, has_base: bool) -> str:
+        """What is wrong with values that are sound one by one; empty if nothing.
+
+        Args:
+            experts: How many there are.
+            has_base: Whether there is a base.
+        """
+        return ""
+
+    @classmethod
+    def fields(cls) -> dict[str, FieldInfo]:
+        """Its parameters, by their names in recipes."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
 
     def check_experts(self, experts: int, faults: Faults, *, has_base: bool = True) -> None:
         """Add a fault for each parameter whose values are not one an expert, or the check's."""
         sound = True
-        for name, value in self:
+        for name, value in self.model_dump(by_alias=True).items():
             if isinstance(value, tuple) and len(value) != experts:
                 sound = False
                 faults.add(
                     f"{name} has {len(value)} values for {experts} experts. "
                     "Give one an expert, or a single one for all."
                 )
-        fault = type(self).check(self, experts, has_base) if sound and experts else ""
+        fault = self.check(experts, has_base) if sound and experts else ""
         if fault:
             faults.add(fault)
 

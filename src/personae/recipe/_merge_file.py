@@ -103,7 +103,7 @@ class Native(NamedTuple):
     fault: str = ""
 
 
-def native(name: str, value: Any, method: MergeMethod, *, weighted: bool) -> Native:
+def native(name: str, value: Any, method: type[MergeMethod], *, weighted: bool) -> Native:
     """Read a parameter by this package's name.
 
     Args:
@@ -112,7 +112,7 @@ def native(name: str, value: Any, method: MergeMethod, *, weighted: bool) -> Nat
         method: Whose parameter.
         weighted: Whether an expert has a weight other than 1.
     """
-    known = method.parameters.model_fields
+    known = method.fields()
     if name in known:
         return Native(name, value)
     if name == "lambda" and "scale" in known:

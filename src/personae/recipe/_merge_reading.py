@@ -146,7 +146,7 @@ def _read_as(file: MergeFile, family: Family, conventions: Conventions) -> _Read
 
 def _native(
     given: dict[str, Any],
-    method: MergeMethod | None,
+    method: type[MergeMethod] | None,
     weighted: bool,
     place: Place,
     file_place: Place,
@@ -173,7 +173,7 @@ def _native(
 
 
 def _vector(
-    file: MergeFile, family: Family, method: MergeMethod | None
+    file: MergeFile, family: Family, method: type[MergeMethod] | None
 ) -> Literal["task", "difference"]:
     if family.base is not None:
         return file.vector or "task"
@@ -183,7 +183,9 @@ def _vector(
     return file.vector or ("difference" if no_reference else "task")
 
 
-def _base_faults(family: Family, settings: MergeSettings, method: MergeMethod) -> Sequence[Fault]:
+def _base_faults(
+    family: Family, settings: MergeSettings, method: type[MergeMethod]
+) -> Sequence[Fault]:
     if family.base is not None and settings.vector == "difference":
         text = "Differences are from the experts' average: leave base_model out, or vector."
         return (Fault(("vector",), text),)

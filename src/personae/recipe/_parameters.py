@@ -35,7 +35,7 @@ class GivenParameters:
         has_base: Whether task vectors are merged, or difference vectors.
     """
 
-    method: MergeMethod
+    method: type[MergeMethod]
     common: Mapping[str, Any]
     own: Sequence[Mapping[str, Any]]
     has_base: bool = True
@@ -48,7 +48,7 @@ class GivenParameters:
     @cached_property
     def per_expert(self) -> frozenset[str]:
         """The method's parameters that take a value an expert."""
-        fields = self.method.parameters.model_fields
+        fields = self.method.fields()
         return frozenset(n for n, field in fields.items() if _takes_tuple(field.annotation))
 
     def said_of(self, name: str) -> list[Any]:
@@ -78,7 +78,7 @@ class GivenParameters:
         return found
 
     def _is_required(self, parameter: str) -> bool:
-        field = self.method.parameters.model_fields.get(parameter)
+        field = self.method.fields().get(parameter)
         return field is not None and field.is_required()
 
     def _filled(self, parameter: str, value: Any, name: str) -> Any:
@@ -94,11 +94,11 @@ class GivenParameters:
                 f"{self.method.name}: no filter of {parameter} fits the tensor '{name}'. "
                 "Add an entry without a filter, for all others."
             )
-        return self.method.parameters.model_fields[parameter].default
+        return self.method.fields()[parameter].default
 
     def faults(self, experts: Sequence[str]) -> Iterator[Fault]:
         """Every fault that needs no tensor, placed in `parameters` and `expert_parameters`."""
-        fields = self.method.parameters.model_fields
+        fields = self.method.fields()
         if self.own and len(self.own) != len(experts):
             text = f"Parameters are given for {len(self.own)} experts, but there are {len(experts)}"
             yield Fault(("expert_parameters",), f"{text}. Give each its own, or none.")
@@ -125,7 +125,7 @@ class GivenParameters:
             yield own, ("expert_parameters", n)
 
     def _value_faults(self, name: str, value: Any) -> Iterator[str]:
-        fields = self.method.parameters.model_fields
+        fields = self.method.fields()
         if name not in fields:
             known = nearest(name, fields) if fields else "It has none."
             yield f"{self.method.name} has no parameter '{name}'. {known}"
@@ -218,7 +218,7 @@ class GivenParameters:
             for name in self.method.model_wide:
                 if name in source and varies(source[name]):
                     hint = ""
-                    if "scope" in self.method.parameters.model_fields:
+                    if "scope" in self.method.fields():
                         hint = ", or 'scope: tensor'"
                     yield Fault(
                         (*place, name),

@@ -14,7 +14,6 @@ from personae.methods import (
     METHODS_BY_CONVENTIONS,
     Conventions,
     MergeMethod,
-    Parameters,
     build,
     lookup,
 )
@@ -55,7 +54,35 @@ class MergeSettings(Strict):
     only: tuple[str, ...] = Field(default=(), description="Patterns of tensors merged, if not all")
     vector: Vector = "task"
 
-    def merge_method(self) -> MergeMethod:
+    @classmethod
+    def of(cls, method: MergeMethod, experts: int, **rest: Any) -> "MergeSettings":
+        """The settings of a method with its parameters.
+
+        Args:
+            method: The method; parameters that are one an expert become the experts' own.
+            experts: How many there are.
+            **rest: All else, by the names of these settings.
+
+        Raises:
+            RecipeError: if parameters are not one an expert.
+        """
+        faults, given = Faults(), method.model_dump(by_alias=True)
+        method.check_experts(experts, faults)
+        faults.raise_if_any(RecipeError)
+        owns = {name: value for name, value in given.items() if isinstance(value, tuple)}
+        return cls(
+            method=method.name,
+            conventions=method.conventions,
+            parameters={name: value for name, value in given.items() if name not in owns},
+            expert_parameters=tuple(
+                {name: value[n] for name, value in owns.items()} for n in range(experts)
+            )
+            if owns
+            else (),
+            **rest,
+        )
+
+    def merge_method(self) -> type[MergeMethod]:
         """The method of this name under these conventions.
 
         Raises:
@@ -63,8 +90,8 @@ class MergeSettings(Strict):
         """
         return find_method(self.method, self.conventions)
 
-    def for_tensor(self, name: str, layers: int, experts: int) -> Parameters:
-        """The method's parameters at one tensor; the same object wherever they are the same.
+    def for_tensor(self, name: str, layers: int, experts: int) -> MergeMethod:
+        """The method with its parameters at one tensor; the same object wherever they are the same.
 
         Args:
             name: The tensor's.
@@ -176,12 +203,12 @@ class MergeRecipe(Strict):
         return [*self.remarks, *self.settings.notes]
 
 
-def methods_under(conventions: Conventions) -> Mapping[str, MergeMethod]:
+def methods_under(conventions: Conventions) -> Mapping[str, type[MergeMethod]]:
     """Every method under these conventions: theirs, and of ours what they do not have."""
     return {**METHODS_BY_CONVENTIONS["personae"], **METHODS_BY_CONVENTIONS[conventions]}
 
 
-def find_method(name: str, conventions: Conventions) -> MergeMethod:
+def find_method(name: str, conventions: Conventions) -> type[MergeMethod]:
     """The merge method of this name.
 
     Raises:
@@ -214,13 +241,13 @@ def refuse_mergekit_alone(name: str) -> None:
 @lru_cache(maxsize=4096)
 def _build(
     method: str, conventions: Conventions, experts: int, values: tuple[tuple[str, Any], ...]
-) -> Parameters:
-    """A method's validated parameters, made once for all tensors at which they are the same.
+) -> MergeMethod:
+    """A method with validated parameters, made once for all tensors at which they are the same.
 
     Raises:
         MethodError: naming every fault, tuples that are not one an expert among them.
     """
-    built: Parameters = build(find_method(method, conventions), dict(values))
+    built = build(find_method(method, conventions), dict(values))
     faults = Faults()
     built.check_experts(experts, faults)
     faults.raise_if_any(MethodError)
@@ -228,7 +255,7 @@ def _build(
 
 
 def _base_faults(
-    method: MergeMethod, tokenizer_source: str | None, experts: Sequence[str]
+    method: type[MergeMethod], tokenizer_source: str | None, experts: Sequence[str]
 ) -> list[Fault]:
     faults: list[Fault] = []
     if method.needs == "base":

@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from personae.errors import Faults, MethodError, RecipeError
-from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, Parameters, build, lookup
+from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, build, lookup
 from personae.packs.manifest import Counting
 from personae.recipe._base import Strict, Vector
 from personae.recipe._faults import faults_in
@@ -38,6 +38,25 @@ class PackSettings(Strict):
     reference_parameters: dict[str, Any] = Field(default={})
     skip: tuple[str, ...] = Field(default=(), description="Patterns of tensors to leave out")
     private: tuple[str, ...] = Field(default=(), description="Patterns of tensors to keep whole")
+
+    @classmethod
+    def of(
+        cls, codec: Codec, *, reference: MergeMethod | None = None, **rest: Any
+    ) -> "PackSettings":
+        """The settings of a codec with its parameters.
+
+        Args:
+            codec: The codec; with a budget its rank fraction is what the budget allows.
+            reference: The merge method of a difference pack; by default the average.
+            **rest: All else, by the names of these settings.
+        """
+        parameters = codec.model_dump(mode="json", by_alias=True)
+        if rest.get("budget") is not None:
+            parameters.pop("rank_fraction", None)
+        if reference is not None:
+            rest["reference"] = reference.name
+            rest["reference_parameters"] = reference.model_dump(mode="json", by_alias=True)
+        return cls(method=codec.name, parameters=parameters, **rest)
 
     @model_validator(mode="after")
     def _one_rank(self) -> "PackSettings":
@@ -90,7 +109,7 @@ class PackSettings(Strict):
                 f"'{self.method}' merges models, it does not code them. To pack against a model "
                 f"merged by it: vector: difference, reference: {self.method}."
             )
-        codec: Codec = build(lookup(CODECS, self.method), self.parameters)
+        codec = build(lookup(CODECS, self.method), self.parameters)
         if self.budget is not None and "rank_fraction" not in type(codec).model_fields:
             raise MethodError(
                 f"{self.method} has no rank_fraction that a budget could set. Leave the budget "
@@ -98,7 +117,7 @@ class PackSettings(Strict):
             )
         return codec
 
-    def merge(self, experts: int, *, has_base: bool = True) -> tuple[MergeMethod, Parameters]:
+    def merge(self, experts: int, *, has_base: bool = True) -> MergeMethod:
         """The merge method of the reference with its parameters, validated for so many experts.
 
         Raises:
@@ -110,11 +129,11 @@ class PackSettings(Strict):
                 f"{method.name} merges LoRA adapters, which a difference pack is not made of. "
                 "Name another reference, such as average or ties."
             )
-        built: Parameters = build(method, self.reference_parameters)
+        built = build(method, self.reference_parameters)
         faults = Faults()
         built.check_experts(experts, faults, has_base=has_base)
         faults.raise_if_any(MethodError)
-        return method, built
+        return built
 
 
 class PackRecipe(Strict):

@@ -13,7 +13,7 @@ from personae.writers.atomic import (
     require_place,
     require_space,
 )
-from personae.writers.checkpoint import SHARD_BYTES, CheckpointWriter, with_copies
+from personae.writers.checkpoint import SHARD_BYTES, CheckpointWriter, cast, with_copies
 from personae.writers.companions import write_companions
 from personae.writers.journal import JOURNAL, Journal, identity_text
 
@@ -24,6 +24,7 @@ __all__ = [
     "Journal",
     "atomic_file",
     "begins",
+    "cast",
     "clear",
     "finish",
     "identity_text",

@@ -55,6 +55,40 @@ class _Place(NamedTuple):
     written: list[tuple[int, int]]
 
 
+def cast(tensor: Tensor, spec: TensorSpec, computed: bool) -> Tensor:
+    """Cast to the dtype of the spec (to nearest, ties to even).
+
+    Args:
+        tensor: The values.
+        spec: What they shall be.
+        computed: Whether they are a result, which has to be finite, and not a copy.
+
+    Raises:
+        MethodError: if a finite value does not fit in it, or a computed one is not finite.
+    """
+    narrow = tensor.to(spec.dtype)
+    if not narrow.is_floating_point() or (tensor.dtype == spec.dtype and not computed):
+        return narrow
+    wide = narrow.float() if narrow.dtype.itemsize == 1 else narrow
+    # NaN passes through both extremes; fast, since nothing is copied.
+    if all(map(math.isfinite, torch.stack(wide.aminmax()).tolist())):
+        return narrow
+    lost = ~wide.isfinite() if computed else tensor.isfinite() & ~wide.isfinite()
+    if not bool(lost.any()):
+        return narrow
+    value = tensor[lost].flatten()[0].item()
+    if math.isfinite(value):
+        raise MethodError(
+            f"Tensor '{spec.name}' holds {value:.6g}, but the largest {spec.dtype} is "
+            f"{torch.finfo(spec.dtype).max:.6g}. Write another dtype, such as float32."
+        )
+    raise MethodError(
+        f"Tensor '{spec.name}' comes out as {value} in {int(lost.sum())} place(s), although "
+        "what it is made of is finite: sums left the range of float32. Give smaller weights or "
+        "scales, or leave the tensor out with 'skip'."
+    )
+
+
 class CheckpointWriter:
     """Writes one checkpoint into a directory: `model.safetensors`, or shards and their index.
 
@@ -182,7 +216,9 @@ class CheckpointWriter:
             offset += first * spec.dtype.itemsize
             with output_errors(Path(file.name)):
                 held = _read_at(file, (last + 1 - first) * spec.dtype.itemsize, offset)
-                torch.frombuffer(held, dtype=spec.dtype)[entries - first] = self._cast(values, spec)
+                torch.frombuffer(held, dtype=spec.dtype)[entries - first] = cast(
+                    values, spec, spec.name in self._computed
+                )
                 _write_at(file, held, offset)
 
     def _everywhere(self, name: str) -> list[_Place]:
@@ -196,40 +232,12 @@ class CheckpointWriter:
         if not tensor.numel():
             return
         assert tensor.dtype == spec.dtype or (tensor.is_floating_point() and spec.is_floating)
-        values = self._cast(tensor.detach().cpu(), spec).contiguous().reshape(-1).view(torch.uint8)
+        values = cast(tensor.detach().cpu(), spec, spec.name in self._computed)
+        values = values.contiguous().reshape(-1).view(torch.uint8)
         start = row * (spec.nbytes // spec.shape[0]) if row else 0
         with output_errors(Path(place.file.name)):
             _write_at(place.file, values.numpy().data, place.offset + start)
         place.written.append((start, start + values.numel()))
-
-    def _cast(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
-        """Cast to the dtype of the spec.
-
-        Raises:
-            MethodError: if a finite value does not fit in it, or a computed one is not finite.
-        """
-        cast = tensor.to(spec.dtype)
-        computed = spec.name in self._computed
-        if not cast.is_floating_point() or (tensor.dtype == spec.dtype and not computed):
-            return cast
-        wide = cast.float() if cast.dtype.itemsize == 1 else cast
-        # NaN passes through both extremes; fast, since nothing is copied.
-        if all(map(math.isfinite, torch.stack(wide.aminmax()).tolist())):
-            return cast
-        lost = ~wide.isfinite() if computed else tensor.isfinite() & ~wide.isfinite()
-        if not bool(lost.any()):
-            return cast
-        value = tensor[lost].flatten()[0].item()
-        if math.isfinite(value):
-            raise MethodError(
-                f"Tensor '{spec.name}' holds {value:.6g}, but the largest {spec.dtype} is "
-                f"{torch.finfo(spec.dtype).max:.6g}. Write another dtype, such as float32."
-            )
-        raise MethodError(
-            f"Tensor '{spec.name}' comes out as {value} in {int(lost.sum())} place(s), although "
-            "what it is made of is finite: sums left the range of float32. Give smaller weights or "
-            "scales, or leave the tensor out with 'skip'."
-        )
 
     def close(self) -> None:
         """Check that every byte was written once, write the index, and sync to disk.

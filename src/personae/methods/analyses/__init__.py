@@ -4,12 +4,16 @@ Each is a pure function of the stacked task vectors of one tensor; its keyword-o
 its parameters.
 """
 
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field, create_model
+
 from personae.methods._parameters import Parameters
-from personae.methods._registry import argument_parameters, summary_of
+from personae.methods._registry import summary_of
 from personae.methods.analyses._findings import Findings
 from personae.methods.analyses.dropped_percentage import dropped_percentage
 from personae.methods.analyses.rank_drop import rank_drop
@@ -38,8 +42,39 @@ class Analysis:
 
 def _analysis(function: Callable[..., Findings], *headlines: str) -> Analysis:
     name = function.__name__
-    parameters = argument_parameters(function, name)
+    parameters = _parameters(function, name)
     return Analysis(name, summary_of(function), parameters, function, headlines)
+
+
+def _parameters(function: Callable[..., Findings], name: str) -> type[Parameters]:
+    """The keyword-only arguments of a function as a model of typed parameters."""
+    meanings = _argument_texts(function)
+    fields: dict[str, Any] = {
+        argument.name: (
+            argument.annotation,
+            Field(argument.default, description=meanings.get(argument.name)),
+        )
+        for argument in inspect.signature(function).parameters.values()
+        if argument.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    model = create_model(f"{name}_parameters", __base__=Parameters, **fields)
+    model.name = name
+    return model
+
+
+def _argument_texts(function: Callable[..., Any]) -> dict[str, str]:
+    """What the "Args:" of a Google docstring say of each argument."""
+    texts: dict[str, str] = {}
+    name = ""
+    section = (inspect.getdoc(function) or "").partition("\nArgs:\n")[2].split("\n\n")[0]
+    for line in section.splitlines():
+        started = re.match(r"    (\w+): (.*)", line)
+        if started:
+            name = started[1]
+            texts[name] = started[2]
+        elif name:
+            texts[name] += " " + line.strip()
+    return texts
 
 
 def headline(findings: Findings, place: str) -> float:

@@ -3,31 +3,20 @@
 Paper: Wortsman et al. 2022 (model soups); mergekit calls it `linear`.
 """
 
-from typing import Any
-
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from personae.errors import MethodError
 from personae.methods._entries import weighted_sum
+from personae.methods._merge import Linear, Statistics, as_function
 from personae.methods._parameters import one_each
-from personae.methods._registry import everywhere, merge_method
+from personae.methods._registry import merge_method
+from personae.methods._site import Site
+from personae.methods._undecided import Undecided
 
 _RELATIVE_ZERO = 1e-6
 _ROUNDING = 1e-6
-
-
-def _coefficients(parameters: Any, experts: int) -> list[float]:
-    weights = one_each(parameters.weight, experts)
-    total = sum(weights) if parameters.normalize else 1.0
-    return [weight / total for weight in weights]
-
-
-def _check(parameters: Any, experts: int, has_base: bool) -> str:
-    weights = one_each(parameters.weight, experts)
-    if parameters.normalize:
-        return faulty_sum("average", weights)
-    return "" if has_base else faulty_scale("average", weights)
 
 
 def faulty_sum(method: str, weights: tuple[float, ...]) -> str:
@@ -51,39 +40,55 @@ def faulty_scale(method: str, weights: tuple[float, ...]) -> str:
     )
 
 
-@merge_method(
-    paper="arXiv:2203.05482",
-    order_free=True,
-    entrywise=everywhere,
-    check=_check,
-    coefficients=_coefficients,
-    bytes_per_entry=12,
-    aliases=("linear",),
-)
-def average(
-    task_vectors: Float[Tensor, "expert *shape"],
-    *,
-    weight: float | tuple[float, ...] = 1.0,
-    normalize: bool = True,
-) -> Float[Tensor, "*shape"]:
+@merge_method(paper="arXiv:2203.05482", aliases=("linear",))
+class Average(Linear):
     """Average the experts: Σ w_n τ_n / Σ w_n, entry by entry.
-
-    Args:
-        task_vectors: One task vector per expert, stacked in recipe order; fp32.
-        weight: Weight of each expert.
-        normalize: Whether to divide by the sum of the weights. Without, the base enters once all
-            the same, as in `task_arithmetic`: base + Σ w_n τ_n, not Σ w_n θ_n. Without a base both
-            are meant, and recipes whose weights do not sum to 1 are refused.
 
     Returns:
         The merged task vector. Added to the base it is the mean of the experts, up to rounding.
-
-    Raises:
-        MethodError: if the weights sum to 0 and would be divided by.
     """
-    weights = one_each(weight, len(task_vectors))
-    fault = faulty_sum("average", weights) if normalize else ""
-    if fault:
-        raise MethodError(fault)
-    total = weighted_sum(task_vectors, weights)
-    return total.div_(sum(weights)) if normalize else total
+
+    weight: float | tuple[float, ...] = Field(default=1.0, description="Weight of each expert.")
+    normalize: bool = Field(
+        default=True,
+        description=(
+            "Whether to divide by the sum of the weights. Without, the base enters once all the "
+            "same, as in `task_arithmetic`: base + Σ w_n τ_n, not Σ w_n θ_n. Without a base "
+            "both are meant, and recipes whose weights do not sum to 1 are refused."
+        ),
+    )
+
+    def check(self, experts: int, has_base: bool) -> str:
+        """Weights that sum to 0, or without a base and `normalize`, not to 1."""
+        weights = one_each(self.weight, experts)
+        if self.normalize:
+            return faulty_sum("average", weights)
+        return "" if has_base else faulty_scale("average", weights)
+
+    def coefficients(self, experts: int) -> list[float]:
+        """w_n / Σ w_n."""
+        weights = one_each(self.weight, experts)
+        total = sum(weights) if self.normalize else 1.0
+        return [weight / total for weight in weights]
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`.
+
+        Raises:
+            MethodError: if the weights sum to 0 and would be divided by.
+        """
+        weights = one_each(self.weight, len(task_vectors))
+        fault = faulty_sum("average", weights) if self.normalize else ""
+        if fault:
+            raise MethodError(fault)
+        total = weighted_sum(task_vectors, weights)
+        return total.div_(sum(weights)) if self.normalize else total
+
+
+average = as_function(Average)

@@ -5,14 +5,19 @@ model. Defaults are those of the authors' code (JH-GEECS/CART, D28), tuned by th
 attention and MLP weights alone, with rank and λ of the nearest of their three numbers of tasks.
 """
 
+from typing import ClassVar
+
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from personae._types import RankFraction
 from personae.methods._entries import mean
-from personae.methods._matrices import Tensors, from_both_sides, is_matrix, not_matrix
+from personae.methods._matrices import Tensors, is_matrix
+from personae.methods._merge import MatrixWise, Statistics, as_function
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
+from personae.methods._undecided import Undecided
 from personae.ops.svd import exact_svd
 
 _TUNED = ((0.12, 2.0), (0.16, 1.5), (0.32, 1.9))
@@ -20,49 +25,59 @@ _TUNED = ((0.12, 2.0), (0.16, 1.5), (0.32, 1.9))
 _MOST_TASKS = (11, 17)
 
 
-@merge_method(
-    paper="arXiv:2412.12153",
-    order_free=True,
-    entrywise=not_matrix,
-    equivariant=from_both_sides,
-    bytes_per_entry=16,
-)
-def cart(
-    task_vectors: Float[Tensor, "expert *shape"],
-    *,
-    rank_fraction: RankFraction | None = None,
-    tensors: Tensors = "linear",
-    scale: float | None = None,
-    site: Site,
-) -> Float[Tensor, "*shape"]:
+@merge_method(paper="arXiv:2412.12153")
+class CART(MatrixWise):
     """Add low-rank deviations from the mean to the mean; average other tensors.
 
     τ̄ + scale · Σ_n SVD_k(τ_n − τ̄), k = max(1, ⌊rank_fraction · min(m, d)⌋). The
     deviations themselves sum to 0: at full rank, or of two experts, whose deviations are opposite,
     this is weight averaging.
 
-    Args:
-        task_vectors: One vector per expert, stacked in recipe order; fp32. What they are relative
-            to, base or average, does not matter.
-        rank_fraction: Singular directions kept of each deviation (the paper: 0.04 to 0.32). If not
-            given: 0.12 of up to 11 tasks, 0.16 of up to 17, else 0.32.
-        tensors: Which tensors are merged so; the rest is averaged.
-        scale: Multiplier on the deviations (λ in the paper). If not given: 2.0, 1.5 or 1.9, as the
-            authors found beside these ranks.
-        site: Which tensor; k follows from the shape of the whole tensor.
-
     Returns:
         The merged vector, fp32, relative to what the input is relative to.
     """
-    merged = mean(task_vectors)
-    if not is_matrix(tensors, site):
+
+    side: ClassVar = "both"
+    bytes_per_entry: ClassVar = 16
+
+    rank_fraction: RankFraction | None = Field(
+        default=None,
+        description=(
+            "Singular directions kept of each deviation (the paper: 0.04 to 0.32). If not "
+            "given: 0.12 of up to 11 tasks, 0.16 of up to 17, else 0.32."
+        ),
+    )
+    tensors: Tensors = Field(
+        default="linear", description="Which tensors are merged so; the rest is averaged."
+    )
+    scale: float | None = Field(
+        default=None,
+        description=(
+            "Multiplier on the deviations (λ in the paper). If not given: 2.0, 1.5 or 1.9, as "
+            "the authors found beside these ranks."
+        ),
+    )
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        merged = mean(task_vectors)
+        if not is_matrix(self.tensors, site):
+            return merged
+        fraction, strength = _TUNED[sum(len(task_vectors) > most for most in _MOST_TASKS)]
+        fraction = fraction if self.rank_fraction is None else self.rank_fraction
+        strength = strength if self.scale is None else self.scale
+        rank = max(1, int(fraction * min(site.shape) + 1e-9))
+        center = merged.clone()
+        for matrix in task_vectors:
+            u, singular_values, vh = exact_svd(matrix - center, rank)
+            merged.add_(((u * singular_values) @ vh).float(), alpha=strength)
         return merged
-    fraction, strength = _TUNED[sum(len(task_vectors) > most for most in _MOST_TASKS)]
-    fraction = fraction if rank_fraction is None else rank_fraction
-    strength = strength if scale is None else scale
-    rank = max(1, int(fraction * min(site.shape) + 1e-9))
-    center = merged.clone()
-    for matrix in task_vectors:
-        u, singular_values, vh = exact_svd(matrix - center, rank)
-        merged.add_(((u * singular_values) @ vh).float(), alpha=strength)
-    return merged
+
+
+cart = as_function(CART)

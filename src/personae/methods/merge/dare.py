@@ -6,48 +6,62 @@ order of the work does not matter (with another seed, name or place of an expert
 DTS's tables call DARE is density 0.4 without rescaling, of exactly that many entries.
 """
 
+from typing import ClassVar
+
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
 from personae.methods._dropping import dropped_sum, dropper
-from personae.methods._registry import everywhere, merge_method
+from personae.methods._merge import RowWise, Statistics, as_function
+from personae.methods._registry import merge_method
 from personae.methods._site import Site
+from personae.methods._undecided import Undecided
 
 
-@merge_method(
-    paper="arXiv:2311.03099",
-    order_free=False,
-    entrywise=everywhere,
-    aliases=("dare_linear",),
-)
-def dare(
-    task_vectors: Float[Tensor, "expert *shape"],
-    *,
-    density: Density | tuple[Density, ...] = 0.4,
-    weight: float | tuple[float, ...] = 1.0,
-    rescale: bool = True,
-    scale: float = 1.0,
-    seed: int = 0,
-    site: Site | None = None,
-) -> Float[Tensor, "*shape"]:
-    """Drop entries at random, rescale the rest, add them up: scale · Σ w_n m_n τ_n / density_n.
+@merge_method(paper="arXiv:2311.03099", aliases=("dare_linear",))
+class DARE(RowWise):
+    """Drop entries at random, rescale the rest, add them up: scale · Σ w_n m_n τ_n / density_n."""
 
-    Args:
-        task_vectors: One task vector per expert, stacked in recipe order; fp32.
-        density: Probability that an entry is kept (1 - p of the paper), to the nearest 1/65536.
-        weight: Coefficient of each expert; not divided by their sum.
-        rescale: Whether what is kept is divided by the density, so that its expectation is τ_n.
-        scale: Multiplier on the result.
-        seed: Of the masks: same seed, same model.
-        site: Which tensor, and from which entry on.
+    order_free: ClassVar = False
 
-    Returns:
-        The merged task vector, fp32.
-    """
-    assert site is not None, "dare needs to know which entries it is given"
-    experts = len(task_vectors)
-    fill = dropper(
-        site, density=density, weight=weight, rescale=rescale, seed=seed, experts=experts
+    density: Density | tuple[Density, ...] = Field(
+        default=0.4,
+        description=(
+            "Probability that an entry is kept (1 - p of the paper), to the nearest 1/65536."
+        ),
     )
-    return dropped_sum(task_vectors, fill, scale)
+    weight: float | tuple[float, ...] = Field(
+        default=1.0, description="Coefficient of each expert; not divided by their sum."
+    )
+    rescale: bool = Field(
+        default=True,
+        description=(
+            "Whether what is kept is divided by the density, so that its expectation is τ_n."
+        ),
+    )
+    scale: float = Field(default=1.0, description="Multiplier on the result.")
+    seed: int = Field(default=0, description="Of the masks: same seed, same model.")
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        experts = len(task_vectors)
+        fill = dropper(
+            site,
+            density=self.density,
+            weight=self.weight,
+            rescale=self.rescale,
+            seed=self.seed,
+            experts=experts,
+        )
+        return dropped_sum(task_vectors, fill, self.scale)
+
+
+dare = as_function(DARE)

@@ -7,10 +7,11 @@ tables, as here by default, dropping takes the place of trimming. Below a densit
 nothing left to trim, and both are the same. mergekit does not average what agrees.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
@@ -22,124 +23,130 @@ from personae.methods._entries import (
     limits_of,
     merge_elected,
     votes,
-    votes_by_mass,
 )
 from personae.methods._entries import trim as trim_rows
-from personae.methods._merge import Gathering, Measure, Statistics
+from personae.methods._merge import Gathering, Measure, RowWise, Statistics, as_function
 from personae.methods._parameters import one_each
-from personae.methods._registry import everywhere, merge_method
+from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
 
 
-def _gather(parameters: Any, experts: int) -> Gathering:
-    """Looks for the thresholds of trimming, if there is any, and one for the majority sign."""
-
-    def kept(vectors: Tensor, own: Any, site: Site) -> Tensor:
-        return dropped(vectors, _dropper(own, site, experts, weight=1.0))
-
-    found: dict[str, Tensor] = {}
-    if parameters.trim < 1:
-        found["thresholds"] = yield from find_thresholds(parameters.trim, experts, kept)
-
-    def vote(vectors: Tensor, own: Any, site: Site) -> Tensor:
-        return votes(vectors, _fill(own, site, experts, found.get("thresholds")), own.elect)
-
-    # A single expert is never outvoted.
-    majority = (yield Measure("majority", vote, late=True)) if experts > 1 else torch.tensor(0)
-    return found if majority is None else {**found, "majority": majority.sign()}
-
-
-@merge_method(
-    paper="arXiv:2311.03099",
-    order_free=False,
-    entrywise=everywhere,
-    late=votes_by_mass,
-    gather=_gather,
-    model_wide=("scope", "trim"),
-)
-def dare_ties(
-    task_vectors: Float[Tensor, "expert *shape"],
-    *,
-    density: Density | tuple[Density, ...] = 0.2,
-    weight: float | tuple[float, ...] = 1.0,
-    rescale: bool = True,
-    trim: Density = 1.0,
-    scope: Literal["model", "tensor"] = "model",
-    reduce: Literal["mean", "sum", "max"] = "mean",
-    elect: Literal["mass", "count"] = "mass",
-    scale: float = 1.0,
-    seed: int = 0,
-    statistics: Statistics | None = None,
-    site: Site | None = None,
-    undecided: Undecided | None = None,
-) -> Float[Tensor, "*shape"]:
+@merge_method(paper="arXiv:2311.03099")
+class DARETIES(RowWise):
     """Drop entries at random, elect one sign per entry, merge the entries that agree.
-
-    Args:
-        task_vectors: One task vector per expert, stacked in recipe order; fp32.
-        density: Probability that an entry is kept (1 - p of the paper), to the nearest 1/65536.
-        weight: Coefficient of each expert's kept entries, before signs are elected, as in `ties`.
-        rescale: Whether what is kept is divided by the density, so that its expectation is τ_n.
-        trim: Fraction of all entries that is kept of each expert after dropping, those of largest
-            magnitude. 1: no trimming; 0.2: the DARE authors' algorithm.
-        scope: Whether an expert is trimmed, and undecided entries take the majority sign, over the
-            whole model or over the tensor.
-        reduce: Mean, sum or largest magnitude of the entries that agree.
-        elect: Whether experts vote with their magnitudes or one vote each.
-        scale: Multiplier on the result.
-        seed: Of the masks: same seed, same model.
-        statistics: `majority` (), int64, over the scope; with `trim`, `thresholds` (expert,), fp32.
-        site: Which tensor, and from which entry on.
-        undecided: Told of entries that are undecided, which become 0, if the majority is not
-            known yet.
 
     Returns:
         The merged task vector, fp32; entries that no expert keeps are 0.
     """
-    assert statistics is not None, "dare_ties needs the majority sign"
-    assert site is not None, "dare_ties needs to know which entries it is given"
-    own = _Dropping(density, weight, rescale, seed)
-    return merge_elected(
-        task_vectors,
-        _fill(own, site, len(task_vectors), statistics.get("thresholds")),
-        elect=elect,
-        reduce=reduce,
-        scale=scale,
-        statistics=statistics,
-        undecided=undecided,
+
+    can_decide_late: ClassVar = True
+    order_free: ClassVar = False
+    model_wide: ClassVar = ("scope", "trim")
+
+    density: Density | tuple[Density, ...] = Field(
+        default=0.2,
+        description=(
+            "Probability that an entry is kept (1 - p of the paper), to the nearest 1/65536."
+        ),
     )
-
-
-class _Dropping(NamedTuple):
-    """The parameters that say what is dropped, as `Parameters` name them."""
-
-    density: PerExpert
-    weight: PerExpert
-    rescale: bool
-    seed: int
-
-
-def _dropper(own: Any, site: Site, experts: int, weight: PerExpert) -> Fill:
-    return dropper(
-        site,
-        density=own.density,
-        weight=weight,
-        rescale=own.rescale,
-        seed=own.seed,
-        experts=experts,
+    weight: float | tuple[float, ...] = Field(
+        default=1.0,
+        description=(
+            "Coefficient of each expert's kept entries, before signs are elected, as in `ties`."
+        ),
     )
+    rescale: bool = Field(
+        default=True,
+        description=(
+            "Whether what is kept is divided by the density, so that its expectation is τ_n."
+        ),
+    )
+    trim: Density = Field(
+        default=1.0,
+        description=(
+            "Fraction of all entries that is kept of each expert after dropping, those of "
+            "largest magnitude. 1: no trimming; 0.2: the DARE authors' algorithm."
+        ),
+    )
+    scope: Literal["model", "tensor"] = Field(
+        default="model",
+        description=(
+            "Whether an expert is trimmed, and undecided entries take the majority sign, over "
+            "the whole model or over the tensor."
+        ),
+    )
+    reduce: Literal["mean", "sum", "max"] = Field(
+        default="mean", description="Mean, sum or largest magnitude of the entries that agree."
+    )
+    elect: Literal["mass", "count"] = Field(
+        default="mass", description="Whether experts vote with their magnitudes or one vote each."
+    )
+    scale: float = Field(default=1.0, description="Multiplier on the result.")
+    seed: int = Field(default=0, description="Of the masks: same seed, same model.")
+
+    def is_late(self) -> bool:
+        """With magnitudes votes seldom cancel; with one vote each they often do."""
+        return self.elect == "mass"
+
+    def gather(self, experts: int) -> Gathering:
+        """Looks for the thresholds of trimming, if there is any, and one for the majority sign."""
+
+        def kept(vectors: Tensor, own: Any, site: Site) -> Tensor:
+            return dropped(vectors, own.dropper(site, experts, weight=1.0))
+
+        found: dict[str, Tensor] = {}
+        if self.trim < 1:
+            found["thresholds"] = yield from find_thresholds(self.trim, experts, kept)
+
+        def vote(vectors: Tensor, own: Any, site: Site) -> Tensor:
+            return votes(vectors, own.fill(site, experts, found.get("thresholds")), own.elect)
+
+        # A single expert is never outvoted.
+        majority = (yield Measure("majority", vote, late=True)) if experts > 1 else torch.tensor(0)
+        return found if majority is None else {**found, "majority": majority.sign()}
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        return merge_elected(
+            task_vectors,
+            self.fill(site, len(task_vectors), statistics.get("thresholds")),
+            elect=self.elect,
+            reduce=self.reduce,
+            scale=self.scale,
+            statistics=statistics,
+            undecided=undecided,
+        )
+
+    def dropper(self, site: Site, experts: int, weight: PerExpert) -> Fill:
+        """Drops at random, as in `dare`."""
+        return dropper(
+            site,
+            density=self.density,
+            weight=weight,
+            rescale=self.rescale,
+            seed=self.seed,
+            experts=experts,
+        )
+
+    def fill(self, site: Site, experts: int, thresholds: Float[Tensor, " expert"] | None) -> Fill:
+        """Drops, and trims what is left where there are thresholds."""
+        if thresholds is None:
+            return self.dropper(site, experts, self.weight)
+        drop = self.dropper(site, experts, weight=1.0)
+        limits, weights = limits_of(thresholds), one_each(self.weight, experts)
+
+        def fill(start: int, rows: list[Tensor], kept: Tensor) -> None:
+            drop(start, rows, kept)
+            trim_rows(list(kept.clone()), limits, weights, kept)
+
+        return fill
 
 
-def _fill(own: Any, site: Site, experts: int, thresholds: Float[Tensor, " expert"] | None) -> Fill:
-    """Drops, and trims what is left where there are thresholds."""
-    if thresholds is None:
-        return _dropper(own, site, experts, own.weight)
-    drop = _dropper(own, site, experts, weight=1.0)
-    limits, weights = limits_of(thresholds), one_each(own.weight, experts)
-
-    def fill(start: int, rows: list[Tensor], kept: Tensor) -> None:
-        drop(start, rows, kept)
-        trim_rows(list(kept.clone()), limits, weights, kept)
-
-    return fill
+dare_ties = as_function(DARETIES)

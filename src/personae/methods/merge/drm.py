@@ -10,7 +10,7 @@ cause no NaN, and `auto:orthogonality` compares cosines, so that it does not cou
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -18,10 +18,11 @@ from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
-from personae.methods._merge import Gathering, Measure, Side, Statistics
+from personae.methods._merge import Gathering, MatrixWise, Measure, Side, Statistics, as_function
 from personae.methods._parameters import one_each
-from personae.methods._registry import merge_method, not_linear
+from personae.methods._registry import merge_method
 from personae.methods._site import Site
+from personae.methods._undecided import Undecided
 from personae.ops.select import largest
 from personae.ops.stacks import StackedSVD, stacked_rank, stacked_svd
 
@@ -32,116 +33,147 @@ RANK_TOLERANCE_OF_AUTO = 0.1
 """σ / σ₁ above which `auto:rank` counts a direction, as the published code does."""
 
 
-def _gather(parameters: Any, _: int) -> Gathering:
-    """One look at the tensors that are no linear layers: the sign most of their entries elect."""
-    if parameters.others == "paper" or not parameters.elect:
-        return {}
-
-    def vote(vectors: Tensor, _: Any, __: Site) -> Int64[Tensor, ""]:
-        return elected(vectors).sum().long()
-
-    majority = yield Measure("majority", vote, applies=not_linear)
-    return {"majority": majority.sign()}
-
-
-def _equivariant(parameters: Any, site: Site) -> Side:
-    """DRM-H sees only U of what is on the left; a block of Q, K, V must not be mixed with others.
-
-    U enters the result by U · (what is done to V_t) alone, so an orthogonal matrix from the left
-    turns U and nothing else.
-    """
-    if site.kind != "linear" or parameters.direction.startswith("auto"):
-        return "none"
-    left = (parameters.direction == "horizontal") != site.transposed
-    split = site.stacked_qkv() if parameters.qkv == "split" else ()
-    if split and split[0].axis == (0 if left else 1):
-        return "none"
-    return "left" if left else "right"
-
-
-@merge_method(
-    paper="arXiv:2505.23117",
-    order_free=True,
-    entrywise=not_linear,
-    gather=_gather,
-    equivariant=_equivariant,
-    degenerates="averaging if prune, elect and disjoint are all off and weight is 1",
-    looks=1,
-    model_wide=("others", "elect"),
-    bytes_per_entry=64,
-)
-def drm(
-    task_vectors: Float[Tensor, "expert *shape"],
-    *,
-    direction: Direction = "horizontal",
-    density: Density = 0.2,
-    pruning: Literal["joint", "individual"] = "joint",
-    renormalise: bool = True,
-    prune: bool = True,
-    elect: bool = True,
-    disjoint: bool = True,
-    rank_tolerance: Share = 0.01,
-    rank_drop: Share = 0.0,
-    scale: float = 1.0,
-    weight: float | tuple[float, ...] = 1.0,
-    others: Literal["code", "paper"] = "code",
-    qkv: Literal["stacked", "split"] = "stacked",
-    site: Site,
-    statistics: Statistics | None = None,
-) -> Float[Tensor, "*shape"]:
+@merge_method(paper="arXiv:2505.23117")
+class DRM(MatrixWise):
     """Decompose all experts jointly, renormalise, merge entries of the joint basis.
 
     With A_t the entries of Σ_t V_tᵀ that pruning leaves and election agrees with, the result is
     scale · U Σ_t weight_t A_t / max(1, #{t : A_t ≠ 0}).
 
-    Args:
-        task_vectors: One task vector per expert, stacked in recipe order; fp32.
-        direction: Stack weights (out, in) side by side or on top of each other; or choose for each
-            tensor: `auto:rank` the stack of fewer directions of σ > 0.1 σ₁, `auto:orthogonality`
-            the one whose blocks V_t (or U_t) overlap less: the mean of |cosine| over pairs of
-            flattened blocks, without Σ, with which both would be the same. A tie: vertical.
-        density: Fraction of entries kept by pruning.
-        pruning: Whether one threshold holds for all experts or one for each.
-        renormalise: Whether pruning compares rows of unit length, or the entries of V_tᵀ.
-        prune: Whether entries are pruned at all.
-        elect: Whether entries that disagree with the sign of Σ_t A_t are dropped; undecided ones
-            take the sign that most entries elect.
-        disjoint: Whether to divide by the number of experts left at an entry, or by all.
-        rank_tolerance: Directions of σ ≤ this · σ₁ are dropped (paper: none, code: 0.01);
-            0 drops the numerical null space alone.
-        rank_drop: Fraction of the remaining directions dropped, the smallest first (κ).
-        scale: Multiplier on the result.
-        weight: Multiplier on each expert as it is averaged (λ_t in the paper). It has no part in
-            pruning, election and counting: an expert of weight 0 still votes and counts.
-        others: Tensors that are no linear layers: `code` elects and averages as above without
-            pruning, undecided entries taking the majority over all these tensors; `paper` takes
-            Σ_t weight_t τ_t / N.
-        qkv: Whether fused Q, K, V weights are one matrix, or three merged apart.
-        site: Which tensor.
-        statistics: `majority` () of the tensors that are no linear layers.
-
     Returns:
         The merged task vector, fp32. Zero where no expert has changed anything.
     """
-    weights = one_each(weight, len(task_vectors))
-    if site.kind != "linear":
-        chosen = (elect, disjoint) if others == "code" else (False, False)
-        majority = statistics["majority"] if statistics else None
-        return scale * combine(task_vectors, weights, *chosen, majority)
-    merged: list[Tensor] = []
-    split = site.stacked_qkv() if qkv == "split" else ()
-    for block in split or [None]:
-        stack = task_vectors
-        if block:
-            stack = stack.narrow(block.axis + 1, block.start, block.stop - block.start)
-        stack, stored_in_out = (stack.mT, True) if site.transposed else (stack, False)
-        svd, vertical = decompose(stack, direction, rank_tolerance)
-        svd = svd.cut(kept_rank(len(svd.values), rank_drop))
-        entries = pruned(svd, density, pruning, renormalise) if prune else svd.coordinates
-        product = svd.basis @ combine(entries, weights, elect, disjoint)
-        merged.append(product.T if vertical != stored_in_out else product)
-    whole = torch.cat(merged, dim=split[0].axis) if split else merged[0].contiguous()
-    return whole.mul_(scale)
+
+    degenerates: ClassVar = "averaging if prune, elect and disjoint are all off and weight is 1"
+    looks: ClassVar = 1
+    model_wide: ClassVar = ("others", "elect")
+    bytes_per_entry: ClassVar = 64
+
+    direction: Direction = Field(
+        default="horizontal",
+        description=(
+            "Stack weights (out, in) side by side or on top of each other; or choose for each "
+            "tensor: `auto:rank` the stack of fewer directions of σ > 0.1 σ₁, "
+            "`auto:orthogonality` the one whose blocks V_t (or U_t) overlap less: the mean of "
+            "|cosine| over pairs of flattened blocks, without Σ, with which both would be the "
+            "same. A tie: vertical."
+        ),
+    )
+    density: Density = Field(default=0.2, description="Fraction of entries kept by pruning.")
+    pruning: Literal["joint", "individual"] = Field(
+        default="joint", description="Whether one threshold holds for all experts or one for each."
+    )
+    renormalise: bool = Field(
+        default=True,
+        description="Whether pruning compares rows of unit length, or the entries of V_tᵀ.",
+    )
+    prune: bool = Field(default=True, description="Whether entries are pruned at all.")
+    elect: bool = Field(
+        default=True,
+        description=(
+            "Whether entries that disagree with the sign of Σ_t A_t are dropped; undecided ones "
+            "take the sign that most entries elect."
+        ),
+    )
+    disjoint: bool = Field(
+        default=True,
+        description="Whether to divide by the number of experts left at an entry, or by all.",
+    )
+    rank_tolerance: Share = Field(
+        default=0.01,
+        description=(
+            "Directions of σ ≤ this · σ₁ are dropped (paper: none, code: 0.01); 0 drops the "
+            "numerical null space alone."
+        ),
+    )
+    rank_drop: Share = Field(
+        default=0.0,
+        description="Fraction of the remaining directions dropped, the smallest first (κ).",
+    )
+    scale: float = Field(default=1.0, description="Multiplier on the result.")
+    weight: float | tuple[float, ...] = Field(
+        default=1.0,
+        description=(
+            "Multiplier on each expert as it is averaged (λ_t in the paper). It has no part in "
+            "pruning, election and counting: an expert of weight 0 still votes and counts."
+        ),
+    )
+    others: Literal["code", "paper"] = Field(
+        default="code",
+        description=(
+            "Tensors that are no linear layers: `code` elects and averages as above without "
+            "pruning, undecided entries taking the majority over all these tensors; `paper` "
+            "takes Σ_t weight_t τ_t / N."
+        ),
+    )
+    qkv: Literal["stacked", "split"] = Field(
+        default="stacked",
+        description=("Whether fused Q, K, V weights are one matrix, or three merged apart."),
+    )
+
+    def gather(self, experts: int) -> Gathering:
+        """One look at all but linear layers: the sign that most of their entries elect."""
+        if self.others == "paper" or not self.elect:
+            return {}
+
+        def vote(vectors: Tensor, _: Any, __: Site) -> Int64[Tensor, ""]:
+            return elected(vectors).sum().long()
+
+        majority = yield Measure("majority", vote, applies=_is_not_linear)
+        return {"majority": majority.sign()}
+
+    def equivariant(self, site: Site) -> Side:
+        """DRM-H sees only U of what is on the left.
+
+        U enters the result by U · (what is done to V_t) alone, so an orthogonal matrix from the
+        left turns U and nothing else. A block of Q, K, V must not be mixed with others.
+        """
+        if site.kind != "linear" or self.direction.startswith("auto"):
+            return "none"
+        left = (self.direction == "horizontal") != site.transposed
+        split = site.stacked_qkv() if self.qkv == "split" else ()
+        if split and split[0].axis == (0 if left else 1):
+            return "none"
+        return "left" if left else "right"
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        weights = one_each(self.weight, len(task_vectors))
+        if site.kind != "linear":
+            chosen = (self.elect, self.disjoint) if self.others == "code" else (False, False)
+            majority = statistics["majority"] if statistics else None
+            return self.scale * combine(task_vectors, weights, *chosen, majority)
+        merged: list[Tensor] = []
+        split = site.stacked_qkv() if self.qkv == "split" else ()
+        for block in split or [None]:
+            stack = task_vectors
+            if block:
+                stack = stack.narrow(block.axis + 1, block.start, block.stop - block.start)
+            stack, stored_in_out = (stack.mT, True) if site.transposed else (stack, False)
+            svd, vertical = decompose(stack, self.direction, self.rank_tolerance)
+            svd = svd.cut(kept_rank(len(svd.values), self.rank_drop))
+            entries = (
+                pruned(svd, self.density, self.pruning, self.renormalise)
+                if self.prune
+                else svd.coordinates
+            )
+            product = svd.basis @ combine(entries, weights, self.elect, self.disjoint)
+            merged.append(product.T if vertical != stored_in_out else product)
+        whole = torch.cat(merged, dim=split[0].axis) if split else merged[0].contiguous()
+        return whole.mul_(self.scale)
+
+
+drm = as_function(DRM)
+
+
+def _is_not_linear(_: Any, site: Site) -> bool:
+    return site.kind != "linear"
 
 
 def decompose(

@@ -6,58 +6,69 @@ fills what is missing with arbitrary ones. The value is the paper's, the mean ov
 or the mean over those there are, which keeps the nuclear norm of the sum.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from personae.methods._entries import mean
-from personae.methods._matrices import Tensors, from_both_sides, is_matrix, not_matrix
+from personae.methods._matrices import Tensors, is_matrix
+from personae.methods._merge import MatrixWise, Statistics, as_function
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
+from personae.methods._undecided import Undecided
 from personae.ops.polar import polar_factor, sum_tolerance
 
 AverageOver = Literal["side", "rank"]
 
 
-@merge_method(
-    paper="arXiv:2502.04959",
-    order_free=True,
-    entrywise=not_matrix,
-    equivariant=from_both_sides,
-    degenerates="weight averaging: the sum is 0 there, up to rounding",
-    bytes_per_entry=24,
-)
-def iso_c(
-    task_vectors: Float[Tensor, "expert *shape"],
-    *,
-    tensors: Tensors = "matrices",
-    average_over: AverageOver = "side",
-    scale: float = 1.0,
-    site: Site,
-) -> Float[Tensor, "*shape"]:
+@merge_method(paper="arXiv:2502.04959")
+class IsoC(MatrixWise):
     """Give all singular directions of the sum one value, their mean; average other tensors.
 
     Σ_n τ_n = U Σ Vᵀ becomes scale · mean(σ) · U Vᵀ.
-
-    Args:
-        task_vectors: One task vector per expert, stacked in recipe order; fp32.
-        tensors: Which tensors are merged so; the rest is averaged.
-        average_over: Whether the mean of the values is over min(m, d), as published, or over
-            the rank of the sum, where that is less.
-        scale: Multiplier on the result, averages included (α in the paper, tuned up to 3).
-        site: Which tensor.
-
-    Returns:
-        The merged task vector, fp32.
     """
-    if not is_matrix(tensors, site):
-        return scale * mean(task_vectors)
-    total = task_vectors.sum(dim=0, dtype=torch.float64)
-    factor, values = polar_factor(total, sum_tolerance(task_vectors))
-    value = flat_value(values, min(site.shape), average_over)
-    return (factor * (scale * value)).float()
+
+    side: ClassVar = "both"
+    degenerates: ClassVar = "weight averaging: the sum is 0 there, up to rounding"
+    bytes_per_entry: ClassVar = 24
+
+    tensors: Tensors = Field(
+        default="matrices", description="Which tensors are merged so; the rest is averaged."
+    )
+    average_over: AverageOver = Field(
+        default="side",
+        description=(
+            "Whether the mean of the values is over min(m, d), as published, or over the rank "
+            "of the sum, where that is less."
+        ),
+    )
+    scale: float = Field(
+        default=1.0,
+        description=(
+            "Multiplier on the result, averages included (α in the paper, tuned up to 3)."
+        ),
+    )
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        if not is_matrix(self.tensors, site):
+            return self.scale * mean(task_vectors)
+        total = task_vectors.sum(dim=0, dtype=torch.float64)
+        factor, values = polar_factor(total, sum_tolerance(task_vectors))
+        value = flat_value(values, min(site.shape), self.average_over)
+        return (factor * (self.scale * value)).float()
+
+
+iso_c = as_function(IsoC)
 
 
 def flat_value(values: Float[Tensor, " rank"], side: int, average_over: AverageOver) -> float:

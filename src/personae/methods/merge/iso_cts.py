@@ -6,7 +6,7 @@ the sum often spans all that the tasks have; then nothing is left for single tas
 is that of Iso-C.
 """
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,9 +14,11 @@ from pydantic import Field
 from torch import Tensor
 
 from personae.methods._entries import mean
-from personae.methods._matrices import Tensors, from_both_sides, is_matrix, not_matrix
+from personae.methods._matrices import Tensors, is_matrix
+from personae.methods._merge import MatrixWise, Statistics, as_function
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
+from personae.methods._undecided import Undecided
 from personae.methods.merge.iso_c import AverageOver, flat_value
 from personae.ops.bases import joint_basis
 from personae.ops.polar import WHITENING_TOLERANCE, polar_factor, sum_tolerance
@@ -25,23 +27,8 @@ from personae.ops.svd import exact_svd
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-@merge_method(
-    paper="arXiv:2502.04959",
-    order_free=True,
-    entrywise=not_matrix,
-    equivariant=from_both_sides,
-    needs="base",
-    bytes_per_entry=40,
-)
-def iso_cts(
-    task_vectors: Float[Tensor, "expert *shape"],
-    *,
-    common_fraction: Fraction = 0.8,
-    tensors: Tensors = "matrices",
-    average_over: AverageOver = "side",
-    scale: float = 1.0,
-    site: Site,
-) -> Float[Tensor, "*shape"]:
+@merge_method(paper="arXiv:2502.04959")
+class IsoCTS(MatrixWise):
     """Give common and task-specific directions one singular value; average other tensors.
 
     Of min(m, d) directions, the k leading ones of the sum are the common space. Each expert adds
@@ -50,39 +37,63 @@ def iso_cts(
     k = common_fraction · min(m, d), moved to the nearest number that leaves a multiple of N.
 
     On difference vectors, whose sum is 0, there would be no common space: a base is needed.
-
-    Args:
-        task_vectors: One task vector per expert, stacked in recipe order; fp32.
-        common_fraction: Share of the directions that is common.
-        tensors: Which tensors are merged so; the rest is averaged.
-        average_over: Whether the mean of the values is over min(m, d), as published, or over
-            the directions found, where these are fewer.
-        scale: Multiplier on the result, averages included (α in the paper, tuned up to 3).
-        site: Which tensor; numbers of directions follow from the shape of the whole tensor.
-
-    Returns:
-        The merged task vector, fp32.
     """
-    if not is_matrix(tensors, site):
-        return scale * mean(task_vectors)
-    common, specific = shares(min(site.shape), len(task_vectors), common_fraction)
-    tolerance = sum_tolerance(task_vectors)
-    total = task_vectors.sum(dim=0, dtype=torch.float64)
-    basis, values = joint_basis([total])
-    common = min(common, int((values > tolerance).sum()))
-    basis, values = basis[:, :common], values[:common]
-    lefts, sizes, rights = [basis], [values], [(basis.T @ total) / values[:, None]]
-    for matrix in task_vectors:
-        image = basis.T @ matrix.double()
-        u, singular_values, vh = exact_svd(matrix.double().sub_(basis @ image), specific)
-        found = singular_values > tolerance
-        lefts.append(u[:, found])
-        sizes.append(singular_values[found])
-        rights.append(vh[found])
-    left, _ = polar_factor(torch.cat(lefts, dim=1), WHITENING_TOLERANCE)
-    right, _ = polar_factor(torch.cat(rights), WHITENING_TOLERANCE)
-    value = flat_value(torch.cat(sizes), min(site.shape), average_over)
-    return ((left @ right) * (scale * value)).float()
+
+    side: ClassVar = "both"
+    needs: ClassVar = "base"
+    bytes_per_entry: ClassVar = 40
+
+    common_fraction: Fraction = Field(
+        default=0.8, description="Share of the directions that is common."
+    )
+    tensors: Tensors = Field(
+        default="matrices", description="Which tensors are merged so; the rest is averaged."
+    )
+    average_over: AverageOver = Field(
+        default="side",
+        description=(
+            "Whether the mean of the values is over min(m, d), as published, or over the "
+            "directions found, where these are fewer."
+        ),
+    )
+    scale: float = Field(
+        default=1.0,
+        description=(
+            "Multiplier on the result, averages included (α in the paper, tuned up to 3)."
+        ),
+    )
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        if not is_matrix(self.tensors, site):
+            return self.scale * mean(task_vectors)
+        common, specific = shares(min(site.shape), len(task_vectors), self.common_fraction)
+        tolerance = sum_tolerance(task_vectors)
+        total = task_vectors.sum(dim=0, dtype=torch.float64)
+        basis, values = joint_basis([total])
+        common = min(common, int((values > tolerance).sum()))
+        basis, values = basis[:, :common], values[:common]
+        lefts, sizes, rights = [basis], [values], [(basis.T @ total) / values[:, None]]
+        for matrix in task_vectors:
+            image = basis.T @ matrix.double()
+            u, singular_values, vh = exact_svd(matrix.double().sub_(basis @ image), specific)
+            found = singular_values > tolerance
+            lefts.append(u[:, found])
+            sizes.append(singular_values[found])
+            rights.append(vh[found])
+        left, _ = polar_factor(torch.cat(lefts, dim=1), WHITENING_TOLERANCE)
+        right, _ = polar_factor(torch.cat(rights), WHITENING_TOLERANCE)
+        value = flat_value(torch.cat(sizes), min(site.shape), self.average_over)
+        return ((left @ right) * (self.scale * value)).float()
+
+
+iso_cts = as_function(IsoCTS)
 
 
 def shares(directions: int, experts: int, common_fraction: float) -> tuple[int, int]:

@@ -10,17 +10,27 @@ computed. Singular values that rounding may have brought about are dropped with 
 """
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
-from personae.methods._merge import Gathering, Side, Statistics
-from personae.methods._registry import merge_method, not_linear
-from personae.methods._rules import Rule
+from personae.methods._merge import (
+    Gathering,
+    MatrixWise,
+    MergeMethod,
+    Side,
+    Statistics,
+    as_function,
+)
+from personae.methods._registry import merge_method
+from personae.methods._rules import looks_through
 from personae.methods._site import Site
+from personae.methods._undecided import Undecided
+from personae.methods.merge.dare_ties import DARETIES
+from personae.methods.merge.ties import TIES
 from personae.ops.polar import sum_tolerance
 from personae.ops.stacks import StackedSVD, stacked_svd
 
@@ -29,80 +39,82 @@ Cutoff = Annotated[float, Field(ge=0)]
 RuleName = Literal["ties", "dare_ties"]
 
 
-def _gather(parameters: Any, experts: int) -> Gathering:
-    """The looks of the rule, each at coordinates computed anew."""
-
-    def view(task_vectors: Tensor, own: Any, site: Site) -> tuple[Tensor, Site]:
-        if not_linear(own, site):
-            return task_vectors, site
-        coordinates = _align(_horizontal(task_vectors, site), own.singular_cutoff).coordinates
-        return coordinates, _place(coordinates, site)
-
-    own = parameters
-    rule = _rule(own.rule, own.density, own.scope, own.scale, own.seed)
-    return (yield from rule.gather(experts, view))
-
-
-def _rule(name: RuleName, density: float, scope: str, scale: float, seed: int) -> Rule:
-    draws = {"seed": seed} if name == "dare_ties" else {}
-    return Rule(name, density=density, scope=scope, scale=scale, **draws)
-
-
-def _side(_: Any, site: Site) -> Side:
-    """Turning outputs turns U, and nothing else."""
-    if not_linear(None, site):
-        return "none"
-    return "right" if site.transposed else "left"
-
-
-@merge_method(
-    paper="arXiv:2410.19735",
-    order_free=True,
-    entrywise=not_linear,
-    gather=_gather,
-    equivariant=_side,
-    looks=2,
-    model_wide=("rule", "density", "scope"),
-    bytes_per_entry=48,
-)
-def knots(
-    task_vectors: Float[Tensor, "expert *shape"],
-    *,
-    rule: RuleName = "ties",
-    density: Density = 0.2,
-    scope: Literal["model", "tensor"] = "model",
-    scale: float = 1.0,
-    singular_cutoff: Cutoff = 1e-5,
-    seed: int = 0,
-    statistics: Statistics | None = None,
-    site: Site,
-) -> Float[Tensor, "*shape"]:
+@merge_method(paper="arXiv:2410.19735")
+class KnOTS(MatrixWise):
     """Align the task vectors of each layer by one SVD, merge their coordinates by TIES.
 
     Each of TIES' looks at the model decomposes every layer again, as nothing keeps what it finds.
     With DARE's draws in place of trimming, the order of experts matters.
-
-    Args:
-        task_vectors: One task vector per expert, stacked in recipe order; fp32.
-        rule: Whether TIES keeps the largest coordinates, or random ones (DARE), rescaled.
-        density: Fraction of coordinates kept of each expert.
-        scope: Whether an expert is trimmed over the whole model (as in the paper) or over each
-            tensor apart.
-        scale: Multiplier on the result (the paper's code: 0.6 for eight CLIP adapters).
-        singular_cutoff: Directions whose singular value is no larger are dropped.
-        seed: Of DARE's draws.
-        statistics: Those of the rule, of the coordinates.
-        site: Which tensor.
-
-    Returns:
-        The merged task vector, fp32.
     """
-    merging = _rule(rule, density, scope, scale, seed)
-    if not_linear(None, site):
-        return merging.merge(task_vectors, statistics, site)
-    basis, _, coordinates, _ = _align(_horizontal(task_vectors, site), singular_cutoff)
-    merged = basis @ merging.merge(coordinates, statistics, _place(coordinates, site))
-    return merged.T if site.transposed else merged
+
+    looks: ClassVar = 2
+    model_wide: ClassVar = ("rule", "density", "scope")
+    bytes_per_entry: ClassVar = 48
+
+    rule: RuleName = Field(
+        default="ties",
+        description=(
+            "Whether TIES keeps the largest coordinates, or random ones (DARE), rescaled."
+        ),
+    )
+    density: Density = Field(
+        default=0.2, description="Fraction of coordinates kept of each expert."
+    )
+    scope: Literal["model", "tensor"] = Field(
+        default="model",
+        description=(
+            "Whether an expert is trimmed over the whole model (as in the paper) or over each "
+            "tensor apart."
+        ),
+    )
+    scale: float = Field(
+        default=1.0,
+        description="Multiplier on the result (the paper's code: 0.6 for eight CLIP adapters).",
+    )
+    singular_cutoff: Cutoff = Field(
+        default=1e-5, description="Directions whose singular value is no larger are dropped."
+    )
+    seed: int = Field(default=0, description="Of DARE's draws.")
+
+    def gather(self, experts: int) -> Gathering:
+        """The looks of the rule, each at coordinates computed anew."""
+
+        def view(task_vectors: Tensor, own: Any, site: Site) -> tuple[Tensor, Site]:
+            if site.kind != "linear":
+                return task_vectors, site
+            coordinates = _align(_horizontal(task_vectors, site), own.singular_cutoff).coordinates
+            return coordinates, _place(coordinates, site)
+
+        return (yield from looks_through(self._rule, experts, view))
+
+    @property
+    def _rule(self) -> MergeMethod:
+        given: dict[str, Any]
+        given = {"density": self.density, "scope": self.scope, "scale": self.scale}
+        return TIES(**given) if self.rule == "ties" else DARETIES(**given, seed=self.seed)
+
+    def equivariant(self, site: Site) -> Side:
+        """Turning outputs turns U, and nothing else."""
+        if site.kind != "linear":
+            return "none"
+        return "right" if site.transposed else "left"
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        if site.kind != "linear":
+            return self._rule.merge(task_vectors, statistics, site)
+        basis, _, coordinates, _ = _align(_horizontal(task_vectors, site), self.singular_cutoff)
+        merged = basis @ self._rule.merge(coordinates, statistics, _place(coordinates, site))
+        return merged.T if site.transposed else merged
+
+
+knots = as_function(KnOTS)
 
 
 def _horizontal(

@@ -5,42 +5,49 @@ With several experts that overshoots; the papers use less: DTS's code a scale of
 tasks, DRM's 0.4, the original 0.3 to 0.4 found on validation data.
 """
 
-from typing import Any
+from typing import ClassVar
 
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from personae.methods._entries import weighted_sum
+from personae.methods._merge import Linear, Statistics, as_function
 from personae.methods._parameters import one_each
-from personae.methods._registry import everywhere, merge_method
+from personae.methods._registry import merge_method
+from personae.methods._site import Site
+from personae.methods._undecided import Undecided
 
 
-def _coefficients(parameters: Any, experts: int) -> list[float]:
-    return [parameters.scale * weight for weight in one_each(parameters.weight, experts)]
+@merge_method(paper="arXiv:2212.04089")
+class TaskArithmetic(Linear):
+    """Add up the task vectors: scale · Σ w_n τ_n."""
+
+    degenerates: ClassVar = "the average whatever the scale, where all weights are the same"
+
+    weight: float | tuple[float, ...] = Field(
+        default=1.0, description="Coefficient of each expert; not divided by their sum."
+    )
+    scale: float = Field(
+        default=1.0,
+        description=(
+            "Multiplier on the result (λ in the paper); 1 / experts makes it the average."
+        ),
+    )
+
+    def coefficients(self, experts: int) -> list[float]:
+        """Scale · w_n."""
+        return [self.scale * weight for weight in one_each(self.weight, experts)]
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        return weighted_sum(task_vectors, self.weight).mul_(self.scale)
 
 
-@merge_method(
-    paper="arXiv:2212.04089",
-    order_free=True,
-    entrywise=everywhere,
-    coefficients=_coefficients,
-    degenerates="the average whatever the scale, where all weights are the same",
-    bytes_per_entry=12,
-)
-def task_arithmetic(
-    task_vectors: Float[Tensor, "expert *shape"],
-    *,
-    weight: float | tuple[float, ...] = 1.0,
-    scale: float = 1.0,
-) -> Float[Tensor, "*shape"]:
-    """Add up the task vectors: scale · Σ w_n τ_n.
-
-    Args:
-        task_vectors: One task vector per expert, stacked in recipe order; fp32.
-        weight: Coefficient of each expert; not divided by their sum.
-        scale: Multiplier on the result (λ in the paper); 1 / experts makes it the average.
-
-    Returns:
-        The merged task vector, fp32.
-    """
-    return weighted_sum(task_vectors, weight).mul_(scale)
+task_arithmetic = as_function(TaskArithmetic)

@@ -10,10 +10,11 @@ tensor, also those that no expert changed; of LoRA adapters alone the tensors th
 trains.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
@@ -25,82 +26,94 @@ from personae.methods._entries import (
     merge_elected,
     trim,
     votes,
-    votes_by_mass,
 )
-from personae.methods._merge import Gathering, Measure, Statistics
+from personae.methods._merge import Gathering, Measure, RowWise, Statistics, as_function
 from personae.methods._parameters import one_each
-from personae.methods._registry import everywhere, merge_method
+from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
 
 
-def _gather(parameters: Any, experts: int) -> Gathering:
-    """Looks that find each expert's threshold, and one for the majority sign."""
-    thresholds = yield from find_thresholds(parameters.density, experts)
-
-    def vote(vectors: Tensor, own: Any, _: Site) -> Tensor:
-        return votes(vectors, _trimmer(thresholds, own.weight), own.elect)
-
-    # A single expert is never outvoted.
-    majority = (yield Measure("majority", vote, late=True)) if experts > 1 else torch.tensor(0)
-    known = {} if majority is None else {"majority": majority.sign()}
-    return {"thresholds": thresholds, **known}
-
-
-@merge_method(
-    paper="arXiv:2306.01708",
-    order_free=True,
-    entrywise=everywhere,
-    late=votes_by_mass,
-    gather=_gather,
-    looks=1,
-    model_wide=("density", "scope"),
-)
-def ties(
-    task_vectors: Float[Tensor, "expert *shape"],
-    *,
-    density: Density | tuple[Density, ...] = 0.2,
-    weight: float | tuple[float, ...] = 1.0,
-    scope: Literal["model", "tensor"] = "model",
-    reduce: Literal["mean", "sum", "max"] = "mean",
-    elect: Literal["mass", "count"] = "mass",
-    scale: float = 1.0,
-    statistics: Statistics | None = None,
-    undecided: Undecided | None = None,
-) -> Float[Tensor, "*shape"]:
+@merge_method(paper="arXiv:2306.01708")
+class TIES(RowWise):
     """Trim each task vector, elect one sign per entry, merge the entries that agree.
 
     Trim: τ̂_n has the `density` largest magnitudes of τ_n, times w_n. Elect: σ_p = sgn Σ_n τ̂_np;
     undecided entries (sum 0) take the majority sgn Σ_p σ_p. Merge: the τ̂_np whose sign is σ_p.
 
-    Args:
-        task_vectors: One task vector per expert, stacked in recipe order; fp32.
-        density: Fraction of entries kept of each expert (K in the paper).
-        weight: Coefficient of each expert's trimmed task vector, before signs are elected: it
-            weighs its vote and its share. The mean divides by how many agree, not by their
-            weights, so that weights that are all 2 double the result; a negative one negates.
-        scope: Whether an expert is trimmed, and the majority taken, over the whole model (as
-            in the paper) or over each tensor apart.
-        reduce: Mean, sum or largest magnitude of the entries that agree.
-        elect: Whether experts vote with their magnitudes (as in the paper) or one vote each.
-        scale: Multiplier on the result (λ in the paper).
-        statistics: `thresholds` (expert,), fp32, and `majority` (), int64, over the scope.
-        undecided: Told of entries that are undecided, which become 0, if the majority is not
-            known yet.
-
     Returns:
         The merged task vector, fp32; entries that no expert keeps are 0.
     """
-    assert statistics is not None, "ties needs its thresholds"
-    return merge_elected(
-        task_vectors,
-        _trimmer(statistics["thresholds"], weight),
-        elect=elect,
-        reduce=reduce,
-        scale=scale,
-        statistics=statistics,
-        undecided=undecided,
+
+    can_decide_late: ClassVar = True
+    looks: ClassVar = 1
+    model_wide: ClassVar = ("density", "scope")
+
+    density: Density | tuple[Density, ...] = Field(
+        default=0.2, description="Fraction of entries kept of each expert (K in the paper)."
     )
+    weight: float | tuple[float, ...] = Field(
+        default=1.0,
+        description=(
+            "Coefficient of each expert's trimmed task vector, before signs are elected: it "
+            "weighs its vote and its share. The mean divides by how many agree, not by their "
+            "weights, so that weights that are all 2 double the result; a negative one negates."
+        ),
+    )
+    scope: Literal["model", "tensor"] = Field(
+        default="model",
+        description=(
+            "Whether an expert is trimmed, and the majority taken, over the whole model (as in "
+            "the paper) or over each tensor apart."
+        ),
+    )
+    reduce: Literal["mean", "sum", "max"] = Field(
+        default="mean", description="Mean, sum or largest magnitude of the entries that agree."
+    )
+    elect: Literal["mass", "count"] = Field(
+        default="mass",
+        description=(
+            "Whether experts vote with their magnitudes (as in the paper) or one vote each."
+        ),
+    )
+    scale: float = Field(default=1.0, description="Multiplier on the result (λ in the paper).")
+
+    def is_late(self) -> bool:
+        """With magnitudes votes seldom cancel; with one vote each they often do."""
+        return self.elect == "mass"
+
+    def gather(self, experts: int) -> Gathering:
+        """Looks that find each expert's threshold, and one for the majority sign."""
+        thresholds = yield from find_thresholds(self.density, experts)
+
+        def vote(vectors: Tensor, own: Any, _: Site) -> Tensor:
+            return votes(vectors, _trimmer(thresholds, own.weight), own.elect)
+
+        # A single expert is never outvoted.
+        majority = (yield Measure("majority", vote, late=True)) if experts > 1 else torch.tensor(0)
+        known = {} if majority is None else {"majority": majority.sign()}
+        return {"thresholds": thresholds, **known}
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        return merge_elected(
+            task_vectors,
+            _trimmer(statistics["thresholds"], self.weight),
+            elect=self.elect,
+            reduce=self.reduce,
+            scale=self.scale,
+            statistics=statistics,
+            undecided=undecided,
+        )
+
+
+ties = as_function(TIES)
 
 
 def _trimmer(thresholds: Float[Tensor, " expert"], weight: PerExpert) -> Fill:

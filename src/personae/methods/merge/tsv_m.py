@@ -11,52 +11,58 @@ code would leave it at the base. Computed in fp64, since whitening magnifies an 
 number of directions.
 """
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from personae.methods._entries import mean
-from personae.methods._matrices import Tensors, from_both_sides, is_matrix, not_matrix
+from personae.methods._matrices import Tensors, is_matrix
+from personae.methods._merge import MatrixWise, Statistics, as_function
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
+from personae.methods._undecided import Undecided
 from personae.ops.polar import WHITENING_TOLERANCE, polar_factor
 from personae.ops.svd import exact_svd
 
 
-@merge_method(
-    paper="arXiv:2412.00081",
-    order_free=True,
-    entrywise=not_matrix,
-    equivariant=from_both_sides,
-    bytes_per_entry=32,
-)
-def tsv_m(
-    task_vectors: Float[Tensor, "expert *shape"],
-    *,
-    tensors: Tensors = "matrices",
-    scale: float = 1.0,
-    site: Site,
-) -> Float[Tensor, "*shape"]:
+@merge_method(paper="arXiv:2412.00081")
+class TSVM(MatrixWise):
     """Merge the whitened leading singular vectors of all experts; average other tensors.
 
     Of each task vector U Σ Vᵀ the k = ⌊min(m, d) / N⌋ leading triplets are taken. With those of
     all experts side by side, Ũ = [U_1 … U_N] and Ṽ alike, the result is scale · U⊥ Σ̃ V⊥ᵀ, where
     U⊥ and V⊥ are the polar factors of Ũ and Ṽ.
-
-    Args:
-        task_vectors: One task vector per expert, stacked in recipe order; fp32.
-        tensors: Which tensors are merged so; the rest is averaged.
-        scale: Multiplier on the result, averages included (α in the paper).
-        site: Which tensor; k follows from the shape of the whole tensor.
-
-    Returns:
-        The merged task vector, fp32.
     """
-    rank = min(site.shape, default=0) // len(task_vectors)
-    if rank == 0 or not is_matrix(tensors, site):
-        return scale * mean(task_vectors)
-    parts = [exact_svd(matrix, rank) for matrix in task_vectors]
-    left, _ = polar_factor(torch.cat([u for u, _, _ in parts], dim=1), WHITENING_TOLERANCE)
-    right, _ = polar_factor(torch.cat([vh for _, _, vh in parts]), WHITENING_TOLERANCE)
-    values = torch.cat([singular_values for _, singular_values, _ in parts])
-    return ((left * (scale * values)) @ right).float()
+
+    side: ClassVar = "both"
+    bytes_per_entry: ClassVar = 32
+
+    tensors: Tensors = Field(
+        default="matrices", description="Which tensors are merged so; the rest is averaged."
+    )
+    scale: float = Field(
+        default=1.0, description="Multiplier on the result, averages included (α in the paper)."
+    )
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        rank = min(site.shape, default=0) // len(task_vectors)
+        if rank == 0 or not is_matrix(self.tensors, site):
+            return self.scale * mean(task_vectors)
+        parts = [exact_svd(matrix, rank) for matrix in task_vectors]
+        left, _ = polar_factor(torch.cat([u for u, _, _ in parts], dim=1), WHITENING_TOLERANCE)
+        right, _ = polar_factor(torch.cat([vh for _, _, vh in parts]), WHITENING_TOLERANCE)
+        values = torch.cat([singular_values for _, singular_values, _ in parts])
+        return ((left * (self.scale * values)) @ right).float()
+
+
+tsv_m = as_function(TSVM)

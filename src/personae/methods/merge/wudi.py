@@ -9,7 +9,7 @@ of matrices a step for any number of experts. Paper and code divide by the squar
 """
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,57 +17,72 @@ from pydantic import Field
 from torch import Tensor
 
 from personae.methods._entries import mean
-from personae.methods._matrices import Tensors, is_matrix, not_matrix
+from personae.methods._matrices import Tensors, is_matrix
+from personae.methods._merge import MatrixWise, Statistics, as_function
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
+from personae.methods._undecided import Undecided
 
 Steps = Annotated[int, Field(ge=0)]
 LearningRate = Annotated[float, Field(gt=0)]
 
 
-@merge_method(
-    paper="arXiv:2503.08099",
-    order_free=True,
-    entrywise=not_matrix,
-    needs="base",
-    bytes_per_entry=32,
-)
-def wudi(
-    task_vectors: Float[Tensor, "expert *shape"],
-    *,
-    learning_rate: LearningRate = 1e-5,
-    steps: Steps = 300,
-    normalise: Literal["squared", "norm"] = "squared",
-    tensors: Tensors = "linear",
-    site: Site,
-) -> Float[Tensor, "*shape"]:
+@merge_method(paper="arXiv:2503.08099")
+class WUDI(MatrixWise):
     """Descend from the sum of the task vectors towards less interference with each.
 
     Adam on Σ_n ‖(τ − τ_n) τ_nᵀ‖² / w_n, starting at τ = Σ_n τ_n; experts without a change here
     have no part in it.
-
-    Args:
-        task_vectors: One task vector per expert, stacked in recipe order; fp32.
-        learning_rate: Of Adam (RoBERTa in the original code: 2e-5). No entry moves further than
-            about `steps` times this.
-        steps: Steps of Adam; with 0 a matrix is the sum of its task vectors.
-        normalise: w_n: the squared norm of τ_n, or its norm.
-        tensors: `linear`: all other tensors stay at the base, as in the original code.
-            `matrices`: all with two axes are merged so, the rest is averaged.
-        site: Which tensor.
-
-    Returns:
-        The merged task vector, fp32.
     """
-    if not is_matrix(tensors, site):
-        return torch.zeros_like(task_vectors[0]) if tensors == "linear" else mean(task_vectors)
-    # The rows of a weight (out, in) lie where its inputs do; Conv1D weights are stored (in, out).
-    matrices = task_vectors.mT if site.transposed else task_vectors
-    matrices = matrices[matrices.flatten(1).any(dim=1)]
-    merged = matrices.sum(dim=0)
-    if len(matrices) > 1:  # a single one is the minimum: Adam would only amplify its rounding
-        _descend(merged, _gradient(matrices, normalise), learning_rate, steps)
-    return merged.T if site.transposed else merged
+
+    needs: ClassVar = "base"
+    bytes_per_entry: ClassVar = 32
+
+    learning_rate: LearningRate = Field(
+        default=1e-5,
+        description=(
+            "Of Adam (RoBERTa in the original code: 2e-5). No entry moves further than about "
+            "`steps` times this."
+        ),
+    )
+    steps: Steps = Field(
+        default=300, description="Steps of Adam; with 0 a matrix is the sum of its task vectors."
+    )
+    normalise: Literal["squared", "norm"] = Field(
+        default="squared", description="w_n: the squared norm of τ_n, or its norm."
+    )
+    tensors: Tensors = Field(
+        default="linear",
+        description=(
+            "`linear`: all other tensors stay at the base, as in the original code. `matrices`: "
+            "all with two axes are merged so, the rest is averaged."
+        ),
+    )
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        if not is_matrix(self.tensors, site):
+            return (
+                torch.zeros_like(task_vectors[0])
+                if self.tensors == "linear"
+                else mean(task_vectors)
+            )
+        # The rows of a weight (out, in) lie where its inputs do; Conv1D stores weights (in, out).
+        matrices = task_vectors.mT if site.transposed else task_vectors
+        matrices = matrices[matrices.flatten(1).any(dim=1)]
+        merged = matrices.sum(dim=0)
+        if len(matrices) > 1:  # a single one is the minimum: Adam would only amplify its rounding
+            _descend(merged, _gradient(matrices, self.normalise), self.learning_rate, self.steps)
+        return merged.T if site.transposed else merged
+
+
+wudi = as_function(WUDI)
 
 
 def _gradient(

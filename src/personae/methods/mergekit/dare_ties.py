@@ -4,64 +4,78 @@ It adds what agrees, where `ties` there and `dare_ties` here take a mean. Masks 
 (mergekit's come from one global generator in the order of the work): results agree in distribution.
 """
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
 from personae.methods._dropping import dropper
 from personae.methods._entries import ballots
-from personae.methods._merge import Statistics
+from personae.methods._merge import Gathering, RowWise, Statistics, as_function
 from personae.methods._parameters import one_each
-from personae.methods._registry import everywhere, merge_method
+from personae.methods._registry import merge_method
 from personae.methods._site import Site
+from personae.methods._undecided import Undecided
 from personae.methods.mergekit._consensus import consensus, drop_norms, rescaled
 
 
-@merge_method(
-    paper="arXiv:2311.03099",
-    order_free=False,
-    entrywise=everywhere,
-    gather=drop_norms,
-    scope="tensor",
-    looks=1,
-    conventions="mergekit",
-)
-def dare_ties(
-    task_vectors: Float[Tensor, "expert *shape"],
-    *,
-    weight: float | tuple[float, ...],
-    density: Density | tuple[Density, ...] = 1.0,
-    normalize: bool = False,
-    rescale: bool = True,
-    lambda_: float = 1.0,
-    seed: int = 0,
-    statistics: Statistics | None = None,
-    site: Site | None = None,
-) -> Float[Tensor, "*shape"]:
-    """Drop entries at random, restore each tensor's norm, elect signs, add up what agrees.
+@merge_method(paper="arXiv:2311.03099", conventions="mergekit")
+class DARETIES(RowWise):
+    """Drop entries at random, restore each tensor's norm, elect signs, add up what agrees."""
 
-    Args:
-        task_vectors: One task vector per expert, stacked in recipe order; fp32.
-        weight: Coefficient of each expert, applied before signs are elected.
-        density: Probability that an entry is kept.
-        normalize: Whether to divide by the sum of the weights that agree.
-        rescale: Whether what is kept of a tensor gets the L1 norm of the whole.
-        lambda_: Multiplier on the result.
-        seed: Of the masks.
-        statistics: With `rescale`, `norms` (expert, 2, bins), int64, sums of magnitudes.
-        site: Which tensor, and from which entry on.
+    order_free: ClassVar = False
+    default_scope: ClassVar = "tensor"
+    looks: ClassVar = 1
 
-    Returns:
-        The merged task vector, fp32.
-    """
-    assert statistics is not None, "dare_ties needs the norms"
-    assert site is not None, "dare_ties needs to know which entries it is given"
-    experts = len(task_vectors)
-    weights, densities = one_each(weight, experts), one_each(density, experts)
-    factors = rescaled(weights, densities, statistics.get("norms"))
-    fill = dropper(site, density=density, weight=factors, rescale=False, seed=seed, experts=experts)
-    merged = torch.empty(task_vectors[0].numel())
-    for block, ballot in ballots(task_vectors, fill):
-        merged[block] = consensus(ballot, weights, normalize=normalize, scale=lambda_)
-    return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)
+    weight: float | tuple[float, ...] = Field(
+        description="Coefficient of each expert, applied before signs are elected."
+    )
+    density: Density | tuple[Density, ...] = Field(
+        default=1.0, description="Probability that an entry is kept."
+    )
+    normalize: bool = Field(
+        default=False, description="Whether to divide by the sum of the weights that agree."
+    )
+    rescale: bool = Field(
+        default=True, description="Whether what is kept of a tensor gets the L1 norm of the whole."
+    )
+    lambda_: float = Field(
+        default=1.0,
+        alias="lambda",
+        description="Multiplier on the result.",
+    )
+    seed: int = Field(default=0, description="Of the masks.")
+
+    def gather(self, experts: int) -> Gathering:
+        """One look, for the norms of what is kept, if they are restored."""
+        return drop_norms(self, experts)
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        experts = len(task_vectors)
+        weights, densities = one_each(self.weight, experts), one_each(self.density, experts)
+        factors = rescaled(weights, densities, statistics.get("norms"))
+        fill = dropper(
+            site,
+            density=self.density,
+            weight=factors,
+            rescale=False,
+            seed=self.seed,
+            experts=experts,
+        )
+        merged = torch.empty(task_vectors[0].numel())
+        for block, ballot in ballots(task_vectors, fill):
+            merged[block] = consensus(ballot, weights, normalize=self.normalize, scale=self.lambda_)
+        return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)
+
+
+dare_ties = as_function(DARETIES)

@@ -1,45 +1,50 @@
 """`linear` of mergekit 0.1.5: the weighted mean of the experts."""
 
-from typing import Any
+from typing import ClassVar
 
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
+from personae.methods._merge import RowWise, Statistics, as_function
 from personae.methods._parameters import one_each
-from personae.methods._registry import everywhere, merge_method
-from personae.methods.merge.average import average, faulty_scale, faulty_sum
+from personae.methods._registry import merge_method
+from personae.methods._site import Site
+from personae.methods._undecided import Undecided
+from personae.methods.merge.average import Average, faulty_scale, faulty_sum
 
 
-def _check(parameters: Any, experts: int, _: bool) -> str:
-    weights = one_each(parameters.weight, experts)
-    return (faulty_sum if parameters.normalize else faulty_scale)("linear", weights)
-
-
-@merge_method(
-    paper="arXiv:2203.05482",
-    order_free=True,
-    entrywise=everywhere,
-    check=_check,
-    bytes_per_entry=12,
-    conventions="mergekit",
-)
-def linear(
-    task_vectors: Float[Tensor, "expert *shape"],
-    *,
-    weight: float | tuple[float, ...],
-    normalize: bool = True,
-) -> Float[Tensor, "*shape"]:
+@merge_method(paper="arXiv:2203.05482", conventions="mergekit")
+class Linear(RowWise):
     """Average the experts: Σ w_n θ_n / Σ w_n.
 
     Where mergekit would return values that are not finite (weights that sum to 0) or a scaled model
     (`normalize: false` and weights that do not sum to 1), this refuses.
-
-    Args:
-        task_vectors: One task vector per expert, stacked in recipe order; fp32.
-        weight: Weight of each expert.
-        normalize: Whether to divide by the sum of the weights; if not, it has to be 1.
-
-    Returns:
-        The merged task vector, fp32.
     """
-    return average(task_vectors, weight=weight, normalize=normalize)
+
+    bytes_per_entry: ClassVar = 12
+
+    weight: float | tuple[float, ...] = Field(description="Weight of each expert.")
+    normalize: bool = Field(
+        default=True,
+        description="Whether to divide by the sum of the weights; if not, it has to be 1.",
+    )
+
+    def check(self, experts: int, has_base: bool) -> str:
+        """Weights that sum to 0, or without `normalize` not to 1."""
+        weights = one_each(self.weight, experts)
+        return (faulty_sum if self.normalize else faulty_scale)("linear", weights)
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        mean = Average(weight=self.weight, normalize=self.normalize)
+        return mean.merge(task_vectors, statistics, site)
+
+
+linear = as_function(Linear)
