@@ -41,6 +41,7 @@ def merge_state_dicts(
             at once.
 
     Examples:
+        >>> import torch
         >>> from personae import Average, merge_state_dicts
         >>> base = {"layer.weight": torch.zeros(2, 2)}
         >>> experts = [{"layer.weight": torch.ones(2, 2)}, {"layer.weight": 3 * torch.ones(2, 2)}]
