@@ -22,7 +22,7 @@ from personae.writers import CheckpointWriter, output_directory
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "bench"
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS = 0.004
 
 
 def vit_specs(width: int, layers: int) -> list[TensorSpec]:
@@ -116,14 +116,16 @@ def peak_memory() -> Generator[dict[str, int]]:
     """Yield a mapping that has, after the block, this process's peaks in bytes.
 
     `rss` is the kernel's own high-water mark, mapped files included. `anonymous` leaves them out;
-    it is sampled, so that a peak shorter than the interval may be missed.
+    it is sampled, so that a peak shorter than the interval may be missed. `before` is that of the
+    beginning.
     """
-    peaks = {"rss": 0, "anonymous": 0}
+    before = _kibibytes("status", "RssAnon")
+    peaks = {"rss": 0, "anonymous": 0, "before": before}
     done = threading.Event()
 
     def watch() -> None:
         while True:
-            peaks["anonymous"] = max(peaks["anonymous"], _kibibytes("smaps_rollup", "Anonymous"))
+            peaks["anonymous"] = max(peaks["anonymous"], _kibibytes("status", "RssAnon"))
             if done.wait(SAMPLE_SECONDS):
                 return
 

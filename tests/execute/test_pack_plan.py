@@ -51,10 +51,13 @@ def test_the_figures_are_those_of_the_file_where_everything_changed(tmp_path):
             for task in planned.tasks.values()
         )
     )
-    # Two workers on the two largest tensors, 20 x 16 and 16 x 12: 32 bytes an element, and of the
-    # square of the small side. Beside them twice the parts of the larger task, that with the head.
-    held = 2 * (planned.tasks["x"].coded.bytes + planned.tasks["x"].coded.mask_bytes + 20)
-    assert planned.peak_memory == 32 * (320 + 16 * 16) + 32 * (192 + 12 * 12) + held
+    # Two workers on the two largest tensors, 20 x 16 and 16 x 12: the delta, in chunks 24 bytes an
+    # entry, the delta scaled, and 32 bytes an entry of the Gram matrix of its side in fp64. Beside
+    # them the parts of one task, and what the C library keeps: 11 MiB and an eighth.
+    first, second = (4 + 24 + 4) * 320 + 32 * 16 * 16, (4 + 24 + 4) * 192 + 32 * 12 * 12
+    parts = planned.tasks["x"].coded.bytes + planned.tasks["x"].coded.mask_bytes
+    kept = 2 * (11 << 20) + first // 8 + second // 8
+    assert planned.peak_memory == parts + first + second + kept
 
 
 @pytest.mark.parametrize("vector", ["task", "difference"])
@@ -79,10 +82,14 @@ def test_nothing_written_exceeds_the_plan(tmp_path, vector):
 def test_a_bound_on_memory_is_a_bound_on_the_plan(tmp_path):
     base = small_base()
     family = base, {"x": tuned(base, 1)}
-    free = plan_pack(*family, HALF, Work(workers=8)).peak_memory
-    one = plan_pack(*family, HALF, Work(workers=1)).peak_memory  # 32 · (320 + 16²) = 18,432
-    bounded = plan_pack(*family, HALF, Work(workers=8, memory=19_000)).peak_memory
-    assert bounded == one + 19_000 - 18_432 < free
+    free = plan_pack(*family, HALF, Work(workers=2)).peak_memory
+    one = plan_pack(*family, HALF, Work(workers=1)).peak_memory
+    bounded, tight = (
+        plan_pack(*family, HALF, Work(workers=2, memory=memory)).peak_memory
+        for memory in (19_000, 18_432)
+    )
+    assert bounded == tight + 19_000 - 18_432
+    assert one < tight < bounded < free
     with pytest.raises(BudgetError, match=r"largest tensor needs 18,432 bytes .* is 9,000"):
         plan_pack(*family, HALF, Work(workers=1, memory=9_000))
 
@@ -90,11 +97,12 @@ def test_a_bound_on_memory_is_a_bound_on_the_plan(tmp_path):
 def test_a_large_private_tensor_is_in_the_memory_planned():
     base = small_base()
     planned = plan_pack(
-        base, {"x": tuned(base, 1) | {"head": torch.ones(1000)}}, HALF, Work(workers=1)
+        base, {"x": tuned(base, 1) | {"head": torch.ones(10_000)}}, HALF, Work(workers=1)
     )
     coded = planned.tasks["x"].coded
-    held = 2 * (coded.bytes + coded.mask_bytes + 4000)
-    assert planned.peak_memory == 32 * 1000 + held
+    looked_at = (4 + 12) * 10_000
+    kept = (11 << 20) + looked_at // 8
+    assert planned.peak_memory == coded.bytes + coded.mask_bytes + looked_at + kept
 
 
 def test_a_plan_reads_no_weight(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Entries on which no sign wins: merged at once, decided by the majority once all have voted."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from families import State, listing, saved
 from personae._types import TensorSpec
+from personae.errors import OutputError
 from personae.execute import pieces, undecided
 from personae.execute.merge import merge
 from personae.execute.merge_plan import plan_merge
@@ -180,6 +182,45 @@ def test_a_unit_whose_undecided_entries_are_gone_is_merged_again(
     assert listing(tmp_path / "out") == listing(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+def test_the_disk_space_is_planned_and_asked_for(
+    scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base, experts = family(tmp_path, -9)
+    settings = MergeSettings(method="ties", parameters={"density": 1.0, "scope": scope})
+    planned = plan_merge(base, experts, settings, Work(workers=1))
+    # 12 bytes an entry of all 60 + 7 + 40 + 1, or of the largest tensor; and what headers take.
+    entries = 60 + 7 + 40 + 1 if scope == "model" else 60
+    assert 12 * entries < planned.undecided_bytes < 12 * entries + 4096 * 8
+    found: list[int] = []
+
+    def look(stage: str, *_: object) -> None:
+        files = tmp_path.glob(".out.partial/.undecided/*")
+        found.append(sum(path.stat().st_size for path in files))
+
+    merge(base, experts, tmp_path / "out", settings=settings, work=Work(workers=1, progress=look))
+    assert scope == "tensor" or 0 < max(found) <= planned.undecided_bytes
+    free, notes = planned.bytes_out + planned.undecided_bytes - 1, list[str]()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    work = Work(workers=1, note=notes.append)
+    merge(base, experts, tmp_path / "tight", settings=settings, work=work)
+    assert any(f"take up to {planned.undecided_bytes:,} bytes more" in note for note in notes)
+    free = planned.bytes_out - 1
+    with pytest.raises(OutputError, match=f"it needs {planned.bytes_out:,} bytes"):
+        merge(base, experts, tmp_path / "again", settings=settings, work=Work(workers=1))
+
+
+def test_two_workers_decide_two_tensors_at_a_time(tmp_path: Path):
+    base, experts = family(tmp_path, -9)
+    settings = MergeSettings(method="ties", parameters={"scope": "tensor"})
+    one, two, eight = (
+        plan_merge(base, experts, settings, Work(workers=n)).undecided_bytes for n in (1, 2, 8)
+    )
+    assert one < two < eight
+    average = plan_merge(base, experts, MergeSettings(), Work(workers=8))
+    assert average.undecided_bytes == 0
+
+
 def test_what_the_other_sign_would_make_need_not_fit_the_dtype(tmp_path: Path):
     # fp16 ends at 65504. The first entry is 60000 + 1.5 * 5472 = 68208 or, as - has the majority,
     # 60000 - 8208 = 51792, in fp16 51808 or 51776.
@@ -204,10 +245,12 @@ def test_what_is_left_open_goes_to_files_as_it_grows(tmp_path: Path):
     unit = pieces.Unit(0, tuple(pieces.Piece(spec, row, row + 1) for row in range(3)), whole=False)
     left_open = undecided.UndecidedEntries(tmp_path).of(unit)
     for piece in unit.pieces:
-        told = Undecided()
-        told.add(5, np.arange(20), torch.full((20,), 2.0), torch.full((20,), -2.0))
-        left_open.add(piece, told, torch.full((1, 20), 10.0 * piece.start))
-    assert undecided.most_held(unit) == 20 + 3
+        told = left_open.of(piece, torch.full((1, 20), 10.0 * piece.start))
+        told.votes += 5
+        told.add(np.arange(20), torch.full((20,), 2.0), torch.full((20,), -2.0))
+        told.done()
+    # 48 bytes for each entry that can wait at once: all 60, as a file is begun anew at 3 + 2^15.
+    assert undecided.waiting_bytes(unit) == 48 * 60
     left_open.keep()
     written = {path.stem: load_file(path) for path in (tmp_path / ".undecided").iterdir()}
     assert {

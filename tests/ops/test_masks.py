@@ -32,7 +32,7 @@ def test_a_sparse_mask_by_hand():
     parts = encode_mask(mask)
     assert parts["mask"].tolist() == [1 + 2**5]
     assert parts["gaps"].tolist() == [1, 0, 1]
-    assert decode_mask(parts, 40).tolist() == [5, 38]
+    assert decode_mask(parts, 40).nonzero()[:, 0].tolist() == [5, 38]
 
 
 def test_an_empty_mask_has_no_parts():
@@ -49,7 +49,7 @@ def test_there_and_back(count: int, marked: int, seed: int):
     if not parts:
         assert not mask.any()
         return
-    assert torch.equal(decode_mask(parts, count), mask.nonzero().flatten())
+    assert torch.equal(decode_mask(parts, count), mask)
     size = sum(len(values) for values in parts.values())
     assert size <= mask_size(count, min(marked, count)) <= -(-count // 8)
 

@@ -62,7 +62,7 @@ def test_the_sign_is_that_of_the_exact_sum(rows: np.ndarray, elect: Any, majorit
 def test_what_agrees_is_merged(rows: np.ndarray, elect: Any, reduce: Any):
     made = ballot(rows)
     made.elect(elect)
-    negative = iter(made.undecided_if(-1, reduce).tolist())
+    negative = iter(made.merged_alone(made.undecided, -1, reduce).tolist())
     made.give_undecided(1)
     merged = made.merge(reduce)
     for p, column in enumerate(rows.T.tolist()):

@@ -156,11 +156,18 @@ def _plan_merge(recipe: Path, workers: int | None, memory: str | None, json: boo
         return
     size = console.size
     looks = f", usually with {planned.looks} look(s) before" if planned.looks else ""
+    waiting = ""
+    if planned.undecided_bytes:
+        most = size(planned.undecided_bytes)
+        waiting = (
+            f"beside it wait entries on which no sign wins, on the same disk: {most} at most, were "
+            "all such (of most models, one in some hundreds is)\n"
+        )
     console.out.print(
         f"{planned.method} on {planned.vector} vectors: {planned.merged} tensors merged, "
         f"{len(planned.copied)} as in the base; {planned.parameters:,} parameters\n"
         f"reads {size(planned.bytes_in)} ({size(planned.bytes_read)} in all{looks}), "
-        f"writes {size(planned.bytes_out)}\n"
+        f"writes {size(planned.bytes_out)}\n{waiting}"
         f"working memory at most {size(planned.peak_memory)} with {planned.workers} worker(s) on "
         f"{planned.items} items, the largest {size(planned.largest)}",
         markup=False,

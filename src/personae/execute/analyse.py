@@ -75,7 +75,7 @@ def analyse(
         results = pool.run(
             pieces,
             partial(_analyse, chosen, built, stacks),
-            cost=partial(stacks.working_bytes, bytes_per_entry=BYTES_PER_ENTRY, undivided=True),
+            cost=lambda piece: BYTES_PER_ENTRY * stacks.experts * piece.numel + 8 * piece.numel,
             workers=work.threads,
             memory=work.memory,
         )

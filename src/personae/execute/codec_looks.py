@@ -11,7 +11,8 @@ from torch import Tensor
 
 from personae._types import TensorSpec
 from personae.execute import pool
-from personae.execute.deltas import Deltas, working_bytes
+from personae.execute.costs import coding_bytes, sharing_bytes
+from personae.execute.deltas import Deltas
 from personae.execute.scan import ExpertScan
 from personae.execute.work import Work
 from personae.methods import Block, Codec, Context, Facts, Look, Site, look
@@ -86,7 +87,7 @@ def gather(codec: Codec, deltas: Deltas, scan: ExpertScan, known: Known, work: W
         results = pool.run(
             names,
             partial(tally, one),
-            cost=partial(encoding_bytes, codec, deltas),
+            cost=lambda name: coding_bytes([codec], deltas.reference.specs[name]),
             workers=work.threads,
             memory=work.memory,
         )
@@ -132,7 +133,7 @@ def write_shared(
         results = pool.run(
             changed,
             share,
-            cost=lambda spec: sharing_bytes(spec.shape, len(experts)),
+            cost=lambda spec: sharing_bytes(spec.numel, len(experts)),
             workers=work.threads,
             memory=work.memory,
         )
@@ -140,14 +141,3 @@ def write_shared(
             work.progress("computing what all tasks share", done, len(changed))
 
     writer.add_shared(changed, 32 * sum(spec.numel for spec in specs.values()), fill)
-
-
-def sharing_bytes(shape: tuple[int, ...], experts: int) -> int:
-    """Peak bytes of computing what all tasks share of one tensor."""
-    return working_bytes(shape) + 4 * experts * torch.Size(shape).numel()
-
-
-def encoding_bytes(codec: Codec, deltas: Deltas, name: str) -> int:
-    """Peak bytes of coding one tensor of an expert."""
-    shape = deltas.alignment.spec(name).shape
-    return deltas.cost(name) + codec.more_bytes_per_entry * torch.Size(shape).numel()

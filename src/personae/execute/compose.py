@@ -18,7 +18,6 @@ from personae._version import __version__
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.naming import shown
 from personae.execute import outline
-from personae.execute.deltas import working_bytes
 from personae.execute.outline import Outline
 from personae.execute.output import check_output, write_model
 from personae.execute.rebuilt import Rebuilt, held
@@ -88,6 +87,12 @@ class Composed(Mapping):
         if name in self.outline.grown:
             tensor = torch.cat([tensor, self.outline.whole(name)])
         return tensor
+
+    def cost(self, spec: TensorSpec) -> int:
+        """Peak memory of composing one tensor: decoding one delta, and the sum so far."""
+        ref_name = self.outline.reference_names.get(spec.name, "")
+        most = max((rebuilt.cost(ref_name) for _, rebuilt in self._parts), default=0)
+        return max(most, 2 * spec.nbytes) + 4 * spec.numel
 
     def __getitem__(self, name: str) -> Tensor:
         """One tensor, in the dtype it is written in."""
@@ -203,7 +208,7 @@ def compose(
             copies=composed.outline.copies,
             computed=composed.coded,
             companions=files,
-            cost=_cost,
+            cost=composed.cost,
             overwrite=overwrite,
             shard_bytes=shard_bytes,
             stage="composing",
@@ -220,11 +225,6 @@ def _refuse_task(pack: Pack, head: str | Path | None) -> None:
     """
     if isinstance(head, str) and "/" not in head and not Path(head).exists():
         pack.task(head)
-
-
-def _cost(spec: TensorSpec) -> int:
-    """Peak bytes of composing one tensor: decoding one delta, and the sum so far."""
-    return working_bytes(spec.shape) + 4 * spec.numel
 
 
 def _about(pack: Pack, weighting: Weighting, head: str | Path | None) -> dict[str, Any]:

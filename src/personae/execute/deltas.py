@@ -1,6 +1,5 @@
 """Deltas of one expert against the reference, one tensor at a time."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,17 +9,7 @@ from torch import Tensor
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.alignment import Alignment
-
-
-def working_bytes(shape: tuple[int, ...]) -> int:
-    """Peak bytes of coding or decoding one tensor.
-
-    32 an element (two reads, the delta, its scaled copy, its decoding), and 32 an element of the
-    square of the small side (the Gram matrix or basis, and what is computed on it).
-    """
-    numel = math.prod(shape)
-    small = min(shape[0], numel // max(shape[0], 1)) if len(shape) > 1 else 0
-    return 32 * (numel + small * small)
+from personae.execute.pieces import rows_of
 
 
 @dataclass(frozen=True)
@@ -43,11 +32,16 @@ class Deltas:
         factors = self.factors(name)
         if factors is not None:
             return factors[0] @ factors[1]
-        expert = self.alignment.checkpoint.read(self.alignment.files[name])
-        reference = self.reference.read(name)
-        if name in self.alignment.grown:
-            expert = expert[: reference.shape[0]]
-        return expert.float() - reference.float()
+        spec, checkpoint = self.reference.specs[name], self.alignment.checkpoint
+        raw = self.alignment.files[name]
+        if not spec.shape:
+            return checkpoint.read(raw).float() - self.reference.read(name).float()
+        delta = torch.empty(spec.shape)
+        for rows in rows_of(spec):  # neither model is held whole beside it
+            part = delta[rows.start : rows.stop]
+            part.copy_(checkpoint.read_rows(raw, rows.start, rows.stop))
+            part.sub_(self.reference.read_rows(name, rows.start, rows.stop).float())
+        return delta
 
     def factors(
         self, name: str
@@ -71,7 +65,3 @@ class Deltas:
     def unchanged(self, name: str) -> bool:
         """Whether the delta is known to be zero without reading it."""
         return self.from_base and self.alignment.checkpoint.same_as_base(self.alignment.files[name])
-
-    def cost(self, name: str) -> int:
-        """Peak bytes of working on one tensor."""
-        return working_bytes(self.alignment.spec(name).shape)

@@ -1,7 +1,8 @@
 """Codes one expert's deltas, for one or several ranks from a single decomposition."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,11 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personae._types import SVD, Parts
+from personae.checkpoints import Checkpoint
 from personae.errors import MethodError
 from personae.execute import pool
-from personae.execute.codec_looks import Known, cut_out, encoding_bytes, whole
+from personae.execute.codec_looks import Known, cut_out, whole
+from personae.execute.costs import coding_bytes
 from personae.execute.deltas import Deltas
 from personae.execute.effects import differs
+from personae.execute.pieces import rows_of
 from personae.execute.scan import TensorScan, converging, is_finite
 from personae.execute.work import Work
 from personae.methods import Block, Codec, Context, Treatment, decode_block, encode_block
@@ -45,7 +49,7 @@ def encode_expert(
     results = pool.run(
         names,
         partial(_encode_tensor, deltas, codecs, known, work.torch_device),
-        cost=partial(encoding_bytes, codecs[0], deltas),
+        cost=lambda name: coding_bytes(codecs, deltas.reference.specs[name]),
         workers=work.threads,
         memory=work.memory,
     )
@@ -67,14 +71,10 @@ def _encode_tensor(
     with converging(name):
         coded = [
             _encode_block(
-                cut_out(delta, block),
-                codecs,
-                treatment,
-                context,
-                device,
-                partial(_shows, deltas, name, block, cut_out(delta, block)),
+                part, codecs, treatment, context, device, partial(_shows, deltas, name, block, part)
             )
             for block, context in zip(blocks, known.of(spec, blocks), strict=True)
+            for part in [cut_out(delta, block)]
         ]
     energy = squared_norm(delta)
     for of_block in coded:
@@ -115,7 +115,8 @@ def _encode_block(
     for codec in codecs:
         parts = encode_block(codec, treatment, delta, svd, context)
         decoded = decode_block(codec, parts, shape, context.shared)
-        coded.append((parts, squared_norm(delta - decoded), bool(parts) and shows(decoded)))
+        seen = bool(parts) and shows(decoded)
+        coded.append((parts, squared_norm(torch.sub(delta, decoded, out=decoded)), seen))
     return coded
 
 
@@ -137,7 +138,9 @@ def _shows(
         return differs(own + decoded, own, dtype) or not differs(
             own + delta, own, deltas.read_dtype(name)
         )
-    place = list(torch.unravel_index(decoded.abs().argmax(), decoded.shape))
+    extremes = [decoded.argmax(), decoded.argmin()]
+    peak = max(extremes, key=lambda place: float(decoded.flatten()[place].abs()))
+    place = list(torch.unravel_index(peak, decoded.shape))
     largest = decoded[tuple(place)]
     if decoded.ndim < len(reference.specs[name].shape):  # one matrix of a stack
         place.insert(0, torch.tensor(0))
@@ -146,10 +149,28 @@ def _shows(
     own = reference.read_rows(name, row, row + 1)[0][tuple(place[1:])]
     if differs(own.float() + largest, own, dtype):
         return True
-    own = cut_out(reference.read(name), block).float()
-    return differs(own + decoded, own, dtype) or not differs(
-        own + delta, own, deltas.read_dtype(name)
-    )
+    moved, read_dtype = False, deltas.read_dtype(name)
+    for rows, own in _reference_rows(reference, name, block, tuple(decoded.shape)):
+        if differs(own + decoded[rows], own, dtype):
+            return True
+        moved = moved or differs(own + delta[rows], own, read_dtype)
+    return not moved
+
+
+def _reference_rows(
+    reference: Checkpoint, name: str, block: Block, shape: tuple[int, ...]
+) -> Iterator[tuple[slice, Float[Tensor, "row ..."]]]:
+    """The reference's values of a block of this shape, fp32, a few rows at a time."""
+    if len(shape) < len(reference.specs[name].shape):  # one matrix of a stack
+        yield slice(None), reference.read_rows(name, block.start, block.stop)[0].float()
+        return
+    whole = replace(reference.specs[name], shape=shape)
+    for piece in rows_of(whole):
+        first = block.start if block.axis == 0 else 0
+        own = reference.read_rows(name, first + piece.start, first + piece.stop)
+        if block.axis:
+            own = own.narrow(block.axis, block.start, block.stop - block.start)
+        yield slice(piece.start, piece.stop), own.float()
 
 
 def _check_finite(name: str, parts: Parts, lost: float) -> None:

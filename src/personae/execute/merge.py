@@ -36,7 +36,7 @@ from personae.execute.pieces import Piece, Unit
 from personae.execute.scan import converging
 from personae.execute.undecided import LeftOpen, UndecidedEntries
 from personae.execute.work import Work
-from personae.methods import MergeMethod, Statistics, Undecided
+from personae.methods import MergeMethod, Statistics
 from personae.recipe import MergeSettings
 from personae.writers import (
     JOURNAL,
@@ -45,6 +45,7 @@ from personae.writers import (
     Journal,
     atomic_file,
     finish,
+    free_space,
     identity_text,
     output_directory,
     require_space,
@@ -97,6 +98,12 @@ def merge(
             work.note(text)
         companions = merged_companions(family.base, family.vocabulary, settings.dtype)
         require_space(out, plan.bytes_out)
+        if free_space(out) < plan.bytes_out + plan.undecided_bytes:
+            work.note(
+                f"the disk could fill up: entries on which no sign wins take up to "
+                f"{plan.undecided_bytes:,} bytes more while they wait (usually one in some "
+                "hundreds is such); if it does, free some and run the same command, it goes on"
+            )
         identity = identity_text(
             {
                 "settings": settings.model_dump(mode="json"),
@@ -311,12 +318,12 @@ def _merge_rows(
     if faults:
         return reference, faults, "+"
     changed = asked and any_entry(stack)  # before the method, which may work in place
-    told = Undecided() if left_open is not None else None
+    told = left_open.of(piece, reference) if left_open is not None else None
     merged = method.apply(stack, statistics, site, told)
     value = merged + reference
-    if left_open is not None and told is not None:
-        left_open.add(piece, told, reference)
-        asked = asked and not len(told.places)  # what is decided late changes them
+    if told is not None:
+        told.done()
+        asked = asked and not told.count  # what is decided late changes them
     return value, [], _effect(job, piece, value, reference, changed) if asked else "+"
 
 

@@ -21,7 +21,7 @@ from personae.execute.merge_faults import all_names, check_family
 from personae.execute.merge_looks import MethodOf
 from personae.execute.pieces import Piece, Unit, units, whole_or_matrices
 from personae.execute.stream import Stacks
-from personae.execute.undecided import BYTES_LEFT_OPEN, most_held
+from personae.execute.undecided import disk_bytes, waiting_bytes
 from personae.execute.work import Work
 from personae.methods import MergeMethod
 from personae.recipe import MergeSettings, count_layers
@@ -93,12 +93,30 @@ class MergeJob:
     def cost(self, unit: Unit) -> int:
         """Peak bytes of one unit."""
         most = max(self._piece_cost(piece, unit.whole) for piece in unit.pieces)
-        return most + BYTES_LEFT_OPEN * most_held(unit) if self.decides_late else most
+        return most + waiting_bytes(unit) if self.decides_late else most
+
+    def undecided_bytes(self, workers: int) -> int:
+        """Bytes of files that entries without a winner take while they wait, at most.
+
+        They wait until all of the model is merged, or all of a tensor.
+        """
+        if not self.decides_late:
+            return 0
+        tensors: dict[str, int] = {}
+        for unit in self.looked_at:
+            for piece in unit.pieces:
+                tensors[piece.spec.name] = tensors.get(piece.spec.name, 0) + disk_bytes([piece])
+        at_once = workers if self.per_tensor else len(tensors)
+        return sum(heapq.nlargest(at_once, tensors.values()))
 
     def _piece_cost(self, piece: Piece, undivided: bool) -> int:
         if piece.spec.name not in self.merged:
             return 8 * piece.numel
-        return self.stacks.working_bytes(piece, self.method.bytes_per_entry, undivided)
+        experts = self.stacks.experts
+        if not undivided:
+            return self.method.row_bytes(piece.numel, experts)
+        method = self.method_of(piece.spec.name)
+        return method.whole_bytes(self.stacks.site(piece), experts)
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,8 @@ class MergePlan:
         bytes_in: Bytes of base and experts.
         bytes_read: Bytes read in all: once to merge, and for each look.
         bytes_out: Bytes of the result's weights.
+        undecided_bytes: Bytes of disk that entries on which no sign wins take beside it until the
+            majority is known, at most: as if all were such.
         peak_memory: Bytes of working memory with this number of workers.
         largest: Bytes of memory of the largest item: the least that `--memory` can be.
         workers: Number of workers.
@@ -131,6 +151,7 @@ class MergePlan:
     bytes_in: int
     bytes_read: int
     bytes_out: int
+    undecided_bytes: int
     peak_memory: int
     largest: int
     workers: int
@@ -288,7 +309,6 @@ def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
     """
     costs = [job.cost(unit) for unit in job.units]
     pool.check_memory(max(costs, default=0), work.memory, "The largest tensor")
-    peak = sum(heapq.nlargest(work.threads, costs))
     family = job.family
     own = [family.base] if family.has_base else []
     checkpoints = [*own, *(expert.checkpoint for expert in family.experts.values())]
@@ -306,7 +326,8 @@ def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
         bytes_in=bytes_in,
         bytes_read=bytes_in * (1 + looks),
         bytes_out=sum(spec.nbytes for spec in with_copies(job.specs, copies)),
-        peak_memory=peak if work.memory is None else min(peak, work.memory),
+        undecided_bytes=job.undecided_bytes(work.threads),
+        peak_memory=pool.held_at_once(costs, work.threads, work.memory),
         largest=max(costs, default=0),
         workers=work.threads,
         items=len(job.units),

@@ -1,6 +1,5 @@
 """Plans from headers alone: ranks, bytes, memory, and every fault a header can tell."""
 
-import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,9 +17,14 @@ from personae.execute.accounting import (
     mask_bytes,
     shared_bytes,
 )
-from personae.execute.codec_looks import sharing_bytes
-from personae.execute.deltas import working_bytes
+from personae.execute.costs import (
+    checking_bytes,
+    coding_bytes,
+    scanning_bytes,
+    sharing_bytes,
+)
 from personae.execute.family import Family, open_family
+from personae.execute.merge_plan import job_of
 from personae.execute.work import Work
 from personae.methods import Codec
 from personae.recipe import PackSettings, parse_size
@@ -221,8 +225,8 @@ def plan_family(family: Family, settings: PackSettings, work: Work) -> PackPlan:
         settings.codec().for_task(name)
     tasks = {name: _plan_task(family, name, settings) for name in family.experts}
     stages = _item_costs(family, settings)
-    pool.check_memory(max(map(max, stages)), memory, "The largest tensor")
-    peak = max(sum(heapq.nlargest(workers, costs)) for costs in stages)
+    pool.check_memory(max(max(costs, default=0) for costs in stages), memory, "The largest tensor")
+    peak = max(pool.held_at_once(costs, workers, memory) for costs in stages)
     base_bytes = sum(spec.nbytes for spec in family.base.specs.values())
     merged = base_bytes if settings.vector == "difference" else 0
     merged += max(task.coded.shared_bytes for task in tasks.values())
@@ -235,12 +239,13 @@ def plan_family(family: Family, settings: PackSettings, work: Work) -> PackPlan:
         for t in tasks.values()
     )
     # One task's parts are together until its file is written: each, and joined into sections.
-    held = 2 * max(t.coded.bytes + t.coded.mask_bytes + t.private_bytes for t in tasks.values())
+    parts = max(t.coded.bytes + t.coded.mask_bytes for t in tasks.values())
+    kept = max(2 * (t.coded.bytes + t.coded.mask_bytes) + t.private_bytes for t in tasks.values())
     return PackPlan(
         tasks=tasks,
         bytes_in=base_bytes * family.has_base + sum(t.bytes_in for t in tasks.values()),
         bytes_out=written + merged,
-        peak_memory=held + (peak if memory is None else min(peak, memory)),
+        peak_memory=max(kept, parts + peak),
         workers=workers,
         notes=pack_notes(family, settings),
     )
@@ -278,23 +283,25 @@ def _plan_task(family: Family, name: str, settings: PackSettings) -> TaskPlan:
 def _item_costs(family: Family, settings: PackSettings) -> Sequence[Sequence[int]]:
     """Working memory of each item of each stage.
 
-    The base's tensors, what all tasks share of them, then every expert's tensors.
+    The base's tensors, the merged reference if there is one, what all tasks share; then of every
+    expert the first look at its tensors and their coding.
     """
-    experts, codec = len(family.experts), settings.codec()
-    stacked = 16 * experts if settings.vector == "difference" else 0
-    checkpoints = [expert.checkpoint for expert in family.experts.values()]
-    base = family.base.specs.values()
-    return [
-        [working_bytes(s.shape) + stacked * s.numel for s in base],
-        [sharing_bytes(s.shape, experts) for s in base] if codec.shares else [0],
-        *(
-            [
-                working_bytes(s.shape) + codec.more_bytes_per_entry * s.numel
-                for s in c.specs.values()
-            ]
-            for c in checkpoints
-        ),
-    ]
+    experts = len(family.experts)
+    codec = settings.codec().for_family([{}] * experts)
+    base = family.base.specs
+    stages = [[checking_bytes(spec) for spec in base.values()]]
+    if settings.vector == "difference":
+        method = settings.merge(experts)
+        job = job_of(family, lambda _: method)
+        stages.append([job.cost(unit) for unit in job.units])
+    if codec.shares:
+        stages.append([sharing_bytes(spec.numel, experts) for spec in base.values()])
+    for name, expert in family.experts.items():
+        own = family.shared_specs(name)
+        coder = _codec(settings, own).for_family([{}] * experts)
+        stages.append([scanning_bytes(spec) for spec in expert.checkpoint.specs.values()])
+        stages.append([coding_bytes([coder], base[spec.name]) for spec in own])
+    return stages
 
 
 def _codec(settings: PackSettings, specs: Sequence[TensorSpec]) -> Codec:

@@ -4,8 +4,9 @@ Each worker computes on one thread of its own, so that neither the number of wor
 in which they finish changes a byte of what is computed (sums split over threads would).
 """
 
+import heapq
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
@@ -18,9 +19,24 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+_KEPT = 11 << 20
+_MOST_KEPT = 208 << 20
+
+
 def default_workers() -> int:
     """As many workers as this process may use cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def held_at_once(costs: Iterable[int], workers: int, memory: int | None) -> int:
+    """Peak memory of the largest items that workers can have under way within the bound.
+
+    The C library keeps some of what is freed, and BLAS some for itself: an eighth, as measured
+    (`benchmarks/memory.py`), up to a limit; that is in no bound.
+    """
+    largest = heapq.nlargest(workers, costs)
+    kept = sum(_KEPT + min(cost // 8, _MOST_KEPT) for cost in largest)
+    return kept + (sum(largest) if memory is None else min(sum(largest), memory))
 
 
 def check_memory(largest: int, memory: int | None, what: str) -> None:

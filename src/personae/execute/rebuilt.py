@@ -10,6 +10,8 @@ from personae.checkpoints import Checkpoint
 from personae.checkpoints.naming import shown
 from personae.checkpoints.tied import as_stored
 from personae.errors import PackError
+from personae.execute.costs import rebuilding_bytes
+from personae.execute.scan import is_finite
 from personae.methods import Block, Codec, decode_block
 from personae.packs.manifest import TaskRecord, dtype_of
 from personae.packs.reader import Pack
@@ -95,6 +97,14 @@ class Rebuilt:
         """One tensor (or the extra rows of one) kept whole, by the expert's name."""
         return self._file.private(name)
 
+    def cost(self, ref_name: str) -> int:
+        """Peak memory of `read` of the tensor that goes by this name in the reference."""
+        spec, record = self.reference.specs.get(ref_name), self.record.tensors.get(ref_name)
+        if spec is None:  # kept whole: read from a file that is mapped
+            return 0
+        ranks = [] if record is None else [block.rank or 0 for block in record.blocks]
+        return rebuilding_bytes(self._codec, spec, ranks)
+
     def delta(self, ref_name: str) -> Tensor:
         """The decoded delta of one reference tensor, fp32; zeros if it is unchanged.
 
@@ -104,7 +114,7 @@ class Rebuilt:
         if ref_name not in self.record.tensors:
             return torch.zeros(self.reference.specs[ref_name].shape)
         delta = decode(self._codec, self._file, ref_name, self._shared, self._device)
-        if not delta.isfinite().all():
+        if not is_finite(delta):
             raise PackError(
                 f"{self._file.path}: the parts of '{ref_name}' make numbers that are not finite. "
                 "The pack was damaged or changed: fetch it again."

@@ -13,7 +13,8 @@ from torch import Tensor
 from personae.checkpoints import Checkpoint
 from personae.errors import CheckpointError, Faults, MethodError
 from personae.execute import pool
-from personae.execute.deltas import Deltas, working_bytes
+from personae.execute.costs import checking_bytes, scanning_bytes
+from personae.execute.deltas import Deltas
 from personae.execute.family import Family
 from personae.execute.work import Work
 from personae.methods import has_matrices
@@ -73,7 +74,7 @@ def scan(deltas: Deltas, work: Work, faults: Faults) -> ExpertScan:
     results = pool.run(
         list(taken),
         partial(_look, deltas, taken),
-        cost=lambda raw: working_bytes(alignment.checkpoint.specs[raw].shape),
+        cost=lambda raw: scanning_bytes(alignment.checkpoint.specs[raw]),
         workers=work.threads,
         memory=work.memory,
     )
@@ -122,6 +123,7 @@ def _look(deltas: Deltas, taken: Mapping[str, str | None], raw_name: str) -> _Lo
         seen.scan = TensorScan(changed=False)
         return seen
     seen.faults = not_finite(f"Expert '{alignment.name}'", raw_name, raw)
+    del raw  # the delta takes its place
     delta = deltas.read(name)
     if not (seen.faults or is_finite(delta) or not_finite("", name, deltas.reference.read(name))):
         seen.faults = [f"Expert '{alignment.name}': {beyond_fp32(name)}"]
@@ -161,7 +163,7 @@ def fingerprint(
     results = pool.run(
         names or list(checkpoint.specs),
         look,
-        cost=lambda n: checkpoint.specs[n].nbytes,
+        cost=lambda n: checking_bytes(checkpoint.specs[n]),
         workers=work.threads,
         memory=work.memory,
     )

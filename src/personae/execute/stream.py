@@ -12,7 +12,7 @@ from torch import Tensor
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.vocabulary import has_vocabulary_axis
 from personae.checkpoints.vocabulary_rows import settle
-from personae.execute.deltas import Deltas, working_bytes
+from personae.execute.deltas import Deltas
 from personae.execute.effects import Effect, differs
 from personae.execute.family import Family
 from personae.execute.pieces import Piece
@@ -213,11 +213,6 @@ class Stacks:
         if found or is_finite(stack):
             return found
         return [beyond_fp32(name)]
-
-    def working_bytes(self, piece: Piece, bytes_per_entry: int, undivided: bool) -> int:
-        """Peak bytes of merging a piece: read, stacked, worked on, cast and written."""
-        stacked = bytes_per_entry * self.experts * piece.numel
-        return stacked + (working_bytes(piece.shape) if undivided else 24 * piece.numel)
 
     def _stack(self, piece: Piece, reuse: bool) -> Float[Tensor, "expert ..."]:
         shape = (self.experts, *piece.shape)

@@ -8,12 +8,13 @@ cancel often, the look is taken.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
+from numpy import ndarray
 from torch import Tensor
 
 from personae._safetensors import load_safetensors, open_safetensors
@@ -21,6 +22,7 @@ from personae.execute import pool
 from personae.execute.pieces import Piece, Unit
 from personae.execute.work import Work
 from personae.methods import Undecided
+from personae.ops.signs import FEW
 from personae.writers import CheckpointWriter, output_errors
 
 _FOLDER = ".undecided"
@@ -28,10 +30,13 @@ _VOTES = "votes"
 _FULL_FILES = "full_files"
 
 FILE_ENTRIES = 1 << 16
-"""Undecided entries that wait in memory before they go to a file, but for those of one piece."""
-BYTES_LEFT_OPEN = 112
-"""Bytes of memory that an entry takes if it is undecided: summed in fp64, merged by either sign,
-told, kept, copied to a file. As measured where all entries of two and of four experts are."""
+"""Undecided entries that wait in memory before they go to a file, about."""
+BYTES_ON_DISK = 12
+"""Bytes of a file that an undecided entry takes: its place, and what either sign makes of it."""
+_BYTES_WAITING = 4 * BYTES_ON_DISK
+"""Bytes of memory of an entry that waits: itself, and its way to a file or back."""
+_HEADER_BYTES = 3 * 160
+"""What a file says of the entries told together, beside the tensor's name."""
 
 
 class LeftOpen:
@@ -42,22 +47,28 @@ class LeftOpen:
         self._path = path
         self._clear()
 
-    def add(self, piece: Piece, told: Undecided, reference: Float[Tensor, "..."]) -> None:
-        """Take what was told of a piece, whose result is relative to the reference's values.
+    def of(self, piece: Piece, reference: Float[Tensor, "..."]) -> "UndecidedOfPiece":
+        """Where to tell of a piece, whose result is relative to the reference's values."""
+        return UndecidedOfPiece(self, piece, reference)
+
+    def add(
+        self,
+        piece: Piece,
+        places: Int64[Tensor, " some"],
+        positive: Float[Tensor, " some"],
+        negative: Float[Tensor, " some"],
+    ) -> None:
+        """Take some entries of a piece, and what either sign makes of them.
 
         Raises:
             OutputError: if the disk refuses.
         """
-        self._votes += told.votes
-        entries = told.places
-        if not len(entries):
-            return
-        own = reference.reshape(-1)[entries]
-        where = f"{piece.first_entry}/{piece.spec.name}"
-        self._values[f"entries/{where}"] = entries.int()
-        self._values[f"positive/{where}"] = told.positive.add_(own)
-        self._values[f"negative/{where}"] = told.negative.add_(own)
-        self._held += len(entries)
+        first = int(places[0])
+        where = f"{piece.first_entry + first}/{piece.spec.name}"
+        self._values[f"entries/{where}"] = (places - first).int()
+        self._values[f"positive/{where}"] = positive
+        self._values[f"negative/{where}"] = negative
+        self._held += len(places)
         if self._held >= FILE_ENTRIES:
             _save(_full_file(self._path, self._full_files), self._values)
             self._full_files += 1
@@ -89,6 +100,39 @@ class LeftOpen:
     def _clear(self) -> None:
         self._votes = self._full_files = self._held = 0
         self._values: dict[str, Tensor] = {}
+
+    def count_votes(self, votes: int) -> None:
+        """Take how a piece voted."""
+        self._votes += votes
+
+
+class UndecidedOfPiece(Undecided):
+    """Hands on what it is told of one piece, so that not all of it waits in memory."""
+
+    def __init__(self, left_open: LeftOpen, piece: Piece, reference: Float[Tensor, "..."]) -> None:
+        """Nothing of the piece is merged yet."""
+        super().__init__()
+        self._left_open, self._piece, self._reference = left_open, piece, reference
+
+    def add(
+        self,
+        places: Int64[ndarray, " some"],
+        positive: Float[Tensor, " some"],
+        negative: Float[Tensor, " some"],
+    ) -> None:
+        """See `Undecided.add`.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        entries = torch.from_numpy(places)
+        own = self._reference.reshape(-1)[entries]
+        self.count += len(entries)
+        self._left_open.add(self._piece, entries, positive.add_(own), negative.add_(own))
+
+    def done(self) -> None:
+        """The piece is merged: its votes count."""
+        self._left_open.count_votes(self.votes)
 
 
 class UndecidedEntries:
@@ -128,7 +172,7 @@ class UndecidedEntries:
         results = pool.run(
             units,
             write,
-            cost=lambda unit: BYTES_LEFT_OPEN * most_held(unit),
+            cost=waiting_bytes,
             workers=work.threads,
             memory=work.memory,
             in_order=True,
@@ -163,9 +207,19 @@ class UndecidedEntries:
         return self._folder / f"{number}.safetensors"
 
 
-def most_held(unit: Unit) -> int:
-    """Undecided entries of a unit that are in memory at once, at most."""
-    return min(FILE_ENTRIES + unit.largest.numel, sum(piece.numel for piece in unit.pieces))
+def waiting_bytes(unit: Unit) -> int:
+    """Memory of the undecided entries of a unit that wait for their file, at most."""
+    entries = min(FILE_ENTRIES + FEW, sum(piece.numel for piece in unit.pieces))
+    return _BYTES_WAITING * entries
+
+
+def disk_bytes(pieces: Iterable[Piece]) -> int:
+    """Bytes of the files of these pieces' undecided entries, if all are: the most there can be."""
+    return sum(
+        BYTES_ON_DISK * piece.numel
+        + (piece.numel // FEW + 2) * (_HEADER_BYTES + 3 * len(piece.spec.name.encode()))
+        for piece in pieces
+    )
 
 
 def _full_file(path: Path, number: int) -> Path:

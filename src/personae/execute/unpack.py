@@ -9,7 +9,6 @@ from personae._small_files import Unfit, read_json
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.naming import shown
 from personae.errors import PackError
-from personae.execute.deltas import working_bytes
 from personae.execute.output import check_output, write_model
 from personae.execute.rebuilt import Rebuilt, left_in_words
 from personae.execute.reference import open_reference
@@ -67,7 +66,7 @@ def unpack(
             copies=rebuilt.copies,
             computed=rebuilt.coded,
             companions=companions,
-            cost=lambda spec: working_bytes(spec.shape),
+            cost=lambda spec: rebuilt.cost(rebuilt.reference_names.get(spec.name, "")),
             overwrite=overwrite,
             shard_bytes=shard_bytes,
             stage=f"unpacking {task}",

@@ -13,6 +13,7 @@ from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.family import align
 from personae.errors import Faults, PackError, WorkError, nearest
 from personae.execute import pool
+from personae.execute.costs import delta_bytes
 from personae.execute.deltas import Deltas
 from personae.execute.rebuilt import Rebuilt
 from personae.execute.reference import open_reference
@@ -117,12 +118,16 @@ def _compare(rebuilt: Rebuilt, deltas: Deltas, work: Work, faults: Faults) -> Ve
 
     def measure(name: str) -> tuple[float, float]:
         delta = deltas.read(name)
-        error = delta - rebuilt.delta(name)
-        return squared_norm(error), squared_norm(delta)
+        decoded = rebuilt.delta(name)
+        return squared_norm(torch.sub(delta, decoded, out=decoded)), squared_norm(delta)
 
     lost, energy = list[float](), list[float]()  # summed exactly: they come in any order
     results = pool.run(
-        original.shared, measure, cost=deltas.cost, workers=work.threads, memory=work.memory
+        original.shared,
+        measure,
+        cost=lambda name: delta_bytes(rebuilt.reference.specs[name].numel) + rebuilt.cost(name),
+        workers=work.threads,
+        memory=work.memory,
     )
     for done, (_, (error, norm)) in enumerate(results, 1):
         lost.append(error)

@@ -11,7 +11,7 @@ from personae._types import SVD, Layout, Parts, PartSpec
 from personae.methods._codec import Bits, Codec, Context, Treatment
 from personae.ops.bits import pack, unpack
 from personae.ops.parts import cut
-from personae.ops.rows import restore_rows, rows_spec, touched_rows
+from personae.ops.rows import rows_spec, touched_rows
 
 
 def encode_block(
@@ -37,7 +37,9 @@ def decode_block(
         touched = unpack(parts["rows"], shape[0], 1).bool()
         columns = prod(shape[1:])
         kept = cut(parts, "exact", [int(touched.count_nonzero()) * columns])[0]
-        return restore_rows(kept.reshape(-1, columns), touched).reshape(shape).clone()
+        delta = torch.zeros(len(touched), columns, device=kept.device)
+        delta[touched] = kept.reshape(-1, columns)
+        return delta.reshape(shape)
     return codec.decode(parts, shape, shared) if parts else torch.zeros(shape)
 
 
@@ -97,10 +99,11 @@ def block_bits(
 
 def _exact(delta: Float[Tensor, "..."]) -> Parts:
     """`exact`, its elements in fp32; of a matrix those of the rows marked in `rows`, if shorter."""
-    whole = {"exact": delta.flatten().clone()}
-    if delta.ndim < 2:
-        return whole
-    matrix = delta.reshape(len(delta), -1)
-    touched = touched_rows(matrix)
-    fewer = {"exact": matrix[touched].flatten(), "rows": pack(touched.to(torch.uint8), 1)}
-    return min(whole, fewer, key=lambda parts: sum(part.nbytes for part in parts.values()))
+    if delta.ndim > 1:
+        matrix = delta.reshape(len(delta), -1)
+        touched = touched_rows(matrix)
+        rows = pack(touched.to(torch.uint8), 1)
+        kept = int(touched.count_nonzero()) * matrix.shape[1]
+        if kept * delta.itemsize + rows.nbytes < delta.nbytes:
+            return {"exact": matrix[touched].flatten(), "rows": rows}
+    return {"exact": delta.flatten().clone()}

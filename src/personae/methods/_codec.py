@@ -14,6 +14,7 @@ are called in this order; by default none does anything:
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from jaxtyping import Float
@@ -22,14 +23,18 @@ from torch import Tensor
 from personae._types import SVD, Layout, Parts, TensorSpec
 from personae.methods._parameters import Parameters
 from personae.methods._site import Block, Site, stacked_matrices
+from personae.ops.chunks import chunk_bytes
 from personae.ops.rows import restore_rows, touched_rows
-from personae.ops.svd import truncated_svd
+from personae.ops.svd import svd_bytes, truncated_svd
 
 Treatment = Literal["code", "exact", "skip"]
 """Of a tensor: coded, kept exact in fp32, or left as in the reference."""
 
 Rest = Literal["exact", "skip"]
 """What becomes of tensors that a codec does not code."""
+
+BYTES_PER_NUMBER = 14
+"""Peak memory of the factors of a decomposition, a number of them: found, stored and restored."""
 
 Facts = Mapping[str, float]
 """What a codec's looks tell of one expert, by name."""
@@ -98,8 +103,9 @@ class Codec(Parameters, ABC):
     """Whether the papers' rule is to count what is stored."""
     free: ClassVar[frozenset[str]] = frozenset()
     """Parameters in which packs may differ that share one decomposition of each delta."""
-    more_bytes_per_entry: ClassVar[int] = 0
-    """Peak working memory of encoding beyond 32 bytes an entry."""
+    bytes_per_entry: ClassVar[int] = 8
+    """Peak memory of looking at, encoding and decoding what is not decomposed, an entry of it: by
+    default of a copy and of what is decoded."""
     of_family: ClassVar[tuple[str, ...]] = ()
     """Parameters that `for_family` fills in where they are None."""
 
@@ -161,6 +167,28 @@ class Codec(Parameters, ABC):
         Rows of `u` that belong to rows without a change are exact zeros.
         """
         return decompose_touched(delta, rank)
+
+    def working_bytes(self, shape: tuple[int, ...]) -> int:
+        """Peak memory of looking at a block, encoding and decoding it, the block itself left out.
+
+        Beside what is decoded stand the factors of a decomposition as found, stored and restored.
+        """
+        rank, numel = self.rank(shape), prod(shape)
+        if not rank:
+            return chunk_bytes(numel) + self.bytes_per_entry * numel
+        decomposing = self.decomposing_bytes((shape[0], numel // shape[0]), rank)
+        return chunk_bytes(numel) + max(decomposing, self.decoding_bytes(shape, rank))
+
+    def decomposing_bytes(self, matrix: tuple[int, int], rank: int) -> int:
+        """Peak memory of `decompose`, the delta itself left out."""
+        return svd_bytes(matrix, rank)
+
+    def decoding_bytes(self, shape: tuple[int, ...], rank: int) -> int:
+        """Peak memory of decoding a block of this rank (0: not decomposed), the result included."""
+        numel = prod(shape)
+        if not rank:
+            return self.bytes_per_entry * numel
+        return 4 * numel + BYTES_PER_NUMBER * rank * (shape[0] + numel // shape[0])
 
     @abstractmethod
     def encode(
@@ -257,5 +285,7 @@ def decompose_touched(delta: Float[Tensor, "out ..."], rank: int, **options: Any
     """
     matrix = delta.reshape(len(delta), -1)
     touched = touched_rows(matrix)
-    svd = truncated_svd(matrix if touched.all() else matrix[touched], rank, **options)
+    if touched.all():
+        return truncated_svd(matrix, rank, **options)
+    svd = truncated_svd(matrix[touched], rank, overwrite=True, **options)
     return svd._replace(u=restore_rows(svd.u, touched))

@@ -12,7 +12,7 @@ from personae.methods._parameters import one_each
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
 from personae.ops.select import Window, census, guess, kept_count, narrow, sample_counts
-from personae.ops.signs import Ballot, Elect, Reduce
+from personae.ops.signs import Ballot, Elect, Reduce, few_at_once
 
 PerExpert = float | tuple[float, ...]
 Fill = Callable[[int, list[Float[Tensor, " entry"]], Float[Tensor, "expert entry"]], None]
@@ -102,12 +102,13 @@ def merge_elected(
     for block, ballot in ballots(task_vectors, fill):
         ballot.elect(elect)
         if undecided is not None:
-            undecided.add(
-                ballot.majority_votes(),
-                block.start + ballot.undecided,
-                ballot.undecided_if(1, reduce).mul_(scale),
-                ballot.undecided_if(-1, reduce).mul_(scale),
-            )
+            undecided.votes += ballot.majority_votes()
+            for some in few_at_once(ballot.undecided):
+                undecided.add(
+                    block.start + some,
+                    ballot.merged_alone(some, 1, reduce).mul_(scale),
+                    ballot.merged_alone(some, -1, reduce).mul_(scale),
+                )
         ballot.give_undecided(majority)
         torch.mul(ballot.merge(reduce), scale, out=merged[block])
     return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)

@@ -4,6 +4,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import (
     Any,
     ClassVar,
@@ -54,6 +55,34 @@ class Given(NamedTuple):
     stack: Float[Tensor, "expert ..."]
     site: Site
     expand: Callable[[Tensor], Tensor]
+
+
+def matrix_memory(site: Site, experts: int, *, stack: int = 0, entry: int, square: int = 0) -> int:
+    """Peak memory of a method for matrices, the stack left out, in bytes.
+
+    Args:
+        site: Which matrix.
+        experts: How many there are.
+        stack: Bytes an entry of the stack.
+        entry: Bytes an entry of one expert.
+        square: Bytes an entry of the Gram matrix of the smaller side.
+    """
+    return (stack * experts + entry) * prod(site.shape) + square * min(site.shape) ** 2
+
+
+def stacked_memory(site: Site, experts: int, *, stack: int, tall: int) -> int:
+    """Peak memory of decomposing all matrices side by side, or one above the other, in bytes.
+
+    Args:
+        site: Which matrix.
+        experts: How many there are.
+        stack: Bytes an entry of the stack.
+        tall: The same, where the matrices side by side are still taller than wide.
+    """
+    entries, short, long = prod(site.shape), min(site.shape), max(site.shape)
+    side = min(long, experts * short)
+    each = tall if long > experts * short else stack
+    return max(each * experts * entries + 6 * entries, 36 * side * side + 8 * entries)
 
 
 def _everywhere(_: Any, __: Site) -> bool:
@@ -125,8 +154,9 @@ class MergeMethod(Parameters, ABC):
     """What its looks are at, unless a parameter `scope` says it."""
     can_decide_late: ClassVar[bool] = False
     """Whether it has a look that may be answered late, and takes `undecided`."""
-    bytes_per_entry: ClassVar[int] = 16
-    """Peak working memory, in bytes an entry of the stack, itself included."""
+    rows: ClassVar[tuple[int, int]] = (4, 36)
+    """Peak memory of merging rows, their stack left out: in bytes an entry of the stack, and beside
+    that in bytes an entry of one expert (the reference's values and the cast result included)."""
 
     def __call__(self, task_vectors: Stack, *, name: str = "") -> Any:
         """Merge the task vectors of one tensor, all in memory; reads and writes no file.
@@ -210,6 +240,25 @@ class MergeMethod(Parameters, ABC):
         """Whether its looks are at the whole model, or at each tensor alone."""
         return getattr(self, "scope", self.default_scope)
 
+    def memory(self, site: Site, experts: int) -> int:
+        """Peak memory in bytes of merging a matrix given whole, its stack left out.
+
+        By default more than any needs.
+        """
+        return matrix_memory(site, experts, stack=64, entry=64, square=64)
+
+    @classmethod
+    def row_bytes(cls, entries: int, experts: int) -> int:
+        """Peak memory of merging rows of so many entries, their stack included."""
+        of_stack, of_one = cls.rows
+        return ((4 + of_stack) * experts + of_one) * entries
+
+    def whole_bytes(self, site: Site, experts: int) -> int:
+        """Peak memory of merging a matrix given whole, its stack included."""
+        entries = prod(site.shape)
+        reading = 12 * entries  # the reference in fp32, and a model as it is stored
+        return 4 * experts * entries + max(reading, self.memory(site, experts))
+
     def apply(
         self,
         task_vectors: Float[Tensor, "expert *shape"],
@@ -281,7 +330,7 @@ class MergeMethod(Parameters, ABC):
 class Linear(MergeMethod):
     """Σ c_n τ_n, with coefficients for the whole tensor."""
 
-    bytes_per_entry: ClassVar[int] = 12
+    rows: ClassVar[tuple[int, int]] = (0, 16)
 
     @abstractmethod
     def coefficients(self, experts: int) -> Sequence[float] | None:

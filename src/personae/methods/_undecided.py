@@ -11,28 +11,27 @@ class Undecided:
 
     Attributes:
         votes: Entries that elect + minus entries that elect -, of all that were merged.
+        count: Undecided entries that were told of.
     """
 
     def __init__(self) -> None:
         """Nothing has been merged."""
-        self.votes = 0
+        self.votes = self.count = 0
         self._places: list[Tensor] = []
         self._positive: list[Tensor] = []
         self._negative: list[Tensor] = []
 
     def add(
         self,
-        votes: int,
         places: Int64[ndarray, " some"],
         positive: Float[Tensor, " some"],
         negative: Float[Tensor, " some"],
     ) -> None:
-        """Tell of a block: its votes, which entries are undecided, what each sign would make."""
-        self.votes += votes
-        if len(places):
-            self._places.append(torch.from_numpy(places))
-            self._positive.append(positive)
-            self._negative.append(negative)
+        """Tell which entries are undecided, at least one, and what each sign would make of them."""
+        self.count += len(places)
+        self._places.append(torch.from_numpy(places))
+        self._positive.append(positive)
+        self._negative.append(negative)
 
     @property
     def places(self) -> Int64[Tensor, " some"]:

@@ -7,10 +7,11 @@ from functools import cache
 from typing import Literal
 
 import torch
-from jaxtyping import Int64, Integer, UInt8
+from jaxtyping import Integer, UInt8
 from torch import Tensor
 
 from personae.errors import PackError
+from personae.ops.chunks import CHUNK, by_chunks, chunks
 
 Width = Literal[1, 2]
 """Bits a code takes."""
@@ -50,8 +51,11 @@ def unpack(packed: UInt8[Tensor, " byte"], count: int, width: Width) -> UInt8[Te
             f"{packed.numel()} bytes of codes, but {count} codes of {width} bit take "
             f"{packed_size(count, width)}. The task file is damaged: fetch or write it again."
         )
-    # 32-bit indices cost 1 byte a code at most; torch's usual 64-bit ones would cost 8 a byte.
-    return _table(width).to(packed.device).index_select(0, packed.int()).flatten()[:count]
+    table, per_byte = _table(width).to(packed.device), 8 // width
+    codes = packed.new_empty(len(packed), per_byte)
+    for target, part in zip(codes.split(CHUNK), packed.split(CHUNK), strict=True):
+        torch.index_select(table, 0, part.int(), out=target)
+    return codes.flatten()[:count]
 
 
 def planes_size(count: int, width: int) -> int:
@@ -62,14 +66,22 @@ def planes_size(count: int, width: int) -> int:
 def pack_planes(codes: Integer[Tensor, " element"], width: int) -> UInt8[Tensor, " byte"]:
     """Pack codes below `2**width`, one plane of bits after the other, lowest bits first."""
     assert codes.numel() == 0 or int(codes.max()) < 1 << width, "a code exceeds its width"
-    planes = [pack((codes >> place & 1).to(torch.uint8), 1) for place in range(width)]
+    planes = [
+        pack(by_chunks(lambda part, place=place: part >> place & 1, torch.uint8, codes), 1)
+        for place in range(width)
+    ]
     return torch.cat(planes) if planes else codes.new_zeros(0, dtype=torch.uint8)
+
+
+def dtype_of_width(width: int) -> torch.dtype:
+    """The narrowest dtype that holds codes of so many bits."""
+    return torch.uint8 if width <= 8 else torch.int32 if width < 32 else torch.int64
 
 
 def unpack_planes(
     packed: UInt8[Tensor, " byte"], count: int, width: int
-) -> Int64[Tensor, " element"]:
-    """Undo `pack_planes`.
+) -> Integer[Tensor, " element"]:
+    """Undo `pack_planes`, in the narrowest dtype.
 
     Raises:
         PackError: if the number of bytes is not what `count` codes take.
@@ -79,9 +91,10 @@ def unpack_planes(
             f"{packed.numel()} bytes of codes, but {count} codes of {width} bits take "
             f"{planes_size(count, width)}. The task file is damaged: fetch or write it again."
         )
-    codes = torch.zeros(count, dtype=torch.int64, device=packed.device)
+    codes = torch.zeros(count, dtype=dtype_of_width(width), device=packed.device)
     for place, plane in enumerate(packed.split(max(packed_size(count, 1), 1))):
-        codes |= unpack(plane, count, 1).long() << place
+        for target, bits in chunks(codes, unpack(plane, count, 1)):
+            target |= bits.to(codes.dtype) << place
     return codes
 
 

@@ -11,6 +11,8 @@ ENERGY_TOLERANCE = 1e-3
 """Relative captured energy (Σσ²) that a solver may miss, by its own estimate."""
 FP32_FLOOR = 1e-4
 """λ_k / λ_1 of A Aᵀ beneath which fp32 (eps 1.2e-7) blurs direction k by more than about 1e-3."""
+CHUNK = 1 << 10
+"""Rows of a tall matrix in fp64 at a time."""
 
 
 def by_eigenvectors(wide: Float[Tensor, "small large"], rank: int) -> SVD:
@@ -25,8 +27,8 @@ def dominant(rows: Float[Tensor, "small large"], rank: int) -> tuple[Tensor, Ten
     """The `rank` leading eigenpairs, descending, of rows·rowsᵀ, in the precision they need."""
     values, vectors = torch.linalg.eigh(_gram(rows))
     if values[-rank] < FP32_FLOOR * values[-1]:
-        exact = rows.double()
-        values, vectors = torch.linalg.eigh(_gram(exact))
+        del values, vectors
+        values, vectors = torch.linalg.eigh(_exact_gram(rows))
     return values[-rank:].flip(0).float(), vectors[:, -rank:].flip(1).float()
 
 
@@ -59,6 +61,23 @@ def _gram(rows: Float[Tensor, "small large"]) -> Float[Tensor, "small small"]:
     product = rows.new_empty(len(rows), len(rows))
     torch.mm(rows[:half], rows[:half].T, out=product[:half, :half])
     torch.mm(rows[half:], rows.T, out=product[half:])
+    product[:half, half:] = product[half:, :half].T
+    return product
+
+
+def _exact_gram(rows: Float[Tensor, "small large"]) -> Float[Tensor, "small small"]:
+    """The same in fp64. Of a tall matrix, seen from its other side, by chunks of its rows.
+
+    They are summed as the product sums them by itself, so that all of it is in fp64 at no time.
+    """
+    if not rows.T.is_contiguous():
+        return _gram(rows.double())
+    product = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+    half = len(rows) // 2
+    for columns in rows.split(CHUNK, dim=1):
+        exact = columns.double()
+        product[:half, :half].addmm_(exact[:half], exact[:half].T)
+        product[half:].addmm_(exact[half:], exact.T)
     product[:half, half:] = product[half:, :half].T
     return product
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from personae.ops.chunks import by_chunks, keep_first
 from personae.ops.select import kth_magnitude
 
 Split = Literal["rank", "median", "none"]
@@ -47,26 +48,39 @@ def quantise(sets: Float[Tensor, "set element"], *, split: Split, scales: Scales
         split: How the values of one sign are split into small and large.
         scales: What stands for a group.
     """
-    codes = (sets < 0).to(torch.uint8)
+    codes = (sets < 0).view(torch.uint8)
     sizes = sets.new_zeros(len(sets), groups(split))
     for values, code, size in zip(sets, codes, sizes, strict=True):
-        for negative, sign in enumerate((1, -1)):
-            magnitudes = (sign * values).clamp_(min=0)  # 0 for the other sign
-            large = upper_half(magnitudes, split)
-            size[negative] = _scale(magnitudes, (magnitudes > 0) ^ large, scales)
-            if split != "none":
-                size[negative + 2] = _scale(magnitudes, large, scales)
-                code |= large.to(torch.uint8) << 1
+        for negative in (0, 1):
+            _quantise_sign(values, negative, code, size, split, scales)
     return Levels(codes, sizes)
+
+
+def _quantise_sign(
+    values: Float[Tensor, " element"],
+    negative: int,
+    code: UInt8[Tensor, " element"],
+    size: Float[Tensor, " group"],
+    split: Split,
+    scales: Scales,
+) -> None:
+    """Fill in what the values of one sign come to."""
+    sign = -1 if negative else 1  # values of the other one become 0
+    magnitudes = by_chunks(lambda part: (sign * part).clamp_(min=0), values.dtype, values)
+    large = upper_half(magnitudes, split)
+    size[negative] = _scale(magnitudes, (magnitudes > 0) ^ large, scales)
+    if split != "none":
+        size[negative + 2] = _scale(magnitudes, large, scales)
+        code |= large.view(torch.uint8) << 1
 
 
 def dequantise(levels: Levels) -> Float[Tensor, "set element"]:
     """Put its signed scale in the place of every code."""
     codes, scales = levels
-    values = scales[:, :1].expand(codes.shape)
-    for code in range(1, scales.shape[1]):
-        scale = scales[:, code : code + 1]
-        values = torch.where(codes == code, -scale if code & 1 else scale, values)
+    values = scales[:, :1].expand(codes.shape).clone(memory_format=torch.contiguous_format)
+    for row, of_row, sizes in zip(values, codes, scales, strict=True):
+        for code in range(1, len(sizes)):
+            row.masked_fill_(of_row == code, -sizes[code] if code & 1 else sizes[code])
     return values
 
 
@@ -82,10 +96,11 @@ def upper_half(magnitudes: Float[Tensor, " element"], split: Split) -> Bool[Tens
         return torch.zeros_like(magnitudes, dtype=torch.bool)
     least, tied = kth_magnitude(magnitudes, half)
     large = magnitudes > least
-    ties = (magnitudes == least).nonzero().flatten()
+    ties = magnitudes == least
     # With more ties than places among the upper half, the median is one of them.
-    if split == "rank" or len(ties) == tied:
-        large[ties[:tied]] = True
+    if split == "rank" or int(ties.count_nonzero()) == tied:
+        keep_first(ties, tied)
+        large |= ties
     return large
 
 

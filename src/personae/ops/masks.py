@@ -5,6 +5,7 @@ q zeros and a one, and r beside them in k bits. With k = 0 that is the mask itse
 At a density of 3 % it takes 0.2 bits an entry, 2 % above the entropy.
 """
 
+from collections.abc import Iterator
 from math import log2
 
 import torch
@@ -13,7 +14,16 @@ from torch import Tensor
 
 from personae._types import Layout, Parts, PartSpec
 from personae.errors import PackError
-from personae.ops.bits import pack, pack_planes, packed_size, planes_size, unpack, unpack_planes
+from personae.ops.bits import (
+    dtype_of_width,
+    pack,
+    pack_planes,
+    packed_size,
+    planes_size,
+    unpack,
+    unpack_planes,
+)
+from personae.ops.chunks import chunks
 from personae.ops.parts import part
 
 
@@ -25,43 +35,57 @@ def encode_mask(mask: Bool[Tensor, " entry"]) -> Parts:
         unary. `gaps`, uint8: the r of each gap, as planes of bits; absent for k = 0. Nothing if
         nothing is marked.
     """
-    marked = mask.nonzero().flatten()
-    if not len(marked):
+    marked = int(mask.count_nonzero())
+    if not marked:
         return {}
-    best, plain = 0, packed_size(len(mask), 1)
-    skipped = torch.diff(marked, prepend=marked.new_full((1,), -1)) - 1
-    for bits in _worth_trying(len(mask), len(marked)):
-        size = _size(skipped, bits)
-        best, plain = (bits, size) if size < plain else (best, plain)
+    best, plain, length = 0, packed_size(len(mask), 1), 0
+    tried = _worth_trying(len(mask), marked)
+    unaries = dict.fromkeys(tried, marked)
+    for skipped in _gaps(mask) if tried else ():
+        for bits in tried:
+            unaries[bits] += int((skipped >> bits).sum())
+    for bits, unary_bits in unaries.items():
+        size = packed_size(unary_bits, 1) + planes_size(marked, bits)
+        best, plain, length = (bits, size, unary_bits) if size < plain else (best, plain, length)
     if not best:
-        return {"mask": pack(mask.to(torch.uint8), 1)}
-    ends = ((skipped >> best) + 1).cumsum(0) - 1
-    unary = mask.new_zeros(int(ends[-1]) + 1, dtype=torch.uint8)
-    unary[ends] = 1
-    return {"mask": pack(unary, 1), "gaps": pack_planes(skipped & (1 << best) - 1, best)}
+        return {"mask": pack(mask.view(torch.uint8), 1)}
+    unary = mask.new_zeros(length, dtype=torch.uint8)
+    rests = mask.new_empty(marked, dtype=dtype_of_width(best))
+    place = done = 0
+    for skipped in _gaps(mask):
+        ends = ((skipped >> best) + 1).cumsum(0) + (place - 1)
+        unary[ends] = 1
+        rests[done : done + len(ends)] = skipped & (1 << best) - 1
+        place, done = int(ends[-1]) + 1, done + len(ends)
+    return {"mask": pack(unary, 1), "gaps": pack_planes(rests, best)}
 
 
-def decode_mask(parts: Parts, count: int) -> Int64[Tensor, " marked"]:
-    """Undo `encode_mask` for a mask of `count` entries: the indices of those marked, ascending.
+def decode_mask(parts: Parts, count: int) -> Bool[Tensor, " entry"]:
+    """Undo `encode_mask` for a mask of `count` entries.
 
     Raises:
         PackError: if the parts fit no mask of so many entries.
     """
     if "gaps" not in parts:
-        return unpack(part(parts, "mask"), count, 1).nonzero().flatten()
-    unary = part(parts, "mask")
-    ends = unpack(unary, 8 * len(unary), 1).nonzero().flatten()
-    marked = len(ends)
+        return unpack(part(parts, "mask"), count, 1).view(torch.bool)
+    unary = unpack(part(parts, "mask"), 8 * len(part(parts, "mask")), 1).view(torch.bool)
+    marked = int(unary.count_nonzero())
     # No remainder is longer than an index: a longer one, from anybody's file, would overflow.
     bits = min(len(parts["gaps"]) // max(packed_size(marked, 1), 1), count.bit_length())
-    quotients = torch.diff(ends, prepend=ends.new_full((1,), -1)) - 1
-    skipped = (quotients << bits) + unpack_planes(parts["gaps"], marked, bits)
-    if float((skipped + 1).sum(dtype=torch.float64)) > count:
-        raise PackError(
-            f"A mask marks entries beyond the {count} there are. The task file is damaged or was "
-            "coded for another shape: fetch or write it again."
-        )
-    return (skipped + 1).cumsum(0) - 1
+    rests = unpack_planes(parts["gaps"], marked, bits)
+    mask = torch.zeros(count, dtype=torch.bool, device=rests.device)
+    place = done = 0
+    for quotients in _gaps(unary):
+        steps = (quotients << bits) + rests[done : done + len(quotients)] + 1
+        if place + float(steps.sum(dtype=torch.float64)) > count:
+            raise PackError(
+                f"A mask marks entries beyond the {count} there are. The task file is damaged or "
+                "was coded for another shape: fetch or write it again."
+            )
+        ends = steps.cumsum(0) + (place - 1)
+        mask[ends] = True
+        place, done = int(ends[-1]) + 1, done + len(ends)
+    return mask
 
 
 def mask_layout(count: int) -> Layout:
@@ -90,7 +114,12 @@ def _worth_trying(count: int, marked: int) -> range:
     return range(max(near - 1, 1), near + 2) if 2 * marked < count else range(0)
 
 
-def _size(skipped: Int64[Tensor, " marked"], bits: int) -> int:
-    """Bytes of the code with remainders of so many bits."""
-    unary = int((skipped >> bits).sum()) + len(skipped)
-    return packed_size(unary, 1) + planes_size(len(skipped), bits)
+def _gaps(mask: Bool[Tensor, " entry"]) -> Iterator[Int64[Tensor, " marked"]]:
+    """Entries skipped before each marked one, a chunk at a time; chunks without one are skipped."""
+    start, last = 0, -1
+    for (some,) in chunks(mask):
+        marked = some.nonzero().flatten() + start
+        start += len(some)
+        if len(marked):
+            yield torch.diff(marked, prepend=marked.new_full((1,), last)) - 1
+            last = int(marked[-1])

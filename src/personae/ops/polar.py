@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from personae.ops.svd import largest_magnitude
+
 WHITENING_TOLERANCE = 1e-6
 """For singular vectors in fp64 side by side. As many as fill a matrix of m rows have a smallest
 singular value of about 1/m, and each such direction counts; copies of one vector leave 1e-8."""
@@ -38,10 +40,10 @@ def polar_factor(
         The factor and the singular values kept, descending; fp64.
     """
     small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    peak = float(matrix.abs().max()) if matrix.numel() else 0.0
+    peak = largest_magnitude(matrix) if matrix.numel() else 0.0
     if peak == 0:
         return torch.zeros_like(matrix, dtype=torch.float64), matrix.new_zeros(0).double()
-    small = small.double() / peak  # squares of tiny entries would vanish
+    small = small.to(torch.float64, copy=True).div_(peak)  # squares of tiny entries would vanish
     energies, vectors = torch.linalg.eigh(small @ small.T)
     values = energies.clamp(min=0).sqrt()
     kept = values * peak > tolerance

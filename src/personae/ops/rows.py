@@ -6,6 +6,7 @@ from torch import Tensor
 
 from personae._types import PartSpec
 from personae.ops.bits import packed_size
+from personae.ops.chunks import CHUNK
 
 
 def touched_rows(matrix: Float[Tensor, "out in"]) -> Bool[Tensor, " out"]:
@@ -26,4 +27,23 @@ def restore_rows(
         return compact
     matrix = compact.new_zeros(len(touched), compact.shape[1])
     matrix[touched] = compact
+    return matrix
+
+
+def product_in_rows(
+    left: Float[Tensor, "kept rank"],
+    right: Float[Tensor, "rank in"],
+    touched: Bool[Tensor, " out"] | None,
+) -> Float[Tensor, "out in"]:
+    """`restore_rows(left @ right, touched)`, in one place; None: no row was left out."""
+    if touched is None or len(left) == len(touched):
+        return left @ right
+    matrix = left.new_empty(len(touched), right.shape[1])
+    torch.mm(left, right, out=matrix[: len(left)])
+    places = touched.nonzero()[:, 0]
+    at_once = max(1, CHUNK // max(right.shape[1], 1))
+    for start in reversed(range(0, len(left), at_once)):  # no row moves up: the last ones first
+        stop = min(start + at_once, len(left))
+        matrix[places[start:stop]] = matrix[start:stop].clone()
+    matrix[~touched] = 0
     return matrix

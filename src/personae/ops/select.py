@@ -34,6 +34,7 @@ _FLOOR = (127 - 32) << 23  # the pattern of 2^-32: bins reach from there to 1
 _CHUNK = 1 << 18
 _STEP = 64
 _FEW = 1 << 14  # entries of which none needs to be sampled
+_MOST_HELD = 1 << 20  # patterns of a window that are sorted; of more the window is narrowed
 
 
 class Window(NamedTuple):
@@ -147,12 +148,19 @@ def kth_magnitude(tensor: Float[Tensor, "..."], k: int) -> tuple[float, int]:
     few = len(entries) <= _FEW
     window = Window(0, TOP) if few else guess(sample_counts(entries[::_STEP]), k / len(entries))
     while True:
-        found = list(_inside(entries, window))
-        above = sum(count for count, _ in found)
-        near = np.concatenate([patterns for _, patterns in found])
-        if above < k <= above + len(near):
+        above, inside, found = 0, 0, list[ndarray]()
+        for count, patterns in _inside(entries, window):
+            above, inside = above + count, inside + len(patterns)
+            found = [*found, patterns] if inside <= _MOST_HELD else []
+        if not above < k <= above + inside:
+            window = _beside(window, above >= k)
+        elif window.found:
+            return window.magnitude, k - above
+        elif inside <= _MOST_HELD:
             break
-        window = _beside(window, above >= k)
+        else:
+            window = narrow(census(entries, window, window.bins), window, k)
+    near = np.concatenate(found)
     place = above + len(near) - k
     near.partition(place)
     low = int(near[place])

@@ -16,10 +16,17 @@ from torch import Tensor
 Elect = Literal["mass", "count"]
 Reduce = Literal["mean", "sum", "max"]
 
+FEW = 1 << 15
+"""Entries without a winner that are looked at together; of some models all are such."""
 _MOST_ENTRIES = 1 << 24
 """So many signs add up exactly in fp32."""
 _EXACT = 2.0**-100
 """Rounding of whole numbers: none."""
+
+
+def few_at_once(entries: Int64[ndarray, " some"]) -> list[Int64[ndarray, " few"]]:
+    """Entries cut so that what is done with them takes little memory; nothing if there are none."""
+    return [entries[at : at + FEW] for at in range(0, len(entries), FEW)]
 
 
 class Ballot:
@@ -63,10 +70,11 @@ class Ballot:
         torch.sign(self._total, out=self.signs)
         self.undecided = doubtful
         if len(doubtful):
-            votes = self.kept.numpy()[:, doubtful].astype(np.float64)
-            sums = np.sign((votes if elect == "mass" else np.sign(votes)).sum(axis=0))
-            self.signs.numpy()[doubtful] = sums
-            self.undecided = doubtful[sums == 0]
+            for some in few_at_once(doubtful):
+                votes = self.kept.numpy()[:, some].astype(np.float64)
+                sums = np.sign((votes if elect == "mass" else np.sign(votes)).sum(axis=0))
+                self.signs.numpy()[some] = sums
+            self.undecided = doubtful[self.signs.numpy()[doubtful] == 0]
 
     def majority_votes(self) -> int:
         """Entries that elected + minus entries that elected -; before undecided ones are given."""
@@ -76,12 +84,12 @@ class Ballot:
         """Give undecided entries this sign: 1, -1, or 0 for none."""
         self.signs.numpy()[self.undecided] = majority
 
-    def undecided_if(self, majority: int, reduce: Reduce) -> Float[Tensor, " some"]:
-        """What `merge` would make of the undecided entries alone if this were their sign; fp32."""
-        if not len(self.undecided):
-            return torch.empty(0)
-        alone = Ballot(len(self.kept), len(self.undecided))
-        alone.kept.copy_(self.kept[:, torch.from_numpy(self.undecided)])
+    def merged_alone(
+        self, entries: Int64[ndarray, " some"], majority: int, reduce: Reduce
+    ) -> Float[Tensor, " some"]:
+        """What `merge` would make of these entries alone if this were their sign; fp32."""
+        alone = Ballot(len(self.kept), len(entries))
+        torch.index_select(self.kept, 1, torch.from_numpy(entries), out=alone.kept)
         alone.signs.fill_(majority)
         return alone.merge(reduce)
 

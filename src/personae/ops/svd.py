@@ -20,7 +20,7 @@ from torch import Tensor
 
 from personae._types import SVD
 from personae.errors import MethodError
-from personae.ops.gram import EPS, by_eigenvectors
+from personae.ops.gram import CHUNK, EPS, by_eigenvectors
 from personae.ops.krylov import by_lanczos
 
 Solver = Literal["auto", "randomised", "gram", "full"]
@@ -54,16 +54,18 @@ def truncated_svd(
     rank_tolerance: float | None = None,
     signs: Signs = "largest_positive",
     seed: int = 0,
+    overwrite: bool = False,
 ) -> SVD:
     """The `rank` leading singular triplets of a matrix, or fewer where its numerical rank is lower.
 
     Args:
-        matrix: Any floating dtype, finite; computed in fp32, never modified.
+        matrix: Any floating dtype, finite; computed in fp32.
         rank: Triplets wanted, at least 0; more than min(out, in) means all.
         solver: `auto` chooses by shape and rank; `randomised` ends as `gram` if its check fails.
         rank_tolerance: Singular values ≤ this · σ₁ are dropped; None: max(out, in) · eps of fp32.
         signs: `largest_positive` applies `fix_signs`; `solver` keeps what came out.
         seed: Start of the randomised solver; the global generator is neither read nor moved.
+        overwrite: Whether the matrix, in fp32, may be scaled in place; else it is not modified.
 
     Returns:
         Factors in fp32, k ≤ rank of them; k = 0 for an all-zero matrix. Same input and number of
@@ -77,11 +79,12 @@ def truncated_svd(
     matrix = matrix.detach().float()
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     rank = min(rank, wide.shape[0])
-    peak = float(matrix.abs().max()) if rank else 0.0
+    peak = largest_magnitude(matrix) if rank else 0.0
     if peak == 0:
         rows, columns = matrix.shape
         return SVD(matrix.new_zeros(rows, 0), matrix.new_zeros(0), matrix.new_zeros(0, columns))
-    wide = wide / peak  # squares of very small or large deltas would leave the range of fp32
+    # Squares of very small or large deltas would leave the range of fp32.
+    wide = wide.div_(peak) if overwrite else wide / peak
     u, values, vh = _solve(wide, rank, solver, seed)
     u, vh = (u, vh) if wide.shape == matrix.shape else (vh.T, u.T)
     return _finish(SVD(u, values * peak, vh), matrix.shape, rank_tolerance, signs)
@@ -104,11 +107,12 @@ def exact_svd(matrix: Float[Tensor, "out in"], rank: int) -> SVD:
         as they come; u and vh belong together.
     """
     rows, columns = matrix.shape
-    peak = float(matrix.abs().max()) if rank and matrix.numel() else 0.0
-    exact = matrix.double()
+    peak = largest_magnitude(matrix) if rank and matrix.numel() else 0.0
     if peak == 0:
-        return SVD(exact.new_zeros(rows, 0), exact.new_zeros(0), exact.new_zeros(0, columns))
-    wide = (exact if rows <= columns else exact.T) / peak  # squares of tiny entries would vanish
+        nothing = matrix.new_zeros(0, dtype=torch.float64)
+        return SVD(nothing.view(rows, 0), nothing, nothing.view(0, columns))
+    exact = matrix.to(torch.float64, copy=True).div_(peak)  # squares of tiny entries would vanish
+    wide = exact if rows <= columns else exact.T
     energies, vectors = torch.linalg.eigh(wide @ wide.T)
     values = energies.clamp(min=0).sqrt().flip(0)
     kept = min(rank, int((values > max(rows, columns) * EPS * values[0]).sum()))
@@ -116,6 +120,39 @@ def exact_svd(matrix: Float[Tensor, "out in"], rank: int) -> SVD:
     others = (vectors.T @ wide) / values[:, None]
     values = values * peak
     return SVD(vectors, values, others) if rows <= columns else SVD(others.T, values, vectors.T)
+
+
+def svd_bytes(shape: tuple[int, int], rank: int, solver: Solver = "auto") -> int:
+    """Peak memory of `truncated_svd` at this rank, the matrix itself left out.
+
+    It holds the matrix scaled, in fp32, and of what a solver works on:
+
+    * `gram`: the Gram matrix, its eigenvectors and LAPACK's room of twice their size, in fp64 (32
+      bytes an entry) where fp32 does not do; before that, of what is not tall, all of it in fp64.
+      Afterwards up to four of both factors, on their way to be orthonormal and to have signs.
+    * `randomised`: a basis and its image of up to `KRYLOV_LIMIT` of the small side, the image in
+      fp64; or, to see whether nothing is left to look for, the matrix once more. Or what `gram`
+      holds, which may take over.
+    * `full`: LAPACK's copy, both factors and a little room.
+    """
+    small, large = sorted(shape)
+    kept = min(rank, small)
+    if not kept:
+        return 0
+    scaled, probe = 4 * small * large, False
+    if solver == "auto":
+        solver, probe = _choose(small, large, kept)
+    if solver == "full":
+        return scaled + 8 * small * large + 8 * small * small
+    exact = 8 * small * min(large, CHUNK if shape[0] > shape[1] else large)
+    found = 16 * kept * (small + large)
+    most = max(32 * small * small, 8 * small * small + exact, 4 * small * small + found)
+    if solver == "randomised" or probe:
+        columns = min(int(KRYLOV_LIMIT * small) if solver == "randomised" else PROBE_BLOCK, small)
+        basis = 4 * columns * (small + large)
+        in_fp64 = 8 * columns * large + 32 * columns * columns
+        most = max(most, basis + max(in_fp64, 4 * small * large, found))
+    return scaled + most
 
 
 def fix_signs(svd: SVD) -> SVD:
@@ -138,6 +175,11 @@ def largest_positive(columns: Float[Tensor, "out rank"]) -> Float[Tensor, " rank
     """1 or -1 for each column: its entry of largest magnitude (ties: the first) made positive."""
     first = (columns.abs() == columns.abs().amax(dim=0)).byte().argmax(dim=0)
     return torch.where(columns.gather(0, first[None])[0] < 0, -1.0, 1.0)
+
+
+def largest_magnitude(matrix: Float[Tensor, "..."]) -> float:
+    """The largest magnitude; without a copy of all of them."""
+    return float(torch.stack(matrix.aminmax()).abs().max())
 
 
 def _solve(wide: Tensor, rank: int, solver: Solver, seed: int) -> SVD:

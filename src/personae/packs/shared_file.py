@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
@@ -43,7 +44,7 @@ class SharedFile:
         if name not in self._names:
             return None
         values = self._file.get_tensor(name)
-        if not values.isfinite().all():
+        if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
             raise PackError(
                 f"{self._path}: '{name}' holds a number that is not finite. The pack was damaged "
                 "or changed: fetch it again."

@@ -61,18 +61,23 @@ def output_errors(
         raise OutputError(f"Cannot write '{path}': {error.strerror}{place}. {remedy}") from error
 
 
+def free_space(path: Path) -> int:
+    """Free bytes of the disk which holds (or would hold) `path`."""
+    path = Path(path).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    return shutil.disk_usage(existing).free
+
+
 def require_space(path: Path, nbytes: int) -> None:
     """Check that the disk which holds (or would hold) `path` has `nbytes` bytes free.
 
     Raises:
         OutputError: if it has fewer.
     """
-    path = Path(path).absolute()
-    existing = next(place for place in (path, *path.parents) if place.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(path)
     if free < nbytes:
         raise OutputError(
-            f"Cannot write '{path}': it needs {nbytes:,} bytes and the disk has {free:,} free. "
+            f"Cannot write '{Path(path).absolute()}': it needs {nbytes:,} bytes and the disk has {free:,} free. "
             f"Free {nbytes - free:,} bytes, or write to another disk."
         )
 

@@ -5,6 +5,7 @@ model. Defaults are those of the authors' code (JH-GEECS/CART, D28), tuned by th
 attention and MLP weights alone, with rank and λ of the nearest of their three numbers of tasks.
 """
 
+from math import prod
 from typing import ClassVar
 
 from jaxtyping import Float
@@ -37,8 +38,8 @@ class CART(MatrixWise):
         The merged vector, fp32, relative to what the input is relative to.
     """
 
+    rows: ClassVar = (0, 20)
     side: ClassVar = "both"
-    bytes_per_entry: ClassVar = 16
 
     rank_fraction: RankFraction | None = Field(
         default=None,
@@ -57,6 +58,12 @@ class CART(MatrixWise):
             "the authors found beside these ranks."
         ),
     )
+
+    def memory(self, site: Site, experts: int) -> int:
+        """Of one exact decomposition, in fp64, beside mean, sum and deviation; and its factors."""
+        fraction = _TUNED[-1][0] if self.rank_fraction is None else self.rank_fraction
+        entries = prod(site.shape)
+        return int((24 + 24 * fraction) * entries) + 40 * min(site.shape) ** 2
 
     def merge(
         self,

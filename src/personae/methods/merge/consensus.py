@@ -38,6 +38,7 @@ class Consensus(RowWise):
         The merged task vector, fp32; entries without consensus are 0.
     """
 
+    rows: ClassVar = (9, 36)
     degenerates: ClassVar = "weight averaging: the multi-task vector is the sum, which is 0 there"
     model_wide: ClassVar = ("multi_task", "density")
 
@@ -102,11 +103,15 @@ class Consensus(RowWise):
             block = slice(start, start + len(rows[0]))
             # fp64: near a threshold, the order of experts must not decide.
             exact = [row.double() for row in rows]
-            total = sum(exact[1:], exact[0]) if multi is None else multi[block].double()
+            total = exact[0].clone() if multi is None else multi[block].double()
+            for vector in exact[1:] if multi is None else ():
+                total += vector
             marks = torch.zeros(len(total), dtype=torch.int32)
+            rest = torch.empty_like(total)
             for vector, each in zip(exact, thresholds, strict=True):
-                marks += vector.abs() > each * (total - vector).abs()
-            merged[block] = self.scale * total * (marks >= self.at_least)
+                torch.sub(total, vector, out=rest).abs_().mul_(each)
+                marks += vector.abs_() > rest
+            merged[block] = total.mul_(self.scale).mul_(marks >= self.at_least)
         return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)
 
 

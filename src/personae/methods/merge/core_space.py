@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
-from personae.methods._merge import MatrixWise, MergeMethod, Statistics, as_function
+from personae.methods._merge import MatrixWise, MergeMethod, Statistics, as_function, matrix_memory
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
@@ -43,7 +43,6 @@ class CoreSpace(MatrixWise):
 
     side: ClassVar = "both"
     needs: ClassVar = "adapters"
-    bytes_per_entry: ClassVar = 48
 
     rule: RuleName = Field(
         default="tsv_m",
@@ -68,6 +67,10 @@ class CoreSpace(MatrixWise):
     def entrywise(self, site: Site) -> bool:
         """Vectors of adapters that train biases; TIES has a threshold for each tensor."""
         return len(site.shape) != 2 and self.rule != "ties"
+
+    def memory(self, site: Site, experts: int) -> int:
+        """See `MergeMethod.memory`."""
+        return matrix_memory(site, experts, stack=44, entry=24)
 
     def merge(
         self,

@@ -24,6 +24,7 @@ from personae.methods._undecided import Undecided
 class DARE(RowWise):
     """Drop entries at random, rescale the rest, add them up: scale · Σ w_n m_n τ_n / density_n."""
 
+    rows: ClassVar = (4, 20)
     order_free: ClassVar = False
 
     density: Density | tuple[Density, ...] = Field(

@@ -40,6 +40,7 @@ class DARETIES(RowWise):
         The merged task vector, fp32; entries that no expert keeps are 0.
     """
 
+    rows: ClassVar = (3, 24)
     can_decide_late: ClassVar = True
     order_free: ClassVar = False
     model_wide: ClassVar = ("scope", "trim")

@@ -18,7 +18,15 @@ from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
-from personae.methods._merge import Gathering, MatrixWise, Measure, Side, Statistics, as_function
+from personae.methods._merge import (
+    Gathering,
+    MatrixWise,
+    Measure,
+    Side,
+    Statistics,
+    as_function,
+    stacked_memory,
+)
 from personae.methods._parameters import one_each
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
@@ -47,7 +55,6 @@ class DRM(MatrixWise):
     degenerates: ClassVar = "averaging if prune, elect and disjoint are all off and weight is 1"
     looks: ClassVar = 1
     model_wide: ClassVar = ("others", "elect")
-    bytes_per_entry: ClassVar = 64
 
     direction: Direction = Field(
         default="horizontal",
@@ -135,6 +142,11 @@ class DRM(MatrixWise):
         if split and split[0].axis == (0 if left else 1):
             return "none"
         return "left" if left else "right"
+
+    def memory(self, site: Site, experts: int) -> int:
+        """Of one decomposition, or of both where they are compared."""
+        one = stacked_memory(site, experts, stack=16, tall=37)
+        return 2 * one if self.direction == "auto:orthogonality" else one
 
     def merge(
         self,

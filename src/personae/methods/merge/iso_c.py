@@ -15,7 +15,7 @@ from torch import Tensor
 
 from personae.methods._entries import mean
 from personae.methods._matrices import Tensors, is_matrix
-from personae.methods._merge import MatrixWise, Statistics, as_function
+from personae.methods._merge import MatrixWise, Statistics, as_function, matrix_memory
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
@@ -31,9 +31,9 @@ class IsoC(MatrixWise):
     Σ_n τ_n = U Σ Vᵀ becomes scale · mean(σ) · U Vᵀ.
     """
 
+    rows: ClassVar = (0, 20)
     side: ClassVar = "both"
     degenerates: ClassVar = "weight averaging: the sum is 0 there, up to rounding"
-    bytes_per_entry: ClassVar = 24
 
     tensors: Tensors = Field(
         default="matrices", description="Which tensors are merged so; the rest is averaged."
@@ -51,6 +51,10 @@ class IsoC(MatrixWise):
             "Multiplier on the result, averages included (α in the paper, tuned up to 3)."
         ),
     )
+
+    def memory(self, site: Site, experts: int) -> int:
+        """See `MergeMethod.memory`."""
+        return matrix_memory(site, experts, entry=37, square=17)
 
     def merge(
         self,

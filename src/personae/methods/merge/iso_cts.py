@@ -15,7 +15,7 @@ from torch import Tensor
 
 from personae.methods._entries import mean
 from personae.methods._matrices import Tensors, is_matrix
-from personae.methods._merge import MatrixWise, Statistics, as_function
+from personae.methods._merge import MatrixWise, Statistics, as_function, matrix_memory
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
@@ -39,9 +39,9 @@ class IsoCTS(MatrixWise):
     On difference vectors, whose sum is 0, there would be no common space: a base is needed.
     """
 
+    rows: ClassVar = (0, 20)
     side: ClassVar = "both"
     needs: ClassVar = "base"
-    bytes_per_entry: ClassVar = 40
 
     common_fraction: Fraction = Field(
         default=0.8, description="Share of the directions that is common."
@@ -62,6 +62,10 @@ class IsoCTS(MatrixWise):
             "Multiplier on the result, averages included (α in the paper, tuned up to 3)."
         ),
     )
+
+    def memory(self, site: Site, experts: int) -> int:
+        """See `MergeMethod.memory`."""
+        return matrix_memory(site, experts, entry=60, square=48)
 
     def merge(
         self,

@@ -24,6 +24,7 @@ from personae.methods._merge import (
     Side,
     Statistics,
     as_function,
+    stacked_memory,
 )
 from personae.methods._registry import merge_method
 from personae.methods._rules import looks_through
@@ -49,7 +50,6 @@ class KnOTS(MatrixWise):
 
     looks: ClassVar = 2
     model_wide: ClassVar = ("rule", "density", "scope")
-    bytes_per_entry: ClassVar = 48
 
     rule: RuleName = Field(
         default="ties",
@@ -98,6 +98,10 @@ class KnOTS(MatrixWise):
         if site.kind != "linear":
             return "none"
         return "right" if site.transposed else "left"
+
+    def memory(self, site: Site, experts: int) -> int:
+        """See `MergeMethod.memory`."""
+        return stacked_memory(site, experts, stack=13, tall=37)
 
     def merge(
         self,

@@ -45,6 +45,7 @@ class TIES(RowWise):
         The merged task vector, fp32; entries that no expert keeps are 0.
     """
 
+    rows: ClassVar = (3, 24)
     can_decide_late: ClassVar = True
     looks: ClassVar = 1
     model_wide: ClassVar = ("density", "scope")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from personae.methods._entries import mean
 from personae.methods._matrices import Tensors, is_matrix
-from personae.methods._merge import MatrixWise, Statistics, as_function
+from personae.methods._merge import MatrixWise, Statistics, as_function, matrix_memory
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
@@ -37,8 +37,8 @@ class TSVM(MatrixWise):
     U⊥ and V⊥ are the polar factors of Ũ and Ṽ.
     """
 
+    rows: ClassVar = (0, 20)
     side: ClassVar = "both"
-    bytes_per_entry: ClassVar = 32
 
     tensors: Tensors = Field(
         default="matrices", description="Which tensors are merged so; the rest is averaged."
@@ -46,6 +46,10 @@ class TSVM(MatrixWise):
     scale: float = Field(
         default=1.0, description="Multiplier on the result, averages included (α in the paper)."
     )
+
+    def memory(self, site: Site, experts: int) -> int:
+        """See `MergeMethod.memory`."""
+        return matrix_memory(site, experts, entry=45, square=50)
 
     def merge(
         self,

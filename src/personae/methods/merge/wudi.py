@@ -18,7 +18,7 @@ from torch import Tensor
 
 from personae.methods._entries import mean
 from personae.methods._matrices import Tensors, is_matrix
-from personae.methods._merge import MatrixWise, Statistics, as_function
+from personae.methods._merge import MatrixWise, Statistics, as_function, matrix_memory
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
@@ -35,8 +35,8 @@ class WUDI(MatrixWise):
     have no part in it.
     """
 
+    rows: ClassVar = (0, 20)
     needs: ClassVar = "base"
-    bytes_per_entry: ClassVar = 32
 
     learning_rate: LearningRate = Field(
         default=1e-5,
@@ -58,6 +58,10 @@ class WUDI(MatrixWise):
             "all with two axes are merged so, the rest is averaged."
         ),
     )
+
+    def memory(self, site: Site, experts: int) -> int:
+        """See `MergeMethod.memory`."""
+        return matrix_memory(site, experts, stack=8, entry=34, square=5)
 
     def merge(
         self,

@@ -22,7 +22,7 @@ class Linear(RowWise):
     (`normalize: false` and weights that do not sum to 1), this refuses.
     """
 
-    bytes_per_entry: ClassVar = 12
+    rows: ClassVar = (0, 16)
 
     weight: float | tuple[float, ...] = Field(description="Weight of each expert.")
     normalize: bool = Field(

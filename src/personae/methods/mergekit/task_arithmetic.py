@@ -20,8 +20,8 @@ _SMALLEST_DIVISOR = 1e-8
 class TaskArithmetic(RowWise):
     """Add up the weighted task vectors, times lambda."""
 
+    rows: ClassVar = (0, 16)
     degenerates: ClassVar = "the average whatever lambda, where all weights are the same"
-    bytes_per_entry: ClassVar = 12
 
     weight: float | tuple[float, ...] = Field(description="Coefficient of each expert.")
     normalize: bool = Field(

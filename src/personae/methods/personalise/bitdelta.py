@@ -8,7 +8,7 @@ the mean. The difference is that of bf16 checkpoints, where many small updates r
 
 from collections.abc import Iterable
 from math import prod
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from personae.methods._codec import Bits, Codec, Context, Rest, Treatment
 from personae.methods._registry import codec
 from personae.methods._site import is_projection
 from personae.ops.bits import pack, packed_size, unpack
+from personae.ops.chunks import by_chunks, chosen, put
 from personae.ops.masks import decode_mask, encode_mask, mask_layout
 from personae.ops.parts import cut
 from personae.ops.sums import absolute_sum
@@ -40,8 +41,6 @@ class BitDelta(Codec):
 
     A zero delta has no parts.
     """
-
-    more_bytes_per_entry: ClassVar = 32
 
     tensors: Literal["projections", "all"] = Field(
         default="projections", description="What is coded: attention and MLP matrices, or all."
@@ -69,7 +68,8 @@ class BitDelta(Codec):
         changed = flat != 0 if self.zeros == "zero" else torch.ones_like(flat, dtype=torch.bool)
         scale = absolute_sum(flat) / int(changed.count_nonzero())
         mask = {} if changed.all() else encode_mask(changed)
-        signs = pack((flat[changed] < 0).to(torch.uint8), 1)
+        negative = by_chunks(lambda part: part < 0, torch.uint8, flat)
+        signs = pack(chosen(negative, changed) if mask else negative, 1)
         return mask | {"signs": signs, "scale": flat.new_full((1,), scale)}
 
     def decode(
@@ -80,10 +80,13 @@ class BitDelta(Codec):
             return torch.zeros(shape)
         scale = cut(parts, "scale", [1])[0]
         delta = torch.zeros(shape, device=scale.device)
-        changed = decode_mask(parts, delta.numel()) if "mask" in parts else slice(None)
-        count = delta.view(-1)[changed].numel()
+        if "mask" in parts:
+            changed = decode_mask(parts, delta.numel())
+        else:
+            changed = torch.ones(delta.numel(), dtype=torch.bool, device=scale.device)
+        count = int(changed.count_nonzero())
         signs = unpack(cut(parts, "signs", [packed_size(count, 1)])[0], count, 1)
-        delta.view(-1)[changed] = torch.where(signs.bool(), -scale, scale)
+        put(delta, changed, lambda a, b: torch.where(signs[a:b].bool(), -scale, scale))
         return delta
 
     def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
@@ -111,7 +114,7 @@ class BitDelta(Codec):
         for shape, parts in coded:
             total += prod(shape)
             if "mask" in parts:
-                zeros += prod(shape) - len(decode_mask(parts, prod(shape)))
+                zeros += prod(shape) - int(decode_mask(parts, prod(shape)).count_nonzero())
         if not zeros:
             return ""
         return (

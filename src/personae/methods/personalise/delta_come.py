@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float, Float16, Int64
+from jaxtyping import Float, Float16, UInt8
 from pydantic import Field
 from torch import Tensor
 
@@ -20,8 +20,9 @@ from personae.methods._codec import Bits, Codec, Context, Rest, Treatment
 from personae.methods._registry import codec
 from personae.methods._site import has_matrices, is_projection
 from personae.ops.bits import pack, pack_planes, packed_size, planes_size, unpack, unpack_planes
+from personae.ops.chunks import CHUNK
 from personae.ops.parts import cut, part
-from personae.ops.rows import restore_rows, rows_spec, touched_rows
+from personae.ops.rows import product_in_rows, rows_spec, touched_rows
 
 Count = Annotated[int, Field(ge=1)]
 Precision = Annotated[int, Field(ge=1, le=8)]
@@ -97,9 +98,10 @@ class DeltaCoMe(Codec):
         scales: list[Tensor] = []
         for vectors in (u[touched, :rank].T, vh[:rank]):
             for width, start, stop in self._runs(len(vectors)):
-                levels, steps = _quantise(vectors[start:stop], width)
-                scales.append(steps.flatten())
-                codes.append(pack_planes(levels.flatten(), width))
+                few = max(1, CHUNK // vectors.shape[1])
+                pairs = [_quantise(some, width) for some in vectors[start:stop].split(few)]
+                scales += [steps.flatten() for _, steps in pairs]
+                codes.append(pack_planes(torch.cat([c for c, _ in pairs]).flatten(), width))
         parts = {
             "singular_values": singular_values[:rank].clone(),
             "scales": torch.cat(scales),
@@ -129,10 +131,11 @@ class DeltaCoMe(Codec):
                 for width, a, b in runs
             ]
             steps = of_factor.float().reshape(rank, -1)
-            factors.append(_dequantise(torch.cat(levels), steps, length))
+            few = max(1, CHUNK // length)
+            pairs = zip(torch.cat(levels).split(few), steps.split(few), strict=True)
+            factors.append(torch.cat([_dequantise(*pair, length) for pair in pairs]))
         left, right = factors
-        delta = left.T @ (singular_values[:, None] * right)
-        return delta if touched is None else restore_rows(delta, touched)
+        return product_in_rows(left.T, singular_values[:, None] * right, touched)
 
     def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
         """Singular values, scales and codes of both factors, U with as few as one row."""
@@ -197,7 +200,7 @@ def _groups(vectors: Float[Tensor, "vector value"]) -> Float[Tensor, "vector gro
 
 def _quantise(
     vectors: Float[Tensor, "vector value"], width: int
-) -> tuple[Int64[Tensor, "vector code"], Float16[Tensor, "vector group"]]:
+) -> tuple[UInt8[Tensor, "vector code"], Float16[Tensor, "vector group"]]:
     """Codes of the values of each vector, then zero points of its groups; and steps."""
     groups, top = _groups(vectors), (1 << width) - 1
     least, most = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
@@ -205,7 +208,7 @@ def _quantise(
     step = steps.float().where(steps > 0, torch.inf)  # codes of nothing but zeros are 0
     zeros = (-least / step).round().clamp(0, top)
     codes = ((groups / step[:, :, None]).round() + zeros[:, :, None]).clamp(0, top)
-    return torch.cat([codes.flatten(1)[:, : vectors.shape[1]], zeros], dim=1).long(), steps
+    return torch.cat([codes.flatten(1)[:, : vectors.shape[1]], zeros], dim=1).byte(), steps
 
 
 def _dequantise(

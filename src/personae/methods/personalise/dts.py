@@ -29,7 +29,8 @@ from personae.methods._site import Block, stacked_qkv
 from personae.ops.bits import Width, pack, packed_size, unpack
 from personae.ops.levels import Levels, Split, dequantise, groups, quantise
 from personae.ops.parts import cut, part
-from personae.ops.rows import restore_rows, rows_spec, touched_rows
+from personae.ops.rows import product_in_rows, rows_spec, touched_rows
+from personae.ops.svd import svd_bytes
 from personae.ops.zeros import decode_zeros, encode_zeros, zeros_layout
 
 
@@ -53,6 +54,7 @@ class DTS(Codec):
     A zero delta, or one of rank 0, has no parts.
     """
 
+    bytes_per_entry: ClassVar = 9
     free: ClassVar = frozenset(
         {
             "rank_fraction",
@@ -128,6 +130,10 @@ class DTS(Codec):
             signs=self.signs,
         )
 
+    def decomposing_bytes(self, matrix: tuple[int, int], rank: int) -> int:
+        """With the solver asked for."""
+        return svd_bytes(matrix, rank, self.solver)
+
     def encode(
         self, delta: Float[Tensor, "..."], svd: SVD | None = None, context: Context | None = None
     ) -> Parts:
@@ -170,8 +176,7 @@ class DTS(Codec):
         touched = unpack(parts["rows"], rows, 1).bool() if "rows" in parts else None
         kept = rows if touched is None else int(touched.count_nonzero())
         left, right = self._decode_factors(parts, [(rank, kept), (rank, columns)])
-        delta = left.T @ (singular_values[:, None] * right)
-        return (delta if touched is None else restore_rows(delta, touched)).reshape(shape)
+        return product_in_rows(left.T, singular_values[:, None] * right, touched).reshape(shape)
 
     def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
         """Scales, codes and zeros of one factor, or of two, U with as few as one row."""

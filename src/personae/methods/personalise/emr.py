@@ -17,6 +17,7 @@ from personae._types import SVD, Layout, Parts, PartSpec
 from personae.methods._codec import Bits, Codec, Context, Look, Looks
 from personae.methods._registry import codec
 from personae.ops.bits import packed_size
+from personae.ops.chunks import by_chunks, chunks
 from personae.ops.masks import decode_mask, encode_mask, mask_layout
 from personae.ops.parts import cut
 from personae.ops.sums import absolute_sum
@@ -38,7 +39,6 @@ class EMR(Codec):
     """
 
     shares: ClassVar = True
-    more_bytes_per_entry: ClassVar = 32
 
     rescaler: Literal["global", "tensor_means"] = Field(
         default="tensor_means",
@@ -51,14 +51,7 @@ class EMR(Codec):
 
     def share(self, deltas: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
         """The unified vector: the elected sign with the largest magnitude that has it."""
-        total = deltas[0].double()
-        for delta in deltas[1:]:
-            total = total + delta
-        elected = torch.where(total > 0, 1.0, -1.0)
-        largest = torch.zeros_like(deltas[0])
-        for delta in deltas:
-            largest = torch.maximum(largest, delta * elected)
-        return largest * elected
+        return by_chunks(_unified, torch.float32, *deltas).reshape(deltas[0].shape)
 
     def gather(self) -> Looks:
         """Both sums of the rescaler."""
@@ -75,7 +68,7 @@ class EMR(Codec):
         context = context or self.alone(delta)
         if context.shared is None:
             return {}
-        mask = encode_mask(_agree(delta, context.shared).flatten())
+        mask = encode_mask(_agree(delta, context.shared))
         scale = (context.facts or {})["scale"]
         return mask | {"scale": delta.new_full((1,), scale)} if mask else {}
 
@@ -85,9 +78,10 @@ class EMR(Codec):
         """λ_n M_n τ; parts that do not fit the shape are refused."""
         if not parts or shared is None:
             return torch.zeros(shape)
+        scale = cut(parts, "scale", [1])[0]
         delta = torch.zeros(shape, device=shared.device)
-        kept = decode_mask(parts, delta.numel())
-        delta.view(-1)[kept] = cut(parts, "scale", [1])[0] * shared.reshape(-1)[kept]
+        for target, here, own in chunks(delta, decode_mask(parts, delta.numel()), shared):
+            target[here] = scale * own[here]
         return delta
 
     def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
@@ -107,11 +101,29 @@ class EMR(Codec):
         if context.shared is None:
             masked = torch.zeros_like(delta)
         else:
-            masked = context.shared * _agree(delta, context.shared)
+            masked = by_chunks(
+                lambda a, b: b * _agreeing(a, b), torch.float32, delta, context.shared
+            )
         sizes = torch.tensor([absolute_sum(part) for part in (delta, masked)], dtype=torch.float64)
         return sizes if self.rescaler == "global" else sizes / delta.numel()
 
 
-def _agree(delta: Float[Tensor, "..."], unified: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+def _unified(*deltas: Float[Tensor, " entry"]) -> Float[Tensor, " entry"]:
+    """The elected sign with the largest magnitude that has it."""
+    total = deltas[0].double()
+    for delta in deltas[1:]:
+        total = total + delta
+    elected = torch.where(total > 0, 1.0, -1.0)
+    largest = torch.zeros_like(deltas[0])
+    for delta in deltas:
+        largest = torch.maximum(largest, delta * elected)
+    return largest * elected
+
+
+def _agree(delta: Float[Tensor, "..."], unified: Float[Tensor, "..."]) -> Bool[Tensor, " entry"]:
     """Where neither is 0 and the signs are the same; their product may underflow."""
-    return (delta.sign() * unified.sign()) > 0
+    return by_chunks(_agreeing, torch.bool, delta, unified)
+
+
+def _agreeing(one: Float[Tensor, " entry"], other: Float[Tensor, " entry"]) -> Tensor:
+    return (one.sign() * other.sign()) > 0

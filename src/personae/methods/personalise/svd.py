@@ -17,6 +17,7 @@ from personae.methods._codec import Bits, Codec, Context, decompose_touched
 from personae.methods._low_rank import decode_low_rank, encode_low_rank, low_rank_layout
 from personae.methods._registry import codec
 from personae.ops.parts import cut
+from personae.ops.svd import svd_bytes
 
 
 @codec(paper="arXiv:2512.01461")
@@ -56,6 +57,10 @@ class SVD(Codec):
         return decompose_touched(
             delta, rank, solver=self.solver, rank_tolerance=self.rank_tolerance
         )
+
+    def decomposing_bytes(self, matrix: tuple[int, int], rank: int) -> int:
+        """With the solver asked for."""
+        return svd_bytes(matrix, rank, self.solver)
 
     def encode(
         self,

@@ -17,6 +17,7 @@ from personae._types import SVD, Density, Layout, Parts, PartSpec, TensorSpec
 from personae.methods._codec import Bits, Codec, Context, Facts, Look, Looks, Treatment
 from personae.methods._registry import codec
 from personae.ops.bits import pack, packed_size, unpack
+from personae.ops.chunks import by_chunks, chosen, chunks, put
 from personae.ops.masks import decode_mask, encode_mask, mask_layout, mask_size
 from personae.ops.parts import cut, part
 from personae.ops.select import TOP, Window, census, kth_magnitude, narrow
@@ -42,7 +43,7 @@ class TSwitch(Codec):
     A delta of which no entry is kept has no parts.
     """
 
-    more_bytes_per_entry: ClassVar = 32
+    bytes_per_entry: ClassVar = 10
 
     density: Density = Field(default=0.4, description="Fraction of each sign's entries kept.")
     scope: Literal["tensor", "model"] = Field(
@@ -80,15 +81,14 @@ class TSwitch(Codec):
         flat = delta.flatten()
         if self.scope == "tensor":
             kept = _largest(flat, self.density)
-            exact = flat[kept].double()
-            scale = _root_mean(float(exact @ exact), float(len(exact)))
+            scale = _root_mean(*_energy_of(flat, kept).tolist())
         else:
             facts = (context or self.alone(delta)).facts or {}
             kept, scale = _above(flat, facts), facts.get("scale", 0.0)
         if not kept.any():
             return {}
         return encode_mask(kept) | {
-            "signs": pack((flat[kept] < 0).to(torch.uint8), 1),
+            "signs": pack(chosen(by_chunks(lambda part: part < 0, torch.uint8, flat), kept), 1),
             "scale": delta.new_full((1,), scale),
         }
 
@@ -100,9 +100,10 @@ class TSwitch(Codec):
             return torch.zeros(shape)
         delta = torch.zeros(shape, device=part(parts, "mask").device)
         kept = decode_mask(parts, delta.numel())
-        signs = unpack(cut(parts, "signs", [packed_size(len(kept), 1)])[0], len(kept), 1)
+        count = int(kept.count_nonzero())
+        signs = unpack(cut(parts, "signs", [packed_size(count, 1)])[0], count, 1)
         scale = cut(parts, "scale", [1])[0]
-        delta.view(-1)[kept] = torch.where(signs.bool(), -scale, scale)
+        put(delta, kept, lambda a, b: torch.where(signs[a:b].bool(), -scale, scale))
         return delta
 
     def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
@@ -133,23 +134,29 @@ def _largest(flat: Float[Tensor, " entry"], density: float) -> Bool[Tensor, " en
     """Mark the share of each sign that is largest, with all that tie at its threshold."""
     marked = torch.zeros_like(flat, dtype=torch.bool)
     for sign in _SIGNS.values():
-        sizes = (sign * flat).clamp(min=0)
+        sizes = by_chunks(lambda part, s=sign: (s * part).clamp_(min=0), flat.dtype, flat)
         count = int(sizes.count_nonzero())
         if count:
             least, _ = kth_magnitude(sizes, _kept(count, density) or count)
             marked |= sizes >= least
+        del sizes  # before there are those of the other sign
     return marked
 
 
-def _above(flat: Float[Tensor, "*shape"], facts: Facts) -> Bool[Tensor, "*shape"]:
+def _above(delta: Float[Tensor, "..."], facts: Facts) -> Bool[Tensor, " entry"]:
     """Mark what reaches the threshold of its sign; all that tie with it."""
-    negative = flat <= -facts.get("negative", torch.inf)
-    return (flat >= facts.get("positive", torch.inf)) | negative
+    positive, negative = facts.get("positive", torch.inf), -facts.get("negative", torch.inf)
+    return by_chunks(lambda part: (part >= positive) | (part <= negative), torch.bool, delta)
 
 
 def _energy(delta: Float[Tensor, "..."], facts: Facts) -> Float[Tensor, "2"]:
     """Sum of squares of the entries kept, and their number; fp64."""
-    exact = delta[_above(delta, facts)].double()
+    return _energy_of(delta, _above(delta, facts))
+
+
+def _energy_of(delta: Float[Tensor, "..."], kept: Bool[Tensor, " entry"]) -> Float[Tensor, "2"]:
+    """Sum of squares of these entries, and their number; fp64."""
+    exact = chosen(delta, kept, torch.float64)
     return torch.stack([exact @ exact, exact.new_full((), len(exact))])
 
 
@@ -160,6 +167,9 @@ def _root_mean(energy: float, count: float) -> float:
 def _censuses(windows: list[Window], delta: Float[Tensor, "..."], _: Context) -> Tensor:
     """A census of the magnitudes of each sign."""
     bins = max(window.bins for window in windows)
-    signed = (sign * delta for sign in _SIGNS.values())
-    pairs = zip(signed, windows, strict=True)
-    return torch.stack([census(own[own > 0], window, bins) for own, window in pairs])
+    counts = torch.zeros(len(windows), 2 + bins, dtype=torch.int64)
+    for (some,) in chunks(delta):
+        for total, sign, window in zip(counts, _SIGNS.values(), windows, strict=True):
+            own = sign * some
+            total += census(own[own > 0], window, bins)
+    return counts

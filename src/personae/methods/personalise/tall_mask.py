@@ -17,6 +17,7 @@ from personae.errors import MethodError
 from personae.methods._codec import Bits, Codec, Context
 from personae.methods._registry import codec
 from personae.ops.bits import packed_size
+from personae.ops.chunks import by_chunks, chunks
 from personae.ops.masks import decode_mask, encode_mask, mask_layout
 
 Threshold = Annotated[float, Field(gt=0)]
@@ -35,7 +36,6 @@ class TALLMask(Codec):
     """
 
     shares: ClassVar = True
-    more_bytes_per_entry: ClassVar = 32
 
     threshold: Threshold | dict[str, Threshold] = Field(
         default=0.4, description="How much of the other tasks an entry has to exceed; one a task."
@@ -62,10 +62,7 @@ class TALLMask(Codec):
 
     def share(self, deltas: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
         """The multi-task vector, summed in fp64."""
-        total = deltas[0].double()
-        for delta in deltas[1:]:
-            total = total + delta
-        return total.float()
+        return by_chunks(_sum, torch.float32, *deltas).reshape(deltas[0].shape)
 
     def encode(
         self, delta: Float[Tensor, "..."], svd: SVD | None = None, context: Context | None = None
@@ -74,9 +71,13 @@ class TALLMask(Codec):
         shared = (context or self.alone(delta)).shared
         if shared is None:
             return {}
-        assert not isinstance(self.threshold, Mapping), "a threshold for this task is chosen first"
-        marked = (delta.abs() > self.threshold * (shared - delta).abs()) & (shared != 0)
-        return encode_mask(marked.flatten())
+        threshold = self.threshold
+        assert not isinstance(threshold, Mapping), "a threshold for this task is chosen first"
+
+        def outweighs(own: Tensor, whole: Tensor) -> Tensor:
+            return (own.abs() > threshold * (whole - own).abs()) & (whole != 0)
+
+        return encode_mask(by_chunks(outweighs, torch.bool, delta, shared))
 
     def decode(
         self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None
@@ -85,8 +86,8 @@ class TALLMask(Codec):
         if not parts or shared is None:
             return torch.zeros(shape)
         delta = torch.zeros(shape, device=shared.device)
-        kept = decode_mask(parts, delta.numel())
-        delta.view(-1)[kept] = shared.reshape(-1)[kept]
+        for target, here, own in chunks(delta, decode_mask(parts, delta.numel()), shared):
+            target[here] = own[here]
         return delta
 
     def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
@@ -97,3 +98,11 @@ class TALLMask(Codec):
         """A bit an element."""
         count = torch.Size(shape).numel()
         return Bits(count, count, 8 * packed_size(count, 1))
+
+
+def _sum(*deltas: Float[Tensor, " entry"]) -> Float[Tensor, " entry"]:
+    """The sum in fp64."""
+    total = deltas[0].double()
+    for delta in deltas[1:]:
+        total = total + delta
+    return total

@@ -7,10 +7,11 @@ level next to zero is not; here exact zeros of the delta are those pruned, and s
 
 import zlib
 from collections.abc import Sequence
+from math import prod
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from personae.methods._codec import Bits, Codec, Context, Facts, Look, Looks, Re
 from personae.methods._registry import codec
 from personae.methods._site import is_projection
 from personae.ops.bits import pack_planes, planes_size, unpack_planes
+from personae.ops.chunks import by_chunks, chosen, chunk_bytes, put
 from personae.ops.masks import decode_mask, encode_mask, mask_layout, mask_size
 from personae.ops.parts import cut, part
 
@@ -47,7 +49,7 @@ class UltraDelta(Codec):
     """
 
     counts_stored: ClassVar = True
-    more_bytes_per_entry: ClassVar = 48
+    bytes_per_entry: ClassVar = 9
     of_family: ClassVar = ("smallest_trace_norm",)
 
     density: Density = Field(default=0.03, description="Fraction of entries kept.")
@@ -98,6 +100,13 @@ class UltraDelta(Codec):
             return self
         return self.model_copy(update={"smallest_trace_norm": min(norms)})
 
+    def working_bytes(self, shape: tuple[int, ...]) -> int:
+        """Of a matrix with its trace norm: LAPACK's copy beside what is pruned, and its room."""
+        usual, numel = super().working_bytes(shape), prod(shape)
+        if self.rescale == "none" or len(shape) != 2:
+            return usual
+        return max(usual, chunk_bytes(numel) + 8 * numel + 16 * min(shape) ** 2)
+
     def encode(
         self, delta: Float[Tensor, "..."], svd: SVD | None = None, context: Context | None = None
     ) -> Parts:
@@ -116,9 +125,11 @@ class UltraDelta(Codec):
             return torch.zeros(shape)
         delta = torch.zeros(shape, device=part(parts, "mask").device)
         kept = decode_mask(parts, delta.numel())
-        codes = cut(parts, "codes", [planes_size(len(kept), _WIDTH)])[0]
+        count = int(kept.count_nonzero())
+        codes = cut(parts, "codes", [planes_size(count, _WIDTH)])[0]
         least, step = cut(parts, "levels", [2])[0].cpu().tolist()
-        delta.view(-1)[kept] = least + step * unpack_planes(codes, len(kept), _WIDTH)
+        levels = unpack_planes(codes, count, _WIDTH)
+        put(delta, kept, lambda a, b: least + step * levels[a:b])
         return delta
 
     def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
@@ -142,10 +153,12 @@ class UltraDelta(Codec):
         changed = flat != 0
         if not changed.any():
             return {}
-        least, most = flat.double().aminmax()
-        step = (most - least) / ((1 << _WIDTH) - 1)
-        levels = ((flat - least) / step).round().long() if step else torch.zeros_like(flat).long()
         dropped = self._dropped(delta, facts)
+        least, most = (value.double() for value in flat.aminmax())
+        step = (most - least) / ((1 << _WIDTH) - 1)
+        levels = torch.zeros_like(flat, dtype=torch.uint8)
+        if step:
+            levels = by_chunks(lambda p: ((p - least) / step).round(), torch.uint8, flat)
         zeros = 1 - float(changed.count_nonzero()) / len(flat)
         share = max((dropped - zeros) / (1 - zeros), 0.0)
         kept = _draw(levels, changed, share, self._generator(context))
@@ -153,7 +166,7 @@ class UltraDelta(Codec):
             return {}
         gain = factor / self.density
         return encode_mask(kept) | {
-            "codes": pack_planes(levels[kept], _WIDTH),
+            "codes": pack_planes(chosen(levels, kept), _WIDTH),
             "levels": torch.stack([gain * least, gain * step]).float(),
         }
 
@@ -210,7 +223,7 @@ def _deviation(delta: Float[Tensor, "..."]) -> Float[Tensor, "2"]:
 
 
 def _draw(
-    levels: Int64[Tensor, " entry"],
+    levels: UInt8[Tensor, " entry"],
     candidates: Bool[Tensor, " entry"],
     dropped: float,
     generator: torch.Generator,
@@ -218,7 +231,13 @@ def _draw(
     """Mark what is kept: of each level's candidates all but a share, at random (on the CPU)."""
     kept = torch.zeros_like(candidates)
     for level in range(1 << _WIDTH):
-        places = (candidates & (levels == level)).nonzero().flatten()
-        order = torch.randperm(len(places), generator=generator).to(places.device)
-        kept[places[order[round(len(places) * dropped) :]]] = True
+        places = candidates & (levels == level)
+        count = int(places.count_nonzero())
+        dtype = torch.int32 if count < 1 << 31 else torch.int64  # the order is the same
+        order = torch.randperm(count, generator=generator, dtype=dtype)
+        drawn = torch.zeros(count, dtype=torch.bool)
+        drawn[order[round(count * dropped) :].long()] = True
+        del order
+        drawn = drawn.to(kept.device)
+        put(kept, places, lambda a, b, ones=drawn: ones[a:b])
     return kept
