@@ -235,3 +235,20 @@ def test_an_adapter_that_names_the_new_modules_fits_an_older_base(tmp_path: Path
     found, expected = _says(loaded, tmp_path / "m"), _says(loaded, tmp_path / "expected")
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(found, _says(loaded, tmp_path / "base"), atol=1e-3)
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_a_model_of_vision_and_language_on_its_language_model_keeps_its_names(newer, tmp_path):
+    """Either prefix of the text model, of which the base has another class, is one its own has."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    loaded = _family("llava", tmp_path)
+    tuned = tmp_path / ("tuned" if newer else "base")
+    text: Any = loaded.from_pretrained(tuned)
+    language = LlamaForCausalLM(LlamaConfig(**_TEXT, num_key_value_heads=1))
+    language.model.load_state_dict(text.model.language_model.state_dict())
+    language.save_pretrained(tmp_path / "language")
+    pack(tmp_path / "language", {"x": tuned}, tmp_path / "p", settings=_WHOLE, work=_WORK)
+    out = unpack(tmp_path / "p", "x", tmp_path / "out", work=_WORK)
+    assert load(out).keys() == load(tuned).keys()
+    torch.testing.assert_close(_says(loaded, out), _says(loaded, tuned), atol=1e-4, rtol=1e-3)

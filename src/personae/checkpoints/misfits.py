@@ -207,7 +207,7 @@ def _empty(found: Alignment, reference: Checkpoint) -> tuple[list[str], list[str
 def reference_name(expert_name: str, found: Alignment, reference: Checkpoint) -> str:
     """The reference tensor a private tensor answers to, or '' if only the expert has it."""
     rule = found.renaming
-    for name in (expert_name.removeprefix(rule.add), rule.strip + expert_name, expert_name):
+    for name in (rule.strip + expert_name.removeprefix(rule.add), expert_name):
         if name in reference.specs and rule.expert_name(name) == expert_name:
             return name
     return ""

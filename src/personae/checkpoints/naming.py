@@ -22,7 +22,7 @@ _MOST_SHOWN = 5
 
 @dataclass(frozen=True)
 class Renaming:
-    """How reference names become the expert's: one prefix added or removed.
+    """How reference names become the expert's: one prefix added, removed or put for another.
 
     Attributes:
         add: Prefix put before a reference name.
@@ -251,27 +251,47 @@ def _is_wrapper(segment: str, position: int) -> bool:
 
 
 def _find_renaming(reference: Collection[str], expert: Collection[str]) -> Renaming:
-    """The one prefix that makes most names agree; none if names agree as they are."""
-    adds, strips = Counter[str](), Counter[str]()
-    for long_names, short_names, counter in (
-        (expert, reference, adds),
-        (reference, expert, strips),
-    ):
-        for name in long_names:
-            segments = name.split(".")
-            for cut in range(1, min(3, len(segments) - 1) + 1):
-                if ".".join(segments[cut:]) in short_names:
-                    counter[".".join(segments[:cut]) + "."] += 1
+    """The one change of prefix that makes most names agree; none if names agree as they are.
+
+    Modules are wrapped in others: from the outside (`bert.`), or where a model of vision and
+    language has a text model (`model.`) between its own modules (`model.language_model.`).
+    """
+    adds, strips = _wrapped_in(expert, reference), _wrapped_in(reference, expert)
     as_is = sum(name in expert for name in reference)
-    best_add = max(adds.items(), key=lambda item: (item[1], item[0]), default=("", 0))
-    best_strip = max(strips.items(), key=lambda item: (item[1], item[0]), default=("", 0))
+    most_added, most_stripped = max(adds.values(), default=0), max(strips.values(), default=0)
     add = strip = ""
-    if best_add[1] > max(as_is, best_strip[1]):
-        add = best_add[0]
-    elif best_strip[1] > as_is:
-        strip = best_strip[0]
+    if most_added > max(as_is, most_stripped):
+        strip, add = _likeliest(adds)
+    elif most_stripped > as_is:
+        add, strip = _likeliest(strips)
     rule = Renaming(add=add, strip=strip)
     plain = frozenset(
-        name for name in reference if rule.expert_name(name) not in expert and name in expert
+        name
+        for name in reference
+        if (rule.expert_name(name) not in expert and name in expert)
+        or (add and not name.startswith(strip))
     )
     return Renaming(add=add, strip=strip, plain=plain)
+
+
+def _wrapped_in(
+    long_names: Collection[str], short_names: Collection[str]
+) -> Counter[tuple[str, str]]:
+    """Prefixes of short names and what stands for them in long ones, with how often they do."""
+    found = Counter[tuple[str, str]]()
+    for name in long_names:
+        segments = name.split(".")
+        for cut in range(1, min(3, len(segments) - 1) + 1):
+            for start in range(cut):
+                outer, between = segments[:start], segments[start:cut]
+                if outer and not set(_WRAPPERS).isdisjoint(between):
+                    continue  # no module of a model
+                if ".".join([*outer, *segments[cut:]]) in short_names:
+                    prefix = "".join(f"{segment}." for segment in outer)
+                    found[prefix, prefix + ".".join(between) + "."] += 1
+    return found
+
+
+def _likeliest(prefixes: Counter[tuple[str, str]]) -> tuple[str, str]:
+    """The pair found most often; of several, one from the outside."""
+    return max(prefixes, key=lambda pair: (prefixes[pair], not pair[0], pair))
