@@ -252,3 +252,19 @@ def test_a_model_of_vision_and_language_on_its_language_model_keeps_its_names(ne
     out = unpack(tmp_path / "p", "x", tmp_path / "out", work=_WORK)
     assert load(out).keys() == load(tuned).keys()
     torch.testing.assert_close(_says(loaded, out), _says(loaded, tuned), atol=1e-4, rtol=1e-3)
+
+
+def test_without_a_base_a_mixture_is_laid_out_as_the_first(tmp_path):
+    loaded = _family("mixtral", tmp_path)
+    given = {"apart": tmp_path / "base", "stacked": tmp_path / "tuned"}
+    merge(None, given, tmp_path / "m", settings=MergeSettings(method="average"), work=_WORK)
+    merged = loaded.from_pretrained(tmp_path / "m")
+    assert load(tmp_path / "m").keys() == load(tmp_path / "base").keys()
+    models = [loaded.from_pretrained(folder).state_dict() for folder in given.values()]
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, (models[0][name] + models[1][name]) / 2)
+    settings = _WHOLE.model_copy(update={"vector": "difference"})
+    pack(None, given, tmp_path / "p", settings=settings, work=_WORK)
+    for task, folder in given.items():
+        out = unpack(tmp_path / "p", task, tmp_path / task, work=_WORK)
+        torch.testing.assert_close(_says(loaded, out), _says(loaded, folder), atol=1e-4, rtol=1e-3)

@@ -9,6 +9,7 @@ from typing import Any
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.adapter import adapter_of
+from personae.checkpoints.expert_layouts import laid_out_like
 from personae.checkpoints.family import Alignment, align, lacked_by_some
 from personae.checkpoints.mean import MeanOf
 from personae.checkpoints.memory import InMemory
@@ -165,7 +166,8 @@ def open_family(
     for name, source in experts.items():
         expert = _open(f"Expert '{name}'", source, reference, faults)
         if expert is not None:
-            opened[name] = expert
+            first = next(iter(opened.values()), expert)
+            opened[name] = expert if reference is not None else laid_out_like(first, expert)
     if not opened or (reference is None and base is not None):
         faults.raise_if_any(CheckpointError)
     try:
