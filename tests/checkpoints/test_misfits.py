@@ -54,6 +54,7 @@ def test_heads_and_modules_beside_the_layers_are_its_own(name: str):
     "name",
     [
         *("model.layers.0.attn.bias", "model.layers.0.rotary_emb.inv_freq"),
+        "model.layers.0.attention.self.rotary_embeddings.inv_freq",  # ESM
         *("model.layers.0.embed_tokens.weight",),  # a copy, perhaps
     ],
 )

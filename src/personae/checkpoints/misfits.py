@@ -14,7 +14,7 @@ from personae.errors import Faults
 # GPT-NeoX), frequencies of rotary positions, and the biases that T5's cross-attention never uses.
 _MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$")
 _PASSED_OVER = re.compile(
-    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)"
+    r"(^|\.)(\w*rotary\w*\.(inv_freq|cos_cached|sin_cached)"
     r"|EncDecAttention\.relative_attention_bias\.weight)$"
 )
 # Copies of embeddings and output layers, which some versions save and others leave to be tied, and
