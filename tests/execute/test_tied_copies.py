@@ -19,6 +19,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
 )
 
 from personae.errors import CheckpointError
@@ -390,3 +392,35 @@ def test_a_classifier_lacks_the_language_models_head_and_its_own_pooler_is_kept(
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
     with pytest.raises(CheckpointError, match=r'skip: \["cls\.predictions\.\*"\]'):
         merge(tmp_path / "base", {"x": tmp_path / "x"}, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_an_encoder_and_a_decoder_that_began_as_one_are_merged_each(with_base: bool, tmp_path):
+    """Their embeddings are equal in the base alone; the output layer goes with the decoder's."""
+    sizes: Any = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 12}
+    decoder = BertConfig(**sizes, is_decoder=True, add_cross_attention=True)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**sizes), decoder)
+    words, ours = "embeddings.word_embeddings.weight", "decoder.bert.embeddings.word_embeddings"
+    head, states = "decoder.cls.predictions.decoder.weight", dict[str, dict[str, Tensor]]()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = EncoderDecoderModel(config=config)
+        model.decoder.bert.load_state_dict(model.encoder.state_dict(), strict=False)
+        for name in ("base", "a", "b"):
+            model.save_pretrained(tmp_path / name)
+            states[name] = load(tmp_path / name)
+            states[name][head] = states[name][f"{ours}.weight"].clone()
+            save_file(states[name], tmp_path / name / WEIGHTS, {"format": "pt"})
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.1 * torch.randn_like(parameter)
+    assert torch.equal(states["base"][f"encoder.{words}"], states["base"][f"{ours}.weight"])
+    given = {name: tmp_path / name for name in (("a", "b") if with_base else states)}
+    base, settings = tmp_path / "base" if with_base else None, MergeSettings(method="average")
+    merge(base, given, tmp_path / "out", settings=settings)
+    out = load(tmp_path / "out")
+    assert out.keys() == states["base"].keys()
+    for name, found in out.items():
+        mean = torch.stack([states[expert][name].double() for expert in given]).mean(0)
+        torch.testing.assert_close(found.double(), mean, rtol=0, atol=1e-6)

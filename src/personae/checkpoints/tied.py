@@ -11,6 +11,7 @@ where names, shapes and dtypes allow it, in chunks, and up to the first that dif
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -68,13 +69,18 @@ class WithCopies:
         self.model.close()
 
 
-def each_once(model: Checkpoint) -> Checkpoint:
+def each_once(model: Checkpoint, apart: Collection[str] = ()) -> Checkpoint:
     """A reference with each tensor once, whatever copies it stores; see `WithCopies`.
+
+    Args:
+        model: The reference, as it is stored.
+        apart: Names of tensors that are no copies, though they hold the same.
 
     Raises:
         CheckpointError: Its config.json is damaged, or a file changed since it was opened.
     """
-    copies = _find_copies(model, model.specs, says_tied(model) is not False)
+    may_go = model.specs.keys() - {*apart}
+    copies = _find_copies(model, may_go, says_tied(model) is not False)
     return WithCopies(model, copies) if copies else model
 
 
@@ -149,13 +155,14 @@ def says_tied(model: Checkpoint) -> bool | None:
 
 
 def _find_copies(model: Checkpoint, may_go: Collection[str], ties_output: bool) -> dict[str, str]:
-    """The names in `may_go` of copies, each with the name of the first tensor it equals."""
+    """The names in `may_go` of copies, each with the name of the nearest tensor it equals."""
     copies: dict[str, str] = {}
     for group in _alike(model.specs, ties_output):
         kept: list[str] = []
         for name in group:
             known = kept if name in may_go else []
-            twin = next((one for one in known if same_bytes(model, one, model, name)), None)
+            nearest = sorted(known, key=lambda one: -len(commonprefix([one, name])))
+            twin = next((one for one in nearest if same_bytes(model, one, model, name)), None)
             if twin is None:
                 kept.append(name)
             else:

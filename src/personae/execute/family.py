@@ -17,6 +17,7 @@ from personae.checkpoints.misfits import lacking
 from personae.checkpoints.naming import check_names, left_out, matches, shown
 from personae.checkpoints.quantised import quantisation_of
 from personae.checkpoints.tied import as_stored, each_once
+from personae.checkpoints.vocabulary import is_input_embedding
 from personae.checkpoints.vocabularies import MergedVocabulary
 from personae.errors import CheckpointError, Faults, RecipeError
 from personae.execute.small_files import small_files
@@ -171,6 +172,8 @@ def open_family(
     if not opened or (reference is None and base is not None):
         faults.raise_if_any(CheckpointError)
     try:
+        if reference is not None and not for_pack:
+            reference = _with_apart(reference, opened)
         chosen = None if vocabulary is None else vocabulary(reference, opened)
         if chosen is not None:
             reference, opened = chosen.seen(reference, opened)
@@ -207,9 +210,26 @@ def _average(experts: Mapping[str, Checkpoint], skip: Sequence[str], only: Seque
         CheckpointError: if an expert does not fit the first.
     """
     (_, first), *others = experts.items()
-    first = each_once(first)
+    first = _with_apart(each_once(first), dict(others))
     aligned = align(first, dict(others), skip=skip, only=only, lenient=True)
     return MeanOf(first, list(aligned.values()), lambda name: left_out([name], skip, only))
+
+
+def _with_apart(reference: Checkpoint, experts: Mapping[str, Checkpoint]) -> Checkpoint:
+    """The reference, with embeddings as two that are equal in it alone.
+
+    An encoder and a decoder that begin as one model are trained apart. Adapters are seen with
+    their base's tensors, so that beside them the reference stays as it is.
+
+    Raises:
+        CheckpointError: A config.json is damaged, or a file changed since it was opened.
+    """
+    inputs = [name for name in reference.copies if is_input_embedding(name)]
+    if not inputs or any(adapter_of(expert) for expert in experts.values()):
+        return reference
+    aligned = align(reference, experts, lenient=True, faults=Faults()).values()
+    apart = [n for n in inputs if any(e.renaming.expert_name(n) in e.private for e in aligned)]
+    return each_once(as_stored(reference), apart) if apart else reference
 
 
 def _open(
