@@ -395,7 +395,9 @@ def test_a_classifier_lacks_the_language_models_head_and_its_own_pooler_is_kept(
 
 
 @pytest.mark.parametrize("with_base", [True, False])
-def test_an_encoder_and_a_decoder_that_began_as_one_are_merged_each(with_base: bool, tmp_path):
+def test_an_encoder_and_a_decoder_that_began_as_one_are_merged_each(
+    with_base: bool, tmp_path: Path
+):
     """Their embeddings are equal in the base alone; the output layer goes with the decoder's."""
     sizes: Any = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24}
     sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 12}
@@ -405,7 +407,7 @@ def test_an_encoder_and_a_decoder_that_began_as_one_are_merged_each(with_base: b
     head, states = "decoder.cls.predictions.decoder.weight", dict[str, dict[str, Tensor]]()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = EncoderDecoderModel(config=config)
+        model: Any = EncoderDecoderModel(config=config)
         model.decoder.bert.load_state_dict(model.encoder.state_dict(), strict=False)
         for name in ("base", "a", "b"):
             model.save_pretrained(tmp_path / name)

@@ -111,7 +111,9 @@ class Alignment:
         if rule.wrapper:
             notes.append(f"{self.name}: wrapper '{rule.wrapper}.' removed from tensor names")
         if rule.add and rule.strip:
-            notes.append(f"{self.name}: has '{rule.add}' where the base's names have '{rule.strip}'")
+            notes.append(
+                f"{self.name}: has '{rule.add}' where the base's names have '{rule.strip}'"
+            )
         elif rule.add or rule.strip:
             verb, prefix = ("adds", rule.add) if rule.add else ("lacks", rule.strip)
             notes.append(f"{self.name}: {verb} the prefix '{prefix}' to the base's tensor names")

@@ -11,7 +11,7 @@ where names, shapes and dtypes allow it, in chunks, and up to the first that dif
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -161,13 +161,19 @@ def _find_copies(model: Checkpoint, may_go: Collection[str], ties_output: bool) 
         kept: list[str] = []
         for name in group:
             known = kept if name in may_go else []
-            nearest = sorted(known, key=lambda one: -len(commonprefix([one, name])))
+            nearest = sorted(known, key=lambda one: -_modules_shared(one, name))
             twin = next((one for one in nearest if same_bytes(model, one, model, name)), None)
             if twin is None:
                 kept.append(name)
             else:
                 copies[name] = twin
     return copies
+
+
+def _modules_shared(name: str, other: str) -> int:
+    """In how many modules two tensors both are."""
+    pairs = zip(name.split("."), other.split("."), strict=False)
+    return len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
 
 
 def _alike(specs: Mapping[str, TensorSpec], ties_output: bool) -> Iterator[list[str]]:

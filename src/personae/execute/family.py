@@ -17,8 +17,8 @@ from personae.checkpoints.misfits import lacking
 from personae.checkpoints.naming import check_names, left_out, matches, shown
 from personae.checkpoints.quantised import quantisation_of
 from personae.checkpoints.tied import as_stored, each_once
-from personae.checkpoints.vocabulary import is_input_embedding
 from personae.checkpoints.vocabularies import MergedVocabulary
+from personae.checkpoints.vocabulary import is_input_embedding
 from personae.errors import CheckpointError, Faults, RecipeError
 from personae.execute.small_files import small_files
 
