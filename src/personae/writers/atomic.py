@@ -77,8 +77,8 @@ def require_space(path: Path, nbytes: int) -> None:
     free = free_space(path)
     if free < nbytes:
         raise OutputError(
-            f"Cannot write '{Path(path).absolute()}': it needs {nbytes:,} bytes and the disk has {free:,} free. "
-            f"Free {nbytes - free:,} bytes, or write to another disk."
+            f"Cannot write '{Path(path).absolute()}': it needs {nbytes:,} bytes and the disk has "
+            f"{free:,} free. Free {nbytes - free:,} bytes, or write to another disk."
         )
 
 
