@@ -37,6 +37,8 @@ from personae.writers import CheckpointWriter
 NAME = "model.layers.0.mlp.up_proj.weight"
 SHAPE = 24_000, 128  # tall, as an embedding is; a few MiB
 EXPERTS = ("a", "b")
+WORKSPACES = 1.1
+"""Room for what LAPACK takes to work in, which its makers choose by processor."""
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +138,7 @@ def test_a_codec_takes_what_is_planned(name: str, paths: dict[str, str]):
         _encode_tensor(deltas[0], [codec], known, cpu, NAME)  # libraries take what they keep
         counted = peak_bytes(lambda: _encode_tensor(deltas[0], [codec], known, cpu, NAME))
     most = 1.5 if codec.shares else 1.3  # masks that mark less than half take more than these do
-    assert counted <= planned <= most * counted
+    assert counted / WORKSPACES <= planned <= most * counted * WORKSPACES
 
 
 def _shared(codec: Codec, deltas: list[Deltas]) -> SharedFile:
@@ -174,4 +176,5 @@ def test_a_merge_takes_what_is_planned(method: str, paths: dict[str, str], tmp_p
             job.stacks._own.__dict__.clear()  # pyright: ignore[reportPrivateUsage]
             ratios.append(job.cost(unit) / peak_bytes(run))
     most = 1.6 if method == "consensus" else 1.3  # its fp64 rows leave holes between blocks
-    assert [ratio for ratio in ratios if not 1.0 <= ratio <= most] == []
+    least, most = 1 / WORKSPACES, most * WORKSPACES
+    assert [ratio for ratio in ratios if not least <= ratio <= most] == []
