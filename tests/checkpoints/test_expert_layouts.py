@@ -68,6 +68,26 @@ def test_a_gap_among_the_experts_is_no_stack():
     assert found.specs.keys() == gap.keys()
 
 
+def test_rows_of_one_matrix_read_its_stack_once(monkeypatch: pytest.MonkeyPatch):
+    stored = open_checkpoint(_STACKED)
+    found, read, asked = (
+        laid_out_like(open_checkpoint(_QWEN), stored),
+        stored.read_rows,
+        list[str](),
+    )
+
+    def counted(name: str, start: int, stop: int) -> Tensor:
+        asked.append(f"{name}[{start}:{stop}]")
+        return read(name, start, stop)
+
+    monkeypatch.setattr(stored, "read_rows", counted)
+    for matrix in ("down_proj", "gate_proj", "up_proj"):  # in the order of names, row by row
+        name = f"l.mlp.experts.1.{matrix}.weight"
+        for row in range(len(_QWEN[name])):
+            assert torch.equal(found.read_rows(name, row, row + 1), _QWEN[name][row : row + 1])
+    assert asked == ["l.mlp.experts.down_proj[1:2]", "l.mlp.experts.gate_up_proj[1:2]"]
+
+
 def test_names_and_rows_that_are_not_there_are_refused():
     found = laid_out_like(open_checkpoint(_QWEN), open_checkpoint(_STACKED))
     with pytest.raises(CheckpointError, match="has no tensor"):

@@ -175,12 +175,12 @@ def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Ad
         faults.add(f"{tensors.source} has no LoRA tensors (lora_A, lora_B).")
     wanted = [f"{pair.module}.weight" for pair in pairs]
     tied = tied_names([*wanted, *full], base)
-    known = {**base.specs, **tied}
-    rename = find_rename(wanted, known, tensors.source, faults, published_renames(base))
+    here = {**base.specs, **tied}
+    rename = find_rename(wanted, here, tensors.source, faults, published_renames(base))
     replaced: dict[str, str] = {}
     for name, key in full.items():
-        known = tied.get(rename(name), rename(name))
-        fault = _replacement_fault(config, tensors, key, name, base.specs.get(known))
+        kept = tied.get(rename(name), rename(name))
+        fault = _replacement_fault(config, tensors, key, name, base.specs.get(kept))
         if fault:
             faults.add(fault)
         replaced[rename(name)] = key

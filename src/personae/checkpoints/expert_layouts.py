@@ -7,6 +7,7 @@ model in the one layout is read here in the other one where its base is in that.
 """
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -127,7 +128,7 @@ class ExpertsLaidOut:
 
     def __init__(self, model: Checkpoint, made: Mapping[TensorSpec, _Slice | _Stack]) -> None:
         """Take the place of the tensors that others are made of. Use `laid_out_like`."""
-        self._model = model
+        self._model, self._last = model, threading.local()
         self._made = {spec.name: how for spec, how in made.items()}
         found, wanted = "a tensor for each expert", "stacks of all experts"
         if any(isinstance(how, _Slice) for how in made.values()):
@@ -160,8 +161,7 @@ class ExpertsLaidOut:
             return self._model.read_rows(self._stored(name), start, stop)
         check_rows(self.source, self.specs[name], start, stop)
         if isinstance(how, _Slice):
-            matrix = self._model.read_rows(how.stack, how.expert, how.expert + 1)[0]
-            return matrix[how.start + start : how.start + stop]
+            return self._matrix(how)[how.start + start : how.start + stop]
         matrices = [torch.cat([*map(self._model.read, row)]) for row in how.matrices[start:stop]]
         return torch.stack(matrices) if matrices else torch.empty(0, *self.specs[name].shape[1:])
 
@@ -177,6 +177,14 @@ class ExpertsLaidOut:
     def close(self) -> None:
         """Release the model's files."""
         self._model.close()
+
+    def _matrix(self, how: _Slice) -> Tensor:
+        """One matrix of a stack; this thread's last one is kept, as rows come a few at a time."""
+        key = how.stack, how.expert
+        if getattr(self._last, "key", None) != key:
+            self._last.matrix = self._model.read_rows(how.stack, how.expert, how.expert + 1)[0]
+            self._last.key = key
+        return self._last.matrix
 
     def _stored(self, name: str) -> str:
         return name if name in self.specs else no_such_tensor(self.source, name, self.specs)

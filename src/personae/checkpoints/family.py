@@ -36,7 +36,7 @@ def align(
     private: Sequence[str] = (),
     spared: Collection[str] = (),
     lenient: bool = False,
-    parts: bool = False,
+    may_lack_parts: bool = False,
     faults: Faults | None = None,
 ) -> dict[str, Alignment]:
     """Match every expert with the reference, by names and shapes from headers.
@@ -49,7 +49,7 @@ def align(
         private: Patterns of names to keep whole although they could be coded.
         spared: Reference names that `skip` leaves out only where they are of another shape.
         lenient: Whether an expert may lack tensors of the reference.
-        parts: Whether it may lack whole parts of it, such as a language model's head.
+        may_lack_parts: Whether it may lack whole parts of it, such as a language model's head.
         faults: If given, faults are added to it instead of raised.
 
     Raises:
@@ -71,7 +71,7 @@ def align(
             continue
         found = _align_one(name, reference, checkpoint, skip, only, private, spared)
         if found.shared or not (only and found.skipped):  # else 'only' leaves nothing to fit
-            check_fit(found, reference, may_lack, found_here, parts=parts)
+            check_fit(found, reference, may_lack, found_here, may_lack_parts=may_lack_parts)
         aligned[name] = found
     if faults is None:
         found_here.raise_if_any(CheckpointError)

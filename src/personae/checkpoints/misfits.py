@@ -30,7 +30,7 @@ def check_fit(
     may_lack: Callable[[str], bool],
     faults: Faults,
     *,
-    parts: bool = False,
+    may_lack_parts: bool = False,
 ) -> None:
     """Add a fault for an expert that lacks tensors of the reference, or is of another shape.
 
@@ -39,7 +39,7 @@ def check_fit(
         reference: What it was aligned with.
         may_lack: Whether a name may be absent or of another shape.
         faults: Where faults are added.
-        parts: Whether whole parts may be absent, such as a language model's head.
+        may_lack_parts: Whether whole parts may be absent, such as a language model's head.
     """
     empty, hollow = _empty(found, reference)
     if empty:
@@ -55,7 +55,7 @@ def check_fit(
     if not found.shared:
         return
     absent = [n for n in lacking(found, reference) if not may_lack(n)]
-    if parts:
+    if may_lack_parts:
         whole = _lacking_parts(found, reference)
         absent = [n for n in absent if not n.startswith(tuple(whole))]
     if absent:

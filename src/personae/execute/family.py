@@ -184,7 +184,9 @@ def open_family(
         faults.raise_if_any(CheckpointError)
         raise
     if for_pack and base is not None and skip and len(opened) > 1:
-        alike = align(reference, opened, skip=skip, private=private, parts=True, faults=Faults())
+        alike = align(
+            reference, opened, skip=skip, private=private, may_lack_parts=True, faults=Faults()
+        )
         spared = {*spared, *lacked_by_some(reference, alike)}
     aligned = align(
         reference,
@@ -193,7 +195,7 @@ def open_family(
         only=only,
         private=private,
         spared=spared,
-        parts=for_pack,
+        may_lack_parts=for_pack,
         faults=faults,
     )
     family = Family(reference, aligned, (*skip, *private), base is not None, chosen)

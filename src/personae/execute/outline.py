@@ -92,7 +92,9 @@ def of_checkpoint(
         CheckpointError: if it cannot be read, or does not fit the reference.
     """
     checkpoint = open_checkpoint(source, base=reference)
-    aligned = align(reference, {"head": checkpoint}, skip=skip, private=private, parts=True)
+    aligned = align(
+        reference, {"head": checkpoint}, skip=skip, private=private, may_lack_parts=True
+    )
     found = aligned["head"]
     names = {found.renaming.expert_name(ref): ref for ref in (*found.files, *found.skipped)}
     grown = {name: ref for name, ref in names.items() if ref in found.grown}

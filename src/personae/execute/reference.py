@@ -81,7 +81,7 @@ def relative_to_merged(family: Family, directory: Path, settings: PackSettings) 
         skip=settings.skip,
         private=settings.private,
         spared=spared,
-        parts=True,
+        may_lack_parts=True,
     )
     return Family(merged, aligned)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from personae.errors import CheckpointError, Faults
@@ -67,7 +68,9 @@ def merge_state_dicts(
             seen = [(job.stacks.site(piece), stack) for piece, stack, _ in read]
             statistics = method.statistics(seen)
         result = {
-            spec.name: job.stacks.reference(whole(spec)).to(spec.dtype, copy=True)
+            spec.name: torch.empty(spec.shape, dtype=spec.dtype)
+            if spec.name in job.merged
+            else job.stacks.reference(whole(spec)).to(spec.dtype, copy=True)
             for spec in job.specs
         }
         for piece, stack, reference in read:

@@ -107,7 +107,7 @@ def _verify(
             skip=manifest.skip,
             private=manifest.private,
             spared=rebuilt.record.spared,
-            parts=True,
+            may_lack_parts=True,
         )
         return _compare(rebuilt, Deltas(found[task], reference, from_base), work, faults)
 

@@ -173,7 +173,14 @@ class MergeMethod(Parameters, ABC):
         Raises:
             MethodError: These are no task vectors, or parameters are not one an expert.
         """
-        return merged_in_memory(self, task_vectors, name)
+        stack = _stacked(self.name, task_vectors)
+        faults = Faults()
+        self.check_experts(len(stack), faults)
+        faults.raise_if_any(MethodError)
+        site = Site(name, tuple(stack.shape[1:]))
+        merged = self.apply(stack.float().contiguous(), site=site).to(stack.dtype)
+        arrays = task_vectors if isinstance(task_vectors, Sequence) else [task_vectors]
+        return merged.numpy() if isinstance(arrays[0], np.ndarray) else merged
 
     @abstractmethod
     def merge(
@@ -377,37 +384,29 @@ def as_function(method: Callable[P, MergeMethod]) -> Callable[Concatenate[Stack,
     return function
 
 
-def merged_in_memory(method: MergeMethod, task_vectors: Stack, name: str) -> Any:
-    """See `MergeMethod.__call__`.
+def _stacked(method: str, task_vectors: Stack) -> Tensor:
+    """Task vectors of one tensor as one tensor.
 
     Raises:
-        MethodError: These are no task vectors, or parameters are not one an expert.
+        MethodError: They are of several shapes, or are no floating task vectors.
     """
-    arrays = task_vectors if isinstance(task_vectors, Sequence) else [task_vectors]
-    tensors = [torch.as_tensor(array) for array in arrays]
     if isinstance(task_vectors, Sequence):
+        tensors = [torch.as_tensor(array) for array in task_vectors]
         shapes = {tuple(tensor.shape) for tensor in tensors}
         if len(shapes) != 1:
             raise MethodError(
-                f"{method.name}: task vectors of one tensor have one shape; found "
+                f"{method}: task vectors of one tensor have one shape; found "
                 f"{sorted(shapes) or 'none'}. Give those of one tensor, one an expert."
             )
         stack = torch.stack(tensors)
     else:
-        stack = tensors[0]
+        stack = torch.as_tensor(task_vectors)
     if stack.ndim < 1 or not len(stack) or not stack.is_floating_point():
         raise MethodError(
-            f"{method.name}: found a {stack.dtype} tensor of shape {tuple(stack.shape)}. Give "
+            f"{method}: found a {stack.dtype} tensor of shape {tuple(stack.shape)}. Give "
             "floating task vectors of shape (expert, *shape), of one expert at least."
         )
-    faults = Faults()
-    method.check_experts(len(stack), faults)
-    faults.raise_if_any(MethodError)
-    shape = tuple(stack.shape[1:])
-    site = Site(name, shape)
-    merged = method.apply(stack.float().contiguous(), None, site).to(stack.dtype)
-    is_numpy = all(isinstance(array, np.ndarray) for array in arrays)
-    return merged.numpy() if is_numpy else merged
+    return stack
 
 
 def one_row_in(sample: int, task_vectors: Tensor) -> Tensor:

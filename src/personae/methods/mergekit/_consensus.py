@@ -1,16 +1,18 @@
 """What mergekit's `ties` and `dare` methods share: restoring L1 norms, and electing signs."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from pydantic import Field
 from torch import Tensor
 
+from personae._types import Density
 from personae.methods._dropping import dropper
-from personae.methods._entries import Fill, blocks
-from personae.methods._merge import Gathering, Measure
+from personae.methods._entries import Fill, PerExpert, blocks
+from personae.methods._merge import Gathering, Measure, RowWise
 from personae.methods._site import Site
 from personae.ops.signs import Ballot
 from personae.ops.sums import SUM_BINS, magnitude_sums, total
@@ -33,18 +35,47 @@ def l1_share(
     return sums
 
 
-def drop_norms(parameters: Any, experts: int) -> Gathering:
-    """One look, for the norms of what the DARE methods keep, if they are restored."""
-    if not parameters.rescale:
-        return {}
+class Dropping(RowWise):
+    """What the DARE methods have in common: which entries are dropped, and what makes up for it."""
 
-    def norms(vectors: Tensor, own: Any, site: Site) -> Tensor:
-        fill = dropper(
-            site, density=own.density, weight=1.0, rescale=False, seed=own.seed, experts=experts
+    order_free: ClassVar = False
+    default_scope: ClassVar = "tensor"
+    looks: ClassVar = 1
+
+    weight: float | tuple[float, ...] = Field(description="Coefficient of each expert.")
+    density: Density | tuple[Density, ...] = Field(
+        default=1.0, description="Probability that an entry is kept."
+    )
+    normalize: bool = Field(
+        default=False,
+        description="Whether to divide by the sum of the weights (by 1 if that is below 1e-8).",
+    )
+    rescale: bool = Field(
+        default=True, description="Whether what is kept of a tensor gets the L1 norm of the whole."
+    )
+    lambda_: float = Field(default=1.0, alias="lambda", description="Multiplier on the result.")
+    seed: int = Field(default=0, description="Of the masks.")
+
+    def gather(self, experts: int) -> Gathering:
+        """One look, for the norms of what is kept, if they are restored."""
+        if not self.rescale:
+            return {}
+
+        def norms(vectors: Tensor, own: "Dropping", site: Site) -> Tensor:
+            return l1_share(vectors, own.fill(site, experts, 1.0))
+
+        return {"norms": (yield Measure("norms", norms))}
+
+    def fill(self, site: Site, experts: int, weight: PerExpert) -> Fill:
+        """Drops at random, as in `dare`, and weighs what is kept."""
+        return dropper(
+            site,
+            density=self.density,
+            weight=weight,
+            rescale=False,
+            seed=self.seed,
+            experts=experts,
         )
-        return l1_share(vectors, fill)
-
-    return {"norms": (yield Measure("norms", norms))}
 
 
 def rescaled(

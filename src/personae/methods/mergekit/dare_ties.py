@@ -4,54 +4,30 @@ It adds what agrees, where `ties` there and `dare_ties` here take a mean. Masks 
 (mergekit's come from one global generator in the order of the work): results agree in distribution.
 """
 
-from typing import ClassVar
-
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from personae._types import Density
-from personae.methods._dropping import dropper
 from personae.methods._entries import ballots
-from personae.methods._merge import Gathering, RowWise, Statistics, as_function
+from personae.methods._merge import Statistics, as_function
 from personae.methods._parameters import one_each
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
-from personae.methods.mergekit._consensus import consensus, drop_norms, rescaled
+from personae.methods.mergekit._consensus import Dropping, consensus, rescaled
 
 
 @merge_method(paper="arXiv:2311.03099", conventions="mergekit")
-class DARETIES(RowWise):
+class DARETIES(Dropping):
     """Drop entries at random, restore each tensor's norm, elect signs, add up what agrees."""
-
-    order_free: ClassVar = False
-    default_scope: ClassVar = "tensor"
-    looks: ClassVar = 1
 
     weight: float | tuple[float, ...] = Field(
         description="Coefficient of each expert, applied before signs are elected."
     )
-    density: Density | tuple[Density, ...] = Field(
-        default=1.0, description="Probability that an entry is kept."
-    )
     normalize: bool = Field(
         default=False, description="Whether to divide by the sum of the weights that agree."
     )
-    rescale: bool = Field(
-        default=True, description="Whether what is kept of a tensor gets the L1 norm of the whole."
-    )
-    lambda_: float = Field(
-        default=1.0,
-        alias="lambda",
-        description="Multiplier on the result.",
-    )
-    seed: int = Field(default=0, description="Of the masks.")
-
-    def gather(self, experts: int) -> Gathering:
-        """One look, for the norms of what is kept, if they are restored."""
-        return drop_norms(self, experts)
 
     def merge(
         self,
@@ -64,14 +40,7 @@ class DARETIES(RowWise):
         experts = len(task_vectors)
         weights, densities = one_each(self.weight, experts), one_each(self.density, experts)
         factors = rescaled(weights, densities, statistics.get("norms"))
-        fill = dropper(
-            site,
-            density=self.density,
-            weight=factors,
-            rescale=False,
-            seed=self.seed,
-            experts=experts,
-        )
+        fill = self.fill(site, experts, factors)
         merged = torch.empty(task_vectors[0].numel())
         for block, ballot in ballots(task_vectors, fill):
             merged[block] = consensus(ballot, weights, normalize=self.normalize, scale=self.lambda_)
