@@ -38,7 +38,7 @@ class Consensus(RowWise):
         The merged task vector, fp32; entries without consensus are 0.
     """
 
-    rows: ClassVar = (9, 36)
+    rows: ClassVar = (9, 42)
     degenerates: ClassVar = "weight averaging: the multi-task vector is the sum, which is 0 there"
     model_wide: ClassVar = ("multi_task", "density")
 
