@@ -38,7 +38,7 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_every_core_module_imports_without_the_extras_and_leaves_cuda_alone():
     found = [module.name for module in pkgutil.walk_packages(personae.__path__, "personae.")]
     core = [name for name in found if not name.startswith(EXTRA)]
-    assert {"personae.cli.pack", "personae.execute.pack", "personae.ops.svd"} <= set(core)
+    assert {"personae.cli.pack", "personae.commands.pack", "personae.ops.svd"} <= set(core)
     code = f"""
 import importlib, sys
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from families import State
 from personae.checkpoints.naming import matches
-from personae.execute.merge import merge
+from personae.commands.merge import merge
 from personae.methods import MERGE_METHODS, Site
 from personae.recipe import MergeRecipe, count_layers, read_merge_recipe, recipe_kind
 from toys import load, perturb, toy_bert, toy_gpt2, toy_llama, toy_t5, toy_vit

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from personae.execute.merge import merge
-from personae.execute.pack import pack
-from personae.execute.unpack import unpack
-from personae.execute.work import Work
+from personae.commands.merge import merge
+from personae.commands.pack import pack
+from personae.commands.unpack import unpack
 from personae.recipe import MergeSettings, PackSettings
+from personae.run.work import Work
 
 pytestmark = pytest.mark.slow
 

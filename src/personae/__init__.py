@@ -7,6 +7,18 @@ from personae._version import __version__
 
 if TYPE_CHECKING:
     from personae.checkpoints import open_checkpoint
+    from personae.commands.analyse import analyse
+    from personae.commands.compose import compose, open_composed
+    from personae.commands.describe import describe
+    from personae.commands.inspect import inspect
+    from personae.commands.merge import merge
+    from personae.commands.merge_plan import plan_merge
+    from personae.commands.pack import add_tasks, pack, pack_many, remove_task
+    from personae.commands.pack_plan import plan_pack, plan_shapes
+    from personae.commands.state_dicts import merge_state_dicts
+    from personae.commands.unpack import unpack
+    from personae.commands.verify import verify
+    from personae.commands.weighting import Weighting, weigh
     from personae.encoders import text_encoder
     from personae.errors import (
         BudgetError,
@@ -17,20 +29,16 @@ if TYPE_CHECKING:
         PersonaeError,
         RecipeError,
     )
-    from personae.execute.analyse import analyse
-    from personae.execute.compose import compose, open_composed
-    from personae.execute.describe import describe
-    from personae.execute.inspect import inspect
-    from personae.execute.merge import merge
-    from personae.execute.merge_plan import plan_merge
-    from personae.execute.pack import add_tasks, pack, pack_many, remove_task
-    from personae.execute.pack_plan import plan_pack, plan_shapes
-    from personae.execute.state_dicts import merge_state_dicts
-    from personae.execute.unpack import unpack
-    from personae.execute.verify import verify
-    from personae.execute.weighting import Weighting, weigh
-    from personae.execute.work import Work
     from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod
+    from personae.methods.codecs.bitdelta import BitDelta
+    from personae.methods.codecs.delta_come import DeltaCoMe
+    from personae.methods.codecs.dts import DTS
+    from personae.methods.codecs.emr import EMR
+    from personae.methods.codecs.svd import SVD
+    from personae.methods.codecs.t_switch import TSwitch
+    from personae.methods.codecs.tall_mask import TALLMask
+    from personae.methods.codecs.tsv_c import TSVCompress
+    from personae.methods.codecs.ultradelta import UltraDelta
     from personae.methods.merge.average import Average, average
     from personae.methods.merge.cart import CART, cart
     from personae.methods.merge.consensus import Consensus, consensus
@@ -45,17 +53,9 @@ if TYPE_CHECKING:
     from personae.methods.merge.ties import TIES, ties
     from personae.methods.merge.tsv_m import TSVM, tsv_m
     from personae.methods.merge.wudi import WUDI, wudi
-    from personae.methods.personalise.bitdelta import BitDelta
-    from personae.methods.personalise.delta_come import DeltaCoMe
-    from personae.methods.personalise.dts import DTS
-    from personae.methods.personalise.emr import EMR
-    from personae.methods.personalise.svd import SVD
-    from personae.methods.personalise.t_switch import TSwitch
-    from personae.methods.personalise.tall_mask import TALLMask
-    from personae.methods.personalise.tsv_c import TSVCompress
-    from personae.methods.personalise.ultradelta import UltraDelta
     from personae.packs.reader import Pack
     from personae.recipe import MergeSettings, PackSettings
+    from personae.run.work import Work
 
 # Names are looked up when first used: `import personae` alone costs nothing.
 _HOMES = {
@@ -92,15 +92,15 @@ _HOMES = {
     "tsv_m": "methods.merge.tsv_m",
     "WUDI": "methods.merge.wudi",
     "wudi": "methods.merge.wudi",
-    "BitDelta": "methods.personalise.bitdelta",
-    "DeltaCoMe": "methods.personalise.delta_come",
-    "DTS": "methods.personalise.dts",
-    "EMR": "methods.personalise.emr",
-    "SVD": "methods.personalise.svd",
-    "TSwitch": "methods.personalise.t_switch",
-    "TALLMask": "methods.personalise.tall_mask",
-    "TSVCompress": "methods.personalise.tsv_c",
-    "UltraDelta": "methods.personalise.ultradelta",
+    "BitDelta": "methods.codecs.bitdelta",
+    "DeltaCoMe": "methods.codecs.delta_come",
+    "DTS": "methods.codecs.dts",
+    "EMR": "methods.codecs.emr",
+    "SVD": "methods.codecs.svd",
+    "TSwitch": "methods.codecs.t_switch",
+    "TALLMask": "methods.codecs.tall_mask",
+    "TSVCompress": "methods.codecs.tsv_c",
+    "UltraDelta": "methods.codecs.ultradelta",
     "BudgetError": "errors",
     "CheckpointError": "errors",
     "MethodError": "errors",
@@ -109,28 +109,28 @@ _HOMES = {
     "RecipeError": "errors",
     "Codec": "methods",
     "MergeMethod": "methods",
-    "merge_state_dicts": "execute.state_dicts",
+    "merge_state_dicts": "commands.state_dicts",
     "Pack": "packs.reader",
-    "Work": "execute.work",
-    "Weighting": "execute.weighting",
-    "add_tasks": "execute.pack",
-    "analyse": "execute.analyse",
-    "compose": "execute.compose",
-    "describe": "execute.describe",
-    "inspect": "execute.inspect",
-    "merge": "execute.merge",
+    "Work": "run.work",
+    "Weighting": "commands.weighting",
+    "add_tasks": "commands.pack",
+    "analyse": "commands.analyse",
+    "compose": "commands.compose",
+    "describe": "commands.describe",
+    "inspect": "commands.inspect",
+    "merge": "commands.merge",
     "open_checkpoint": "checkpoints",
-    "open_composed": "execute.compose",
-    "pack": "execute.pack",
-    "pack_many": "execute.pack",
-    "plan_merge": "execute.merge_plan",
-    "plan_pack": "execute.pack_plan",
-    "plan_shapes": "execute.pack_plan",
-    "remove_task": "execute.pack",
+    "open_composed": "commands.compose",
+    "pack": "commands.pack",
+    "pack_many": "commands.pack",
+    "plan_merge": "commands.merge_plan",
+    "plan_pack": "commands.pack_plan",
+    "plan_shapes": "commands.pack_plan",
+    "remove_task": "commands.pack",
     "text_encoder": "encoders",
-    "unpack": "execute.unpack",
-    "verify": "execute.verify",
-    "weigh": "execute.weighting",
+    "unpack": "commands.unpack",
+    "verify": "commands.verify",
+    "weigh": "commands.weighting",
 }
 
 __all__ = [

@@ -20,10 +20,10 @@ from transformers import (
 from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.vocabulary_rows import ModelRows, WithRows
+from personae.commands.merge import merge
+from personae.commands.pack import pack
 from personae.errors import CheckpointError
-from personae.execute.family import open_family
-from personae.execute.merge import merge
-from personae.execute.pack import pack
+from personae.family.opened import open_family
 from toys import load, toy_bert, toy_gpt2, toy_llama, toy_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore")

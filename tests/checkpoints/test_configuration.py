@@ -1,5 +1,5 @@
 """What a config.json must say of tensors of other shapes; loading with transformers is tested in
-tests/execute/test_small_files.py."""
+tests/family/test_small_files.py."""
 
 from copy import deepcopy
 

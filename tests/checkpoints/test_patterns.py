@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from families import small_base, tuned
 from personae.checkpoints.naming import matches, patterns
+from personae.commands.pack_plan import plan_pack
 from personae.errors import CheckpointError
-from personae.execute.pack_plan import plan_pack
 from personae.recipe import PackSettings
 from toys import load, toy_gpt2
 

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 from families import small_base, tuned
 from personae.checkpoints import open_checkpoint
+from personae.commands.merge import merge
+from personae.commands.pack import pack
 from personae.errors import CheckpointError
-from personae.execute.merge import merge
-from personae.execute.pack import pack
 
 Q = "model.layers.0.self_attn.q_proj"
 half, single = torch.float16, torch.float32
@@ -107,7 +107,7 @@ def test_plain_weights_are_taken_whatever_config_asks_for_at_loading(tmp_path: P
     save_file(base, tmp_path / "model.safetensors")
     config = {"quantization_config": {"quant_method": "bitsandbytes"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    from personae.execute.merge_plan import plan_merge
+    from personae.commands.merge_plan import plan_merge
     from personae.recipe import MergeSettings
 
     plan = plan_merge(str(tmp_path), {"x": tuned(base, 1)}, MergeSettings())

@@ -11,9 +11,9 @@ from torch import Tensor
 from families import State
 from personae.checkpoints import open_checkpoint
 from personae.checkpoints.adapter import adapter_of
+from personae.commands.merge import merge
+from personae.commands.pack import pack
 from personae.errors import CheckpointError
-from personae.execute.merge import merge
-from personae.execute.pack import pack
 from toys import load
 
 MODULES = {

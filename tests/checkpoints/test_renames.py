@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from personae.checkpoints import open_checkpoint
-from personae.checkpoints.family import Alignment, align
 from personae.checkpoints.renames import by_canonical, canonical
 from personae.errors import CheckpointError
+from personae.family.align import Alignment, align
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from families import listing, saved, small_base, tuned
 from personae import __version__
 from personae.cli import app, console
-from personae.execute.pack import pack
-from personae.execute.unpack import unpack
+from personae.commands.pack import pack
+from personae.commands.unpack import unpack
 from personae.recipe import PackSettings
 from toys import load
 
@@ -304,7 +304,7 @@ def test_the_module_is_the_command(work):
 
 SLOW = """
 import time
-from personae.methods.personalise.dts import DTS
+from personae.methods.codecs.dts import DTS
 encode = DTS.encode
 def slow(self, *rest):
     time.sleep(0.3)

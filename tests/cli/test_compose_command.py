@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from families import listing, saved, small_base, tuned
 from personae.cli import app
+from personae.commands.compose import compose
 from personae.encoders import ENCODERS
-from personae.execute.compose import compose
 from personae.packs.reader import Pack
 from toy_encoders import toy_clip, toy_sentence_encoder
 from toys import load

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from families import saved, small_base, tuned
 from personae.cli import app, console
-from personae.execute.analyse import analyse
+from personae.commands.analyse import analyse
 
 BASE = small_base()
 MODELS = "base_model: base\nmodels: [{model: news}, {model: law}]\n"

@@ -4,13 +4,13 @@ from statistics import fmean
 
 import pytest
 
+from personae.commands.pack import pack
+from personae.commands.unpack import unpack
 from personae.evaluate import evaluate_checkpoint
 from personae.evaluate.comparison import compare
-from personae.execute.pack import pack
-from personae.execute.unpack import unpack
-from personae.execute.work import Work
 from personae.packs.reader import Pack
 from personae.recipe import MergeSettings, PackSettings
+from personae.run.work import Work
 from toy_tasks import toy_text_family, toy_text_task
 
 pytest.importorskip("transformers")

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from families import listing
+from personae.commands.unpack import unpack
 from personae.errors import RecipeError
 from personae.evaluate import evaluate_checkpoint, evaluate_model, load_model
 from personae.evaluate.unseen import compare_unseen, packed_rows, static_rows
-from personae.execute.unpack import unpack
-from personae.execute.work import Work
 from personae.recipe import MergeSettings, PackSettings
+from personae.run.work import Work
 from toy_tasks import NAMES, toy_text_family, toy_text_task
 from toys import load, perturb, toy_bert
 
@@ -114,7 +114,7 @@ def _elected(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
 
 
 def test_composed_rows_are_those_of_the_nearesttoy_text_task(family, found, tmp_path):
-    from personae.execute.pack import pack
+    from personae.commands.pack import pack
 
     experts = {name: family / name for name in "ab"}  # none of what is held out
     for row, settings in SETTINGS.items():

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from personae._types import TensorSpec
+from personae.commands.pack_plan import plan_shapes
 from personae.errors import RecipeError
-from personae.execute.architecture import specs_of_shapes
-from personae.execute.pack_plan import plan_shapes
+from personae.family.architecture import specs_of_shapes
 from personae.methods import Codec
-from personae.methods.personalise.delta_come import DeltaCoMe
-from personae.methods.personalise.dts import DTS
-from personae.methods.personalise.svd import SVD
+from personae.methods.codecs.delta_come import DeltaCoMe
+from personae.methods.codecs.dts import DTS
+from personae.methods.codecs.svd import SVD
 from personae.recipe import PackSettings
 
 DATA = Path(__file__).parents[1] / "data"

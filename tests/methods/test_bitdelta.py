@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from personae._types import TensorSpec
-from personae.methods.personalise.bitdelta import BitDelta
+from personae.methods.codecs.bitdelta import BitDelta
 
 
 def test_by_hand():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from personae import _types
-from personae.methods.personalise.delta_come import DeltaCoMe, _dequantise, _quantise
+from personae.methods.codecs.delta_come import DeltaCoMe, _dequantise, _quantise
 
 
 def test_levels_by_hand():

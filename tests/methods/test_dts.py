@@ -9,7 +9,7 @@ import torch
 from personae._types import SVD, Parts, TensorSpec
 from personae.errors import MethodError, PackError
 from personae.methods import CODECS, Block, _codec, build
-from personae.methods.personalise.dts import DTS
+from personae.methods.codecs.dts import DTS
 
 
 def _normal(*shape: int, seed: int = 0) -> torch.Tensor:

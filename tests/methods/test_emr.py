@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from personae.methods import Context, Site, look
-from personae.methods.personalise.emr import EMR
+from personae.methods.codecs.emr import EMR
 
 ONE = torch.tensor([3.0, -1, 2, 0, -4])
 TWO = torch.tensor([1.0, -2, -5, 0, 4])

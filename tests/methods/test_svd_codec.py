@@ -6,7 +6,7 @@ import torch
 from personae import _types
 from personae.errors import PackError
 from personae.methods import _codec
-from personae.methods.personalise.svd import SVD
+from personae.methods.codecs.svd import SVD
 
 
 def test_diagonal_by_hand():

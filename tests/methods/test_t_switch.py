@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from personae.methods import Context, Site, look
-from personae.methods.personalise.t_switch import TSwitch
+from personae.methods.codecs.t_switch import TSwitch
 
 DELTA = torch.tensor([4.0, -1.0, 3.0, 0.0, -6.0, 1.0, 2.0])
 

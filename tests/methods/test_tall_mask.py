@@ -5,7 +5,7 @@ import torch
 
 from personae.errors import MethodError
 from personae.methods import Context, Site
-from personae.methods.personalise.tall_mask import TALLMask
+from personae.methods.codecs.tall_mask import TALLMask
 
 ONE = torch.tensor([3.0, -1, 2, 0])
 TWO = torch.tensor([1.0, -4, -2, 0])

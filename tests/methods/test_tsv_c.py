@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from personae import _types
-from personae.methods.personalise.tsv_c import TSVCompress
+from personae.methods.codecs.tsv_c import TSVCompress
 
 
 def test_diagonal_by_hand():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from personae.methods import Context, Facts, Site, look
-from personae.methods.personalise.ultradelta import UltraDelta
+from personae.methods.codecs.ultradelta import UltraDelta
 
 
 def _parts(codec: UltraDelta, delta: torch.Tensor, facts: Facts, task: str = "t", name: str = "w"):

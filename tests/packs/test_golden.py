@@ -34,10 +34,10 @@ import torch
 
 from families import listing
 from personae._types import TensorSpec
+from personae.commands.pack import add_tasks, pack, remove_task
+from personae.commands.unpack import unpack
 from personae.errors import PackError, RecipeError
-from personae.execute.pack import add_tasks, pack, remove_task
-from personae.execute.unpack import unpack
-from personae.methods.personalise.dts import DTS
+from personae.methods.codecs.dts import DTS
 from personae.packs.manifest import Manifest, ReferenceRecord, RenamingRecord
 from personae.packs.reader import Pack
 from personae.packs.writer import CodedTensor, PackWriter

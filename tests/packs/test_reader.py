@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from families import saved, small_base, tuned
+from personae.commands.pack import add_tasks, pack, remove_task
+from personae.commands.unpack import unpack
 from personae.errors import PackError
-from personae.execute.pack import add_tasks, pack, remove_task
-from personae.execute.unpack import unpack
 from personae.packs.manifest import checksum as _checksum
 from personae.packs.reader import Pack
 from personae.packs.soundness import parse_manifest

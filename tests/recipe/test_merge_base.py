@@ -7,7 +7,7 @@ import torch
 from merge_recipes import read, refused
 from safetensors.torch import load_file, save_file
 
-from personae.execute.merge import merge
+from personae.commands.merge import merge
 from personae.methods import MERGE_METHODS, METHODS_BY_CONVENTIONS, Conventions, build
 from personae.recipe import MergeRecipe
 

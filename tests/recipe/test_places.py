@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from personae.commands.merge_plan import plan_merge
 from personae.errors import CheckpointError, RecipeError
-from personae.execute.merge_plan import plan_merge
 from personae.recipe import read_merge_recipe, read_recipe
 
 MERGE = """\

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from families import small_base, tuned
+from personae.commands.analyse import analyse
 from personae.errors import RecipeError
-from personae.execute.analyse import analyse
 from personae.methods.analyses import ANALYSES
 from personae.report import plots
 

@@ -21,10 +21,9 @@ from personae.checkpoints.adapter_files import (
 from personae.checkpoints.adapter_fit import NAMES_DIFFER, find_rename, is_transposed
 from personae.checkpoints.adapter_ties import check_same, check_saved, tied_names, without_same
 from personae.checkpoints.folders import Companions
-from personae.checkpoints.misfits import empty_fault
 from personae.checkpoints.modules import WithModules
 from personae.checkpoints.published_renames import published_renames
-from personae.checkpoints.specs import by_name, check_rows, no_such_tensor
+from personae.checkpoints.specs import by_name, check_rows, empty_fault, no_such_tensor
 from personae.checkpoints.tied import WithCopies
 from personae.checkpoints.vocabulary_rows import WithRows
 from personae.errors import CheckpointError, Faults

@@ -22,8 +22,8 @@ from personae.checkpoints.adapter_files import (
 )
 from personae.checkpoints.adapter_fit import NAMES_DIFFER, is_transposed
 from personae.checkpoints.adapter_ties import check_same
-from personae.checkpoints.misfits import empty_fault
 from personae.checkpoints.naming import shown
+from personae.checkpoints.specs import empty_fault
 from personae.errors import CheckpointError, Faults
 
 _FACTOR = re.compile(

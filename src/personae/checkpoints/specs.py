@@ -1,13 +1,14 @@
 """What every reader asks of a header: known dtypes, known names, rows in range, shared storage."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from personae._types import TensorSpec
+from personae.checkpoints.naming import shown
 from personae.errors import CheckpointError, nearest
 
 READABLE = {
@@ -102,3 +103,13 @@ def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if first != name:
             tied[name] = first
     return tied
+
+
+def empty_fault(whose: str, names: Sequence[str]) -> str:
+    """What is to be said of tensors of size 0 that stand where there should be values."""
+    return (
+        f"{whose} has {len(names)} tensor(s) of size 0 where there should be values: "
+        f"{shown(names)}. ZeRO-3 saves these where it does not gather weights: set "
+        "stage3_gather_16bit_weights_on_model_save and save again, or run zero_to_fp32.py on its "
+        "checkpoint."
+    )

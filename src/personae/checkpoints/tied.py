@@ -20,7 +20,6 @@ from torch import Tensor
 
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
-from personae.checkpoints.alignment import Alignment
 from personae.checkpoints.configuration import CONFIG, TIED
 from personae.checkpoints.vocabulary import is_input_embedding, is_output_layer, read_json
 
@@ -111,29 +110,6 @@ def each_once_beside(
         may_go = {name for name in may_go if named[name] in reference.tied}
     copies = _find_copies(expert, may_go, ties_output=True)
     return WithCopies(expert, copies) if copies else expert
-
-
-def trained_apart(expert: Alignment, reference: Checkpoint) -> dict[str, str]:
-    """Tensors of the expert's own that the reference ties to others: name to the reference's one.
-
-    Beside those that the reference knows by name, output layers as large as the embedding to
-    which its config.json ties one.
-
-    Raises:
-        CheckpointError: A config.json is damaged.
-    """
-    known = {expert.renaming.expert_name(name): kept for name, kept in reference.tied.items()}
-    apart = {name: known[name] for name in expert.private if name in known}
-    inputs = [name for name in expert.files if is_input_embedding(name)]
-    heads = [n for n in expert.private if is_output_layer(n) and n.endswith(".weight")]
-    if says_tied(reference):
-        shapes = {expert.spec(name).shape: name for name in reversed(inputs)}
-        found = {name: shapes.get(expert.private_spec(name).shape) for name in heads}
-        taken = set(map(expert.renaming.expert_name, reference.specs))
-        apart |= {
-            n: kept for n, kept in found.items() if kept and n not in apart and n not in taken
-        }
-    return apart
 
 
 def says_tied(model: Checkpoint) -> bool | None:

@@ -7,10 +7,10 @@ import typer
 
 from personae.cli import console, options
 from personae.cli.texts import texts_from, weights_from
+from personae.commands import compose as composing
+from personae.commands.weighting import TEMPERATURE, Weighting, given, weigh, weighable
 from personae.encoders import text_encoder
 from personae.errors import RecipeError
-from personae.execute import compose as composing
-from personae.execute.weighting import TEMPERATURE, Weighting, given, weigh, weighable
 from personae.packs.reader import Pack
 
 _OF_LIKE = ("gamma", "temperature", "encoder", "template")

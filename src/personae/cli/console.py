@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from personae.errors import OutputError
-from personae.execute.work import Progress as Report
+from personae.run.work import Progress as Report
 
 _CONTROL = {
     code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"

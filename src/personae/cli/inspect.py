@@ -9,9 +9,9 @@ import typer
 
 from personae.checkpoints.naming import shown
 from personae.cli import console, options
+from personae.commands import inspect as inspection
+from personae.commands.analyse import analyse
 from personae.errors import RecipeError
-from personae.execute import inspect as inspection
-from personae.execute.analyse import analyse
 from personae.methods.analyses import ANALYSES, headline
 from personae.recipe import read_merge_recipe, read_recipe, recipe_kind
 from personae.report import plots

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from personae.cli import console, options
-from personae.execute.merge import merge as run_merge
+from personae.commands.merge import merge as run_merge
 from personae.recipe import read_merge_recipe
 
 

@@ -10,7 +10,6 @@ import typer
 from personae._small_files import Unfit, parse_yaml_value
 from personae.cli import console
 from personae.errors import Faults, RecipeError
-from personae.execute.work import Work
 from personae.recipe import (
     COUNTING,
     PackRecipe,
@@ -19,6 +18,7 @@ from personae.recipe import (
     read_recipe,
     settings_from,
 )
+from personae.run.work import Work
 
 Base = Annotated[
     str | None,

@@ -9,13 +9,13 @@ import typer
 from personae.cli import console, options
 from personae.cli.inspect import print_pack
 from personae.cli.texts import described
+from personae.commands.describe import describe as describe_tasks
+from personae.commands.inspect import inspect_pack
+from personae.commands.pack import add_tasks, pack_many, remove_task
 from personae.errors import RecipeError
-from personae.execute.describe import describe as describe_tasks
-from personae.execute.inspect import inspect_pack
-from personae.execute.pack import add_tasks, pack_many, remove_task
-from personae.execute.work import Work
 from personae.packs.reader import Pack
 from personae.recipe import PackRecipe, PackSettings, settings_from
+from personae.run.work import Work
 
 _WORK = ("workers", "memory", "device")
 _PACKING = ("recipe", "base", "experts", *options.CODING, "overwrite", *_WORK)

@@ -8,12 +8,12 @@ import typer
 
 from personae._small_files import read_json
 from personae.cli import console, options
+from personae.commands.merge_plan import plan_merge
+from personae.commands.pack_plan import PackPlan, ShapesPlan, plan_pack, plan_shapes
 from personae.errors import RecipeError
-from personae.execute.architecture import specs_of_architecture, specs_of_shapes
-from personae.execute.merge_plan import plan_merge
-from personae.execute.pack_plan import PackPlan, ShapesPlan, plan_pack, plan_shapes
-from personae.execute.work import Work
+from personae.family.architecture import specs_of_architecture, specs_of_shapes
 from personae.recipe import PackRecipe, PackSettings, read_merge_recipe, recipe_kind
+from personae.run.work import Work
 
 _NOT_OF_MERGES = (
     "This is a merge recipe, which says what is merged and how: leave out {}, made for packs.",

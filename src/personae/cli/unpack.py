@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from personae.cli import console, options
-from personae.execute import unpack as rebuilding
+from personae.commands import unpack as rebuilding
 
 
 def unpack(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from personae.cli import console, options
-from personae.execute import verify as verification
+from personae.commands import verify as verification
 
 _OF_REBUILDING = ("device",)
 

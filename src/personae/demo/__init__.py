@@ -8,7 +8,7 @@ import torch
 from personae.demo.digits import THREADS, train_family
 from personae.evaluate import Record
 from personae.evaluate.comparison import compare, dts_rows
-from personae.execute.work import Work
+from personae.run.work import Work
 
 
 def run_demo(directory: Path, say: Callable[[str], None], work: Work) -> list[Record]:

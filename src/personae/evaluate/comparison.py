@@ -6,16 +6,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from personae.commands.accounting import task_amr_percent
+from personae.commands.pack import pack_many
+from personae.commands.unpack import unpack
 from personae.evaluate.evaluation import evaluate_checkpoint
 from personae.evaluate.merged import evaluate_merge
 from personae.evaluate.records import Record, record
 from personae.evaluate.tasks import Task
-from personae.execute.accounting import task_amr_percent
-from personae.execute.pack import pack_many
-from personae.execute.unpack import unpack
-from personae.execute.work import Work
 from personae.packs.reader import Pack
 from personae.recipe import MergeSettings, PackSettings, Vector
+from personae.run.work import Work
 
 RANK_FRACTION = 0.3
 RANK_FRACTIONS = (0.05, 0.07, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from personae.checkpoints import open_checkpoint
-from personae.checkpoints.family import align
 from personae.checkpoints.modules import weight_layout
 from personae.checkpoints.tied import each_once
+from personae.commands.merge import merge
 from personae.evaluate.evaluation import evaluate_checkpoint
 from personae.evaluate.tasks import Task
-from personae.execute.merge import merge
-from personae.execute.work import Work
+from personae.family.align import align
 from personae.recipe import MergeSettings
+from personae.run.work import Work
 from personae.writers import CheckpointWriter, write_companions
 
 

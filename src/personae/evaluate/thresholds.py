@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from personae.commands.pack import pack
+from personae.commands.unpack import unpack
 from personae.errors import Faults, RecipeError
 from personae.evaluate.evaluation import evaluate_checkpoint
 from personae.evaluate.tasks import Task
-from personae.execute.pack import pack
-from personae.execute.unpack import unpack
-from personae.execute.work import Work
 from personae.recipe import PackSettings
+from personae.run.work import Work
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)
 """Those the paper chooses from (arXiv:2405.07813)."""

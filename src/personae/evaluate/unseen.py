@@ -15,21 +15,21 @@ from statistics import fmean
 
 from personae.checkpoints import open_checkpoint
 from personae.checkpoints.tied import each_once
+from personae.commands.accounting import task_amr_percent
+from personae.commands.compose import compose
+from personae.commands.merge import merge
+from personae.commands.pack import pack_many
+from personae.commands.weighting import TextEncoder, Weighting, weigh
 from personae.errors import RecipeError, nearest
 from personae.evaluate.comparison import merge_rows
 from personae.evaluate.evaluation import evaluate_checkpoint
 from personae.evaluate.merged import heads_of, score_merged
 from personae.evaluate.records import Record, record
 from personae.evaluate.tasks import Task
-from personae.execute.accounting import task_amr_percent
-from personae.execute.compose import compose
-from personae.execute.merge import merge
-from personae.execute.pack import pack_many
-from personae.execute.weighting import TextEncoder, Weighting, weigh
-from personae.execute.work import Work
 from personae.methods import CODECS
 from personae.packs.reader import Pack
 from personae.recipe import MergeSettings, PackSettings
+from personae.run.work import Work
 from personae.writers import CheckpointWriter, output_directory
 
 

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from personae.methods import merge, mergekit, personalise
+from personae.methods import codecs, merge, mergekit
 from personae.methods._blocks import block_bits, block_layout, decode_block, encode_block, misfits
 from personae.methods._codec import Bits, Codec, Context, Facts, Look, Treatment, look
 from personae.methods._merge import (
@@ -29,7 +29,7 @@ from personae.methods._registry import (
 from personae.methods._site import Block, Site, has_matrices, stacked_matrices
 from personae.methods._undecided import Undecided
 
-for _package in (merge, mergekit, personalise):
+for _package in (codecs, merge, mergekit):
     for _module in pkgutil.iter_modules(_package.__path__):
         importlib.import_module(f"{_package.__name__}.{_module.name}")
 

@@ -1,0 +1,1 @@
+"""What the command line and the library do: each with its plan from headers alone."""

@@ -1,0 +1,401 @@
+"""Merges a family into one ordinary checkpoint, streamed through bounded memory."""
+
+import hashlib
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from personae._safetensors import load_safetensors
+from personae.checkpoints import Checkpoint
+from personae.checkpoints.modules import weight_layout
+from personae.checkpoints.naming import shown
+from personae.commands.merge_card import merge_card
+from personae.commands.merge_plan import MergeJob, open_to_merge, plan_job, prepare, settings_for
+from personae.errors import CheckpointError, Faults
+from personae.family.chunks import Chunk
+from personae.family.effects import (
+    PROBED,
+    Effect,
+    any_entry,
+    differs,
+    effect_of,
+    without_effect,
+)
+from personae.family.finite import converging
+from personae.family.opened import Family
+from personae.family.vocabulary_files import merged_companions
+from personae.methods import MergeMethod, Statistics
+from personae.recipe import MergeSettings
+from personae.run import pool
+from personae.run.items import Item
+from personae.run.output import check_output
+from personae.run.passes import NotFinite, gather_model, gather_tensor
+from personae.run.undecided import LeftOpen, UndecidedEntries
+from personae.run.work import Work
+from personae.writers import (
+    JOURNAL,
+    SHARD_BYTES,
+    CheckpointWriter,
+    Journal,
+    atomic_file,
+    finish,
+    free_space,
+    identity_text,
+    output_directory,
+    require_space,
+    write_companions,
+)
+
+_STATISTICS = "statistics.safetensors"
+
+
+def merge(
+    base: Any,
+    experts: Mapping[str, Any],
+    out: str | Path,
+    method: MergeMethod | None = None,
+    *,
+    settings: MergeSettings | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    recipe: str | None = None,
+    work: Work | None = None,
+) -> Path:
+    """Merge a family into one checkpoint directory.
+
+    Args:
+        base: Path, hub id, module or state dict of the base; None for difference vectors, which
+            are relative to the experts' average.
+        experts: Name to path, hub id, module or state dict of the expert, in recipe order.
+        out: Directory to write; must not exist, or be empty.
+        method: The method with its parameters, such as `TIES(density=0.2)`; by default the average.
+        settings: Method, parameters and all else that a recipe says, in place of `method`.
+        overwrite: Replace `out` if it exists.
+        shard_bytes: Most bytes in one weight file.
+        recipe: The recipe's text for the model card; by default written from the settings.
+        work: Workers, memory bound, device, progress.
+
+    Returns:
+        The directory written.
+
+    Raises:
+        PersonaeError: for anything wrong with the input, all faults at once, before work starts
+            (but for values that are not finite, which only reading finds).
+    """
+    work, out = work or Work(), Path(out).absolute()
+    settings = settings_for(base, settings, method, len(experts))
+    check_output(out, overwrite, inputs=[base, *experts.values()])
+    with open_to_merge(base, experts, settings) as family:
+        job = prepare(family, settings)
+        plan = plan_job(job, settings, work)
+        for text in plan.notes:
+            work.note(text)
+        companions = merged_companions(family.base, family.vocabulary, settings.dtype)
+        require_space(out, plan.bytes_out)
+        if free_space(out) < plan.bytes_out + plan.undecided_bytes:
+            work.note(
+                f"the disk could fill up: entries on which no sign wins take up to "
+                f"{plan.undecided_bytes:,} bytes more while they wait (usually one in some "
+                "hundreds is such); if it does, free some and run the same command, it goes on"
+            )
+        identity = identity_text(
+            {
+                "settings": settings.model_dump(mode="json"),
+                "shard_bytes": shard_bytes,
+                "base": _weights_of(family.base) if family.has_base else None,
+                "experts": [_weights_of(e.checkpoint) for e in family.experts.values()],
+            }
+        )
+        if finish({out: f"{identity}\n"}, JOURNAL):
+            work.note(f"an earlier run of this command had finished '{out}'")
+            return out
+        with output_directory(out, overwrite=overwrite, note=JOURNAL) as directory:
+            with Journal(directory, identity) as journal:
+                if journal.done:
+                    done = min(len(journal.done), plan.items)
+                    work.note(
+                        f"going on with an interrupted run: {done} of {plan.items} items are done"
+                    )
+                lost = run(job, directory, work, shard_bytes, journal)
+                _tell(lost, family, work)
+                write_companions(companions, directory)
+                card = merge_card(family, settings, recipe)
+                (directory / "README.md").write_text(card, encoding="utf-8")
+    return out
+
+
+def run(
+    job: MergeJob,
+    directory: Path,
+    work: Work,
+    shard_bytes: int = SHARD_BYTES,
+    journal: Journal | None = None,
+) -> dict[str, str]:
+    """Write the weights of a merge into a directory, but for items that the journal has as done.
+
+    Returns:
+        The tensors that came out as the base's although an expert has them otherwise and nobody
+        asked to skip them, with the reason.
+
+    Raises:
+        CheckpointError: naming every weight that is not finite.
+        OutputError: if the disk refuses.
+    """
+    statistics = _statistics(job, directory, work)
+    undecided = UndecidedEntries(directory)
+    faults = Faults()
+    with CheckpointWriter(
+        directory,
+        job.specs,
+        shard_bytes=shard_bytes,
+        tied=job.family.base.tied,
+        copies=job.family.base.copies,
+        again=True,
+        computed=job.merged,
+        **weight_layout(job.family.base.companions)._asdict(),
+    ) as writer:
+        before = set(journal.done) if journal else set[int]()
+        decided = len(job.items)  # the step after the last item
+        if job.decides_at_the_end and decided not in before:
+            before = {number for number in before if undecided.has(number)}
+        due = [item for item in job.items if item.number not in before]
+        told = {number: journal.done[number] if journal else "" for number in before}
+        seen = {name for name, effect in _by_name(job.items, told) if effect == "+"}
+        for item in job.items:
+            for chunk in item.chunks if item.number in before else ():
+                writer.mark(chunk.spec.name, chunk.start, chunk.stop)
+        stage = f"merging ({job.method.name})"
+        work.progress(stage, len(job.items) - len(due), len(job.items))
+        results = pool.run(
+            due,
+            partial(_merge_item, job, statistics, writer, undecided, work.torch_device, seen),
+            cost=job.cost,
+            workers=work.threads,
+            memory=work.memory,
+            in_order=True,
+        )
+        for done, (item, (found, effects)) in enumerate(results, 1 + len(job.items) - len(due)):
+            for fault in found:
+                faults.add(fault)
+            told[item.number] = effects
+            if journal and not found:
+                journal.add(item.number, effects)
+            work.progress(stage, done, len(job.items))
+        faults.raise_if_any(CheckpointError)
+        if job.decides_at_the_end and decided not in before:
+            undecided.decide(job.items, writer, work)
+            if journal:
+                journal.add(decided)
+    undecided.clear()
+    (directory / _STATISTICS).unlink(missing_ok=True)
+    return without_effect(_by_name(job.items, told), job.method.name)
+
+
+def _by_name(items: Sequence[Item], told: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+    """Name and effect of every chunk of the items that told theirs."""
+    for item in items:
+        for chunk, effect in zip(item.chunks, told.get(item.number, ""), strict=False):
+            yield chunk.spec.name, effect
+
+
+def _tell(lost: Mapping[str, str], family: Family, work: Work) -> None:
+    """Say what came out as in the base although experts differ, and why."""
+    work.fact("unchanged", dict(lost))
+    whose = "the base" if family.has_base else f"the first expert, {next(iter(family.experts))}"
+    for why in sorted(set(lost.values())):
+        names = [name for name in lost if lost[name] == why]
+        work.note(f"as in {whose}, although experts differ ({why}): {shown(names)}")
+
+
+def _statistics(job: MergeJob, directory: Path, work: Work) -> Statistics | None:
+    """What the looks at the whole model tell; from an earlier run of the same merge, if any."""
+    if not job.method.has_looks() or job.per_tensor:
+        return None
+    path = directory / _STATISTICS
+    if path.exists():
+        return load_safetensors(path)
+    found = gather_model(
+        job.method_of,
+        job.stacks,
+        job.looked_at,
+        job.cost,
+        work,
+        late=job.decides_late,
+    )
+    with atomic_file(path) as part:
+        safetensors.torch.save_file(
+            {name: tensor.contiguous() for name, tensor in found.items()}, part
+        )
+    return found
+
+
+def _merge_item(
+    job: MergeJob,
+    statistics: Statistics | None,
+    writer: CheckpointWriter,
+    undecided: UndecidedEntries,
+    device: torch.device,
+    seen: set[str],
+    item: Item,
+) -> tuple[list[str], str]:
+    """Merge and write one item, but for what is wrong.
+
+    Args:
+        job: What is done.
+        statistics: What looks at the whole model told.
+        writer: Where it is written.
+        undecided: Where entries that are decided late wait.
+        device: Where whole matrices are merged.
+        seen: Tensors that are known to come out otherwise than in the base; more are added.
+        item: The item.
+
+    Returns:
+        What is wrong with its weights, and the effect of each chunk.
+    """
+    faults: list[str] = []
+    effects: list[str] = []
+    left_open = undecided.of(item) if job.decides_late else None
+    for spec, group in groupby(item.chunks, key=lambda chunk: chunk.spec):
+        chunks = list(group)
+        if spec.name not in job.merged:
+            for chunk in chunks:
+                effects.append(job.stacks.left_alone(chunk))
+                _put(writer, chunk, job.stacks.reference(chunk))
+            continue
+        own = statistics
+        if job.per_tensor:
+            method = job.method_of(spec.name)
+            try:
+                own = gather_tensor(method, job.stacks, chunks, late=job.decides_late)
+            except NotFinite as error:
+                faults += error.faults
+                continue
+        for chunk in chunks:
+            asked = job.family.has_base and spec.name not in seen
+            merged, found, effect = (
+                _merge_whole(job, own, chunk, device, asked)
+                if item.whole
+                else _merge_rows(job, own, chunk, left_open, asked)
+            )
+            faults += found
+            effects.append(effect)
+            if effect == "+":
+                seen.add(spec.name)
+            if not found:
+                _put(writer, chunk, merged)
+        if left_open is not None and job.per_tensor and not faults:
+            left_open.decide(writer)
+    if left_open is not None and job.decides_at_the_end and not faults:
+        left_open.keep()
+    return faults, "".join(effects)
+
+
+def _merge_rows(
+    job: MergeJob,
+    statistics: Statistics | None,
+    chunk: Chunk,
+    left_open: LeftOpen | None,
+    asked: bool,
+) -> tuple[Tensor, list[str], Effect]:
+    """Rows of the result: reference plus merged deltas, fp32; faults; the effect, if asked for."""
+    stacks, name = job.stacks, chunk.spec.name
+    method, site = job.method_of(name), stacks.site(chunk)
+    coefficients = method.coefficients(stacks.experts)
+    if coefficients is not None and job.is_narrow(name):
+        combined = stacks.combined(chunk, coefficients, compare=asked)
+        if combined is not None:
+            value, apart = combined
+            effect = _effect_of_mean(job, chunk, value, apart) if asked else "+"
+            return value, stacks.faults(value, chunk), effect
+    stack, reference = stacks.read(chunk, reuse=True)
+    faults = stacks.faults(stack, chunk, reference)
+    if faults:
+        return reference, faults, "+"
+    changed = asked and any_entry(stack)  # before the method, which may work in place
+    told = left_open.of(chunk, reference) if left_open is not None else None
+    merged = method.apply(stack, statistics, site, told)
+    value = merged + reference
+    if told is not None:
+        told.done()
+        asked = asked and not told.count  # what is decided late changes them
+    return value, [], _effect(job, chunk, value, reference, changed) if asked else "+"
+
+
+def _effect(job: MergeJob, chunk: Chunk, value: Tensor, reference: Tensor, changed: bool) -> Effect:
+    """The effect of a chunk whose deltas were at hand, and are 0 or not.
+
+    What is lost is rare enough for the experts to be read again: do more than roundings differ?
+    """
+    dtype = job.dtype_of(chunk.spec.name)
+    return effect_of(
+        value, reference, dtype, lambda: changed and job.stacks.changed(chunk, reference)
+    )
+
+
+def _effect_of_mean(job: MergeJob, chunk: Chunk, value: Tensor, apart: bool) -> Effect:
+    """The effect of a chunk for which the base need not have been read.
+
+    Of models that are all the same nothing can be lost. Else a few entries of the base tell.
+    """
+    if not apart:
+        return "."
+    head, dtype = job.stacks.head(chunk, PROBED), job.dtype_of(chunk.spec.name)
+    few = value[: head.stop - head.start] if chunk.spec.shape else value
+    if differs(few, job.stacks.reference(head), dtype):
+        return "+"
+    return _effect(job, chunk, value, job.stacks.reference(chunk), True)
+
+
+def _merge_whole(
+    job: MergeJob,
+    statistics: Statistics | None,
+    chunk: Chunk,
+    device: torch.device,
+    asked: bool,
+) -> tuple[Tensor, list[str], Effect]:
+    """A matrix of the result; adapters enter as factors, where the method allows it."""
+    name = chunk.spec.name
+    method = job.method_of(name)
+    stack, site, expand = job.stacks.given(method, chunk, undivided=True)
+    reference = job.stacks.reference(chunk).float()
+    faults = job.stacks.faults(stack, chunk, reference)
+    if faults:
+        return reference, faults, "+"
+    changed = asked and any_entry(stack)
+    with converging(name):
+        merged = method.apply(stack.to(device), statistics, site).cpu()
+    value = expand(merged) + reference
+    return value, [], _effect(job, chunk, value, reference, changed) if asked else "+"
+
+
+def _put(writer: CheckpointWriter, chunk: Chunk, value: Tensor) -> None:
+    if chunk.is_whole:
+        writer.write(chunk.spec.name, value)
+    else:
+        rows = value[None] if chunk.is_matrix else value
+        writer.write_rows(chunk.spec.name, chunk.start, rows)
+
+
+def _weights_of(checkpoint: Checkpoint) -> list[Any]:
+    """What tells that a model is the one an interrupted run read, from its headers alone."""
+    path = Path(checkpoint.source).expanduser()
+    if path.exists():
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        headers = hashlib.sha256(repr(sorted(checkpoint.specs.items())).encode()).hexdigest()
+        return [str(path.resolve()), headers, [_stamp(file) for file in files]]
+    if checkpoint.revision is not None:
+        return [checkpoint.source, checkpoint.revision]
+    return [uuid.uuid4().hex]  # a model in memory: nothing tells
+
+
+def _stamp(file: Path) -> tuple[str, int, int, int, int]:
+    """Name, size, times and place of a file: a copy that keeps its time has another place."""
+    status = file.stat()
+    return file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

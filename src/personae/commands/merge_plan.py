@@ -1,0 +1,369 @@
+"""What a merge will do, from headers alone: which tensors, cut how, and every fault they tell."""
+
+import heapq
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from personae._types import TensorSpec
+from personae.checkpoints import Checkpoint
+from personae.checkpoints.naming import left_out, patterns, shown
+from personae.commands.merge_faults import all_names, check_family
+from personae.errors import CheckpointError, Faults, RecipeError
+from personae.family.chunks import Chunk, whole_or_matrices
+from personae.family.opened import Family, open_family
+from personae.family.stacks import Stacks
+from personae.family.vocabularies import MergedVocabulary, merge_vocabularies
+from personae.methods import MergeMethod
+from personae.recipe import MergeSettings, count_layers
+from personae.run import pool
+from personae.run.items import Item, items
+from personae.run.passes import MethodOf
+from personae.run.undecided import disk_bytes, waiting_bytes
+from personae.run.work import Work
+from personae.writers import with_copies
+
+# Each answers the question of its task; a language model's lm_head is none of them.
+_HEAD = re.compile(r"(^|\.)(classifier|score|qa_outputs|classification_head)\.")
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """A merge, ready to run.
+
+    Attributes:
+        family: Base and experts.
+        method: What is done: the class.
+        method_of: The method with its parameters, by tensor.
+        merged: Names of the tensors merged; all others are the reference's own.
+        specs: Every tensor of the result, sorted by name, in its own dtype.
+        stacks: The task vectors.
+        items: The work, in order.
+        per_tensor: Whether the method's looks are at each tensor alone.
+    """
+
+    family: Family
+    method: type[MergeMethod]
+    method_of: MethodOf
+    merged: frozenset[str]
+    specs: Sequence[TensorSpec]
+    stacks: Stacks
+    items: Sequence[Item]
+    per_tensor: bool
+
+    @cached_property
+    def decides_late(self) -> bool:
+        """Whether tensors are merged before it is known what becomes of undecided entries.
+
+        Only where these are few: two difference vectors cancel everywhere.
+        """
+        few = self.family.has_base and self.stacks.experts > 1
+        return few and all(self.method_of(name).is_late() for name in self.merged)
+
+    @property
+    def decides_at_the_end(self) -> bool:
+        """Whether that is known only once all of the model is merged, not at a tensor's end."""
+        return self.decides_late and not self.per_tensor
+
+    @property
+    def looked_at(self) -> list[Item]:
+        """The items of merged tensors, for looks at the whole model."""
+        kept = [
+            replace(item, chunks=tuple(p for p in item.chunks if p.spec.name in self.merged))
+            for item in self.items
+        ]
+        return [item for item in kept if item.chunks]
+
+    def is_narrow(self, name: str) -> bool:
+        """Whether a tensor comes out in 16 bits, so that no rounding of fp32 is seen in it."""
+        return self.dtype_of(name).itemsize <= 2
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a tensor comes out in."""
+        return self._dtypes[name]
+
+    @cached_property
+    def _dtypes(self) -> Mapping[str, torch.dtype]:
+        return {spec.name: spec.dtype for spec in self.specs}
+
+    def cost(self, item: Item) -> int:
+        """Peak bytes of one item."""
+        most = max(self._chunk_cost(chunk, item.whole) for chunk in item.chunks)
+        return most + waiting_bytes(item) if self.decides_late else most
+
+    def undecided_bytes(self, workers: int) -> int:
+        """Bytes of files that entries without a winner take while they wait, at most.
+
+        They wait until all of the model is merged, or all of a tensor.
+        """
+        if not self.decides_late:
+            return 0
+        tensors: dict[str, int] = {}
+        for item in self.looked_at:
+            for chunk in item.chunks:
+                tensors[chunk.spec.name] = tensors.get(chunk.spec.name, 0) + disk_bytes([chunk])
+        at_once = workers if self.per_tensor else len(tensors)
+        return sum(heapq.nlargest(at_once, tensors.values()))
+
+    def _chunk_cost(self, chunk: Chunk, undivided: bool) -> int:
+        if chunk.spec.name not in self.merged:
+            return 8 * chunk.numel
+        experts = self.stacks.experts
+        if not undivided:
+            return self.method.row_bytes(chunk.numel, experts)
+        method = self.method_of(chunk.spec.name)
+        return method.whole_bytes(self.stacks.site(chunk), experts)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge takes.
+
+    Attributes:
+        method: Its name.
+        vector: Whether it merges task vectors, or difference vectors where there is no base.
+        merged: Number of tensors merged.
+        copied: Names of the tensors that stay as in the base.
+        parameters: Floating parameters of the result.
+        looks: How often the experts are looked at before they are merged, usually.
+        bytes_in: Bytes of base and experts.
+        bytes_read: Bytes read in all: once to merge, and for each look.
+        bytes_out: Bytes of the result's weights.
+        undecided_bytes: Bytes of disk that entries on which no sign wins take beside it until the
+            majority is known, at most: as if all were such.
+        peak_memory: Bytes of working memory with this number of workers.
+        largest: Bytes of memory of the largest item: the least that `--memory` can be.
+        workers: Number of workers.
+        items: Number of work items.
+        notes: What a person should know.
+    """
+
+    method: str
+    vector: str
+    merged: int
+    copied: tuple[str, ...]
+    parameters: int
+    looks: int
+    bytes_in: int
+    bytes_read: int
+    bytes_out: int
+    undecided_bytes: int
+    peak_memory: int
+    largest: int
+    workers: int
+    items: int
+    notes: list[str] = field(default_factory=list[str])
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def plan_merge(
+    base: Any,
+    experts: Mapping[str, Any],
+    settings: MergeSettings | None = None,
+    work: Work | None = None,
+    *,
+    method: MergeMethod | None = None,
+) -> MergePlan:
+    """Plan a merge from headers: every fault they tell, items, bytes, peak memory.
+
+    Args:
+        base: As for `merge`.
+        experts: As for `merge`.
+        settings: As for `merge`.
+        work: Workers and memory bound.
+        method: As for `merge`.
+
+    Raises:
+        PersonaeError: for anything wrong that headers tell, all faults at once.
+    """
+    settings = settings_for(base, settings, method, len(experts))
+    with open_to_merge(base, experts, settings) as family:
+        return plan_job(prepare(family, settings), settings, work or Work())
+
+
+def settings_for(
+    base: Any,
+    settings: MergeSettings | None,
+    method: MergeMethod | None = None,
+    experts: int = 0,
+) -> MergeSettings:
+    """The settings, or those of a method; without a base they are about difference vectors.
+
+    Raises:
+        RecipeError: if both are given, or the method's parameters are not one an expert.
+    """
+    if method is not None and settings is not None:
+        raise RecipeError("Both 'method' and 'settings' say how to merge. Give one of them.")
+    if settings is None:
+        settings = MergeSettings() if method is None else MergeSettings.of(method, experts)
+    return settings if base is not None else settings.model_copy(update={"vector": "difference"})
+
+
+def open_to_merge(base: Any, experts: Mapping[str, Any], settings: MergeSettings) -> Family:
+    """Open and align a family under the one vocabulary that comes out.
+
+    Raises:
+        MethodError: for a method or parameter that cannot be.
+        PersonaeError: as `open_family` does, for vocabularies that differ, and for everything in
+            the headers that keeps the experts from being merged.
+    """
+    settings.check(list(experts))
+
+    def is_merged(name: str) -> bool:
+        return not left_out([name], settings.skip, settings.only)
+
+    def vocabulary(
+        reference: Checkpoint | None, opened: Mapping[str, Checkpoint]
+    ) -> MergedVocabulary | None:
+        return merge_vocabularies(reference, opened, settings.tokenizer_source, is_merged)
+
+    def check(family: Family, faults: Faults) -> None:
+        check_family(family, settings, faults)
+
+    return open_family(
+        base,
+        experts,
+        skip=settings.skip,
+        only=settings.only,
+        vocabulary=vocabulary,
+        check=check,
+    )
+
+
+def prepare(family: Family, settings: MergeSettings) -> MergeJob:
+    """Work out a merge from headers.
+
+    Args:
+        family: Base and experts, opened and aligned.
+        settings: What to do.
+
+    Raises:
+        CheckpointError: if there is nothing to merge.
+    """
+    layers = count_layers(family.base.specs)
+    experts = len(family.experts)
+
+    def method_of(name: str) -> MergeMethod:
+        return settings.for_tensor(name, layers=layers, experts=experts)
+
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    job = job_of(family, method_of, dtype)
+    if not job.merged:
+        raise CheckpointError(
+            f"There is no tensor to merge: none of the {len(family.base.specs)} is in 'only' "
+            f"({', '.join(settings.only)}) and not in 'skip'. '*' stands for any text."
+        )
+    return job
+
+
+def job_of(
+    family: Family,
+    method_of: MethodOf,
+    dtype: torch.dtype | None = None,
+) -> MergeJob:
+    """A merge of a family that is known to fit; see `MergeJob`."""
+    stacks = Stacks(family)
+    specs = list(family.base.specs.values())
+    merged = frozenset(name for name in stacks.names if family.base.specs[name].numel)
+    merged |= {n for n in stacks.statistics if _is_mean(method_of(n), stacks.experts)}
+    method = method_of("")
+    per_tensor = method.has_looks() and method.looks_at == "tensor"
+
+    def undivided(spec: TensorSpec) -> bool:
+        site = stacks.site(whole_or_matrices(spec)[0])
+        return spec.name in merged and not method_of(spec.name).entrywise(site)
+
+    return MergeJob(
+        family=family,
+        method=type(method),
+        method_of=method_of,
+        merged=merged,
+        specs=[
+            replace(spec, dtype=dtype) if dtype is not None and spec.is_floating else spec
+            for spec in specs
+        ],
+        stacks=stacks,
+        items=items(specs, undivided, together=per_tensor),
+        per_tensor=per_tensor,
+    )
+
+
+def _is_mean(method: MergeMethod, experts: int) -> bool:
+    """Whether a result is a weighted mean of base and experts: a variance stays one."""
+    found = method.coefficients(experts)
+    return found is not None and min(found) >= 0.0 and math.fsum(found) <= 1.0 + 1e-6
+
+
+def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
+    """What a job takes, from headers.
+
+    Raises:
+        BudgetError: if the memory bound is below the largest item.
+    """
+    costs = [job.cost(item) for item in job.items]
+    pool.check_memory(max(costs, default=0), work.memory, "The largest tensor")
+    family = job.family
+    own = [family.base] if family.has_base else []
+    checkpoints = [*own, *(expert.checkpoint for expert in family.experts.values())]
+    voted_on = job.method.can_decide_late and job.stacks.experts > 1
+    looks = job.method.looks + (voted_on and not job.decides_late)
+    bytes_in = sum(spec.nbytes for c in checkpoints for spec in c.specs.values())
+    copies = {name: family.base.tied[name] for name in family.base.copies}
+    return MergePlan(
+        method=job.method.name,
+        vector="task" if family.has_base else "difference",
+        merged=len(job.merged),
+        copied=tuple(spec.name for spec in job.specs if spec.name not in job.merged),
+        parameters=sum(spec.numel for spec in job.specs if spec.is_floating),
+        looks=looks,
+        bytes_in=bytes_in,
+        bytes_read=bytes_in * (1 + looks),
+        bytes_out=sum(spec.nbytes for spec in with_copies(job.specs, copies)),
+        undecided_bytes=job.undecided_bytes(work.threads),
+        peak_memory=pool.held_at_once(costs, work.threads, work.memory),
+        largest=max(costs, default=0),
+        workers=work.threads,
+        items=len(job.items),
+        notes=_notes(job, settings),
+    )
+
+
+def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
+    family = job.family
+    notes = family.base_notes if family.has_base else []
+    for name, expert in family.experts.items():
+        notes += expert.naming_notes
+        if expert.private:
+            notes.append(f"{name}: not in the base, so not merged: {shown(expert.private)}")
+    for pattern in settings.unmatched(all_names(family)):
+        notes.append(f"{pattern} matches no tensor; '*' stands for any text")
+    left = [s.name for s in job.specs if s.is_floating and s.name not in job.merged]
+    whose = "the base" if family.has_base else f"the first expert, {next(iter(family.experts))}"
+    if left:
+        notes.append(f"left as in {whose}: {shown(left)}")
+    statistics = job.stacks.statistics
+    if statistics:
+        told = "averaged" if job.merged.issuperset(statistics) else f"as in {whose}"
+        notes.append(
+            f"statistics of batch normalisation are {told}: {shown(statistics)}; compute them "
+            "anew, by running data through the merged model in training mode"
+        )
+    heads = [name for name in sorted(job.merged) if _HEAD.search(name)]
+    if heads:
+        others = [spec.name for spec in job.specs if spec.name not in heads]
+        notes.append(
+            f"merged like all else, although heads by name: {shown(heads)}; or leave them as in "
+            f"{whose} with skip: {patterns(heads, others)}"
+        )
+    files = family.base.companions
+    if files and "config.json" not in files:
+        notes.append(f"{whose} has no config.json, and so has the result: transformers needs one")
+    return notes

@@ -1,0 +1,133 @@
+"""Rebuilds an expert from a pack and its reference, as an ordinary checkpoint directory."""
+
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from personae._small_files import Unfit, read_json
+from personae.checkpoints import Checkpoint
+from personae.checkpoints.naming import shown
+from personae.commands.reference import open_reference
+from personae.errors import PackError
+from personae.packs.fingerprint import sha256_file
+from personae.packs.reader import Pack
+from personae.run.output import check_output, write_model
+from personae.run.rebuilt import Rebuilt, left_in_words
+from personae.run.work import Work
+from personae.writers import SHARD_BYTES
+
+
+def unpack(
+    pack: str | Path,
+    task: str,
+    out: str | Path,
+    *,
+    base: Any = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    work: Work | None = None,
+) -> Path:
+    """Rebuild one expert as a checkpoint directory that `transformers` loads.
+
+    Args:
+        pack: The pack's directory.
+        task: Which expert.
+        out: Directory to write; must not exist, or be empty.
+        base: Where the reference is, if not where the pack says.
+        overwrite: Replace `out` if it exists.
+        shard_bytes: Most bytes in one weight file.
+        work: Workers, memory bound, device of the decoding, progress.
+
+    Returns:
+        The directory written.
+
+    Raises:
+        PersonaeError: if the pack, its reference or the output is not what it should be.
+    """
+    work = work or Work()
+    device = work.torch_device
+    out = Path(out).absolute()
+    opened = Pack(Path(pack))
+    left = left_in_words(opened.task(task))
+    check_output(out, overwrite, inputs=[opened.directory, opened.reference_source(base)])
+    work.fact("left", opened.task(task).left)
+    if left:
+        work.note(f"{task}: {left}")
+    with closing(open_reference(opened, base, work)) as reference:
+        rebuilt = Rebuilt(opened, task, reference, device)
+        companions = companions_of(opened, task, reference)
+        note_code(opened, companions, work)
+        write_model(
+            out,
+            list(rebuilt.specs.values()),
+            rebuilt.read,
+            tied=rebuilt.record.tied,
+            copies=rebuilt.copies,
+            computed=rebuilt.coded,
+            companions=companions,
+            cost=lambda spec: rebuilt.cost(rebuilt.reference_names.get(spec.name, "")),
+            overwrite=overwrite,
+            shard_bytes=shard_bytes,
+            stage=f"unpacking {task}",
+            work=work,
+        )
+    return out
+
+
+def note_code(pack: Pack, files: Mapping[str, Path | bytes], work: Work) -> None:
+    """Name the files from a pack that loading with `trust_remote_code` would run, or that ask it.
+
+    A pack may be anybody's.
+    """
+    from_pack = {
+        name: path
+        for name, path in files.items()
+        if isinstance(path, Path) and path.is_relative_to(pack.directory)
+    }
+    found = [name for name, path in from_pack.items() if name.endswith(".py") or _asks(path)]
+    if found:
+        work.note(
+            f"code comes from the pack: {shown(found)}; read it before you load the model with "
+            "trust_remote_code"
+        )
+
+
+def _asks(path: Path) -> bool:
+    """Whether a configuration names classes to be loaded from files."""
+    if not path.name.endswith("config.json"):
+        return False
+    try:
+        content = read_json(path)
+    except Unfit:
+        return False
+    return isinstance(content, dict) and "auto_map" in content
+
+
+def companions_of(pack: Pack, task: str, reference: Checkpoint) -> dict[str, Path]:
+    """The expert's small files, where they are.
+
+    Raises:
+        PackError: if one of the reference's is not what it was.
+    """
+    found: dict[str, Path] = {}
+    for relative, companion in pack.task(task).companions.items():
+        source = (
+            pack.companion(task, relative)
+            if companion.stored_in == "task"
+            else reference.companions.get(relative)
+        )
+        if source is None and not reference.companions:
+            continue  # bare weights were given this time: the caller has no such files to copy
+        if source is None:
+            raise PackError(
+                f"{reference.source} has no '{relative}', which '{task}' shares with it. "
+                "Restore it, or give a complete copy with --base."
+            )
+        if sha256_file(source) != companion.sha256:
+            raise PackError(
+                f"{source} is not the one that '{task}' was packed with: it changed since. "
+                "Restore it, or give an unchanged copy with --base."
+            )
+        found[relative] = source
+    return found

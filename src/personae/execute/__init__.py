@@ -1,1 +1,0 @@
-"""Plans from headers, and the work itself in bounded memory."""

@@ -1,0 +1,226 @@
+"""A first look at every weight: is it finite, did it change, which zeros, whose model is it?"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from operator import itemgetter
+
+import torch
+
+from personae.checkpoints import Checkpoint
+from personae.errors import CheckpointError, Faults
+from personae.family.deltas import Deltas
+from personae.family.finite import beyond_fp32, is_finite, not_finite
+from personae.family.opened import Family
+from personae.methods import has_matrices
+from personae.packs.fingerprint import combine, tensor_digest
+from personae.run import pool
+from personae.run.costs import checking_bytes, scanning_bytes
+from personae.run.work import Work
+
+
+@dataclass(frozen=True)
+class TensorScan:
+    """What a first look at one delta tells.
+
+    Attributes:
+        changed: Whether any entry is not zero.
+        zero_rows: Rows that are exactly zero (of a matrix, or all of a stack), else 0.
+        zero_columns: Columns that are exactly zero (likewise), else 0.
+        zeros: Entries that are exactly zero (of anything but a matrix), else 0.
+    """
+
+    changed: bool
+    zero_rows: int = 0
+    zero_columns: int = 0
+    zeros: int = 0
+
+
+@dataclass(frozen=True)
+class ExpertScan:
+    """What a first look at all deltas of one expert tells.
+
+    Attributes:
+        tensors: By reference name, for every shared tensor.
+        differing_buffers: Buffers (reference names) the expert has with other values.
+        fingerprint: Of the expert's own weights.
+    """
+
+    tensors: dict[str, TensorScan]
+    differing_buffers: tuple[str, ...]
+    fingerprint: str
+
+
+@dataclass
+class _Look:
+    scan: TensorScan | None = None
+    differs: bool = False
+    digest: str = ""
+    faults: list[str] = field(default_factory=list[str])
+
+
+def scan(deltas: Deltas, work: Work, faults: Faults) -> ExpertScan:
+    """Look at every tensor of one expert once: finite? changed? which zeros? which weights?
+
+    Faults (NaN or Inf in a weight, an expert equal to the reference) are added to `faults`.
+    """
+    alignment = deltas.alignment
+    tensors: dict[str, TensorScan] = {}
+    digests: dict[str, str] = {}
+    differing: list[str] = []
+    taken = alignment.taken
+    results = pool.run(
+        list(taken),
+        partial(_look, deltas, taken),
+        cost=lambda raw: scanning_bytes(alignment.checkpoint.specs[raw]),
+        workers=work.threads,
+        memory=work.memory,
+    )
+    for raw, seen in sorted(results, key=itemgetter(0)):  # faults in an order of their own
+        digests[raw] = seen.digest
+        for fault in seen.faults:
+            faults.add(fault)
+        name = taken[raw]
+        if name is not None and seen.scan is not None:
+            tensors[name] = seen.scan
+        if name is not None and seen.differs:
+            differing.append(name)
+    digests |= _copied(alignment.checkpoint, digests)
+    of_its_own = alignment.private or alignment.grown or differing
+    if not of_its_own and not any(seen.changed for seen in tensors.values()):
+        faults.add(_says_equal(deltas, len(tensors)))
+    return ExpertScan(tensors, tuple(sorted(differing)), combine(digests))
+
+
+def _says_equal(deltas: Deltas, count: int) -> str:
+    name = deltas.alignment.name
+    if deltas.from_base:
+        return (
+            f"Expert '{name}' equals the base: all {count} shared tensors are the same. "
+            "Give the fine-tuned checkpoint."
+        )
+    return (
+        f"Expert '{name}' equals the merged reference, as a single expert does its average: all "
+        f"{count} shared tensors are the same. Pack it with task vectors (vector 'task')."
+    )
+
+
+def _look(deltas: Deltas, taken: Mapping[str, str | None], raw_name: str) -> _Look:
+    alignment, name = deltas.alignment, taken[raw_name]
+    raw = alignment.checkpoint.read(raw_name)
+    seen = _Look(digest=tensor_digest(raw))
+    if name is None:
+        seen.faults = not_finite(f"Expert '{alignment.name}'", raw_name, raw)
+        return seen
+    if name in alignment.buffers:
+        reference = deltas.reference.read(name)
+        seen.differs = raw.dtype != reference.dtype or not torch.equal(raw, reference)
+        seen.faults = not_finite(f"Expert '{alignment.name}'", raw_name, raw)
+        return seen
+    if deltas.unchanged(name):
+        seen.scan = TensorScan(changed=False)
+        return seen
+    seen.faults = not_finite(f"Expert '{alignment.name}'", raw_name, raw)
+    del raw  # the delta takes its place
+    delta = deltas.read(name)
+    if not (seen.faults or is_finite(delta) or not_finite("", name, deltas.reference.read(name))):
+        seen.faults = [f"Expert '{alignment.name}': {beyond_fp32(name)}"]
+    if has_matrices(name, tuple(delta.shape)):
+        rows, columns = delta.any(dim=-1), delta.any(dim=-2)
+        seen.scan = TensorScan(
+            changed=bool(rows.any()),
+            zero_rows=int((~rows).sum()),
+            zero_columns=int((~columns).sum()),
+        )
+    else:
+        zeros = delta.numel() - int(torch.count_nonzero(delta))
+        seen.scan = TensorScan(zeros < delta.numel(), zeros=zeros)
+    return seen
+
+
+def fingerprint(
+    checkpoint: Checkpoint,
+    label: str,
+    work: Work,
+    faults: Faults,
+    *,
+    names: Sequence[str] | None = None,
+    unchecked: Collection[str] = (),
+) -> str:
+    """Fingerprint of a checkpoint's weights, or of those of these names.
+
+    NaN and Inf in them are added to `faults`, but for the tensors named in `unchecked`.
+    """
+
+    def look(name: str) -> tuple[str, list[str]]:
+        tensor = checkpoint.read(name)
+        found = [] if name in unchecked else not_finite(label, name, tensor)
+        return tensor_digest(tensor), found
+
+    digests: dict[str, str] = {}
+    results = pool.run(
+        names or list(checkpoint.specs),
+        look,
+        cost=lambda n: checking_bytes(checkpoint.specs[n]),
+        workers=work.threads,
+        memory=work.memory,
+    )
+    for name, (digest, found) in sorted(results, key=itemgetter(0)):
+        digests[name] = digest
+        for fault in found:
+            faults.add(fault)
+    return combine(digests | _copied(checkpoint, digests))
+
+
+def _copied(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, str]:
+    """Digests of stored copies, which are those of their tensors."""
+    tied = checkpoint.tied
+    return {name: digests[tied[name]] for name in checkpoint.copies if tied[name] in digests}
+
+
+def uncoded(family: Family) -> set[str]:
+    """Tensors of the reference that no expert is coded against: they need not be finite."""
+    coded = {name for expert in family.experts.values() for name in expert.shared}
+    return set(family.base.specs) - coded
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """The reference's fingerprint, and what a first look at each expert told."""
+
+    reference: str
+    experts: dict[str, ExpertScan]
+
+    @classmethod
+    def of(cls, family: Family, work: Work, from_base: bool = True) -> "Scanned":
+        """Read every weight once; `from_base` as in `Deltas`.
+
+        Raises:
+            CheckpointError: naming every weight that is not finite, and experts equal to the base.
+        """
+        faults = Faults()
+        found = fingerprint(family.base, "The base", work, faults, unchecked=uncoded(family))
+        scans: dict[str, ExpertScan] = {}
+        for done, (name, expert) in enumerate(family.experts.items(), 1):
+            scans[name] = scan(Deltas(expert, family.base, from_base), work, faults)
+            expert.checkpoint.close()
+            work.progress("reading the family", done, len(family.experts))
+        faults.raise_if_any(CheckpointError)
+        return cls(found, scans)
+
+    @classmethod
+    def of_weights(cls, family: Family, work: Work) -> "Scanned":
+        """Look at the experts alone, where there is no base to compare them with yet.
+
+        Raises:
+            CheckpointError: naming every weight that is not finite.
+        """
+        faults = Faults()
+        scans: dict[str, ExpertScan] = {}
+        for done, (name, expert) in enumerate(family.experts.items(), 1):
+            names = list(expert.taken)
+            found = fingerprint(expert.checkpoint, f"Expert '{name}'", work, faults, names=names)
+            scans[name] = ExpertScan({}, (), found)
+            work.progress("reading the family", done, len(family.experts))
+        faults.raise_if_any(CheckpointError)
+        return cls("", scans)

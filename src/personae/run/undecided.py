@@ -1,0 +1,244 @@
+"""What a merge leaves open until all that votes has voted, kept beside its unfinished output.
+
+TIES and DARE-TIES give entries on which no sign wins the sign of the majority, of the model or of
+their tensor. To look at everything for that alone would cost as much as half the merge, so tensors
+are written without it. What either sign would make of those entries waits, in files once it is
+much, and is put in place at the end. Of bf16 models that is one entry in some hundreds; where votes
+cancel often, the look is taken.
+"""
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from jaxtyping import Float, Int64
+from numpy import ndarray
+from torch import Tensor
+
+from personae._safetensors import load_safetensors, open_safetensors
+from personae.family.chunks import Chunk
+from personae.methods import Undecided
+from personae.ops.signs import FEW
+from personae.run import pool
+from personae.run.items import Item
+from personae.run.work import Work
+from personae.writers import CheckpointWriter, output_errors
+
+_FOLDER = ".undecided"
+_VOTES = "votes"
+_FULL_FILES = "full_files"
+
+FILE_ENTRIES = 1 << 16
+"""Undecided entries that wait in memory before they go to a file, about."""
+BYTES_ON_DISK = 12
+"""Bytes of a file that an undecided entry takes: its place, and what either sign makes of it."""
+_BYTES_WAITING = 4 * BYTES_ON_DISK
+"""Bytes of memory of an entry that waits: itself, and its way to a file or back."""
+_HEADER_BYTES = 3 * 160
+"""What a file says of the entries told together, beside the tensor's name."""
+
+
+class LeftOpen:
+    """The undecided entries of what one worker merges, and how all of its entries voted."""
+
+    def __init__(self, path: Path) -> None:
+        """Nothing is merged yet; files are named after `path`."""
+        self._path = path
+        self._clear()
+
+    def of(self, chunk: Chunk, reference: Float[Tensor, "..."]) -> "UndecidedOfPiece":
+        """Where to tell of a chunk, whose result is relative to the reference's values."""
+        return UndecidedOfPiece(self, chunk, reference)
+
+    def add(
+        self,
+        chunk: Chunk,
+        places: Int64[Tensor, " some"],
+        positive: Float[Tensor, " some"],
+        negative: Float[Tensor, " some"],
+    ) -> None:
+        """Take some entries of a chunk, and what either sign makes of them.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        first = int(places[0])
+        where = f"{chunk.first_entry + first}/{chunk.spec.name}"
+        self._values[f"entries/{where}"] = (places - first).int()
+        self._values[f"positive/{where}"] = positive
+        self._values[f"negative/{where}"] = negative
+        self._held += len(places)
+        if self._held >= FILE_ENTRIES:
+            _save(_full_file(self._path, self._full_files), self._values)
+            self._full_files += 1
+            self._values, self._held = {}, 0
+
+    def keep(self) -> None:
+        """Write what still waits in memory, and the votes: the sign that nothing is missing.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        counts = {_VOTES: torch.tensor(self._votes), _FULL_FILES: torch.tensor(self._full_files)}
+        _save(self._path, {**counts, **self._values})
+
+    def decide(self, writer: CheckpointWriter) -> None:
+        """Put what all that was added elects in place, and begin anew.
+
+        Raises:
+            OutputError: if the disk refuses.
+            MethodError: if a value does not fit in the dtype of its tensor.
+        """
+        _replace(self._values, self._votes, writer)
+        for number in range(self._full_files):
+            path = _full_file(self._path, number)
+            _replace(load_safetensors(path), self._votes, writer)
+            path.unlink()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._votes = self._full_files = self._held = 0
+        self._values: dict[str, Tensor] = {}
+
+    def count_votes(self, votes: int) -> None:
+        """Take how a chunk voted."""
+        self._votes += votes
+
+
+class UndecidedOfPiece(Undecided):
+    """Hands on what it is told of one chunk, so that not all of it waits in memory."""
+
+    def __init__(self, left_open: LeftOpen, chunk: Chunk, reference: Float[Tensor, "..."]) -> None:
+        """Nothing of the chunk is merged yet."""
+        super().__init__()
+        self._left_open, self._chunk, self._reference = left_open, chunk, reference
+
+    def add(
+        self,
+        places: Int64[ndarray, " some"],
+        positive: Float[Tensor, " some"],
+        negative: Float[Tensor, " some"],
+    ) -> None:
+        """See `Undecided.add`.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        entries = torch.from_numpy(places)
+        own = self._reference.reshape(-1)[entries]
+        self.count += len(entries)
+        self._left_open.add(self._chunk, entries, positive.add_(own), negative.add_(own))
+
+    def done(self) -> None:
+        """The chunk is merged: its votes count."""
+        self._left_open.count_votes(self.votes)
+
+
+class UndecidedEntries:
+    """The undecided entries of a merge, by item; what is kept outlives a run that is killed."""
+
+    def __init__(self, directory: Path) -> None:
+        """Keep them in the directory that the merge writes to."""
+        self._folder = directory / _FOLDER
+
+    def of(self, item: Item) -> LeftOpen:
+        """Where an item that is to be merged leaves its own.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        with output_errors(self._folder):
+            self._folder.mkdir(exist_ok=True)
+        return LeftOpen(self._path(item.number))
+
+    def decide(self, items: Sequence[Item], writer: CheckpointWriter, work: Work) -> None:
+        """Count the votes of all items, and give undecided entries the sign of the majority.
+
+        Raises:
+            OutputError: if the disk refuses.
+            MethodError: if a value does not fit in the dtype of its tensor.
+        """
+        votes = sum(self._count(item.number, _VOTES) for item in items)
+        if not votes:
+            return
+
+        def write(item: Item) -> None:
+            for path in self._files(item.number):
+                _replace(load_safetensors(path), votes, writer)
+
+        stage = "deciding by majority"
+        work.progress(stage, 0, len(items))
+        results = pool.run(
+            items,
+            write,
+            cost=waiting_bytes,
+            workers=work.threads,
+            memory=work.memory,
+            in_order=True,
+        )
+        for done, _ in enumerate(results, 1):
+            work.progress(stage, done, len(items))
+
+    def has(self, number: int) -> bool:
+        """Whether what the item of this number leaves open is here, whole."""
+        try:
+            for path in self._files(number):
+                with open_safetensors(path):
+                    pass
+        except (OSError, safetensors.SafetensorError):
+            return False
+        return True
+
+    def clear(self) -> None:
+        """Remove them all."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _files(self, number: int) -> list[Path]:
+        path = self._path(number)
+        full = range(self._count(number, _FULL_FILES))
+        return [path, *(_full_file(path, each) for each in full)]
+
+    def _count(self, number: int, what: str) -> int:
+        with open_safetensors(self._path(number)) as file:
+            return int(file.get_tensor(what))
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number}.safetensors"
+
+
+def waiting_bytes(item: Item) -> int:
+    """Memory of the undecided entries of an item that wait for their file, at most."""
+    entries = min(FILE_ENTRIES + FEW, sum(chunk.numel for chunk in item.chunks))
+    return _BYTES_WAITING * entries
+
+
+def disk_bytes(chunks: Iterable[Chunk]) -> int:
+    """Bytes of the files of these chunks' undecided entries, if all are: the most there can be."""
+    return sum(
+        BYTES_ON_DISK * chunk.numel
+        + (chunk.numel // FEW + 2) * (_HEADER_BYTES + 3 * len(chunk.spec.name.encode()))
+        for chunk in chunks
+    )
+
+
+def _full_file(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}.safetensors")
+
+
+def _save(path: Path, values: Mapping[str, Tensor]) -> None:
+    with output_errors(path):
+        path.write_bytes(safetensors.torch.save(dict(values)))
+
+
+def _replace(kept: Mapping[str, Tensor], votes: int, writer: CheckpointWriter) -> None:
+    """Write what the sign of the votes makes of undecided entries; they are 0 if no sign wins."""
+    if not votes:
+        return
+    sign = "positive" if votes > 0 else "negative"
+    for key, entries in kept.items():
+        what, _, where = key.partition("/")
+        if what == "entries":
+            first, name = where.split("/", 1)
+            writer.replace(name, int(first) + entries.long(), kept[f"{sign}/{where}"])
