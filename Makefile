@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow test-lowest check format clean
+.PHONY: setup demo test test-slow test-lowest check format docs clean
 
 setup: .venv/.ready
 
@@ -37,6 +37,10 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The tables in docs/ of methods, parameters and options.
+docs: setup
+	$(BIN)/python scripts/write_docs.py
 
 clean:
 	rm -rf .venv runs

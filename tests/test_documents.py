@@ -1,8 +1,10 @@
-"""The README's commands and examples run, on toys in the place of hub models, in their order."""
+"""README and docs are true: examples run, on toys in the place of hub models; tables are new."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,16 +14,25 @@ from typer.testing import CliRunner
 
 from personae.cli import app
 from personae.methods import CODECS, MERGE_METHODS
+from personae.recipe._merge_file import MergeFile
+from personae.recipe._pack_reading import _File as PackFile
 from toy_encoders import toy_sentence_encoder
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+DOCS = ROOT / "docs"
+PAGES = {
+    path: path.read_text("utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
+}
+RUN = [ROOT / "README.md", *(DOCS / f"{n}.md" for n in ("recipes", "packing", "command-line"))]
+"""Pages whose examples are run, each page on what those before it have made."""
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "write_docs.py"))
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 NOT_OURS = {"make", "pip"}
 ENCODER = ["--encoder", "toys/encoder"]
 """Put to commands that read texts: the default one is a package that tests do without."""
 STAND_INS = {"openai-community/gpt2": "toys/base", "tanganke/gpt2_": "toys/", "@main": ""}
-"""What a hub id in the README becomes."""
+"""What a hub id in the examples becomes."""
 TOY_BUDGETS = {"1%": "30%", "2%": "40%", "budget-2-percent": "budget-40-percent"}
 """The header of a task file, some 700 bytes, is a good part of a toy."""
 
@@ -34,7 +45,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
-    root = tmp_path_factory.mktemp("readme")
+    root = tmp_path_factory.mktemp("documents")
     config = GPT2Config(vocab_size=40, n_positions=12, n_embd=16, n_layer=2, n_head=2)
     for seed, name in enumerate(("base", "cola", "sst2", "mnli")):
         with torch.random.fork_rng():
@@ -80,9 +91,9 @@ def shipped(recipe: str) -> str:
 def test_every_example_runs_in_its_order(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     ran: set[str] = set()
-    for language, block in BLOCKS:
+    for language, block in (found for page in RUN for found in FENCED.findall(PAGES[page])):
         if language == "python":
-            exec(compile(on_toys(block), "README.md", "exec"), {})
+            exec(compile(on_toys(block), "an example", "exec"), {})
             ran.add("python")
         if language == "yaml":
             Path(block.splitlines()[0].removeprefix("# ")).write_text(on_toys(block))
@@ -104,30 +115,68 @@ def test_every_example_runs_in_its_order(workplace: Path, monkeypatch: pytest.Mo
     assert rebuilt.keys() == load_file(workplace / "toys" / "cola" / "model.safetensors").keys()
 
 
-def test_commands_and_options_it_names_exist() -> None:
+def test_commands_and_options_they_name_exist() -> None:
     tree = typer.main.get_command(app)
     known = tree.commands  # pyright: ignore[reportAttributeAccessIssue]
     options = {text for one in known.values() for p in one.params for text in p.opts} | {"--help"}
-    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
-    inline = re.findall(r"`([^`]+)`", prose)
-    named = {word.rstrip("…") for text in inline for word in re.findall(r"--[a-z-]+", text)}
-    assert named - options == set()
-    assert {text.split()[1] for text in inline if text.startswith("personae ")} == known.keys()
+    commands_: set[str] = set()
+    for page, text in PAGES.items():
+        if page.name in ("results.md", "performance.md", "CONTRIBUTING.md"):
+            continue  # these name options of scripts
+        inline = re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
+        named = {word.rstrip("…") for code in inline for word in re.findall(r"--[a-z-]+", code)}
+        assert named - options == set(), page.name
+        commands_ |= {code.split()[1] for code in inline if code.startswith("personae ")}
+    assert commands_ == known.keys()
 
 
-def test_every_method_is_listed() -> None:
-    section = README.split("## Methods")[1].split("\n## ")[0]
-    assert set(re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE)) == {*CODECS, *MERGE_METHODS}
+def test_generated_parts_are_what_the_program_says() -> None:
+    stale = [page.name for page, text in SCRIPT["pages"]().items() if text != PAGES[page]]
+    assert stale == [], "run make docs"
 
 
-def test_links_lead_somewhere() -> None:
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)", README)
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+def test_every_method_has_a_section_with_its_parameters() -> None:
+    sections = re.split(r"^### `(\w+)`$", PAGES[DOCS / "methods.md"], flags=re.MULTILINE)[1:]
+    told = {
+        name: set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE))
+        for name, text in zip(sections[::2], sections[1::2], strict=True)
+    }
+    assert told == {name: {*m.fields()} for name, m in {**MERGE_METHODS, **CODECS}.items()}
 
 
-def test_files_of_the_house_exist() -> None:
-    section = README.split("| `src/personae/` |")[1]
-    folders = re.findall(r"`(\w[\w/]*)/`", section)
+@pytest.mark.parametrize(
+    ("heading", "keys"),
+    [("## Merge recipes", MergeFile.model_fields), ("## Pack recipes", PackFile.model_fields)],
+)
+def test_every_key_of_a_recipe_is_told(heading: str, keys: dict[str, Any]) -> None:
+    section = PAGES[DOCS / "recipes.md"].split(heading)[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)
+    named = {word for row in rows for word in re.findall(r"`(\w+)`", row)}
+    assert named - {"source"} == set(keys)
+
+
+def anchors(text: str) -> set[str]:
+    """What links to a page's sections end with, by GitHub's rule."""
+    titles = re.findall(r"^#+ (.*)$", FENCED.sub("", text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", PAGES[page])
+    for target, section in links:
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), target
+        assert not section or section in anchors(PAGES[path]), f"{target}#{section}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    links = re.findall(r"\]\((docs/[^)#]+)", PAGES[ROOT / "README.md"])
+    assert {*links} == {f"docs/{page.name}" for page in DOCS.glob("*.md")}
+
+
+def test_folders_of_the_house_exist() -> None:
+    section = PAGES[ROOT / "CONTRIBUTING.md"].split("## The house")[1].split("\n## ")[0]
+    folders = re.findall(r"`(?!src/)(\w[\w/]*)/`", section)
     assert "methods/merge" in folders
     assert [name for name in folders if not (ROOT / "src" / "personae" / name).is_dir()] == []

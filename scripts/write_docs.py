@@ -1,0 +1,112 @@
+"""Write the generated parts of `docs/`: tables of methods, of their parameters, of options.
+
+`make docs` runs it. A generated part lies between `<!-- generated: NAME -->` and `<!-- end -->`;
+all else is written by hand. A test compares the pages with what this script makes.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.testing import CliRunner
+
+from personae import CODECS, MERGE_METHODS
+from personae.cli import app
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def pages() -> dict[Path, str]:
+    """Each page with a generated part, as it should be."""
+    return {path: _filled(path.read_text("utf-8")) for path in _with_parts()}
+
+
+def _with_parts() -> Iterator[Path]:
+    return (p for p in sorted(DOCS.glob("*.md")) if "<!-- generated:" in p.read_text("utf-8"))
+
+
+def _filled(page: str) -> str:
+    def part(match: re.Match[str]) -> str:
+        lines = "\n".join(PARTS[match[2]]())
+        return f"{match[1]}\n{lines}\n\n<!-- end -->"
+
+    return re.sub(r"(<!-- generated: (\w+) -->\n).*?<!-- end -->", part, page, flags=re.DOTALL)
+
+
+def merge_methods() -> Iterator[str]:
+    """The merge methods, then the parameters of each."""
+    return _methods("merge", {name: entry.__name__ for name, entry in MERGE_METHODS.items()})
+
+
+def codecs() -> Iterator[str]:
+    """The codecs, then the parameters of each."""
+    return _methods("codec", {name: entry.__name__ for name, entry in CODECS.items()})
+
+
+def _methods(kind: str, classes: dict[str, str]) -> Iterator[str]:
+    found = [one for one in _told("methods", "--json") if one["kind"] == kind]
+    described = sorted(found, key=lambda one: one["name"])
+    yield from ("| name | in Python | paper | what it does |", "|---|---|---|---|")
+    for one in described:
+        name, number = one["name"], one["paper"].removeprefix("arXiv:")
+        paper = f"[{number}](https://arxiv.org/abs/{number})"
+        yield f"| [`{name}`](#{name}) | `{classes[name]}` | {paper} | {_cell(one['summary'])} |"
+    for one in described:
+        yield from ("", f"### `{one['name']}`", "", one["summary"], "")
+        yield from ("| parameter | type | default | meaning |", "|---|---|---|---|")
+        for parameter in _told("methods", one["name"], "--json")["parameters"]:
+            cells = ("type", "default", "description")
+            kind_, default, meaning = (_cell(parameter[key]) for key in cells)
+            yield f"| `{parameter['name']}` | {kind_} | `{default}` | {meaning} |"
+
+
+def options() -> Iterator[str]:
+    """The arguments and options of each command."""
+    commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    for name, command in commands.items():
+        yield from ("", f"### `personae {name}`", "")
+        yield from ("| option | default | meaning |", "|---|---|---|")
+        for parameter in command.params:
+            yield f"| {_spelling(parameter)} | {_default(parameter)} | {_cell(parameter.help)} |"
+
+
+def _spelling(parameter: Any) -> str:
+    value = parameter.metavar or parameter.name.strip("_").upper()
+    if parameter.param_type_name == "argument":
+        return f"`{value}`"
+    words = sorted(parameter.opts, key=len, reverse=True)
+    if not parameter.is_flag:
+        words[0] += f" {value}"
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    shown = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
+    is_said = isinstance(shown, str | int | Path) and not isinstance(shown, bool)
+    return f"`{shown}`" if is_said else ""
+
+
+def _told(*words: str) -> Any:
+    """What a command of the program prints as JSON."""
+    return json.loads(CliRunner().invoke(app, words).stdout)
+
+
+def _cell(value: Any) -> str:
+    """A value as it stands in a table."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    text = json.dumps(value) if isinstance(value, list) else str(value)
+    return text.replace("|", "\\|")
+
+
+PARTS = {"merge_methods": merge_methods, "codecs": codecs, "options": options}
+
+if __name__ == "__main__":
+    for path, page in pages().items():
+        path.write_text(page, "utf-8")
+        print(f"{path.relative_to(DOCS.parent)} written")
