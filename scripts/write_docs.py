@@ -4,6 +4,7 @@
 all else is written by hand. A test compares the pages with what this script makes.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import typer
 from typer.testing import CliRunner
 
+import personae
 from personae import CODECS, MERGE_METHODS
 from personae.cli import app
 
@@ -30,7 +32,7 @@ def _with_parts() -> Iterator[Path]:
 
 def _filled(page: str) -> str:
     def part(match: re.Match[str]) -> str:
-        lines = "\n".join(PARTS[match[2]]())
+        lines = "\n".join(PARTS[match[2]]()).strip("\n")
         return f"{match[1]}\n{lines}\n\n<!-- end -->"
 
     return re.sub(r"(<!-- generated: (\w+) -->\n).*?<!-- end -->", part, page, flags=re.DOTALL)
@@ -91,6 +93,24 @@ def _default(parameter: Any) -> str:
     return f"`{shown}`" if is_said else ""
 
 
+def functions() -> Iterator[str]:
+    """What can be imported, but for methods and codecs."""
+    known = {**MERGE_METHODS, **CODECS}
+    methods = {*known, *(entry.__name__ for entry in known.values())}
+    named = [name for name in personae.__all__ if name not in methods]
+    public = {name: getattr(personae, name) for name in named}
+    kinds = {
+        "Functions": [name for name, one in public.items() if inspect.isfunction(one)],
+        "Classes": [name for name, one in public.items() if inspect.isclass(one)],
+    }
+    for title, names in kinds.items():
+        yield from (f"## {title}", "", "| name | meaning |", "|---|---|")
+        for name in names:
+            summary = (inspect.getdoc(public[name]) or "").split("\n")[0]
+            yield f"| `{name}` | {_cell(summary)} |"
+        yield ""
+
+
 def _told(*words: str) -> Any:
     """What a command of the program prints as JSON."""
     return json.loads(CliRunner().invoke(app, words).stdout)
@@ -104,7 +124,12 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|")
 
 
-PARTS = {"merge_methods": merge_methods, "codecs": codecs, "options": options}
+PARTS = {
+    "merge_methods": merge_methods,
+    "codecs": codecs,
+    "options": options,
+    "functions": functions,
+}
 
 if __name__ == "__main__":
     for path, page in pages().items():

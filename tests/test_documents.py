@@ -24,7 +24,10 @@ PAGES = {
     path: path.read_text("utf-8")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
 }
-RUN = [ROOT / "README.md", *(DOCS / f"{n}.md" for n in ("recipes", "packing", "command-line"))]
+RUN = [
+    ROOT / "README.md",
+    *(DOCS / f"{n}.md" for n in ("recipes", "packing", "command-line", "python")),
+]
 """Pages whose examples are run, each page on what those before it have made."""
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "write_docs.py"))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
