@@ -9,7 +9,7 @@ _LONGEST_NAME = 200
 
 
 class PersonaeError(Exception):
-    """Base of every error this package raises on purpose; `exit_code` is the command's."""
+    """Base of every error that this package raises; `exit_code` is what the command returns."""
 
     exit_code = 2
     faults: tuple[str, ...] = ()
@@ -21,7 +21,7 @@ class RecipeError(PersonaeError):
 
 
 class CheckpointError(PersonaeError):
-    """A checkpoint cannot be read, or does not fit the others."""
+    """A checkpoint cannot be read, or does not match the others."""
 
 
 class MethodError(PersonaeError):

@@ -306,15 +306,15 @@ def test_every_misfit_is_named_at_once(tmp_path: Path) -> None:
     assert text.startswith("5 faults")
     assert "A (2, 3) and B (5, 2) of 'a.q' do not fit 'a.q.weight' of the base, (4, 3)" in text
     assert "a.q.bias' has shape (9,), 'a.q.bias' of the base (4,)" in text
-    assert "a.v.weight' is no LoRA tensor" in text
-    assert "lora_magnitude_vector' is no part of plain LoRA" in text
+    assert "a.v.weight' is not a LoRA tensor" in text
+    assert "lora_magnitude_vector' is not part of plain LoRA" in text
     assert "'a.o' has only lora_A" in text
 
 
 def test_modules_the_base_lacks_are_named(tmp_path: Path) -> None:
     write_adapter(tmp_path, {"a.q": ((2, 3), (4, 2)), "lm_head": ((2, 3), (4, 2))})
     with pytest.raises(
-        CheckpointError, match=r"the base has not: lm_head .* version .* ties to its embedding"
+        CheckpointError, match=r"does not have: lm_head .* version .* ties its output layer"
     ):
         open_checkpoint(tmp_path, base=open_checkpoint(BASE))
 
@@ -322,7 +322,7 @@ def test_modules_the_base_lacks_are_named(tmp_path: Path) -> None:
 def test_ambiguous_part_of_the_base_is_refused(tmp_path: Path) -> None:
     write_adapter(tmp_path, {"q": ((2, 3), (4, 2))})
     base = {"encoder.q.weight": torch.zeros(4, 3), "decoder.q.weight": torch.zeros(4, 3)}
-    with pytest.raises(CheckpointError, match="fits several parts of its base"):
+    with pytest.raises(CheckpointError, match="matches several parts of its base"):
         open_checkpoint(tmp_path, base=open_checkpoint(base))
 
 

@@ -74,7 +74,7 @@ def test_faults_come_together() -> None:
         InMemory(wrong)
     text = str(refused.value)
     assert text.startswith("3 faults") and "'a' is a int, not a tensor" in text
-    assert "'b' has dtype complex64, which is not read. Convert it: " in text
+    assert "'b' has dtype complex64, which is not supported. Convert it: " in text
     assert "'c.weight' holds uint8 codes" in text
 
 
@@ -90,4 +90,4 @@ def test_faults_come_together() -> None:
     ],
 )
 def test_what_to_do_with_a_dtype_that_is_not_read(dtype: torch.dtype | str, hint: str) -> None:
-    assert f"is not read. {hint}: " in (dtype_fault("m", "w", dtype) or "")
+    assert f"is not supported. {hint}: " in (dtype_fault("m", "w", dtype) or "")

@@ -103,7 +103,7 @@ def test_a_directory_without_weights_says_what_it_has(tmp_path: Path) -> None:
 
 def test_unknown_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_text("")
-    with pytest.raises(CheckpointError, match="is no kind of checkpoint known here"):
+    with pytest.raises(CheckpointError, match="is not a known kind of checkpoint"):
         open_checkpoint(tmp_path / "model.gguf")
 
 

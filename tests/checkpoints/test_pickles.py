@@ -118,7 +118,7 @@ def test_entries_that_are_no_tensors(tmp_path: Path, caplog: pytest.LogCaptureFi
     """Numbers, texts and None are left out with a word; anything else is a fault."""
     torch.save({**TENSORS, "epoch": 3, "name": "x", "none": None}, tmp_path / "fine.pt")
     assert set(open_checkpoint(tmp_path / "fine.pt").specs) == set(TENSORS)
-    assert "left out, as they are no tensors: epoch, name, none." in caplog.text
+    assert "left out, because they are not tensors: epoch, name, none." in caplog.text
 
     torch.save({**TENSORS, "extra": {"a": 1}, "more": [1]}, tmp_path / "not.pt")
     with pytest.raises(CheckpointError, match="'extra' is a dict, not a tensor") as refused:

@@ -83,7 +83,7 @@ def test_factors_without_alpha_are_refused(style: str, tmp_path: Path) -> None:
     for do in (merge, pack):
         with pytest.raises(CheckpointError, match=r"(?s)'x'.*not how they are scaled.*'y'"):
             do(base, {"x": x, "y": y}, tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"(?s)The base: .* no model: give it as an expert"):
+    with pytest.raises(CheckpointError, match=r"(?s)The base: .* not a model: give it as an"):
         merge(x, {"y": y}, tmp_path / "out")
 
 
@@ -119,13 +119,13 @@ ALPHA = torch.tensor(2.0)
         ({"q.lora_A.weight": DOWN, "q.lora_B.weight": UP, "q.lora_magnitude_vector": torch.ones(4)},
          "another kind than plain LoRA"),
         ({"v.lora_A.weight": DOWN, "v.lora_B.weight": UP, "v.alpha": ALPHA},
-         "adapts modules that the base has not: v"),
+         "adapts modules that the base does not have: v"),
         ({"q.lora_A.weight": DOWN, "q.lora_B.weight": torch.ones(5, 2), "q.alpha": ALPHA},
          r"factors \(2, 3\) and \(5, 2\) of 'q' do not fit 'a\.q\.weight' of the base, \(4, 3\)"),
         ({"q.lora_A.weight": DOWN, "q.lora_B.weight": UP, "q.alpha": ALPHA * torch.nan},
-         r"'q\.alpha' is no finite number"),
+         r"'q\.alpha' is not a finite number"),
         ({"q.lora_A.weight": DOWN, "q.lora_B.weight": UP, "q.alpha": torch.ones(3)},
-         r"'q\.alpha' is no finite number"),
+         r"'q\.alpha' is not a finite number"),
         ({"q.lora_A.weight": torch.ones(0, 3), "q.lora_B.weight": UP[:, :0], "q.alpha": ALPHA},
          "2 tensor.s. of size 0"),
         ({"k.lora_A.weight": DOWN, "k.lora_B.weight": UP, "k.alpha": ALPHA}, "base in two ways"),

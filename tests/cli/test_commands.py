@@ -327,7 +327,7 @@ def test_an_interrupt_exits_130_and_the_same_command_goes_on(work):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Stopping; Ctrl-C again" in err and "Interrupted" in err
-    assert "The same command goes on where it stopped." in err
+    assert "Run the same command again to continue." in err
     assert "Traceback" not in err
     assert not (work / "p").exists()
     kept = first.read_bytes()

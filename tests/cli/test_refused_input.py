@@ -95,7 +95,7 @@ def test_shapes_that_disagree(work):
     for name in ("embed.weight", "layer.weight", "conv.weight"):
         state[name] = torch.zeros(40, 8)
     saved(state, work / "bad")
-    refused(_pack("x=bad", "y=news"), "Expert 'x': the shapes of", "disagree with the base")
+    refused(_pack("x=bad", "y=news"), "Expert 'x': the shapes of", "differ from the base's")
 
 
 def test_an_expert_that_is_the_base(work):
@@ -111,7 +111,7 @@ def test_two_experts_of_one_name(work):
 
 @pytest.mark.parametrize("name", ["../x", ".x", "a/b"])
 def test_an_unsafe_task_name(work, name):
-    refused(_pack(f"{name}=news"), f"'{name}' is no safe file name for a task")
+    refused(_pack(f"{name}=news"), f"'{name}' is not a safe file name for a task")
 
 
 def test_an_expert_without_a_name(work):
@@ -128,7 +128,7 @@ def test_several_faults_at_once(work):
         "3 faults:",
         "Expert 'x': ",
         "Expert 'y' is the base itself",
-        "'.z' is no safe",
+        "'.z' is not a safe",
     )
 
 
@@ -184,7 +184,7 @@ def test_a_rank_fraction_out_of_range(work, fraction, limit):
     [
         ("--rank-fractoin 0.1", "No such option"),  # the rest depends on the version of click
         ("--method dtz", "Unknown method 'dtz'. Did you mean 'dts'?"),
-        ("--method ties", "'ties' merges models, it does not code them"),
+        ("--method ties", "'ties' is a merge method, not a codec"),
         ("--reference ties", "a merged reference needs vector: difference"),
         ("--budget 30% --set rank_fraction=0.1", "give budget or rank_fraction, not both"),
         ("--set spilt=rank", "dts has no parameter 'spilt'. Did you mean 'split'?"),
@@ -212,7 +212,7 @@ def test_plan_with_a_memory_bound_that_cannot_be(work, command):
     ("line", "message"),
     [
         ("pack --base base --expert x=news", "Say where the pack goes: --out DIR"),
-        ("pack --expert x=news --out out", "Say what the experts were fine-tuned from"),
+        ("pack --expert x=news --out out", "Give the model that the experts were fine-tuned from"),
         ("pack --base base --out out", "There is no expert"),
         ("pack gone.yaml --out out", "gone.yaml cannot be read"),
         ("plan", "Say what to plan"),
@@ -234,7 +234,7 @@ def test_plan_with_a_memory_bound_that_cannot_be(work, command):
         ("plan --shapes s.json --base base", "plan without checkpoints: leave out --base"),
         ("plan --base base --expert x=news -r 0.3 --budget 9%", "give --budget or --rank-fraction"),
         ("plan --base base --expert x=news --model-class AutoModel", "goes with --architecture"),
-        ("pack --out pack --remove news --expert x=news", "--remove takes --out alone"),
+        ("pack --out pack --remove news --expert x=news", "--remove works with --out only"),
         ("pack --out pack --add --expert x=news --method svd", "--add takes codec, ranks"),
         ("methods dtss", "Unknown method 'dtss'. Did you mean 'dts'?"),
         ("pack --out pack --remove law", "has no task 'law'"),
@@ -279,7 +279,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(work, whole):
 
 def test_a_file_that_is_no_checkpoint(work):
     (work / "notes.txt").write_text("hello")
-    refused(_pack("x=notes.txt"), "Expert 'x': notes.txt is no kind of checkpoint")
+    refused(_pack("x=notes.txt"), "Expert 'x': notes.txt is not a known kind of checkpoint")
 
 
 def test_a_recipe_with_faults(work):
@@ -310,7 +310,7 @@ def test_a_recipe_of_the_other_kind(work):
 @pytest.mark.parametrize("more", ["--base other", "--budget 1%", "--expert x=law", "--skip a"])
 def test_plan_of_a_merge_takes_no_options_of_packs(work, more):
     (work / "merge.yaml").write_text(MERGE)
-    refused(f"plan merge.yaml {more}", f"leave out {more.split()[0]}, made for packs")
+    refused(f"plan merge.yaml {more}", f"Leave out {more.split()[0]}: only packs have such options")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
@@ -370,7 +370,7 @@ def test_what_may_not_be_read(work, monkeypatch, at, command):
         result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 2, result.exception
     assert result.stderr.endswith(
-        f"error: Cannot use '{at}': Permission denied. See that it is there and that you may "
-        "read it.\n"
+        f"error: Cannot use '{at}': Permission denied. Check that it exists and that you may read "
+        "it.\n"
     )
     assert not (work / "out").exists()

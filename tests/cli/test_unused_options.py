@@ -40,11 +40,11 @@ def refused(*words: str) -> str:
     [
         (
             "pack --out p --remove x --method svd --skip a --overwrite",
-            "leave out --method, --skip, --overwrite, or",
+            "leave out --method, --skip, --overwrite.",
         ),
         (
             "pack pack.yaml --out p --remove x --add -b base -e x=news --describe x=y",
-            "leave out --add, --describe, the recipe, --base, --expert, or",
+            "leave out --add, --describe, the recipe, --base, --expert.",
         ),
         (
             "pack --out p --describe x=y --base base --overwrite --workers 2 --device cpu",
@@ -78,12 +78,12 @@ def refused(*words: str) -> str:
         ),
         (
             "compose p --weights x=1 --gamma ratio --temperature 0 --device cpu",
-            "1. --gamma, --temperature belong to --like; with --weights, leave them out. "
+            "1. With --weights, leave out --gamma, --temperature: only --like has such options. "
             "2. Nothing is written without --out: leave out --device.",
         ),
         (
             "compose p --weights x=1 --encoder minilm --template {} --out o",
-            "error: --encoder, --template belong to --like",
+            "error: With --weights, leave out --encoder, --template: only",
         ),
         (
             "plan --shapes s.json --memory 1GB --workers 2",
@@ -108,7 +108,7 @@ def refused(*words: str) -> str:
         ),
         (
             "plan merge.yaml -r 0.5 --tasks 2 --private x",
-            "how: leave out --tasks, --rank-fraction, --private, made for packs.",
+            "Leave out --tasks, --rank-fraction, --private: only packs have such options.",
         ),
         (
             "inspect merge.yaml --analysis rank_drop --tensors",
@@ -116,7 +116,7 @@ def refused(*words: str) -> str:
         ),
         (
             "inspect p --plot p.png --set density=0.5 --tensor a --workers 1",
-            "error: --tensor, --set, --plot, --workers go with --analysis.",
+            "error: Leave out --tensor, --set, --plot, --workers, or give --analysis.",
         ),
         ("verify p --device cpu", "leave out --device."),
     ],

@@ -75,7 +75,7 @@ def test_refusals(tmp_path: Path):
         analyse(BASE, EXPERTS, "rank_drop", parameters={"densty": 0.2})
     with pytest.raises(MethodError, match="density = 2"):
         analyse(BASE, EXPERTS, "rank_drop", parameters={"density": 2})
-    with pytest.raises(RecipeError, match=r"No linear layer .* called like query"):
+    with pytest.raises(RecipeError, match=r"No linear layer .* matches query"):
         analyse(BASE, EXPERTS, "rank_drop", tensors=["query"])
     with pytest.raises(RecipeError, match="share no linear layer"):
         analyse(BASE, EXPERTS, "rank_drop", skip=["layer.weight"])

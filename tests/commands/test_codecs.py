@@ -128,7 +128,7 @@ def test_a_task_that_is_added_leaves_the_others_as_they_are(settings, tmp_path):
     }
     assert verify(tmp_path / "p", against=EXPERTS, base=BASE)["z"].same_original is True
     shares = settings.codec().shares
-    assert any("share already" in text for text in told) == shares
+    assert any("already share" in text for text in told) == shares
     for name in settings.codec().of_family:
         values = {json.dumps(task.parameters[name]) for task in made.manifest.tasks.values()}
         assert len(values) == 1 and values != {"null"}

@@ -93,7 +93,7 @@ def test_faults_of_every_kind_come_together(tmp_path):
 def test_a_float_in_place_of_integers_is_told_by_its_dtype():
     ids = X["position_ids"].float()
     text = refusal(BASE, {"x": changed(X, position_ids=ids), "y": Y})
-    assert "'position_ids' is float32, the base's int64. Tensors of two kinds" in text
+    assert "'position_ids' is float32, the base's int64. Tensors of different kinds" in text
 
 
 def test_without_a_base_the_first_expert_is_what_others_differ_from():
@@ -133,14 +133,16 @@ def test_patterns_that_fit_names_of_experts_alone_are_no_mistake():
     notes = plan_merge(BASE, {"x": expert, "y": Y}, MergeSettings(skip=("head.*",))).notes
     assert notes == []
     notes = plan_merge(BASE, {"x": X, "y": Y}, MergeSettings(skip=("haed.*",))).notes
-    assert notes == ["skip: haed.* matches no tensor; '*' stands for any text"]
+    assert notes == ["skip: haed.* matches no tensor; '*' matches any text"]
 
 
 def test_heads_that_are_merged_are_named():
     head = {"classifier.weight": torch.zeros(2, 2), "lm_head.weight": torch.zeros(2, 2)}
     family = BASE | head, {"x": X | head, "y": Y | head}
     (note,) = plan_merge(*family, MergeSettings()).notes
-    assert note.startswith("merged like all else, although heads by name: classifier.weight;")
+    assert note.startswith(
+        "merged like all other tensors, although their names are those of heads: classifier.weight;"
+    )
     (note,) = plan_merge(*family, MergeSettings(skip=("classifier.*",))).notes
     assert note == "left as in the base: classifier.weight"
 

@@ -64,7 +64,9 @@ def experts(family: dict[str, Path], *names: str) -> dict[str, str]:
 
 
 def test_unequal_vocabularies_are_refused_by_default(family, tmp_path):
-    with pytest.raises(CheckpointError, match=r"vocabularies of 6 and 4 rows. Say whose") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"vocabularies of 6 and 4 rows. Choose the"
+    ) as caught:
         merge(str(family["base"]), experts(family, "a", "b"), tmp_path / "out")
     assert "5 and 4 rows" in str(caught.value)
     left = MergeSettings(skip=("*embed_tokens*", "lm_head*"))

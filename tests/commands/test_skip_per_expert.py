@@ -43,7 +43,7 @@ def test_what_one_expert_lacks_is_coded_in_the_others(tmp_path: Path):
     base = saved(BASE, tmp_path / "base")
     experts = {"tuned": TUNED, "lacking": LACKING, "other": OTHER}
     made = pack(base, experts, tmp_path / "p", settings=settings(), work=Work(note=notes.append))
-    told = "packed although 'skip' fits them, which leaves them out of the experts that lack them"
+    told = "coded although 'skip' matches them, because only other experts lack them"
     assert f"tuned: {told}: lm_head.weight" in notes
     assert sum(told in note for note in notes) == 1
     assert f"tuned: {told}: lm_head.weight" in plan_pack(base, experts, settings()).notes

@@ -117,12 +117,12 @@ def test_what_was_found_is_told_and_bytes_are_counted(family):
     notes: list[str] = []
     plan = plan_merge(family / "base", experts(family), MergeSettings())
     merge(family / "base", experts(family), family / "out", work=Work(note=notes.append))
-    told = f"stored twice and taken as one tensor, as they are equal: {HEAD} as {EMBED}"
+    told = f"stored twice with equal values, and treated as one tensor: {HEAD} as {EMBED}"
     assert told in notes and told in plan.notes
     assert plan.bytes_out == sum(t.nbytes for t in load(family / "out").values())
     skip = MergeSettings(skip=(HEAD,))
     (note,) = [
-        n for n in plan_merge(family / "base", experts(family), skip).notes if "treated" in n
+        n for n in plan_merge(family / "base", experts(family), skip).notes if "is treated" in n
     ]
     assert note.startswith(f"'{HEAD}' is treated as '{EMBED}' is")
 
@@ -247,7 +247,7 @@ def test_a_head_trained_apart_is_not_merged_and_packs_whole(family, base, config
     given = {"lean": family / "lean", "apart": apart(family, config)}
     with pytest.raises(CheckpointError) as refused:
         merge(family / base, given, family / "out")
-    assert f"Expert 'apart': '{HEAD}' is trained apart from '{EMBED}'" in str(refused.value)
+    assert f"Expert 'apart': '{HEAD}' was trained separately from '{EMBED}'" in str(refused.value)
     assert "skip" not in str(refused.value) and not (family / "out").exists()
     settings = EXACT
     made = pack(family / base, given, family / "p", settings=settings)
@@ -337,7 +337,7 @@ def test_a_saved_head_of_its_own_is_kept_and_the_config_untied(family, base):
     file = family / "adapter" / "adapter_model.safetensors"
     key = "base_model.model.lm_head.weight"
     save_file(load_file(file) | {key: torch.randn(40, 16)}, file)
-    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' is trained apart"):
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' was trained separately"):
         merged_alone(family, base)
     out = unpacked(family, base)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
@@ -350,7 +350,7 @@ def test_a_saved_head_of_its_own_is_kept_and_the_config_untied(family, base):
 @pytest.mark.parametrize(
     "settings, told",
     [
-        ({"target_modules": ["lm_head", "embed_tokens"]}, "apart, which are one weight"),
+        ({"target_modules": ["lm_head", "embed_tokens"]}, "separately, but they are one weight"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "the output layer"),
         (
             {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
@@ -381,7 +381,9 @@ def test_a_classifier_lacks_the_language_models_head_and_its_own_pooler_is_kept(
     settings = EXACT
     work = Work(note=notes.append)
     pack(tmp_path / "base", {"x": tmp_path / "x"}, tmp_path / "p", settings=settings, work=work)
-    told = "x: has none of these, nor will it when rebuilt: cls.predictions.bias"
+    told = (
+        "x: these tensors are missing, and will be missing when it is rebuilt: cls.predictions.bias"
+    )
     assert any(note.startswith(told) for note in notes)
     out = unpack(tmp_path / "p", "x", tmp_path / "out", base=tmp_path / "base")
     assert load(out).keys() == load(tmp_path / "x").keys()

@@ -20,7 +20,7 @@ BASE = small_base()
 LINK, KIND, DENIED = (
     "is a link to what is not there. Copy or download it again.",
     "is no regular file. Copy or download it again.",
-    "cannot be read: Permission denied. See that you may read it, or copy it again.",
+    "cannot be read: Permission denied. Check its permissions, or copy it again.",
 )
 
 

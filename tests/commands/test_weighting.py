@@ -106,7 +106,7 @@ def test_bad_options(packed, options, text):
 
 @pytest.mark.parametrize("like", [[], ["east", " "]])
 def test_nothing_to_be_like(packed, like):
-    with pytest.raises(RecipeError, match="empty text"):
+    with pytest.raises(RecipeError, match="missing or empty"):
         weigh(packed, like, Compass())
 
 

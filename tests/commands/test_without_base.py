@@ -73,7 +73,7 @@ def test_task_vectors_need_a_base(tmp_path):
 
 def test_one_expert_is_its_own_average(tmp_path):
     lone = {"x": {name: EXPERTS["x"][name] for name in BASE}}
-    with pytest.raises(RecipeError, match="A single expert is its own average"):
+    with pytest.raises(RecipeError, match="A single expert equals its own average"):
         pack(None, lone, tmp_path / "p", settings=DIFFERENCE)
     assert not (tmp_path / "p").exists()
 

@@ -76,7 +76,7 @@ def test_unknown_encoders(tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match="'nobody/nothing' cannot be loaded"):
         text_encoder("nobody/nothing")
     toy_sentence_encoder(tmp_path / "e")
-    with pytest.raises(RecipeError, match=r"no \{\} for the text"):
+    with pytest.raises(RecipeError, match=r"no \{\} to put the text"):
         text_encoder(str(tmp_path / "e"), template="a photo")
     with monkeypatch.context() as patched:
         patched.setitem(ENCODERS, "absent", ("no_such_module", "no-such-package"))

@@ -209,7 +209,7 @@ def test_an_unrelated_architecture_is_refused():
 
 def test_the_same_architecture_of_another_width_is_refused():
     wide = _state(embed__weight=(20, 6), layer__0__weight=(6, 6), layer__0__bias=(4,))
-    with pytest.raises(CheckpointError, match="shapes of 2 tensors disagree") as caught:
+    with pytest.raises(CheckpointError, match="shapes of 2 tensors differ") as caught:
         _aligned(BACKBONE, wide)
     assert "'embed.weight' is (20, 6), the base has (20, 4)" in str(caught.value)
 
@@ -224,11 +224,11 @@ def test_unsafe_and_double_names_are_told_at_once():
     faults = Faults()
     unsafe = ["", "../up", "a/b", ".hidden", "-r", "a b", "é", "x" * 101, "dot.", "x.safetensors"]
     check_names([*unsafe, "News", "news", "ok-1_2.b"], faults)
-    assert [m for m in faults.messages if "no safe file name" not in m] == [
+    assert [m for m in faults.messages if "not a safe file name" not in m] == [
         "Two experts are named 'news' (case is ignored). Give each its own name: "
         "--expert NAME=PATH."
     ]
-    assert [m.split("'")[1] for m in faults.messages if "no safe file name" in m] == unsafe
+    assert [m.split("'")[1] for m in faults.messages if "not a safe file name" in m] == unsafe
 
 
 def test_patterns_span_dots_and_mind_the_case():

@@ -215,7 +215,7 @@ def test_an_adapter_that_the_base_s_dtype_cannot_tell(dtype: torch.dtype, tmp_pa
     factors = {f"{module}.{name}": t for module in ("big", "w") for name, t in pair.items()}
     factors |= {"big.alpha": torch.tensor(1.0), "w.alpha": torch.tensor(1.0)}
     names, found = packed(base, factors, tmp_path / "p", parameters={"rank_fraction": 1.0})
-    why = "what is decoded is less than its dtype can tell"
+    why = "the decoded change is too small for its dtype"
     lost = dtype == torch.bfloat16
     assert names == ({"big.weight": why} if lost else {})
     assert torch.equal(found["big.weight"], base["big.weight"]) == lost

@@ -124,7 +124,7 @@ parameters: {normalize: true, lambda: 0.5}
     assert recipe.settings.conventions == "mergekit"
     assert recipe.settings.merge_method() is MERGEKIT_METHODS["thinned"]
     assert recipe.settings.parameters == {"normalize": True, "scale": 0.5}
-    assert recipe.notes[-1].startswith("thinned is mergekit's (conventions: mergekit), as this")
+    assert recipe.notes[-1].startswith("thinned is merged by mergekit's algorithm (conv")
     assert "thinned has no parameter 'weight'" in recipe.notes[-1]
     told = refused(tmp_path, text + "conventions: personae")
     assert "line 5: thinned has no parameter 'weight'" in told
@@ -151,7 +151,7 @@ def test_a_required_parameter(tmp_path, thinned):
     filtered = MergeSettings(
         method="thinned", parameters={"density": [{"filter": "mlp", "value": 0.5}]}
     )
-    told = "thinned: no filter of density fits the tensor 'attention'. Add an entry without"
+    told = "thinned: no filter of density matches the tensor 'attention'. Add an entry without"
     with pytest.raises(MethodError, match=told):
         filtered.for_tensor("attention", 2, 1)
     with pytest.raises(RecipeError, match="thinned needs a density for every tensor"):
@@ -221,7 +221,7 @@ def test_features_of_mergekit_s_examples_load_unchanged(tmp_path, method, extra)
         recipe.settings.for_tensor(f"model.layers.{n}.mlp.x", 32, count) for n in (0, 31)
     )
     assert recipe.settings.dtype == "bfloat16"
-    if method == "ties":  # our own looks at the whole model, where a density cannot vary
+    if method == "ties":  # our own reads the whole model, where a density cannot vary
         assert recipe.settings.conventions == "mergekit"
         assert first.model_dump()["density"] == (1.0, 0.5, 0.33)
         assert last.model_dump()["density"] == pytest.approx((0.1, 0.5, 0.33))

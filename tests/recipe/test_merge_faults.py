@@ -129,7 +129,9 @@ def test_values_that_are_wrong_together():
 
 def test_what_the_whole_model_is_looked_at_for_cannot_vary():
     varying: dict[str, Any] = {"density": [0.1, 0.9]}
-    with pytest.raises(RecipeError, match="looks at the whole model, so density cannot differ"):
+    with pytest.raises(
+        RecipeError, match="reads the whole model before it merges, so density cannot"
+    ):
         MergeSettings(method="ties", parameters=varying).check(["a"])
     MergeSettings(method="ties", parameters=varying | {"scope": "tensor"}).check(["a"])
     MergeSettings(method="ties", parameters={"scale": [0.1, 0.9]}).check(["a"])
@@ -143,13 +145,13 @@ def test_faults_beside_the_parameters():
         MergeSettings().check([])
     with pytest.raises(RecipeError, match=r"no vocabulary 'mth'. Did you mean 'math'\?"):
         MergeSettings(tokenizer_source="mth").check(["math"])
-    with pytest.raises(RecipeError, match="no base whose vocabulary could come out"):
+    with pytest.raises(RecipeError, match="no base whose vocabulary the output could have"):
         MergeSettings(vector="difference", tokenizer_source="base").check(["a"])
     with pytest.raises(RecipeError, match=r"Unknown method 'avrage'. Did you mean 'average'\?"):
         MergeSettings(method="avrage").check(["a"])
     with pytest.raises(RecipeError, match="'della' is a method of mergekit that personae does not"):
         MergeSettings(method="della", conventions="mergekit").check(["a"])
-    with pytest.raises(MethodError, match="'dts' codes models, it does not merge them"):
+    with pytest.raises(MethodError, match="'dts' is a codec, not a merge method"):
         MergeSettings(method="dts").merge_method()
 
 
@@ -250,8 +252,8 @@ def test_values_that_are_wrong_together_have_a_line(tmp_path, text, line, messag
 def test_filters_alone_where_there_is_no_default(tmp_path):
     filtered = "[{filter: mlp, value: 0.5}]"
     wanted = (
-        "ties needs a weight for every tensor, and here are filters alone. Add a last entry "
-        "without 'filter': it holds for all others."
+        "ties needs a weight for every tensor, but there are only entries with a filter. Add a "
+        "last entry without 'filter' for all other tensors."
     )
     models = f"""models:
   - {{model: x, parameters: {{weight: 1}}}}

@@ -146,7 +146,7 @@ def test_bad_budgets(tmp_path, budget):
 def test_names_of_models(tmp_path):
     with pytest.raises(RecipeError, match=r"Two models are named 'x'. Give each its own 'name'"):
         _read(tmp_path, "models: [{model: a/x}, {model: b/x}, {model: c, name: y}]")
-    with pytest.raises(RecipeError, match=r"line 2: 'my x' is no safe file name"):
+    with pytest.raises(RecipeError, match=r"line 2: 'my x' is not a safe file name"):
         _read(tmp_path, "models:\n  - model: a/my x")
 
 

@@ -31,7 +31,7 @@ def _pack(root: Path, out: str, **options) -> None:
 @pytest.mark.parametrize("out", ["models/base", "models/x", "models", "models/base/inner"])
 def test_an_output_never_overlaps_an_input(family, out):
     before = listing(family)
-    with pytest.raises(OutputError, match="overlap: writing one would harm the other"):
+    with pytest.raises(OutputError, match="overlap: writing one would damage the other"):
         _pack(family, out, overwrite=True)
     assert listing(family) == before
 
@@ -161,5 +161,5 @@ def test_a_pattern_that_matches_nothing_is_told(family):
     settings = PackSettings(skip=("embed",), private=("scale",))
     _pack(family, "p", settings=settings, work=Work(note=told.append))
     assert [text for text in told if "pattern" in text] == [
-        "the pattern 'embed' matches no tensor; '*' stands for any text"
+        "the pattern 'embed' matches no tensor; '*' matches any text"
     ]

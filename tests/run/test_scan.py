@@ -148,8 +148,8 @@ def test_an_expert_equal_to_its_reference_is_told_by_what_that_is(tmp_path):
         with pytest.raises(CheckpointError) as caught:
             Scanned.of(family, Work(), from_base=False)
     assert str(caught.value) == (
-        "Expert 'x' equals the merged reference, as a single expert does its average: all 5 shared "
-        "tensors are the same. Pack it with task vectors (vector 'task')."
+        "Expert 'x' equals the merged reference (a single expert equals its own average): all 5 "
+        "shared tensors are the same. Pack it with task vectors (vector 'task')."
     )
 
 

@@ -219,8 +219,8 @@ def _fit(
     )
     if not all(tensors.specs[key].is_floating for key in (pair.a, pair.b)):
         faults.add(
-            f"{tensors.source}: the factors of '{pair.module}' are no floating numbers. Save the "
-            "adapter again, as float32 or bfloat16."
+            f"{tensors.source}: the factors of '{pair.module}' are not floating-point numbers. "
+            "Save the adapter again, as float32 or bfloat16."
         )
     if transposed is None:
         faults.add(
@@ -230,7 +230,7 @@ def _fit(
     elif a[0] != config.rank(pair.module):
         faults.add(
             f"{tensors.source}: '{pair.a}' has rank {a[0]}, but {CONFIG_FILE} says "
-            f"{config.rank(pair.module)}, so its scaling is unsure. Save the adapter again."
+            f"{config.rank(pair.module)}, so its scaling is unknown. Save the adapter again."
         )
     return Adapted(pair, config.scaling(pair.module), bool(transposed))
 
@@ -244,8 +244,8 @@ def _replacement_fault(
         return None  # a head of another size is what modules_to_save is for
     if spec is None:
         return (
-            f"{tensors.source}: '{key}' is no LoRA tensor, is in no module of modules_to_save, and "
-            f"the base has none like it. {NAMES_DIFFER}"
+            f"{tensors.source}: '{key}' is not a LoRA tensor, not in a module of modules_to_save, "
+            f"and not in the base. {NAMES_DIFFER}"
         )
     found = tensors.specs[key].shape
     # An embedding may have grown: other rows, same width.

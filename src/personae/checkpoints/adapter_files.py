@@ -109,8 +109,8 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     for field in _NOT_STATIC_LORA:
         if fields.get(field):
             faults.add(
-                f"{path}: '{field}' is {fields[field]!r}, which is more than plain LoRA. Merge "
-                "the adapter into its base with PEFT and pass the result."
+                f"{path}: '{field}' is {fields[field]!r}, which is not plain LoRA. Merge the "
+                "adapter into its base with PEFT and pass the result."
             )
     if config is not None and config.init_lora_weights not in _HARMLESS_INITS:
         faults.add(
@@ -170,7 +170,7 @@ def sort_stored(
                 key
             )
         elif ".lora_" in name or "token_adapter" in name:
-            faults.add(f"{where}: '{key}' is no part of plain LoRA. Merge the adapter with PEFT.")
+            faults.add(f"{where}: '{key}' is not part of plain LoRA. Merge the adapter with PEFT.")
         elif ".original_module." not in name:
             full[_WRAPPED.sub("", name)] = key
     pairs = [

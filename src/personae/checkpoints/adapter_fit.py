@@ -46,7 +46,7 @@ def find_rename(
     matched = [sum(rename(name) in known for name in wanted) for rename in renames]
     best = max(matched)
     if matched.count(len(wanted)) > 1:
-        faults.add(f"{where} fits several parts of its base. Pass the model it was trained on.")
+        faults.add(f"{where} matches several parts of its base. Pass the model it was trained on.")
     elif best < len(wanted):
         for version in chain((canonical,), published):
             here = by_canonical(known, version)
@@ -56,9 +56,10 @@ def find_rename(
         lost = sorted(n.removesuffix(".weight") for n in wanted if rename(n) not in known)
         more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
         faults.add(
-            f"{where} adapts modules whose weight the base has not: {', '.join(lost[:10])}{more} "
-            f"(the base has, for example, '{min(known, default='')}'). {NAMES_DIFFER} An output "
-            "layer that the base ties to its embedding is known by the base's config.json."
+            f"{where} adapts modules whose weight the base does not have: "
+            f"{', '.join(lost[:10])}{more} (the base has, for example, "
+            f"'{min(known, default='')}'). {NAMES_DIFFER} If the base ties its output layer to "
+            "its embedding, its config.json must say so."
         )
     return renames[matched.index(best)]
 

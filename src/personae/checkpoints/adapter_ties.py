@@ -75,8 +75,8 @@ def check_same(tensors: Checkpoint, one: Adapted, other: Adapted, faults: Faults
     if one.scaling == other.scaling and all(torch.equal(a, b) for a, b in pairs):
         return
     faults.add(
-        f"{tensors.source} adapts '{one.pair.module}' and '{other.pair.module}' apart, which are "
-        f"one weight in its base. {_TOGETHER}"
+        f"{tensors.source} adapts '{one.pair.module}' and '{other.pair.module}' separately, but "
+        f"they are one weight in its base. {_TOGETHER}"
     )
 
 
@@ -117,6 +117,6 @@ def check_saved(
     alone = config.task_type in _WITH_OUTPUT_LAYER and (heads or says_tied(base))
     if any(name in adapted for name in heads) or (alone and not any(map(is_output_layer, known))):
         faults.add(
-            f"{tensors.source} trains '{saved[0]}' whole, and the output layer that its base ties "
-            f"to it otherwise. {_TOGETHER}"
+            f"{tensors.source} trains '{saved[0]}' whole, but not the output layer that its base "
+            f"ties to it. {_TOGETHER}"
         )

@@ -80,8 +80,8 @@ class Folder:
                 faults.add(f"{self.where(name)} {error}. Copy or download it again.")
             except OSError as error:
                 faults.add(
-                    f"{self.where(name)} cannot be read: {error.strerror}. See that you may read "
-                    "it, or copy it again."
+                    f"{self.where(name)} cannot be read: {error.strerror}. Check its permissions, "
+                    "or copy it again."
                 )
 
     def where(self, file: str) -> str:
@@ -186,4 +186,6 @@ def warn_of_absent(index: str, shard: str, names: Collection[str]) -> None:
     """Say which tensors an index places in a shard that lacks them, as loaders pass over them."""
     if names:
         listed = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
-        _log.warning("%s places in %s what it lacks, and is passed over: %s", index, shard, listed)
+        _log.warning(
+            "%s lists tensors that are not in %s; they are ignored: %s", index, shard, listed
+        )

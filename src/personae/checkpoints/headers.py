@@ -114,8 +114,8 @@ def unreadable(path: Path) -> str:
     if is_lfs_pointer(path):
         return f"{path} is a git-lfs pointer, not the weights. Fetch them: git lfs pull."
     return (
-        f"{path} is not a safetensors file, or is damaged: its header makes no sense. "
-        "Copy or download it again."
+        f"{path} is not a safetensors file, or is damaged: its header is not valid. Copy or "
+        "download it again."
     )
 
 

@@ -170,8 +170,8 @@ def check_names(names: Iterable[str], faults: Faults) -> None:
     for name in names:
         if not is_safe_name(name):
             faults.add(
-                f"'{name}' is no safe file name for a task. Use letters, digits, '.', '_' and '-', "
-                "beginning with a letter or digit, at most 100 characters."
+                f"'{name}' is not a safe file name for a task. Use letters, digits, '.', '_' and "
+                "'-', beginning with a letter or digit, at most 100 characters."
             )
         if name.lower() in seen:
             faults.add(

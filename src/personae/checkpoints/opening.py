@@ -199,8 +199,8 @@ def _open_file(folder: Folder, name: str) -> Checkpoint:
     if name.endswith(_PICKLE_ENDINGS):
         return open_pickles(folder, name)
     raise CheckpointError(
-        f"{folder.source} is no kind of checkpoint known here. Pass a directory, or a file "
-        f"ending in .safetensors, {', '.join(_PICKLE_ENDINGS)}."
+        f"{folder.source} is not a known kind of checkpoint. Pass a directory, or a file ending "
+        f"in .safetensors, {', '.join(_PICKLE_ENDINGS)}."
     )
 
 

@@ -182,7 +182,7 @@ def _load(path: Path, faults: Faults, *, warn: bool) -> dict[str, Tensor]:
     plain = (int, float, str, type(None))
     left_out = [str(name) for name, value in entries.items() if isinstance(value, plain)]
     if left_out and warn:
-        _log.warning("%s: left out, as they are no tensors: %s.", path, ", ".join(left_out))
+        _log.warning("%s: left out, because they are not tensors: %s.", path, ", ".join(left_out))
     tensors: dict[str, Tensor] = {}
     for name, value in entries.items():
         if isinstance(value, plain):

@@ -59,8 +59,8 @@ def open_raw_lora(tensors: Checkpoint, base: Checkpoint | None) -> Adapter:
     unscaled = [pair.module for pair in pairs if f"{pair.module}{_ALPHA}" not in stored]
     if base is None:
         faults.add(
-            f"{tensors.source} holds LoRA factors, no model: give it as an expert of the model it "
-            "was trained on."
+            f"{tensors.source} holds LoRA factors, not a model: give it as an expert of the model "
+            "it was trained on."
         )
     if beside:
         faults.add(
@@ -140,9 +140,13 @@ def _targets(
     best = max(renamed, key=lambda names: sum(name in known for name in names.values()))
     lost = [module for module, name in best.items() if name not in known]
     if lost:
-        faults.add(f"{where} adapts modules that the base has not: {shown(lost)}. {NAMES_DIFFER}")
+        faults.add(
+            f"{where} adapts modules that the base does not have: {shown(lost)}. {NAMES_DIFFER}"
+        )
     else:
-        faults.add(f"{where} fits the base in two ways. Rename its modules as the base has them.")
+        faults.add(
+            f"{where} matches the base in two ways. Rename its modules as the base has them."
+        )
     return {}
 
 
@@ -169,7 +173,9 @@ def _fit(
             f"base, {specs[name].shape}. Pass the model it was trained on."
         )
     if not all(tensors.specs[side].is_floating for side in (pair.a, pair.b)):
-        faults.add(f"{tensors.source}: the factors of '{pair.module}' are no floating numbers.")
+        faults.add(
+            f"{tensors.source}: the factors of '{pair.module}' are not floating-point numbers."
+        )
     if not math.isfinite(alpha):
-        faults.add(f"{tensors.source}: '{key}' is no finite number. Save the adapter again.")
+        faults.add(f"{tensors.source}: '{key}' is not a finite number. Save the adapter again.")
     return Adapted(pair, alpha / max(a[0] if a else 0, 1), bool(transposed))

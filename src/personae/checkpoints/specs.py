@@ -48,7 +48,7 @@ def dtype_fault(where: str, name: str, dtype: torch.dtype | str) -> str | None:
         called = str(dtype).removeprefix("torch.")
         hint = "Dequantise it first" if _NARROW.match(called) else "Convert it"
         return (
-            f"{where}: tensor '{name}' has dtype {called}, which is not read. {hint}: "
+            f"{where}: tensor '{name}' has dtype {called}, which is not supported. {hint}: "
             "float64, float32, float16, bfloat16, integers and bool are."
         )
     if name.endswith(_QUANTISED_ENDINGS) and not known.is_floating_point:

@@ -37,9 +37,9 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; exits 0 done, 1 failed on the work, 2 refused input, 130 interrupt.
+    """Run the command line.
 
-    141 where whoever read the output has left.
+    Exits 0 done, 1 failed on the work, 2 refused input, 130 interrupted, 141 broken pipe.
     """
     keep_freed_memory()
     signal.signal(signal.SIGINT, _interrupt)
@@ -92,15 +92,15 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             text = f"error: {error.strerror or error}."
             if error.filename is not None:
                 text = (
-                    f"error: Cannot use '{error.filename}': {error.strerror}. See that it is there "
-                    "and that you may read it."
+                    f"error: Cannot use '{error.filename}': {error.strerror}. Check that it "
+                    "exists and that you may read it."
                 )
             err.print(text, markup=False, soft_wrap=True)
             raise typer.Exit(_REFUSED) from error
         except KeyboardInterrupt as error:
-            err.print("Interrupted; nothing half-done was kept under a final name.", markup=False)
+            err.print("Interrupted. No incomplete output has its final name.", markup=False)
             if command in (merge.merge, pack.pack):
-                err.print("The same command goes on where it stopped.", markup=False)
+                err.print("Run the same command again to continue.", markup=False)
             raise typer.Exit(_INTERRUPTED) from error
 
     return run

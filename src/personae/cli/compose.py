@@ -23,8 +23,8 @@ def compose(
     like: Annotated[
         list[str] | None,
         typer.Option(
-            help="What the task is about: class names with commas between, a sentence, or "
-            "@FILE with one text a line; repeatable."
+            help="What the task is about: class names separated by commas, a sentence, or @FILE "
+            "with one text per line; repeatable."
         ),
     ] = None,
     weights: Annotated[
@@ -37,7 +37,7 @@ def compose(
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(help="Attach the head of a task of the pack, or else of a checkpoint."),
+        typer.Option(help="Attach the head of a task of the pack, or of a checkpoint."),
     ] = None,
     gamma: Annotated[
         str | None,
@@ -55,7 +55,7 @@ def compose(
     ] = None,
     template: Annotated[
         str | None,
-        typer.Option(help="What each text is put into, such as 'a photo of a {}'."),
+        typer.Option(help="Sentence that each text is put into, such as 'a photo of a {}'."),
     ] = None,
     base: options.Base = None,
     shard_size: options.ShardSize = "5GB",
@@ -76,7 +76,10 @@ def compose(
         )
     options.refuse_unused(
         context,
-        ("{} belong to --like; with --weights, leave them out.", _OF_LIKE if weights else ()),
+        (
+            "With --weights, leave out {}: only --like has such options.",
+            _OF_LIKE if weights else (),
+        ),
         ("Nothing is written without --out: leave out {}.", _OF_WRITING if out is None else ()),
     )
     opened = Pack(pack)

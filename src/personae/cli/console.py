@@ -39,8 +39,8 @@ def _report() -> Generator[None]:
         raise
     except OSError as error:
         raise OutputError(
-            f"The report cannot be written: {error.strerror}. "
-            "Files that the command was to make are complete."
+            f"The report cannot be written: {error.strerror}. The files that the command writes "
+            "are complete."
         ) from error
 
 

@@ -13,7 +13,11 @@ from personae.writers import atomic_file
 def demo(
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="Checkpoints (kept and reused), packs, results.json."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="Directory for checkpoints (kept and reused), packs and results.json.",
+        ),
     ] = Path("personae-demo"),
     workers: options.Workers = None,
     json: options.Json = False,

@@ -17,7 +17,7 @@ from personae.recipe import read_merge_recipe, read_recipe, recipe_kind
 from personae.report import plots
 
 _OF_ANALYSES = (
-    "{} go with --analysis. To list tensors: --tensors.",
+    "Leave out {}, or give --analysis. To list tensors: --tensors.",
     ("tensor", "set_", "plot", "workers", "memory"),
 )
 _NOT_OF_ANALYSES = (
@@ -35,7 +35,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     analysis: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"Of a recipe's family: {', '.join(ANALYSES)}."),
+        typer.Option(metavar="NAME", help=f"Measure a recipe's family: {', '.join(ANALYSES)}."),
     ] = None,
     tensor: Annotated[
         list[str] | None,

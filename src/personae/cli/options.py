@@ -40,7 +40,7 @@ Counting = Annotated[
     str | None,
     typer.Option(
         metavar="RULE",
-        help=f"Rule of a budget: {', '.join(COUNTING)}.",
+        help=f"How a budget is counted: {', '.join(COUNTING)}.",
         show_default="on_disk_native",
     ),
 ]
@@ -72,13 +72,16 @@ Private = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Tensors to keep whole; repeatable."),
 ]
-ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes in one weight file.")]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest size of one weight file.")]
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", min=1, help="Tensors worked on at once; by default one a core."),
+    typer.Option(
+        "--workers", min=1, help="Tensors processed at the same time; by default one per core."
+    ),
 ]
 Memory = Annotated[
-    str | None, typer.Option("--memory", metavar="SIZE", help="Bound on working memory, as 2GiB.")
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Upper bound on working memory, such as 2GiB."),
 ]
 Device = Annotated[
     str,
@@ -88,7 +91,7 @@ Device = Annotated[
         help="auto, cpu or cuda[:i]; a GPU's results may differ in the last bits.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON on standard output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
 CODING = (

@@ -20,7 +20,7 @@ from personae.run.work import Work
 _WORK = ("workers", "memory", "device")
 _PACKING = ("recipe", "base", "experts", *options.CODING, "overwrite", *_WORK)
 _BESIDE_REMOVE = (
-    "--remove takes --out alone: leave out {}, or give that to another command.",
+    "--remove works with --out only: leave out {}.",
     ("add", "describe", *_PACKING),
 )
 _BESIDE_DESCRIBE = (
@@ -48,7 +48,7 @@ def pack(
             "--rank-fraction",
             "-r",
             metavar="FRACTION",
-            help="Singular directions kept; repeat for a sweep.",
+            help="Fraction of singular directions kept; repeat for a sweep.",
         ),
     ] = None,
     budget: Annotated[
@@ -66,9 +66,9 @@ def pack(
         list[str] | None,
         typer.Option(
             metavar="NAME=TEXT",
-            help="What an expert is about: class names with commas between, a sentence, or @FILE "
-            "with one text a line; by default its config's class names. Repeatable. Alone with "
-            "--out: of tasks that are in the pack.",
+            help="What a task is about: class names separated by commas, a sentence, or @FILE "
+            "with one text per line; by default the class names in its config. Repeatable. "
+            "With --out alone: for tasks that are in the pack.",
         ),
     ] = None,
     add: Annotated[
@@ -136,8 +136,8 @@ def _make(
 ) -> list[Pack]:
     if recipe.base is None and recipe.settings.vector == "task":
         raise RecipeError(
-            "Say what the experts were fine-tuned from: --base PATH. Without it there are "
-            "difference vectors, from the experts' average: --vector difference."
+            "Give the model that the experts were fine-tuned from: --base PATH. To pack without "
+            "a base, use differences from the experts' average: --vector difference."
         )
     return pack_many(
         recipe.base,

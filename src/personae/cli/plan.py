@@ -16,11 +16,14 @@ from personae.recipe import PackRecipe, PackSettings, read_merge_recipe, recipe_
 from personae.run.work import Work
 
 _NOT_OF_MERGES = (
-    "This is a merge recipe, which says what is merged and how: leave out {}, made for packs.",
+    "This is a merge recipe. Leave out {}: only packs have such options.",
     ("base", "experts", "architecture", "model_class", "shapes", "tasks", *options.CODING),
 )
 _OF_ARCHITECTURES = ("{} goes with --architecture.", ("model_class",))
-_OF_SHAPES = ("{} goes with --architecture or --shapes; experts are counted.", ("tasks",))
+_OF_SHAPES = (
+    "{} goes with --architecture or --shapes. Otherwise the experts are counted.",
+    ("tasks",),
+)
 _NOT_OF_SHAPES = (
     "--architecture and --shapes plan without checkpoints: leave out {}.",
     ("recipe", "base", "experts", "vector", "reference", "reference_set", "workers", "memory"),
@@ -39,7 +42,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="With --architecture: the class built; AutoModel has no head.",
+            help="With --architecture: the class to build; AutoModel has no head.",
             show_default="AutoModel",
         ),
     ] = None,
@@ -53,7 +56,12 @@ def plan(
     method: options.Method = None,
     rank_fraction: Annotated[
         float | None,
-        typer.Option("--rank-fraction", "-r", metavar="FRACTION", help="Singular directions kept."),
+        typer.Option(
+            "--rank-fraction",
+            "-r",
+            metavar="FRACTION",
+            help="Fraction of singular directions kept.",
+        ),
     ] = None,
     budget: Annotated[
         str | None, typer.Option(metavar="SIZE", help="What a task may cost: 1% or 900KB.")
@@ -155,13 +163,13 @@ def _plan_merge(recipe: Path, workers: int | None, memory: str | None, json: boo
         console.facts(planned.to_json())
         return
     size = console.size
-    looks = f", usually with {planned.looks} look(s) before" if planned.looks else ""
+    looks = f", usually including {planned.looks} earlier pass(es)" if planned.looks else ""
     waiting = ""
     if planned.undecided_bytes:
         most = size(planned.undecided_bytes)
         waiting = (
-            f"beside it wait entries on which no sign wins, on the same disk: {most} at most, were "
-            "all such (of most models, one in some hundreds is)\n"
+            f"temporary files on the same disk: {most} if no sign won for any entry (usually for "
+            "less than one in a hundred)\n"
         )
     console.out.print(
         f"{planned.method} on {planned.vector} vectors: {planned.merged} tensors merged, "

@@ -6,7 +6,7 @@ from pathlib import Path
 from personae._small_files import read_text
 from personae.errors import Faults, RecipeError
 
-FORMS = "class names with commas between, a sentence, or @FILE with one text a line"
+FORMS = "class names separated by commas, a sentence, or @FILE with one text per line"
 _SENTENCE_ENDS = (".", "!", "?")
 
 
@@ -60,10 +60,10 @@ def weights_from(values: Sequence[str]) -> dict[str, float]:
         try:
             weight = float(number)
         except ValueError:
-            faults.add(f"--weights {pair}: write NAME=NUMBER, with commas between.")
+            faults.add(f"--weights {pair}: write NAME=NUMBER pairs separated by commas.")
             continue
         if name in weights:
-            faults.add(f"--weights: two are for '{name}'. Give one weight a task.")
+            faults.add(f"--weights: two are for '{name}'. Give one weight per task.")
         weights[name] = weight
     faults.raise_if_any(RecipeError)
     return weights

@@ -27,7 +27,7 @@ from personae.run.scan import ExpertScan, Scanned
 from personae.run.work import Work
 
 _NOT_CODED = "no rank, no entry or no bit was left for it"
-_TOO_SMALL = "what is decoded is less than its dtype can tell"
+_TOO_SMALL = "the decoded change is too small for its dtype"
 _SLACK_BITS = 8 * 192
 """What `HEADER_BYTES` leaves beside any usual header, enough for a few isolated zeros."""
 
@@ -93,7 +93,9 @@ def _know(
     if codec.shares and writer.manifest.shared is None:
         write_shared(codec, list(deltas.values()), scanned.experts, writer, work)
     elif codec.shares and due:
-        work.note("coded against what the pack's tasks share already, which stays as it is")
+        work.note(
+            "coded against the part that the pack's tasks already share, which does not change"
+        )
     shared = Pack(writer.directory).open_shared() if codec.shares else None
     known: dict[str, Known] = {}
     for name in due:

@@ -67,10 +67,10 @@ def analyse(
         chunks = [p for p in chunks if stacks.site(p).kind == "linear" and p.numel]
         if not chunks:
             raise RecipeError(
-                f"No linear layer that every expert has is called like {', '.join(tensors)}; "
-                "'*' stands for any text. `personae inspect BASE --tensors` lists the names."
+                f"No linear layer that every expert has matches {', '.join(tensors)}; '*' matches "
+                "any text. `personae inspect BASE --tensors` lists the names."
                 if tensors
-                else "The experts share no linear layer, and the analyses are about these alone."
+                else "The experts share no linear layer, and analyses use linear layers only."
             )
         results = pool.run(
             chunks,

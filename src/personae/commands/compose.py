@@ -122,7 +122,7 @@ def open_composed(
     head: str | Path | None = None,
     work: Work | None = None,
 ) -> Composed:
-    """Compose in memory: a lazy mapping of names to tensors, of which none is held.
+    """Compose lazily: a mapping of names to tensors that computes each when it is read.
 
     Args:
         pack: The pack's directory.

@@ -17,7 +17,7 @@ _NO_NAME = re.compile(r"LABEL_\d+")
 
 
 def describe(pack_directory: str | Path, characteristics: Characteristics) -> Pack:
-    """Say, or say anew, what tasks of an existing pack are about; nothing is coded again.
+    """Set or replace the descriptions of tasks in a pack; nothing is coded again.
 
     Args:
         pack_directory: The pack.

@@ -22,7 +22,7 @@ def check_family(family: Family, settings: MergeSettings, faults: Faults) -> Non
     _check_adapters(family, settings.merge_method(), faults)
     if faults.messages:  # such as shapes that a mistyped 'skip' does not leave out
         for pattern in settings.unmatched(all_names(family)):
-            faults.add(f"{pattern} matches no tensor; '*' stands for any text.")
+            faults.add(f"{pattern} matches no tensor; '*' matches any text.")
 
 
 def all_names(family: Family) -> set[str]:
@@ -43,15 +43,15 @@ def _check_shapes(name: str, expert: Alignment, family: Family, faults: Faults) 
             wanted = specs[known]
             alike = has.shape == wanted.shape  # then one holds numbers and the other integers
             faults.add(
-                f"Expert '{name}': tensor '{own}' is {has.dtype_name if alike else has.shape}, the "
-                f"base's {wanted.dtype_name if alike else wanted.shape}. Tensors of two "
+                f"Expert '{name}': tensor '{own}' is {has.dtype_name if alike else has.shape}, "
+                f"the base's {wanted.dtype_name if alike else wanted.shape}. Tensors of different "
                 f"{'kinds' if alike else 'shapes'} cannot be merged: leave it as in the base with "
                 f"skip: ['{known}']."
             )
     for grown in expert.grown:
         faults.add(
             f"Expert '{name}': '{grown}' has {expert.spec(grown).shape[0]} rows, the base "
-            f"{specs[grown].shape[0]}. Say whose vocabulary the result has: tokenizer_source."
+            f"{specs[grown].shape[0]}. Choose the vocabulary of the output: tokenizer_source."
         )
 
 
@@ -60,9 +60,10 @@ def _check_ties(name: str, expert: Alignment, family: Family, faults: Faults) ->
     base, whose = family.base, "base" if family.has_base else "first expert"
     for own, kept in trained_apart(expert, base).items():
         faults.add(
-            f"Expert '{name}': '{own}' is trained apart from '{kept}', to which the {whose} ties "
-            f"it: merged into one tensor, one training of the two would be lost. Give a {whose} "
-            f"that is untied (tie_word_embeddings: false, '{own}' stored), and experts likewise."
+            f"Expert '{name}': '{own}' was trained separately from '{kept}', to which the {whose} "
+            "ties it: merged into one tensor, one training of the two would be lost. Give a "
+            f"{whose} that is untied (tie_word_embeddings: false, '{own}' stored), and experts "
+            "likewise."
         )
     for lacking in expert.absent:
         own = expert.renaming.expert_name(lacking)
@@ -85,8 +86,8 @@ def _check_dtypes(
         found, wanted = expert.spec(shared).dtype_name, family.base.specs[shared].dtype_name
         if found != wanted:
             faults.add(
-                f"Expert '{name}': '{shared}' is {found}, {whose} is {wanted}. "
-                f"Say what comes out: dtype: {wanted}."
+                f"Expert '{name}': '{shared}' is {found}, {whose} is {wanted}. Set the dtype of "
+                f"the output: dtype: {wanted}."
             )
             return
 
@@ -99,8 +100,8 @@ def _check_average(family: Family, settings: MergeSettings, faults: Faults) -> N
         odd = [n for n in expert.private if not matches(n, settings.skip) and n not in apart]
         if odd:
             faults.add(
-                f"Expert '{name}': {len(odd)} tensor(s) are not in every expert in one shape: "
-                f"{shown(odd)}. Leave them as in the first with skip: "
+                f"Expert '{name}': {len(odd)} tensor(s) are missing from another expert, or have "
+                f"another shape there: {shown(odd)}. Leave them as in the first with skip: "
                 f"{patterns(odd, set(expert.own_specs) - {*odd})}, or give a base."
             )
 
@@ -111,6 +112,6 @@ def _check_adapters(family: Family, method: type[MergeMethod], faults: Faults) -
     for name, expert in family.experts.items():
         if adapter_of(expert.checkpoint) is None:
             faults.add(
-                f"Expert '{name}' is no LoRA adapter, and {method.name} merges only those. "
+                f"Expert '{name}' is not a LoRA adapter, and {method.name} merges only those. "
                 "Give its adapter directory, or another method (knots, tsv_m)."
             )

@@ -172,7 +172,7 @@ def plan_merge(
     *,
     method: MergeMethod | None = None,
 ) -> MergePlan:
-    """Plan a merge from headers: every fault they tell, items, bytes, peak memory.
+    """Plan a merge from headers: every fault they show, items, bytes, peak memory.
 
     Args:
         base: As for `merge`.
@@ -259,7 +259,7 @@ def prepare(family: Family, settings: MergeSettings) -> MergeJob:
     if not job.merged:
         raise CheckpointError(
             f"There is no tensor to merge: none of the {len(family.base.specs)} is in 'only' "
-            f"({', '.join(settings.only)}) and not in 'skip'. '*' stands for any text."
+            f"({', '.join(settings.only)}) and not in 'skip'. '*' matches any text."
         )
     return job
 
@@ -344,7 +344,7 @@ def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
         if expert.private:
             notes.append(f"{name}: not in the base, so not merged: {shown(expert.private)}")
     for pattern in settings.unmatched(all_names(family)):
-        notes.append(f"{pattern} matches no tensor; '*' stands for any text")
+        notes.append(f"{pattern} matches no tensor; '*' matches any text")
     left = [s.name for s in job.specs if s.is_floating and s.name not in job.merged]
     whose = "the base" if family.has_base else f"the first expert, {next(iter(family.experts))}"
     if left:
@@ -354,16 +354,16 @@ def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
         told = "averaged" if job.merged.issuperset(statistics) else f"as in {whose}"
         notes.append(
             f"statistics of batch normalisation are {told}: {shown(statistics)}; compute them "
-            "anew, by running data through the merged model in training mode"
+            "again by running data through the merged model in training mode"
         )
     heads = [name for name in sorted(job.merged) if _HEAD.search(name)]
     if heads:
         others = [spec.name for spec in job.specs if spec.name not in heads]
         notes.append(
-            f"merged like all else, although heads by name: {shown(heads)}; or leave them as in "
-            f"{whose} with skip: {patterns(heads, others)}"
+            "merged like all other tensors, although their names are those of heads: "
+            f"{shown(heads)}; to leave them as in {whose}: skip: {patterns(heads, others)}"
         )
     files = family.base.companions
     if files and "config.json" not in files:
-        notes.append(f"{whose} has no config.json, and so has the result: transformers needs one")
+        notes.append(f"{whose} has no config.json, so the result has none: transformers needs one")
     return notes

@@ -207,7 +207,9 @@ def settings_of(pack: Pack) -> PackSettings:
     try:
         return settings_from(pack.manifest.settings)
     except RecipeError as error:
-        raise PackError(f"{pack.directory} says what no pack is made with: {error}") from error
+        raise PackError(
+            f"{pack.directory} records settings that no pack can have: {error}"
+        ) from error
 
 
 def remove_task(pack_directory: str | Path, name: str) -> Pack:
@@ -269,8 +271,9 @@ def _check_alike(settings: Sequence[PackSettings]) -> None:
     if any(one != common[0] for one in common):
         free = ", ".join(sorted(settings[0].codec().free)) or "nothing"
         raise RecipeError(
-            "Settings of packs made together differ in more than the budget and what one "
-            f"decomposition serves (of {settings[0].method}: {free}). Make these packs one by one."
+            "Packs made together may differ only in the budget and in parameters that one "
+            f"decomposition serves (for {settings[0].method}: {free}). Make these packs one by "
+            "one."
         )
 
 

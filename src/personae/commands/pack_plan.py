@@ -105,7 +105,7 @@ class PackPlan:
 def plan_shapes(
     specs: Iterable[TensorSpec], settings: PackSettings, tasks: int | None = None
 ) -> ShapesPlan:
-    """Cost of coding a model of these shapes, with no weights at hand.
+    """Cost of packing a model with these shapes; no weights are needed.
 
     Args:
         specs: Names, shapes and dtypes; integer tensors are left out.
@@ -218,8 +218,8 @@ def plan_family(family: Family, settings: PackSettings, work: Work) -> PackPlan:
         settings.merge(len(family.experts))
     if settings.from_average and len(family.experts) == 1:
         raise RecipeError(
-            "A single expert is its own average, from which it does not differ. Give more experts, "
-            "or pack it with task vectors (vector: task, --vector task)."
+            "A single expert equals its own average. Give more experts, or pack it with task "
+            "vectors (vector: task, --vector task)."
         )
     for name in family.experts:
         settings.codec().for_task(name)

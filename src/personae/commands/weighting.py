@@ -38,7 +38,7 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Weighting:
-    """The weight γ of each task, and where it comes from.
+    """The weight γ of each task, and how it was found.
 
     Attributes:
         weights: Task name to weight, in the pack's order.
@@ -88,13 +88,18 @@ def weighable(
     """
     faults = Faults()
     if not like or not all(text.strip() for text in like):
-        faults.add("There is an empty text, or none, to be like. Give class names, or a sentence.")
+        faults.add(
+            "The text that the task should be like is missing or empty. Give class names, "
+            "or a sentence."
+        )
     if gamma not in GAMMAS:
         faults.add(f"Unknown gamma '{gamma}'. {nearest(gamma, GAMMAS)}")
     elif gamma != "softmax" and temperature is not None:
         faults.add("A temperature belongs to gamma softmax; the ratio has none.")
     if temperature is not None and not 0 < temperature < math.inf:
-        faults.add(f"A temperature of {temperature:g} makes no weights. Give one above 0, as 0.1.")
+        faults.add(
+            f"A temperature of {temperature:g} gives no weights. Give one above 0, such as 0.1."
+        )
     faults.raise_if_any(RecipeError)
     tasks = pack.manifest.tasks
     silent = [name for name, record in tasks.items() if not record.characteristics]
@@ -103,9 +108,9 @@ def weighable(
     if silent:
         fix = " ".join(f"--describe {name}=TEXT" for name in silent[:3])
         raise PackError(
-            f"{pack.directory} does not say what these tasks are about: {', '.join(silent)}. "
-            f"Say it: personae pack --out {pack.directory} {fix} (class names with commas between, "
-            "a sentence, or @FILE). Or give --weights."
+            f"{pack.directory} does not say what these tasks are about: {', '.join(silent)}. Say "
+            f"it: personae pack --out {pack.directory} {fix} (class names separated by commas, a "
+            "sentence, or @FILE). Or give --weights."
         )
     return {name: record.characteristics for name, record in tasks.items()}
 
@@ -118,7 +123,7 @@ def weigh(
     gamma: str = "ratio",
     temperature: float | None = None,
 ) -> Weighting:
-    """Weigh the tasks of a pack by how alike their texts are to those of an unseen task.
+    """Weigh the tasks of a pack by how similar their texts are to those of an unseen task.
 
     E is the mean over a task's texts of their item embeddings; γₙ comes from cos(Eᵤ, Eₙ).
 

@@ -53,7 +53,7 @@ class TransformersEncoder:
         self.name = name
         self.template = template
         if "{}" not in template:
-            raise RecipeError(f"The template '{template}' has no {{}} for the text to stand in.")
+            raise RecipeError(f"The template '{template}' has no {{}} to put the text into.")
         transformers = _transformers()
         place, _, revision = (
             (str(source), "", "") if _is_folder(source) else str(source).partition("@")
@@ -64,8 +64,8 @@ class TransformersEncoder:
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
                 if not self._tokenizer.get_vocab().keys() - self._tokenizer.all_special_tokens:
                     raise RecipeError(
-                        f"The encoder '{name}' has no tokenizer: every text would be the same to "
-                        "it. Add its tokenizer files, or name another encoder."
+                        f"The encoder '{name}' has no tokenizer: every text would look the same "
+                        "to it. Add its tokenizer files, or name another encoder."
                     )
                 self._model, self._pool = _load(transformers, place, options)
         except RecipeError:

@@ -92,8 +92,8 @@ class Alignment:
         notes = self.naming_notes
         if self.spared:
             notes.append(
-                f"{self.name}: packed although 'skip' fits them, which leaves them out of the "
-                f"experts that lack them: {shown(self.spared)}"
+                f"{self.name}: coded although 'skip' matches them, because only other experts "
+                f"lack them: {shown(self.spared)}"
             )
         if self.private:
             size = sum(self.private_spec(n).nbytes for n in self.private)

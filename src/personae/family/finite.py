@@ -33,9 +33,9 @@ def is_finite(tensor: Tensor) -> bool:
 def beyond_fp32(name: str) -> str:
     """The text for a tensor whose values are finite and whose differences are not."""
     return (
-        f"Tensor '{name}' holds values whose difference from the base leaves the range of "
-        "float32, in which all is computed. Was the expert fine-tuned from the base? To leave the "
-        "tensor as in the base, add it to 'skip'."
+        f"Tensor '{name}' holds values whose difference from the base exceeds the range of "
+        "float32, in which everything is computed. Was the expert fine-tuned from the base? To "
+        "leave the tensor as in the base, add it to 'skip'."
     )
 
 

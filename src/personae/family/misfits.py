@@ -65,11 +65,12 @@ def check_fit(
     foreign = [] if absent else _foreign(found, reference, may_lack)
     if foreign:
         faults.add(
-            f"Expert '{found.name}' has {len(foreign)} tensor(s) in the base's layers that it "
-            f"lacks: {shown(foreign)}. The names or the architecture may differ by the version "
-            "that saved them: load and save both with the same version of transformers. If they "
-            "are the expert's own, leave them out with 'skip', or keep them whole in a pack with "
-            f"'private': {patterns(foreign, [*reference.specs, *found.files.values()])}."
+            f"Expert '{found.name}' has {len(foreign)} tensor(s) in the base's layers that the "
+            f"base lacks: {shown(foreign)}. Perhaps they were saved by another version of "
+            "transformers, or belong to another architecture: load and save both with the same "
+            "version of transformers. If they belong to the expert alone, leave them out with "
+            "'skip', or keep them whole in a pack with 'private': "
+            f"{patterns(foreign, [*reference.specs, *found.files.values()])}."
         )
     odd = [n for n in found.private if not may_lack(n) and n not in empty]
     odd = [n for n in odd if (known := reference_name(n, found, reference)) and known not in hollow]
@@ -77,10 +78,10 @@ def check_fit(
     if sum(found.private_spec(n).numel for n in odd) > coded:
         n = odd[0]
         faults.add(
-            f"Expert '{found.name}': the shapes of {len(odd)} tensors disagree with the base, "
+            f"Expert '{found.name}': the shapes of {len(odd)} tensors differ from the base's, "
             f"more than half of the model: '{n}' is {found.private_spec(n).shape}, the base has "
-            f"{reference.specs[reference_name(n, found, reference)].shape}. "
-            "Give the base it was fine-tuned from, or name them in 'private' to keep them whole."
+            f"{reference.specs[reference_name(n, found, reference)].shape}. Give the base it was "
+            "fine-tuned from, or name them in 'private' to keep them whole."
         )
 
 
@@ -167,9 +168,9 @@ def _lacking_fault(lacking: Sequence[str], found: Alignment, reference: Checkpoi
         own = unknown.get(_kind(reference.specs[name]))
         if own:
             return text + (
-                f"It has others instead, such as '{own}' of the shape of '{name}': the names seem "
-                "to differ by the version that saved them. Load and save both with the same "
-                "version of transformers."
+                f"It has other tensors instead, such as '{own}' with the shape of '{name}': "
+                "perhaps another version of transformers saved them. Load and save both with the "
+                "same version of transformers."
             )
     heads = [name for name in lacking if is_output_layer(name) and name.endswith(".weight")]
     if any(reference.specs[n].shape == reference.specs[i].shape for n in heads for i in inputs):

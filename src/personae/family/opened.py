@@ -51,7 +51,8 @@ class Family:
         for name, expert in self.experts.items():
             if absent := lacking(expert, self.base):
                 notes.append(
-                    f"{name}: has none of these, nor will it when rebuilt: {shown(absent)}"
+                    f"{name}: these tensors are missing, and will be missing when it is rebuilt: "
+                    f"{shown(absent)}"
                 )
         notes += self.base_notes
         names = (self.base.specs.keys() | self.base.copies).union(
@@ -59,7 +60,7 @@ class Family:
         )
         for pattern in self.patterns:
             if not any(matches(name, [pattern]) for name in names):
-                notes.append(f"the pattern '{pattern}' matches no tensor; '*' stands for any text")
+                notes.append(f"the pattern '{pattern}' matches no tensor; '*' matches any text")
         for name, expert in self.experts.items():
             notes += [f"{name}: {note}" for note in small_files(expert, self.base)[1]]
         return notes
@@ -72,7 +73,7 @@ class Family:
         if method:
             notes.append(
                 f"config.json of the base names the quantiser {method}, but its weights are plain "
-                "numbers; the result has that config, so that loading it quantises"
+                "numbers; the result keeps that config, so loading it quantises the weights"
             )
         models = [self.base, *(expert.checkpoint for expert in self.experts.values())]
         if any(
@@ -84,12 +85,12 @@ class Family:
         tied, copies = self.base.tied, sorted(self.base.copies)
         if copies:
             told = shown([f"{name} as {tied[name]}" for name in copies])
-            notes.append(f"stored twice and taken as one tensor, as they are equal: {told}")
+            notes.append(f"stored twice with equal values, and treated as one tensor: {told}")
         for name in copies:
             if matches(name, self.patterns) and not matches(tied[name], self.patterns):
                 notes.append(
-                    f"'{name}' is treated as '{tied[name]}' is, with which it is one tensor, "
-                    "whatever patterns say of it"
+                    f"'{name}' is treated as '{tied[name]}' is: they are one tensor, whichever of "
+                    "them a pattern matches"
                 )
         for name, expert in self.experts.items():
             adapter, base = adapter_of(expert.checkpoint), self.base.source

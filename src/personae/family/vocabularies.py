@@ -22,7 +22,10 @@ from personae.checkpoints.vocabulary_rows import ModelRows, WithRows
 from personae.errors import CheckpointError, Faults
 
 BASE, UNION = "base", "union"
-_HINT = "Say whose vocabulary comes out with tokenizer_source: 'base', 'union' or an expert's name."
+_HINT = (
+    "Choose the vocabulary of the output with tokenizer_source: 'base', 'union' or an "
+    "expert's name."
+)
 
 
 @dataclass(frozen=True)
@@ -199,8 +202,8 @@ def _union(
         if strange:
             faults.add(
                 f"{len(strange):,} tokens of {_label(name)} are in its tokenizer's own model and "
-                f"not in {start.source}: {shown(strange)}. A union adds only added tokens. Name "
-                "the tokenizer that comes out: tokenizer_source: base, or an expert's name."
+                f"not in {start.source}: {shown(strange)}. A union adds only added tokens. Choose "
+                "the tokenizer of the output: tokenizer_source: base, or an expert's name."
             )
             continue
         for token in extra:

@@ -41,8 +41,8 @@ def ratio_weights(similarities: Float[Tensor, " task"]) -> Float[Tensor, " task"
     clipped = similarities.double().clamp(min=0)
     if not bool((clipped > 0).any()):
         raise MethodError(
-            f"No cosine is above 0 (the largest is {float(similarities.max()):.3g}), so there is "
-            "no ratio of them. Use softmax weights, or give the weights."
+            f"No cosine is above 0 (the largest is {float(similarities.max()):.3g}), so they have "
+            "no ratio. Use softmax weights, or give the weights."
         )
     return clipped / clipped.sum()
 
@@ -57,6 +57,6 @@ def softmax_weights(
     """
     if not 0 < temperature < float("inf"):
         raise MethodError(
-            f"A temperature of {temperature:g} makes no weights. Give one above 0, such as 0.1."
+            f"A temperature of {temperature:g} gives no weights. Give one above 0, such as 0.1."
         )
     return torch.softmax(similarities.double() / temperature, dim=0)

@@ -102,7 +102,7 @@ def file_name_faults(names: Iterable[tuple[Place, str]]) -> Iterator[Fault]:
         elif not is_safe_name(name):
             yield Fault(
                 place,
-                f"'{name}' is no safe file name. Give the model another by 'name': letters, "
+                f"'{name}' is not a safe file name. Give the model another by 'name': letters, "
                 "digits, '.', '_' and '-', beginning with a letter or digit, at most 100.",
             )
         taken.setdefault(name.lower(), name)

@@ -90,8 +90,8 @@ def _read(file: MergeFile, family: Family) -> _Reading:
     if file.conventions is None:
         why = "; ".join(fault.text for fault in ours.faults)
         theirs.remarks.append(
-            f"{file.merge_method} is mergekit's (conventions: mergekit), as this package's "
-            f"cannot follow the recipe: {why}"
+            f"{file.merge_method} is merged by mergekit's algorithm (conventions: mergekit), "
+            f"because personae's cannot follow the recipe: {why}"
         )
         return theirs
     return _Reading(

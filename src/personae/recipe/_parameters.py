@@ -91,8 +91,8 @@ class GivenParameters:
             return value
         if self._is_required(parameter):
             raise MethodError(
-                f"{self.method.name}: no filter of {parameter} fits the tensor '{name}'. "
-                "Add an entry without a filter, for all others."
+                f"{self.method.name}: no filter of {parameter} matches the tensor '{name}'. Add "
+                "an entry without a filter, for all others."
             )
         return self.method.fields()[parameter].default
 
@@ -204,8 +204,9 @@ class GivenParameters:
                 if said and not any(map(always, said)):
                     yield Fault(
                         ("expert_parameters", n, name) if name in own else ("parameters", name),
-                        f"{self.method.name} needs a {name} for every tensor, and here are filters "
-                        "alone. Add a last entry without 'filter': it holds for all others.",
+                        f"{self.method.name} needs a {name} for every tensor, but there are only "
+                        "entries with a filter. Add a last entry without 'filter' for all other "
+                        "tensors.",
                     )
 
     def _model_wide_faults(self) -> Iterator[Fault]:
@@ -222,8 +223,8 @@ class GivenParameters:
                         hint = ", or 'scope: tensor'"
                     yield Fault(
                         (*place, name),
-                        f"{self.method.name} looks at the whole model, so {name} cannot differ "
-                        f"from tensor to tensor. Give one value{hint}.",
+                        f"{self.method.name} reads the whole model before it merges, so {name} "
+                        f"cannot differ from tensor to tensor. Give one value{hint}.",
                     )
 
 

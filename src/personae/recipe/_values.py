@@ -1,7 +1,8 @@
 """Values that differ from tensor to tensor: gradients over the layers, and filters by name.
 
 A value is a scalar; a list of numbers, which is a gradient: piecewise linear over the layers, from
-the first to the last; or a list of `{filter, value}`, whose first entry that fits a tensor counts.
+the first to the last; or a list of `{filter, value}`, of which the first entry whose filter matches
+the tensor's name applies.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -32,10 +32,10 @@ _MERGEKIT_ALONE = frozenset(
 
 
 class MergeSettings(Strict):
-    """How to merge, without which checkpoints.
+    """How to merge: method, parameters and all else that a recipe says, but the models.
 
     A parameter is a scalar; or a list of numbers, a gradient over the layers; or a list of
-    `{filter, value}`, whose first entry that fits a tensor's name counts.
+    `{filter, value}`, of which the first entry whose filter matches the tensor's name applies.
     """
 
     method: str = Field(default="average", description="Merge method")
@@ -44,11 +44,14 @@ class MergeSettings(Strict):
     )
     parameters: Values = Field(default={}, description="The method's parameters")
     expert_parameters: tuple[Values, ...] = Field(
-        default=(), description="The same for each expert, in their order; these go before"
+        default=(),
+        description="The same for each expert, in their order; used instead of `parameters`",
     )
-    dtype: Dtype | None = Field(default=None, description="What comes out; by default the base's")
+    dtype: Dtype | None = Field(
+        default=None, description="Dtype of the output; by default the base's"
+    )
     tokenizer_source: str | None = Field(
-        default=None, description="Vocabulary that comes out: 'base', 'union' or an expert's name"
+        default=None, description="Vocabulary of the output: 'base', 'union' or an expert's name"
     )
     skip: tuple[str, ...] = Field(default=(), description="Patterns of tensors left as in the base")
     only: tuple[str, ...] = Field(default=(), description="Patterns of tensors merged, if not all")
@@ -219,7 +222,7 @@ def find_method(name: str, conventions: Conventions) -> type[MergeMethod]:
         return own
     if name in CODECS:
         raise MethodError(
-            f"'{name}' codes models, it does not merge them. To pack them by it: pack_method."
+            f"'{name}' is a codec, not a merge method. To pack with it, write pack_method."
         )
     refuse_mergekit_alone(name)
     return lookup(methods_under(conventions), name)
@@ -265,6 +268,8 @@ def _base_faults(
         text = f"{method.name} merges LoRA adapters, which need their base. Give base_model."
         faults.append(Fault(("vector",), text))
     if tokenizer_source == "base" and [*experts][:1] != ["base"]:  # it is averaged as the first
-        text = "There is no base whose vocabulary could come out. Name an expert, or 'union'."
+        text = (
+            "There is no base whose vocabulary the output could have. Name an expert, or 'union'."
+        )
         faults.append(Fault(("tokenizer_source",), text))
     return faults

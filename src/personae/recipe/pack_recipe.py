@@ -25,7 +25,7 @@ Budget = Annotated[str | None, BeforeValidator(_budget_reads)]
 
 
 class PackSettings(Strict):
-    """How to pack, without which checkpoints."""
+    """How to pack: codec, parameters and all else that a recipe says, but the models."""
 
     method: str = Field(default="dts", description="Codec")
     parameters: dict[str, Any] = Field(default={}, description="The codec's parameters")
@@ -106,8 +106,8 @@ class PackSettings(Strict):
         """
         if self.method in MERGE_METHODS:
             raise MethodError(
-                f"'{self.method}' merges models, it does not code them. To pack against a model "
-                f"merged by it: vector: difference, reference: {self.method}."
+                f"'{self.method}' is a merge method, not a codec. To pack against a model that it "
+                f"merged: vector: difference, reference: {self.method}."
             )
         codec = build(lookup(CODECS, self.method), self.parameters)
         if self.budget is not None and "rank_fraction" not in type(codec).model_fields:
@@ -126,8 +126,8 @@ class PackSettings(Strict):
         method = lookup(MERGE_METHODS, self.reference or "average")
         if method.needs == "adapters":
             raise MethodError(
-                f"{method.name} merges LoRA adapters, which a difference pack is not made of. "
-                "Name another reference, such as average or ties."
+                f"{method.name} merges LoRA adapters, which difference packs do not support. Name "
+                "another reference, such as average or ties."
             )
         built = build(method, self.reference_parameters)
         faults = Faults()

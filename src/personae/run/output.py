@@ -104,8 +104,8 @@ def check_output(out: Path, overwrite: bool, inputs: Sequence[Any] = ()) -> None
         read, written = Path(source).resolve(), out.resolve()
         if read == written or read in written.parents or written in read.parents:
             raise OutputError(
-                f"'{out}' and the input '{source}' overlap: writing one would harm the other. "
-                "Choose an output beside it."
+                f"'{out}' and the input '{source}' overlap: writing one would damage the other. "
+                "Choose another output."
             )
     require_place(out)
     # With a note of its run it is complete: the same command ends it, another is refused then.
@@ -126,8 +126,8 @@ def check_output(out: Path, overwrite: bool, inputs: Sequence[Any] = ()) -> None
         )
     if foreign:
         raise OutputError(
-            f"'{out}' also holds what personae does not write, so it is not replaced: "
-            f"{shown(foreign)}. Move that elsewhere, or choose another name."
+            f"'{out}' also holds files that personae does not write, so it is not replaced: "
+            f"{shown(foreign)}. Move them elsewhere, or choose another name."
         )
 
 

@@ -100,8 +100,8 @@ def _says_equal(deltas: Deltas, count: int) -> str:
             "Give the fine-tuned checkpoint."
         )
     return (
-        f"Expert '{name}' equals the merged reference, as a single expert does its average: all "
-        f"{count} shared tensors are the same. Pack it with task vectors (vector 'task')."
+        f"Expert '{name}' equals the merged reference (a single expert equals its own average): "
+        f"all {count} shared tensors are the same. Pack it with task vectors (vector 'task')."
     )
 
 

@@ -31,7 +31,7 @@ def _unrecorded(_name: str, _fact: Any) -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """How to work.
+    """How to work: workers, memory bound, device, progress.
 
     Attributes:
         workers: Tensors worked on at once; None for one a core.

@@ -31,7 +31,7 @@ _WRITE_ONLY = {
 _REMEDIES = _WRITE_ONLY | {
     errno.EACCES: _FORBIDDEN,
     errno.EPERM: _FORBIDDEN,
-    errno.ENOTDIR: "A part of the path is a file; choose another name.",
+    errno.ENOTDIR: "Part of the path is a file; choose another name.",
     errno.EISDIR: "A directory of that name exists; choose another name.",
     errno.EEXIST: "A file of that name exists; choose another name.",
     errno.ENAMETOOLONG: "Choose a shorter name.",

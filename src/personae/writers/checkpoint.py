@@ -83,9 +83,9 @@ def cast(tensor: Tensor, spec: TensorSpec, computed: bool) -> Tensor:
             f"{torch.finfo(spec.dtype).max:.6g}. Write another dtype, such as float32."
         )
     raise MethodError(
-        f"Tensor '{spec.name}' comes out as {value} in {int(lost.sum())} place(s), although "
-        "what it is made of is finite: sums left the range of float32. Give smaller weights or "
-        "scales, or leave the tensor out with 'skip'."
+        f"Tensor '{spec.name}' comes out as {value} in {int(lost.sum())} place(s), although its "
+        "inputs are finite: sums exceed the range of float32. Give smaller weights or scales, or "
+        "leave the tensor out with 'skip'."
     )
 
 

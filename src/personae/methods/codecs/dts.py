@@ -72,7 +72,7 @@ class DTS(Codec):
         default=0.3, description="Singular triplets kept, as a fraction of the smaller dimension."
     )
     grouping: Literal["matrix", "vector"] = Field(
-        default="matrix", description="Values that share scales: a whole factor, or one vector."
+        default="matrix", description="Which values share scales: a whole factor, or one vector."
     )
     split: Literal["rank", "median"] = Field(
         default="rank", description="Large values: exactly half, or those above the median."
@@ -92,7 +92,8 @@ class DTS(Codec):
     )
     signs: Literal["largest_positive", "solver"] = Field(
         default="largest_positive",
-        description="Signs of singular vectors: largest entry positive, or as they come.",
+        description="Signs of singular vectors: largest entry positive, or as the solver returns "
+        "them.",
     )
     solver: Literal["auto", "randomised", "gram", "full"] = Field(
         default="auto", description="Algorithm of the decomposition."

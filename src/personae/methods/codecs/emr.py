@@ -25,7 +25,7 @@ from personae.ops.sums import absolute_sum
 
 @codec(paper="arXiv:2405.17461")
 class EMR(Codec):
-    """Elect, mask, rescale: of the unified vector τ, which all tasks share, each keeps a part.
+    """A unified vector τ that all tasks share; for each task a mask on it and a scale.
 
     γ = sgn Σ τ_n, where 0 counts as negative. τ = γ · max |τ_n| over the experts whose sign is γ.
     The mask M_n marks entries where τ_n has the sign of τ, and λ_n = Σ |τ_n| / Σ |M_n τ|, sums over
@@ -42,7 +42,7 @@ class EMR(Codec):
 
     rescaler: Literal["global", "tensor_means"] = Field(
         default="tensor_means",
-        description="λ from the mean of each tensor, as the code; or from sums over the model.",
+        description="λ from the mean of each tensor, as in the code, or from sums over the model.",
     )
 
     def degenerates(self, experts: int) -> str:

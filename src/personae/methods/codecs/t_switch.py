@@ -47,7 +47,9 @@ class TSwitch(Codec):
 
     density: Density = Field(default=0.4, description="Fraction of each sign's entries kept.")
     scope: Literal["tensor", "model"] = Field(
-        default="tensor", description="What thresholds and scale are taken over."
+        default="tensor",
+        description="Whether thresholds and scale are computed over each "
+        "tensor or over the whole model.",
     )
 
     def treats(self, spec: TensorSpec) -> Treatment:

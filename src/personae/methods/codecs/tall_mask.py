@@ -38,7 +38,9 @@ class TALLMask(Codec):
     shares: ClassVar = True
 
     threshold: Threshold | dict[str, Threshold] = Field(
-        default=0.4, description="How much of the other tasks an entry has to exceed; one a task."
+        default=0.4,
+        description="An entry is kept where |τ_n| > threshold · |τ − τ_n|. One "
+        "value, or one per task.",
     )
 
     def for_task(self, task: str) -> "TALLMask":
@@ -58,7 +60,10 @@ class TALLMask(Codec):
 
     def degenerates(self, experts: int) -> str:
         """The multi-task vector is the sum, which is 0 there."""
-        return "that average for every task: what tasks share is the sum of their vectors, here 0"
+        return (
+            "that average for every task: what tasks share is the sum of their vectors, which "
+            "is 0 here"
+        )
 
     def share(self, deltas: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
         """The multi-task vector, summed in fp64."""

@@ -20,7 +20,7 @@ from personae.methods._site import has_matrices
 
 @codec(paper="arXiv:2412.00081")
 class TSVCompress(Codec):
-    """Truncated SVD in fp32 at rank ⌊min(m, d) / N⌋ for N tasks; what is no matrix stays exact.
+    """Truncated SVD in fp32 at rank ⌊min(m, d) / N⌋ for N tasks; other tensors stay exact.
 
     Parts: those of `svd`.
     """
@@ -31,7 +31,7 @@ class TSVCompress(Codec):
         default=None, ge=1, description="Tasks that share the directions; none: as many as experts."
     )
     rest: Rest = Field(
-        default="exact", description="Tensors that are no matrix: exact, or as in the reference."
+        default="exact", description="Tensors that are not matrices: exact, or as in the reference."
     )
 
     def treats(self, spec: TensorSpec) -> Treatment:

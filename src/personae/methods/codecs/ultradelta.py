@@ -54,16 +54,24 @@ class UltraDelta(Codec):
 
     density: Density = Field(default=0.03, description="Fraction of entries kept.")
     step: float = Field(
-        default=0.01, ge=0, lt=1, description="How much less the third that varies least keeps."
+        default=0.01,
+        ge=0,
+        lt=1,
+        description="How much lower the density is for the third of "
+        "tensors that varies least, and higher for the "
+        "third that varies most.",
     )
-    seed: int = Field(default=0, ge=0, description="Of the draws, with tensor and task.")
+    seed: int = Field(
+        default=0, ge=0, description="Seed of the random draws, together with tensor and task."
+    )
     rescale: Literal["trace_norm", "none"] = Field(
-        default="trace_norm", description="Whether experts of larger trace norm are damped."
+        default="trace_norm",
+        description="Whether experts with a larger trace norm are scaled down.",
     )
     smallest_trace_norm: float | None = Field(
         default=None,
         ge=0,
-        description="Trace norm that is not damped; none: the family's smallest.",
+        description="Trace norm that is not scaled down; none: the smallest in the family.",
     )
     tensors: Literal["projections", "all"] = Field(
         default="projections", description="What is coded: attention and MLP matrices, or all."

@@ -52,9 +52,9 @@ class Average(Linear):
     normalize: bool = Field(
         default=True,
         description=(
-            "Whether to divide by the sum of the weights. Without, the base enters once all the "
-            "same, as in `task_arithmetic`: base + Σ w_n τ_n, not Σ w_n θ_n. Without a base "
-            "both are meant, and recipes whose weights do not sum to 1 are refused."
+            "Whether to divide by the sum of the weights. If false, the result is base + Σ w_n "
+            "τ_n, as in `task_arithmetic`, not Σ w_n θ_n. Without a base, false is refused "
+            "unless the weights sum to 1."
         ),
     )
 

@@ -44,18 +44,18 @@ class CART(MatrixWise):
     rank_fraction: RankFraction | None = Field(
         default=None,
         description=(
-            "Singular directions kept of each deviation (the paper: 0.04 to 0.32). If not "
-            "given: 0.12 of up to 11 tasks, 0.16 of up to 17, else 0.32."
+            "Singular directions kept of each deviation (the paper: 0.04 to 0.32). If not given: "
+            "0.12 for up to 11 tasks, 0.16 for up to 17, else 0.32."
         ),
     )
     tensors: Tensors = Field(
-        default="linear", description="Which tensors are merged so; the rest is averaged."
+        default="linear", description="Which tensors are merged this way; the others are averaged."
     )
     scale: float | None = Field(
         default=None,
         description=(
             "Multiplier on the deviations (λ in the paper). If not given: 2.0, 1.5 or 1.9, as "
-            "the authors found beside these ranks."
+            "the authors chose for these ranks."
         ),
     )
 

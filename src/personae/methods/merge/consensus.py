@@ -26,7 +26,7 @@ Threshold = Annotated[float, Field(ge=0)]
 
 @merge_method(paper="arXiv:2405.07813")
 class Consensus(RowWise):
-    """Keep of the multi-task vector the entries that at least so many tasks mark.
+    """Keep the entries of the multi-task vector that several tasks mark.
 
     m_n = 1[|τ_n| > threshold_n · |τ_MTL − τ_n|]; result: scale · 1[Σ m_n ≥ at_least] · τ_MTL.
 
@@ -45,20 +45,20 @@ class Consensus(RowWise):
     threshold: Threshold | tuple[Threshold, ...] = Field(
         default=0.4,
         description=(
-            "How far an expert has to outweigh the rest to mark an entry (λ in the paper; there "
-            "chosen from 0.2 to 0.6 on validation data)."
+            "An expert marks the entries where |τ_n| > threshold · |τ_MTL − τ_n| (λ in the "
+            "paper, chosen from 0.2 to 0.6 on validation data)."
         ),
     )
     at_least: Annotated[int, Field(ge=1)] = Field(
         default=2,
-        description="Marks that keep an entry; with more than there are experts nothing is kept.",
+        description="How many experts must mark an entry to keep it.",
     )
     multi_task: Literal["sum", "ties"] = Field(
         default="sum",
         description=("τ_MTL: the sum of the task vectors, or TIES with the sum of what agrees."),
     )
     density: Density = Field(
-        default=0.2, description="Fraction of entries that TIES keeps of each expert, if asked for."
+        default=0.2, description="With `multi_task: ties`: fraction of entries kept of each expert."
     )
     scale: float = Field(
         default=1.0,

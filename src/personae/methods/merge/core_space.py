@@ -35,7 +35,7 @@ RuleName = Literal["task_arithmetic", "ties", "tsv_m", "iso_c"]
 
 @merge_method(paper="arXiv:2509.17786")
 class CoreSpace(MatrixWise):
-    """Merge the cores of LoRA adapters by a rule; what is no matrix by the rule as it is.
+    """Merge the small cores of LoRA adapters by another method's rule.
 
     Returns:
         The merged task vector, fp32, of the size of those given.
@@ -58,8 +58,8 @@ class CoreSpace(MatrixWise):
     density: Density = Field(
         default=0.2,
         description=(
-            "Fraction of the entries of a core that TIES keeps of each expert, each tensor "
-            "apart (as in the original code)."
+            "With `rule: ties`: fraction of entries kept of each expert's core, for each tensor "
+            "separately (as in the original code)."
         ),
     )
     scale: float = Field(default=1.0, description="Multiplier on the result.")

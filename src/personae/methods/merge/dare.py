@@ -39,11 +39,11 @@ class DARE(RowWise):
     rescale: bool = Field(
         default=True,
         description=(
-            "Whether what is kept is divided by the density, so that its expectation is τ_n."
+            "Whether kept entries are divided by the density, so that their expectation is τ_n."
         ),
     )
     scale: float = Field(default=1.0, description="Multiplier on the result.")
-    seed: int = Field(default=0, description="Of the masks: same seed, same model.")
+    seed: int = Field(default=0, description="Seed of the random masks: same seed, same model.")
 
     def merge(
         self,

@@ -60,21 +60,21 @@ class DARETIES(RowWise):
     rescale: bool = Field(
         default=True,
         description=(
-            "Whether what is kept is divided by the density, so that its expectation is τ_n."
+            "Whether kept entries are divided by the density, so that their expectation is τ_n."
         ),
     )
     trim: Density = Field(
         default=1.0,
         description=(
-            "Fraction of all entries that is kept of each expert after dropping, those of "
-            "largest magnitude. 1: no trimming; 0.2: the DARE authors' algorithm."
+            "Fraction of all entries that trimming keeps of each expert after dropping: the "
+            "largest. 1: no trimming; 0.2: the DARE authors' algorithm."
         ),
     )
     scope: Literal["model", "tensor"] = Field(
         default="model",
         description=(
-            "Whether an expert is trimmed, and undecided entries take the majority sign, over "
-            "the whole model or over the tensor."
+            "Whether trimming and the majority sign are computed over the whole model or over "
+            "each tensor."
         ),
     )
     reduce: Literal["mean", "sum", "max"] = Field(
@@ -84,7 +84,7 @@ class DARETIES(RowWise):
         default="mass", description="Whether experts vote with their magnitudes or one vote each."
     )
     scale: float = Field(default=1.0, description="Multiplier on the result.")
-    seed: int = Field(default=0, description="Of the masks: same seed, same model.")
+    seed: int = Field(default=0, description="Seed of the random masks: same seed, same model.")
 
     def is_late(self) -> bool:
         """With magnitudes votes seldom cancel; with one vote each they often do."""

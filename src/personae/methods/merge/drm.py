@@ -59,11 +59,11 @@ class DRM(MatrixWise):
     direction: Direction = Field(
         default="horizontal",
         description=(
-            "Stack weights (out, in) side by side or on top of each other; or choose for each "
-            "tensor: `auto:rank` the stack of fewer directions of σ > 0.1 σ₁, "
-            "`auto:orthogonality` the one whose blocks V_t (or U_t) overlap less: the mean of "
-            "|cosine| over pairs of flattened blocks, without Σ, with which both would be the "
-            "same. A tie: vertical."
+            "Stack weights (out, in) side by side (`horizontal`) or on top of each other "
+            "(`vertical`), or choose for each tensor: `auto:rank` takes the stack with fewer "
+            "directions of σ > 0.1 σ₁; `auto:orthogonality` takes the stack whose blocks V_t (or "
+            "U_t, without Σ) overlap less, by the mean of |cosine| over pairs of flattened "
+            "blocks. In a tie: vertical."
         ),
     )
     density: Density = Field(default=0.2, description="Fraction of entries kept by pruning.")
@@ -108,9 +108,9 @@ class DRM(MatrixWise):
     others: Literal["code", "paper"] = Field(
         default="code",
         description=(
-            "Tensors that are no linear layers: `code` elects and averages as above without "
-            "pruning, undecided entries taking the majority over all these tensors; `paper` "
-            "takes Σ_t weight_t τ_t / N."
+            "Tensors that are not linear layers. `code`: elect and average as above without "
+            "pruning; undecided entries take the majority over all these tensors. `paper`: Σ_t "
+            "weight_t τ_t / N."
         ),
     )
     qkv: Literal["stacked", "split"] = Field(

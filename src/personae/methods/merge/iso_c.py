@@ -26,7 +26,7 @@ AverageOver = Literal["side", "rank"]
 
 @merge_method(paper="arXiv:2502.04959")
 class IsoC(MatrixWise):
-    """Give all singular directions of the sum one value, their mean; average other tensors.
+    """Give all singular directions of the sum their mean value; average other tensors.
 
     Σ_n τ_n = U Σ Vᵀ becomes scale · mean(σ) · U Vᵀ.
     """
@@ -36,13 +36,14 @@ class IsoC(MatrixWise):
     degenerates: ClassVar = "weight averaging: the sum is 0 there, up to rounding"
 
     tensors: Tensors = Field(
-        default="matrices", description="Which tensors are merged so; the rest is averaged."
+        default="matrices",
+        description="Which tensors are merged this way; the others are averaged.",
     )
     average_over: AverageOver = Field(
         default="side",
         description=(
-            "Whether the mean of the values is over min(m, d), as published, or over the rank "
-            "of the sum, where that is less."
+            "Whether the mean of the values is over min(m, d), as published, or over the rank of "
+            "the sum, if that is less."
         ),
     )
     scale: float = Field(

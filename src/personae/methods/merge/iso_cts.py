@@ -47,13 +47,14 @@ class IsoCTS(MatrixWise):
         default=0.8, description="Share of the directions that is common."
     )
     tensors: Tensors = Field(
-        default="matrices", description="Which tensors are merged so; the rest is averaged."
+        default="matrices",
+        description="Which tensors are merged this way; the others are averaged.",
     )
     average_over: AverageOver = Field(
         default="side",
         description=(
             "Whether the mean of the values is over min(m, d), as published, or over the "
-            "directions found, where these are fewer."
+            "directions found, if these are fewer."
         ),
     )
     scale: float = Field(

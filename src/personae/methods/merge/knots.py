@@ -63,8 +63,8 @@ class KnOTS(MatrixWise):
     scope: Literal["model", "tensor"] = Field(
         default="model",
         description=(
-            "Whether an expert is trimmed over the whole model (as in the paper) or over each "
-            "tensor apart."
+            "Whether trimming is computed over the whole model (as in the paper) or over each "
+            "tensor."
         ),
     )
     scale: float = Field(
@@ -74,7 +74,7 @@ class KnOTS(MatrixWise):
     singular_cutoff: Cutoff = Field(
         default=1e-5, description="Directions whose singular value is no larger are dropped."
     )
-    seed: int = Field(default=0, description="Of DARE's draws.")
+    seed: int = Field(default=0, description="Seed of the random masks of `dare_ties`.")
 
     def gather(self, experts: int) -> Gathering:
         """The looks of the rule, each at coordinates computed anew."""

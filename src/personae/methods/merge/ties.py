@@ -56,16 +56,16 @@ class TIES(RowWise):
     weight: float | tuple[float, ...] = Field(
         default=1.0,
         description=(
-            "Coefficient of each expert's trimmed task vector, before signs are elected: it "
-            "weighs its vote and its share. The mean divides by how many agree, not by their "
-            "weights, so that weights that are all 2 double the result; a negative one negates."
+            "Coefficient of each expert's trimmed task vector, applied before signs are elected. "
+            "The mean divides by the number of experts that agree, not by the sum of their "
+            "weights: if all weights are 2, the result doubles. A negative weight negates."
         ),
     )
     scope: Literal["model", "tensor"] = Field(
         default="model",
         description=(
-            "Whether an expert is trimmed, and the majority taken, over the whole model (as in "
-            "the paper) or over each tensor apart."
+            "Whether trimming and the majority sign are computed over the whole model (as in the "
+            "paper) or over each tensor."
         ),
     )
     reduce: Literal["mean", "sum", "max"] = Field(

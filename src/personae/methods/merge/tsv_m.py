@@ -41,7 +41,8 @@ class TSVM(MatrixWise):
     side: ClassVar = "both"
 
     tensors: Tensors = Field(
-        default="matrices", description="Which tensors are merged so; the rest is averaged."
+        default="matrices",
+        description="Which tensors are merged this way; the others are averaged.",
     )
     scale: float = Field(
         default=1.0, description="Multiplier on the result, averages included (α in the paper)."

@@ -29,7 +29,7 @@ LearningRate = Annotated[float, Field(gt=0)]
 
 @merge_method(paper="arXiv:2503.08099")
 class WUDI(MatrixWise):
-    """Descend from the sum of the task vectors towards less interference with each.
+    """Reduce the interference of the sum with each task vector by Adam.
 
     Adam on Σ_n ‖(τ − τ_n) τ_nᵀ‖² / w_n, starting at τ = Σ_n τ_n; experts without a change here
     have no part in it.
@@ -41,8 +41,8 @@ class WUDI(MatrixWise):
     learning_rate: LearningRate = Field(
         default=1e-5,
         description=(
-            "Of Adam (RoBERTa in the original code: 2e-5). No entry moves further than about "
-            "`steps` times this."
+            "Learning rate of Adam (for RoBERTa in the original code: 2e-5). No entry moves "
+            "further than about `steps` times this."
         ),
     )
     steps: Steps = Field(
@@ -55,7 +55,7 @@ class WUDI(MatrixWise):
         default="linear",
         description=(
             "`linear`: all other tensors stay at the base, as in the original code. `matrices`: "
-            "all with two axes are merged so, the rest is averaged."
+            "all with two axes are merged this way, the others are averaged."
         ),
     )
 

@@ -27,7 +27,7 @@ class Linear(RowWise):
     weight: float | tuple[float, ...] = Field(description="Weight of each expert.")
     normalize: bool = Field(
         default=True,
-        description="Whether to divide by the sum of the weights; if not, it has to be 1.",
+        description="Whether to divide by the sum of the weights; if not, it must be 1.",
     )
 
     def check(self, experts: int, has_base: bool) -> str:
