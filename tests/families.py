@@ -1,11 +1,14 @@
 """Tiny families as plain state dicts: quick to make, and every kind of tensor once."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from personae.methods import MergeMethod
 
 State = dict[str, Tensor]
 
@@ -51,3 +54,9 @@ def listing(directory: Path) -> dict[str, bytes | None]:
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
         for path in sorted(directory.rglob("*"))
     }
+
+
+def as_many(method: type[MergeMethod], experts: Mapping[str, Any]) -> dict[str, Any]:
+    """As many of the experts as a method takes beside a base."""
+    takes = len(experts) if method.takes is None else method.takes - (method.needs == "models")
+    return dict(list(experts.items())[:takes])

@@ -75,7 +75,7 @@ def on_toys(path: Path, toys: Toys, folder: Path) -> MergeRecipe:
     content = yaml.safe_load(path.read_text("utf-8"))
     if "base_model" in content:
         content["base_model"] = str(toys.base)
-    for entry, toy in zip(content["models"], toys.experts, strict=True):
+    for entry, toy in zip(content["models"], toys.experts, strict=False):
         entry["name"] = entry.get("name") or Path(entry["model"]).name
         entry["model"] = str(toy)
     replaced = folder / path.name
@@ -89,17 +89,21 @@ def by_hand(recipe: MergeRecipe, toys: Toys, adapters: bool = False) -> State:
     Statistics of adapters are those of the tensors that one of them trains.
     """
     settings, base = recipe.settings, load(toys.base)
-    layers, experts = count_layers(base), len(toys.states)
-    result = dict(base)
+    layers, experts = count_layers(base), len(recipe.experts)
+    result, method = dict(base), settings.merge_method()
     stacks: dict[str, tuple[Site, Tensor]] = {}
     for name, tensor in base.items():
-        stack = torch.stack([state[name].float() for state in toys.states])
+        stack = torch.stack([state[name].float() for state in toys.states[:experts]])
         reference = stack.mean(dim=0) if recipe.base is None else tensor.float()
         if not tensor.is_floating_point() or matches(name, settings.skip):
             continue
         site = Site(name, tuple(tensor.shape), transposed=bool(CONV1D.search(name)))
         stacks[name] = site, stack - reference
         result[name] = reference
+        if method.of_models():
+            first = [reference] if method.needs == "models" and recipe.base else []
+            stacks[name] = site, torch.stack([*first, *stack])
+            result[name] = torch.zeros_like(reference)
     common = settings.for_tensor("", layers, experts)
     is_wide = common.has_looks() and common.looks_at == "model"
     looked_at = [given for given in stacks.values() if not adapters or bool(given[1].any())]
@@ -120,7 +124,8 @@ def test_shipped_recipe_reads_as_it_stands(path: Path) -> None:
     recipe = read_merge_recipe(path)
     assert recipe_kind(path) == "merge"
     assert recipe.settings.merge_method() is MERGE_METHODS[path.stem]
-    assert len(recipe.experts) == 3
+    method = recipe.settings.merge_method()
+    assert len(recipe.experts) == (3 if method.takes is None else method.takes - 1)
     assert recipe.text == path.read_text("utf-8")
     assert not recipe.notes
     first = recipe.text.split("\n#\n")[1].split("\n")[0]

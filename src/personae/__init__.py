@@ -48,7 +48,10 @@ if TYPE_CHECKING:
     from personae.methods.merge.drm import DRM, drm
     from personae.methods.merge.iso_c import IsoC, iso_c
     from personae.methods.merge.iso_cts import IsoCTS, iso_cts
+    from personae.methods.merge.karcher import Karcher, karcher
     from personae.methods.merge.knots import KnOTS, knots
+    from personae.methods.merge.model_stock import ModelStock, model_stock
+    from personae.methods.merge.slerp import SLERP, slerp
     from personae.methods.merge.task_arithmetic import TaskArithmetic, task_arithmetic
     from personae.methods.merge.ties import TIES, ties
     from personae.methods.merge.tsv_m import TSVM, tsv_m
@@ -83,6 +86,12 @@ _HOMES = {
     "IsoCTS": "methods.merge.iso_cts",
     "iso_cts": "methods.merge.iso_cts",
     "KnOTS": "methods.merge.knots",
+    "SLERP": "methods.merge.slerp",
+    "slerp": "methods.merge.slerp",
+    "ModelStock": "methods.merge.model_stock",
+    "model_stock": "methods.merge.model_stock",
+    "Karcher": "methods.merge.karcher",
+    "karcher": "methods.merge.karcher",
     "knots": "methods.merge.knots",
     "TaskArithmetic": "methods.merge.task_arithmetic",
     "task_arithmetic": "methods.merge.task_arithmetic",
@@ -142,6 +151,7 @@ __all__ = [
     "DTS",
     "EMR",
     "MERGE_METHODS",
+    "SLERP",
     "SVD",
     "TIES",
     "TSVM",
@@ -156,10 +166,12 @@ __all__ = [
     "DeltaCoMe",
     "IsoC",
     "IsoCTS",
+    "Karcher",
     "KnOTS",
     "MergeMethod",
     "MergeSettings",
     "MethodError",
+    "ModelStock",
     "OutputError",
     "Pack",
     "PackError",
@@ -188,9 +200,11 @@ __all__ = [
     "inspect",
     "iso_c",
     "iso_cts",
+    "karcher",
     "knots",
     "merge",
     "merge_state_dicts",
+    "model_stock",
     "open_checkpoint",
     "open_composed",
     "pack",
@@ -199,6 +213,7 @@ __all__ = [
     "plan_pack",
     "plan_shapes",
     "remove_task",
+    "slerp",
     "task_arithmetic",
     "text_encoder",
     "ties",

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from toy_vocabularies import model, tokenizer
 
 from families import saved
 from personae.checkpoints import open_checkpoint
@@ -15,6 +14,7 @@ from personae.checkpoints.vocabulary import (
     read_vocabulary,
 )
 from personae.errors import CheckpointError
+from toy_vocabularies import model, tokenizer
 
 
 def test_tokens_of_a_tokenizer_json(tmp_path):

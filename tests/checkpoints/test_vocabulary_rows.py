@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_vocabularies import model
 
 from personae.checkpoints import open_checkpoint
 from personae.checkpoints.vocabulary_rows import ModelRows, WithRows, settle
 from personae.errors import CheckpointError
+from toy_vocabularies import model
 
 
 def test_a_token_the_base_lacks_has_the_mean_of_those_who_have_it_as_reference():

@@ -119,7 +119,9 @@ def test_an_expert_without_a_name(work):
 
 
 def test_a_method_of_mergekit_alone(work):
-    refused("methods slerp", "'slerp' is a method of mergekit that personae does not have. Known:")
+    refused(
+        "methods nuslerp", "'nuslerp' is a method of mergekit that personae does not have. Known:"
+    )
 
 
 def test_several_faults_at_once(work):

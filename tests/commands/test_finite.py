@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from families import State, saved
+from families import State, as_many, saved
 from personae.commands.compose import compose
 from personae.commands.merge import merge
 from personae.commands.pack import pack
@@ -48,7 +48,7 @@ def finite(folder: Path) -> bool:
 )
 def test_merges(tmp_path, method, size, dtype):
     base, experts = family(tmp_path, size, dtype)
-    work = Work(workers=1)
+    experts, work = as_many(MERGE_METHODS[method], experts), Work(workers=1)
     try:
         merge(base, experts, tmp_path / "out", settings=MergeSettings(method=method), work=work)
     except PersonaeError as error:

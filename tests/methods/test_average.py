@@ -41,7 +41,9 @@ def test_weights_that_sum_to_nothing_are_refused_before_and_while_merging():
     weight = (0.1, 0.2, -0.3)  # 5.6e-17 in floating point
     text = re.escape("0.1, 0.2, -0.3 sum to 0. Change one, or set normalize to false.")
     faults = Faults()
-    build(lookup(MERGE_METHODS, "linear"), {"weight": weight}).check_experts(3, faults)
+    build(lookup(MERGE_METHODS, "linear"), {"weight": weight}).check_experts(
+        3, faults, has_base=True
+    )
     with pytest.raises(MethodError, match=text):
         faults.raise_if_any(MethodError)
     with pytest.raises(MethodError, match=text):
@@ -52,7 +54,7 @@ def test_weights_that_sum_to_nothing_are_refused_before_and_while_merging():
 def test_weights_that_would_scale_the_model_are_refused_without_a_base():
     built = build(lookup(MERGE_METHODS, "average"), {"weight": 0.6, "normalize": False})
     with_base, without = Faults(), Faults()
-    built.check_experts(2, with_base)
+    built.check_experts(2, with_base, has_base=True)
     built.check_experts(2, without, has_base=False)
     assert not with_base.messages
     assert without.messages == [
@@ -63,7 +65,9 @@ def test_weights_that_would_scale_the_model_are_refused_without_a_base():
 
 def test_a_wrong_number_of_weights_is_told_before_their_sum():
     faults = Faults()
-    build(lookup(MERGE_METHODS, "average"), {"weight": (1.0, -1.0)}).check_experts(3, faults)
+    build(lookup(MERGE_METHODS, "average"), {"weight": (1.0, -1.0)}).check_experts(
+        3, faults, has_base=True
+    )
     assert faults.messages == [
         "weight has 2 values for 3 experts. Give one an expert, or a single one for all."
     ]

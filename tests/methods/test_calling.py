@@ -8,7 +8,7 @@ import torch
 from gather import settings_of
 
 import personae
-from families import saved, small_base, tuned
+from families import as_many, saved, small_base, tuned
 from personae import (
     DTS,
     TIES,
@@ -59,7 +59,7 @@ def test_function_and_object_are_one(name: str):
     function = getattr(personae, name)
     assert getattr(personae, cls.__name__) is cls
     assert function.__name__ == name and cls.summary in function.__doc__
-    stack = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    stack = torch.randn(cls.takes or 3, 7, 5, generator=torch.Generator().manual_seed(0))
     before = stack.clone()
     assert torch.equal(function(stack), cls()(stack))
     assert torch.equal(stack, before)
@@ -114,6 +114,7 @@ def test_state_dicts_merge_as_checkpoints_do(
     if cls.needs == "adapters":
         pytest.skip("merges adapters alone")
     base, experts = _family(dtype)
+    experts = as_many(cls, experts)
     method = build(cls, settings_of(cls))
     before = {name: {n: t.clone() for n, t in state.items()} for name, state in experts.items()}
     merged = merge_state_dicts(base, experts, method)

@@ -42,7 +42,7 @@ def test_more_marks_than_experts_are_refused_beforehand():
     faults = Faults()
     entry = lookup(MERGE_METHODS, "consensus")
     for settings in ({}, {"at_least": 3}):
-        build(entry, settings).check_experts(2, faults)
+        build(entry, settings).check_experts(2, faults, has_base=True)
     assert faults.messages == [
         "consensus: at_least is 3, and there are 2 expert(s), so that no entry could be kept. "
         "Give at most 2."

@@ -167,6 +167,6 @@ def test_linear_refuses_what_would_be_no_model():
         ({"weight": 0.3, "normalize": False}, "sum to 0.6, which would scale the whole model"),
     ):
         faults = Faults()
-        build(lookup(MERGEKIT_METHODS, "linear"), settings).check_experts(2, faults)
+        build(lookup(MERGEKIT_METHODS, "linear"), settings).check_experts(2, faults, has_base=True)
         with pytest.raises(MethodError, match=text):
             faults.raise_if_any(MethodError)

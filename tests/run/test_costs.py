@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from families import State, saved
+from families import State, as_many, saved
 from memory_count import peak_bytes
 from personae._types import TensorSpec
 from personae.commands import merge as merging
@@ -156,7 +156,8 @@ METHODS = sorted(set(MERGE_METHODS) - {"core_space"})  # of adapters alone
 def test_a_merge_takes_what_is_planned(method: str, paths: dict[str, str], tmp_path: Path):
     parameters = {"steps": 2} if method == "wudi" else {}
     settings = MergeSettings(method=method, parameters=parameters)
-    with open_to_merge(paths["base"], {n: paths[n] for n in EXPERTS}, settings) as family:
+    experts = as_many(MERGE_METHODS[method], {n: paths[n] for n in EXPERTS})
+    with open_to_merge(paths["base"], experts, settings) as family:
         job = prepare(family, settings)
         statistics = merging._statistics(job, tmp_path, Work(workers=1))  # pyright: ignore[reportPrivateUsage]
         undecided, cpu = UndecidedEntries(tmp_path), torch.device("cpu")

@@ -320,8 +320,11 @@ def _merge_rows(
         return reference, faults, "+"
     changed = asked and any_entry(stack)  # before the method, which may work in place
     told = left_open.of(chunk, reference) if left_open is not None else None
-    merged = method.apply(stack, statistics, site, told)
-    value = merged + reference
+    if method.of_models():
+        stack = stacks.models(method, stack, reference)
+        value = method.apply(stack, statistics, site)
+    else:
+        value = method.apply(stack, statistics, site, told) + reference
     if told is not None:
         told.done()
         asked = asked and not told.count  # what is decided late changes them

@@ -63,6 +63,11 @@ def merge_state_dicts(
             for fault in job.stacks.faults(stack, chunk, reference):
                 faults.add(fault)
         faults.raise_if_any(CheckpointError)
+        if method.of_models():
+            read = [
+                (chunk, job.stacks.models(method, stack, reference), torch.zeros(()))
+                for chunk, stack, reference in read
+            ]
         statistics = None
         if method.has_looks() and method.looks_at == "model":
             seen = [(job.stacks.site(chunk), stack) for chunk, stack, _ in read]

@@ -81,6 +81,18 @@ class Stacks:
                 place.copy_(self._expert(deltas, chunk)).sub_(reference)
         return stack, reference
 
+    def models(
+        self,
+        method: MergeMethod,
+        stack: Float[Tensor, "expert ..."],
+        reference: Float[Tensor, "..."],
+    ) -> Float[Tensor, "model ..."]:
+        """The models that a method needs, of deltas (which are overwritten) and reference; fp32."""
+        stack += reference
+        if method.needs == "models" and self._family.has_base:
+            return torch.cat([reference[None], stack])
+        return stack
+
     def combined(
         self, chunk: Chunk, coefficients: Sequence[float], *, compare: bool = False
     ) -> tuple[Float[Tensor, "..."], bool] | None:

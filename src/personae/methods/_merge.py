@@ -140,9 +140,12 @@ class MergeMethod(Parameters, ABC):
     """Whose algorithm it is."""
     order_free: ClassVar[bool] = True
     """Whether the order of experts does not matter (beyond rounding)."""
-    needs: ClassVar[Literal["deltas", "base", "adapters"]] = "deltas"
+    needs: ClassVar[Literal["deltas", "base", "adapters", "models", "experts"]] = "deltas"
     """`deltas`: task vectors, or difference vectors where there is no base. `base`: task vectors
-    alone. `adapters`: task vectors of LoRA adapters."""
+    alone. `adapters`: task vectors of LoRA adapters. `models`: the models themselves, the base
+    first where there is one, and a model comes out. `experts`: the same without the base."""
+    takes: ClassVar[int | None] = None
+    """How many of these it takes; None for any number."""
     degenerates: ClassVar[str] = ""
     """On difference vectors, what it amounts to; empty if to nothing simpler."""
     looks: ClassVar[int] = 0
@@ -163,19 +166,20 @@ class MergeMethod(Parameters, ABC):
 
         Args:
             task_vectors: (expert, *shape), or one array an expert: tensors or numpy arrays of any
-                floating dtype; computed in fp32.
+                floating dtype; computed in fp32. The models' own tensors where it needs those.
             name: The tensor's name, by which methods tell embeddings from linear layers and draw
                 their masks.
 
         Returns:
-            The merged task vector, (*shape), in the dtype and of the kind of what was given.
+            The merged task vector (or model), (*shape), in the dtype and of the kind of what was
+            given.
 
         Raises:
             MethodError: These are no task vectors, or parameters are not one an expert.
         """
         stack = _stacked(self.name, task_vectors)
         faults = Faults()
-        self.check_experts(len(stack), faults)
+        self.check_experts(len(stack), faults, has_base=not self.of_models())
         faults.raise_if_any(MethodError)
         site = Site(name, tuple(stack.shape[1:]))
         merged = self.apply(stack.float().contiguous(), site=site).to(stack.dtype)
@@ -236,6 +240,11 @@ class MergeMethod(Parameters, ABC):
     def is_late(self) -> bool:
         """Whether so few entries wait for its late looks that it is merged before them."""
         return False
+
+    @classmethod
+    def of_models(cls) -> bool:
+        """Whether it is given models, and not task vectors."""
+        return cls.needs in ("models", "experts")
 
     @classmethod
     def has_looks(cls) -> bool:

@@ -43,8 +43,11 @@ class Parameters(BaseModel):
         """Its parameters, by their names in recipes."""
         return {field.alias or name: field for name, field in cls.model_fields.items()}
 
-    def check_experts(self, experts: int, faults: Faults, *, has_base: bool = True) -> None:
-        """Add a fault for each parameter whose values are not one an expert, or the check's."""
+    def check_experts(self, experts: int, faults: Faults, *, has_base: bool | None) -> None:
+        """Add a fault for each parameter whose values are not one an expert, or the check's.
+
+        That is not asked while nobody knows whether there is a base (None).
+        """
         sound = True
         for name, value in self.model_dump(by_alias=True).items():
             if isinstance(value, tuple) and len(value) != experts:
@@ -53,7 +56,7 @@ class Parameters(BaseModel):
                     f"{name} has {len(value)} values for {experts} experts. "
                     "Give one an expert, or a single one for all."
                 )
-        fault = self.check(experts, has_base) if sound and experts else ""
+        fault = self.check(experts, has_base) if sound and experts and has_base is not None else ""
         if fault:
             faults.add(fault)
 

@@ -71,7 +71,14 @@ def _listed_base(file: MergeFile) -> list[Entry]:
 
 
 def _averaged_base(file: MergeFile, remarks: list[str]) -> list[Entry]:
-    """The base as a model to average: listed with a weight; for mergekit one of all is enough."""
+    """The base as a model to average: listed with a weight; for mergekit one of all is enough.
+
+    For a mean of models that knows no base, listed is enough.
+    """
+    method = MERGE_METHODS.get(file.merge_method)
+    if method is not None and method.needs == "experts" and _listed_base(file):
+        remarks.append("The base is under 'models': it is averaged as the other models are.")
+        return _listed_base(file)
     if file.base_model is None or file.merge_method not in NEEDS_NO_REFERENCE:
         return []
     weighted, listed = "weight" in file.parameters, _listed_base(file)
@@ -91,6 +98,9 @@ def _averaged_base(file: MergeFile, remarks: list[str]) -> list[Entry]:
 def _counted_base(file: MergeFile, remarks: list[str]) -> Iterator[Fault]:
     """What is wrong with parameters of the base where it is no expert."""
     if file.merge_method in NEEDS_NO_REFERENCE:
+        return
+    method = MERGE_METHODS.get(file.merge_method)
+    if method is not None and method.needs == "experts":
         return
     for n, entry in _listed_base(file):
         if entry.parameters and file.merge_method in _LEAVES_ZEROS_OUT:

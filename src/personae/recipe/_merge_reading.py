@@ -179,7 +179,7 @@ def _vector(
         return file.vector or "task"
     if file.base_model is not None:  # averaged as the experts are
         return "difference"
-    no_reference = method is None or method.name in NEEDS_NO_REFERENCE
+    no_reference = method is None or method.of_models() or method.name in NEEDS_NO_REFERENCE
     return file.vector or ("difference" if no_reference else "task")
 
 

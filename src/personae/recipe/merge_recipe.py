@@ -24,9 +24,9 @@ from personae.recipe._values import Values, filters_of, fits, is_gradient, is_sc
 
 _MERGEKIT_ALONE = frozenset(
     {
-        *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "karcher"),
-        *("model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram"),
-        *("ramplus_tl", "sce", "slerp"),
+        *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear"),
+        *("multislerp", "nearswap", "nuslerp", "passthrough", "ram"),
+        *("ramplus_tl", "sce"),
     }
 )
 
@@ -70,7 +70,7 @@ class MergeSettings(Strict):
             RecipeError: if parameters are not one an expert.
         """
         faults, given = Faults(), method.model_dump(by_alias=True)
-        method.check_experts(experts, faults)
+        method.check_experts(experts, faults, has_base=None)
         faults.raise_if_any(RecipeError)
         owns = {name: value for name, value in given.items() if isinstance(value, tuple)}
         return cls(
@@ -107,7 +107,8 @@ class MergeSettings(Strict):
         values = self.parameters
         if self.expert_parameters or not all(map(is_scalar, values.values())):
             values = self._parameters().at(name, layers, experts)
-        return _build(self.method, self.conventions, experts, tuple(values.items()))
+        has_base = self.vector == "task"
+        return _build(self.method, self.conventions, experts, has_base, tuple(values.items()))
 
     def check(self, experts: Sequence[str]) -> None:
         """Find every fault that can be known without a tensor.
@@ -243,7 +244,11 @@ def refuse_mergekit_alone(name: str) -> None:
 
 @lru_cache(maxsize=4096)
 def _build(
-    method: str, conventions: Conventions, experts: int, values: tuple[tuple[str, Any], ...]
+    method: str,
+    conventions: Conventions,
+    experts: int,
+    has_base: bool,
+    values: tuple[tuple[str, Any], ...],
 ) -> MergeMethod:
     """A method with validated parameters, made once for all tensors at which they are the same.
 
@@ -252,7 +257,7 @@ def _build(
     """
     built = build(find_method(method, conventions), dict(values))
     faults = Faults()
-    built.check_experts(experts, faults)
+    built.check_experts(experts, faults, has_base=has_base)
     faults.raise_if_any(MethodError)
     return built
 

@@ -151,10 +151,12 @@ def _share_of_item(
 
 def _share(measure: Measure, method: MergeMethod, stacks: Stacks, chunk: Chunk) -> Tensor:
     part = _sampled(chunk, measure.sample)
-    stack, _ = stacks.read(part, reuse=True)
+    stack, reference = stacks.read(part, reuse=True)
     faults = stacks.faults(stack, part)
     if faults:
         raise NotFinite(faults)
+    if method.of_models():
+        stack = stacks.models(method, stack, reference)
     return measure.tally(stack, method, stacks.site(part))
 
 

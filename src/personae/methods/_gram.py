@@ -1,0 +1,73 @@
+"""Linear methods that find their coefficients in the models: a tensor's Gram matrix tells them."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from numpy import ndarray
+from torch import Tensor
+
+from personae.methods._entries import weighted_sum
+from personae.methods._merge import Gathering, Linear, Measure, Scope, Statistics
+from personae.methods._site import Site
+from personae.methods._undecided import Undecided
+
+_BLOCK = 1 << 16
+"""Entries of each model that are held in fp64 at once."""
+
+
+class FromGram(Linear):
+    """Σ c_n x_n of what it is given, models or task vectors; c from all inner products ⟨x_n, x_m⟩.
+
+    Lengths and angles are all that is needed of a tensor: one pass in fp64, and a second to sum.
+    """
+
+    looks: ClassVar[int] = 1
+    default_scope: ClassVar[Scope] = "tensor"
+
+    @abstractmethod
+    def solve(self, gram: Float64[ndarray, "model model"]) -> Float64[ndarray, " model"]:
+        """The coefficients, from the inner products of one tensor of each model."""
+        ...
+
+    def coefficients(self, experts: int) -> None:
+        """They are another tensor by tensor."""
+        return None
+
+    def gather(self, experts: int) -> Gathering:
+        """One look: the inner products."""
+        gram = yield Measure("inner products", _inner_products)
+        return {"coefficients": torch.from_numpy(self.solve(gram.numpy()))}
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        return weighted_sum(task_vectors, tuple(statistics["coefficients"].tolist()))
+
+
+def _inner_products(vectors: Float[Tensor, "model ..."], _: Any, __: Site) -> Tensor:
+    entries = vectors.detach().reshape(len(vectors), vectors[0].numel()).cpu()
+    gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for block in entries.split(_BLOCK, dim=1):
+        exact = block.double()
+        gram += exact @ exact.T
+    return gram
+
+
+def lengths(gram: Float64[ndarray, "model model"]) -> Float64[ndarray, " model"]:
+    """The models' Euclidean norms."""
+    return np.sqrt(np.diagonal(gram))
+
+
+def cosines(gram: Float64[ndarray, "model model"]) -> Float64[ndarray, "model model"]:
+    """Cosines of the angles between models; 0 with one that is all zeros."""
+    norms = lengths(gram)
+    norms[norms == 0] = np.inf
+    return np.clip(gram / np.outer(norms, norms), -1, 1)
