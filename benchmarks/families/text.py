@@ -93,16 +93,15 @@ def main(
 
     def expert(task: Task) -> nn.Module:
         model = with_new_head(base, task, seed)
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            train(
-                model,
-                task.train,
-                epochs=epochs * effort(task.name),
-                learning_rate=1e-4,
-                head_learning_rate=2e-3,
-                seed=seed,
-                progress=say,
-            )
+        train(
+            model,
+            task.train,
+            epochs=epochs * effort(task.name),
+            learning_rate=1e-4,
+            head_learning_rate=2e-3,
+            seed=seed,
+            progress=say,
+        )
         return model
 
     def save(model: nn.Module, directory: Path) -> None:
