@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from personae.commands.merge_plan import plan_merge
     from personae.commands.pack import add_tasks, pack, pack_many, remove_task
     from personae.commands.pack_plan import plan_pack, plan_shapes
+    from personae.commands.packed import AMR, LazyExpert, Pack, PackedTask
     from personae.commands.state_dicts import merge_state_dicts
     from personae.commands.unpack import unpack
     from personae.commands.verify import verify
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
     from personae.methods.merge.ties import TIES, ties
     from personae.methods.merge.tsv_m import TSVM, tsv_m
     from personae.methods.merge.wudi import WUDI, wudi
-    from personae.packs.reader import Pack
     from personae.recipe import MergeSettings, PackSettings
     from personae.run.work import Work
 
@@ -119,7 +119,10 @@ _HOMES = {
     "Codec": "methods",
     "MergeMethod": "methods",
     "merge_state_dicts": "commands.state_dicts",
-    "Pack": "packs.reader",
+    "AMR": "commands.packed",
+    "LazyExpert": "commands.packed",
+    "Pack": "commands.packed",
+    "PackedTask": "commands.packed",
     "Work": "run.work",
     "Weighting": "commands.weighting",
     "add_tasks": "commands.pack",
@@ -143,6 +146,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AMR",
     "CART",
     "CODECS",
     "DARE",
@@ -168,6 +172,7 @@ __all__ = [
     "IsoCTS",
     "Karcher",
     "KnOTS",
+    "LazyExpert",
     "MergeMethod",
     "MergeSettings",
     "MethodError",
@@ -176,6 +181,7 @@ __all__ = [
     "Pack",
     "PackError",
     "PackSettings",
+    "PackedTask",
     "PersonaeError",
     "RecipeError",
     "TALLMask",

@@ -1,6 +1,7 @@
 """The words shared by every layer: tensor descriptions and bounded numbers."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -14,6 +15,9 @@ Density = Annotated[float, Field(gt=0, le=1)]
 
 RankFraction = Annotated[float, Field(gt=0, le=1)]
 """Singular directions kept as a fraction of min(m, d), in (0, 1]: r of DTS."""
+
+Characteristics = Mapping[str, str | Sequence[str]]
+"""Task name to what the task is about: class names, or a description."""
 
 Parts = dict[str, Tensor]
 """What a codec stores for one tensor: part name to a 1-D tensor (uint8, int32 or floating)."""

@@ -24,13 +24,13 @@ from personae import PackSettings
 from personae.checkpoints import open_checkpoint
 from personae.commands.inspect import inspect_pack
 from personae.commands.pack import add_tasks, pack, remove_task, settings_of
+from personae.commands.packed import Pack
 from personae.commands.reference import open_reference
 from personae.commands.unpack import companions_of, unpack
 from personae.commands.verify import verify
 from personae.errors import PackError, PersonaeError
 from personae.methods import CODECS
 from personae.packs.manifest import checksum
-from personae.packs.reader import Pack
 from personae.run.rebuilt import Rebuilt, left_in_words
 from personae.run.work import Work
 

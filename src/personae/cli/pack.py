@@ -12,8 +12,8 @@ from personae.cli.texts import described
 from personae.commands.describe import describe as describe_tasks
 from personae.commands.inspect import inspect_pack
 from personae.commands.pack import add_tasks, pack_many, remove_task
+from personae.commands.packed import Pack
 from personae.errors import RecipeError
-from personae.packs.reader import Pack
 from personae.recipe import PackRecipe, PackSettings, settings_from
 from personae.run.work import Work
 

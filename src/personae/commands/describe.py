@@ -1,17 +1,15 @@
 """What the tasks of a pack are about: said by whoever packs, or read from a config's labels."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from personae._small_files import read_json
+from personae._types import Characteristics
+from personae.commands.packed import Pack
 from personae.errors import Faults, PackError, RecipeError, nearest
-from personae.packs.reader import Pack
 from personae.packs.writer import PackWriter
 from personae.writers import locked
-
-Characteristics = Mapping[str, str | Sequence[str]]
-"""Task name to what the task is about: class names, or a description."""
 
 _NO_NAME = re.compile(r"LABEL_\d+")
 

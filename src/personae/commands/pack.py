@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from personae._types import Characteristics
 from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.naming import is_safe_name
 from personae.commands.add_experts import add_experts, codec_for
-from personae.commands.describe import Characteristics, checked
+from personae.commands.describe import checked
 from personae.commands.pack_plan import check_no_base_needed, pack_notes, pack_settings, plan_family
+from personae.commands.packed import Pack
 from personae.commands.reference import (
     check_fingerprint,
     make_reference,
@@ -20,7 +22,6 @@ from personae.errors import CheckpointError, Faults, PackError, RecipeError
 from personae.family.opened import Family, open_family
 from personae.methods import Codec
 from personae.packs.manifest import MANIFEST_NAME, REFERENCE, TASKS, Manifest
-from personae.packs.reader import Pack
 from personae.packs.soundness import own_path
 from personae.packs.writer import RESUME, PackWriter, resume
 from personae.recipe import PackSettings, settings_from
