@@ -1,0 +1,96 @@
+"""Compiled loops over entries, in NumPy arrays: what row-wise methods are made of.
+
+Numba is loaded when the first of them is used. Blocks of entries are to be few enough for the cache
+of a core, and many beside the cost of a call, a microsecond.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from personae.errors import MethodError
+
+if TYPE_CHECKING:
+    from personae.kernels.draws import drop
+    from personae.kernels.magnitudes import (
+        census,
+        count_ties,
+        drop_ties,
+        sample,
+        sum_magnitudes,
+        trim,
+    )
+    from personae.kernels.signs import (
+        elect_by_count,
+        elect_by_mass,
+        max_agreeing,
+        mean_agreeing,
+        sum_agreeing,
+        take,
+        weighted_mean_agreeing,
+    )
+    from personae.kernels.stored import add_multiple, store, store_sum, subtract, widen
+    from personae.kernels.sums import keep_marked, multi_task_vector, weighted_sum
+
+_HOMES = {
+    "draws": ("drop",),
+    "magnitudes": ("census", "count_ties", "drop_ties", "sample", "sum_magnitudes", "trim"),
+    "signs": (
+        "elect_by_count",
+        "elect_by_mass",
+        "max_agreeing",
+        "mean_agreeing",
+        "sum_agreeing",
+        "take",
+        "weighted_mean_agreeing",
+    ),
+    "stored": ("add_multiple", "store", "store_sum", "subtract", "widen"),
+    "sums": ("keep_marked", "multi_task_vector", "weighted_sum"),
+}
+
+__all__ = [
+    "add_multiple",
+    "census",
+    "count_ties",
+    "drop",
+    "drop_ties",
+    "elect_by_count",
+    "elect_by_mass",
+    "keep_marked",
+    "max_agreeing",
+    "mean_agreeing",
+    "multi_task_vector",
+    "sample",
+    "store",
+    "store_sum",
+    "subtract",
+    "sum_agreeing",
+    "sum_magnitudes",
+    "take",
+    "trim",
+    "weighted_mean_agreeing",
+    "weighted_sum",
+    "widen",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Find a loop, and keep it for the next time.
+
+    Raises:
+        AttributeError: if there is no such loop.
+        MethodError: if Numba cannot be loaded.
+    """
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'personae.kernels' has no attribute '{name}'")
+    try:
+        module = importlib.import_module(f"personae.kernels.{home}")
+    except ImportError as error:
+        if not (error.name or "").startswith(("numba", "llvmlite")):
+            raise
+        raise MethodError(
+            f"This method runs in compiled loops, and Numba cannot be loaded: {error}. "
+            "Install it with: pip install numba"
+        ) from error
+    globals()[name] = found = getattr(module, name)
+    return found

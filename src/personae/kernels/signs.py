@@ -1,0 +1,169 @@
+"""Electing one sign an entry, and merging the experts that agree with it (TIES, steps 2 and 3).
+
+Sums go over the experts in order, entry by entry, so that how entries are cut into blocks changes
+nothing.
+"""
+
+import numpy as np
+from numpy import ndarray
+
+from personae.kernels._compile import as_bits, as_number, kernel
+from personae.kernels.stored import F32, MAGNITUDE, U32
+
+_WORD = 8
+
+
+@kernel
+def elect_by_mass(kept: ndarray, signs: ndarray, undecided: ndarray) -> tuple[int, int]:
+    """Elect sgn Σ_n kept_np. Sums within rounding of 0 are summed again in fp64.
+
+    So the order of experts flips no sign.
+
+    Args:
+        kept: What was kept of each expert, weighted, 0 where nothing was: (expert, entry), fp32.
+        signs: Filled with the elected signs, 1, -1 or, where nobody votes or wins, 0; fp32.
+        undecided: Filled with the entries on which experts vote and none wins, ascending; int64.
+
+    Returns:
+        How many are undecided; entries that elect + minus entries that elect -.
+    """
+    experts, entries = kept.shape
+    # What rounding may make of a sum, in units of the largest vote. All bits that some experts have
+    # make a number no less than each of theirs.
+    rounding = F32(experts * (experts + 2) * 2.0**-23)
+    total = np.empty(entries, np.float32)
+    largest = np.empty(entries, np.uint32)
+    first = kept[0]
+    for i in range(entries):
+        total[i] = first[i]
+        largest[i] = as_bits(first[i])
+    for n in range(1, experts):
+        row = kept[n]
+        for i in range(entries):
+            total[i] += row[i]
+            largest[i] |= as_bits(row[i])
+    doubtful = np.zeros(_words(entries) * _WORD, np.uint8)
+    for i in range(entries):
+        sum_ = total[i]
+        vote = as_number(U32(largest[i] & MAGNITUDE))
+        plus = F32(1) if sum_ > F32(0) else F32(0)
+        signs[i] = F32(-1) if sum_ < F32(0) else plus
+        is_sure = (abs(sum_) > vote * rounding) & (abs(sum_) < F32(np.inf))
+        doubtful[i] = (~is_sure) & (vote != F32(0))
+    found = 0
+    marked = doubtful.view(np.uint64)
+    for word in range(marked.size):
+        if marked[word]:
+            for i in range(word * _WORD, word * _WORD + _WORD):
+                if doubtful[i]:
+                    exact = 0.0
+                    for n in range(experts):
+                        exact += np.float64(kept[n, i])
+                    signs[i] = F32(exact > 0) - F32(exact < 0)
+                    if exact == 0:
+                        undecided[found] = i
+                        found += 1
+    return found, _sum_of_signs(signs)
+
+
+@kernel
+def elect_by_count(kept: ndarray, signs: ndarray, undecided: ndarray) -> tuple[int, int]:
+    """As `elect_by_mass`, with one vote each."""
+    experts, entries = kept.shape
+    total = np.zeros(entries, np.int32)
+    anyone = np.zeros(entries, np.uint32)
+    for n in range(experts):
+        row = kept[n]
+        for i in range(entries):
+            total[i] += np.int32(row[i] > F32(0)) - np.int32(row[i] < F32(0))
+            anyone[i] |= as_bits(row[i])
+    found = 0
+    for i in range(entries):
+        signs[i] = F32(total[i] > 0) - F32(total[i] < 0)
+        undecided[found] = i
+        found += (total[i] == 0) & (U32(anyone[i] & MAGNITUDE) != U32(0))
+    return found, _sum_of_signs(signs)
+
+
+@kernel
+def sum_agreeing(kept: ndarray, signs: ndarray, merged: ndarray) -> None:
+    """Σ_n of the kept_np whose sign is the elected one; 0 where there is none."""
+    experts, entries = kept.shape
+    merged[:] = F32(0)
+    for n in range(experts):
+        row = kept[n]
+        for i in range(entries):
+            vote = row[i] * signs[i]
+            merged[i] += vote if vote > F32(0) else F32(0)
+    for i in range(entries):
+        merged[i] *= signs[i]
+
+
+@kernel
+def mean_agreeing(kept: ndarray, signs: ndarray, merged: ndarray) -> None:
+    """The mean of the kept_np whose sign is the elected one; 0 where there is none."""
+    experts, entries = kept.shape
+    merged[:] = F32(0)
+    agreeing = np.zeros(entries, np.float32)
+    for n in range(experts):
+        row = kept[n]
+        for i in range(entries):
+            vote = row[i] * signs[i]
+            merged[i] += vote if vote > F32(0) else F32(0)
+            agreeing[i] += F32(1) if vote > F32(0) else F32(0)
+    for i in range(entries):
+        count = agreeing[i]
+        merged[i] = merged[i] * signs[i] / (count if count > F32(1) else F32(1))
+
+
+@kernel
+def max_agreeing(kept: ndarray, signs: ndarray, merged: ndarray) -> None:
+    """Of the kept_np whose sign is the elected one that of largest magnitude; 0 if there is none."""
+    experts, entries = kept.shape
+    merged[:] = F32(0)
+    for n in range(experts):
+        row = kept[n]
+        for i in range(entries):
+            vote = row[i] * signs[i]
+            merged[i] = vote if vote > merged[i] else merged[i]
+    for i in range(entries):
+        merged[i] *= signs[i]
+
+
+@kernel
+def weighted_mean_agreeing(
+    kept: ndarray, signs: ndarray, weights: ndarray, merged: ndarray
+) -> None:
+    """`sum_agreeing` over the sum of the weights (fp32) of the experts that agree."""
+    experts, entries = kept.shape
+    merged[:] = F32(0)
+    divisor = np.zeros(entries, np.float32)
+    for n in range(experts):
+        row, weight = kept[n], weights[n]
+        for i in range(entries):
+            vote = row[i] * signs[i]
+            merged[i] += vote if vote > F32(0) else F32(0)
+            divisor[i] += F32(vote > F32(0)) * weight
+    for i in range(entries):
+        merged[i] = merged[i] * signs[i] / (divisor[i] + F32(divisor[i] == F32(0)))
+
+
+@kernel
+def take(kept: ndarray, entries: ndarray, taken: ndarray) -> None:
+    """Copy some entries of every expert."""
+    for n in range(kept.shape[0]):
+        for i in range(entries.size):
+            taken[n, i] = kept[n, entries[i]]
+
+
+@kernel
+def _sum_of_signs(signs: ndarray) -> int:
+    total = np.int32(0)
+    for i in range(signs.size):
+        total += np.int32(signs[i])
+    return total
+
+
+@kernel
+def _words(entries: int) -> int:
+    return -(-entries // _WORD)
