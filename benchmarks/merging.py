@@ -127,7 +127,7 @@ def recipe(root: Path, method: str, ours: bool) -> Path:
     """Write the recipe of one method, for us or for mergekit."""
     given = METHODS[method]
     models: list[dict[str, Any]] = [
-        {"model": str(root / name), "parameters": given["parameters"]} for name in EXPERTS
+        {"model": str(root / name), "parameters": dict(given["parameters"])} for name in EXPERTS
     ]
     content: dict[str, Any] = {
         "merge_method": given["merge_method"],

@@ -87,7 +87,7 @@ def test_equals_loops(task_vectors: torch.Tensor, threshold: float, at_least: in
 def test_blocks_of_entries_are_free(size: int, monkeypatch: pytest.MonkeyPatch):
     task_vectors = torch.randn(3, 7, 11, generator=torch.Generator().manual_seed(0))
     whole = merge(task_vectors)
-    monkeypatch.setattr("personae.methods._entries.BLOCK", size)
+    monkeypatch.setattr("personae.methods._deltas.BLOCK", size)
     assert torch.equal(merge(task_vectors), whole)
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from peft.utils import merge_utils
 
+from drawn_masks import give_masks, keep_mask
 from personae.methods import MERGE_METHODS, Site, build, lookup
-from personae.ops.draws import keep_mask, kept_values
+from personae.ops.draws import kept_values
 
 stacks = hnp.arrays(np.float32, (3, 4, 5), elements=st.integers(-99, 99)).map(torch.from_numpy)
 
@@ -25,12 +26,7 @@ def merge(method: str, task_vectors: torch.Tensor, **settings: Any) -> torch.Ten
 @pytest.fixture
 def masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given masks in place of drawn ones."""
-    given = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 0, 1]]).bool().numpy()
-
-    def mask(_: int, start: int, count: int, *, expert: int, **__: Any) -> np.ndarray:
-        return given[expert, start : start + count]
-
-    monkeypatch.setattr("personae.methods._dropping.keep_mask", mask)
+    give_masks(monkeypatch, [[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 0, 1]])
 
 
 #                                kept           times weight / density 1/4

@@ -5,7 +5,7 @@ import torch
 from gather import EVERY_METHOD, find, merge_model, settings_of
 from matrices import adapters, products
 
-from personae.methods import Site, _entries, build
+from personae.methods import Site, _deltas, build
 from pretend_device import DEVICE, PretendDevice
 
 SHAPES = [(4, 6), (5,), (), (2, 3, 2, 2), (6, 4)]
@@ -170,7 +170,7 @@ def test_rows_cut_apart_merge_as_the_whole_does(
     for key, (site, stack) in whole.items():
         monkeypatch.undo()
         expected = built.apply(stack, statistics, site)
-        monkeypatch.setattr(_entries, "BLOCK", 36)
+        monkeypatch.setattr(_deltas, "BLOCK", 36)
         own = cut_statistics or built.statistics(pieces[key])
         merged = [built.apply(part, own, place) for place, part in pieces[key]]
         joined = torch.cat(merged) if stack.ndim > 1 else merged[0]

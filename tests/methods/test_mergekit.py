@@ -3,11 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gather import merge_model
 
+from drawn_masks import give_masks
 from personae.errors import Faults, MethodError
 from personae.methods import MERGEKIT_METHODS, Site, build, lookup
 
@@ -124,12 +124,7 @@ def test_ties_restores_the_norm_if_asked_to():
 @pytest.fixture
 def masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given masks in place of drawn ones."""
-    given = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 0, 1]]).bool().numpy()
-
-    def mask(_: int, start: int, count: int, *, expert: int, **__: Any) -> np.ndarray:
-        return given[expert, start : start + count]
-
-    monkeypatch.setattr("personae.methods._dropping.keep_mask", mask)
+    give_masks(monkeypatch, [[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 0, 1]])
 
 
 @pytest.mark.usefixtures("masks")

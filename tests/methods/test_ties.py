@@ -145,7 +145,7 @@ def test_whole_model_with_many_entries_and_ties(monkeypatch: pytest.MonkeyPatch)
     for task_vectors in model:
         task_vectors.view(4, -1)[1::2, ::3] = -task_vectors.view(4, -1)[::2, ::3]
     expected = naive_ties(model, 0.4)
-    monkeypatch.setattr("personae.methods._entries.BLOCK", 37)
+    monkeypatch.setattr("personae.methods._deltas.BLOCK", 37)
     merged = merge_model("ties", model, {"density": 0.4})
     for ours, theirs in zip(merged, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=3e-7, atol=0)

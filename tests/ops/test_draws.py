@@ -1,13 +1,24 @@
-"""Random masks: their statistics, and what they depend on."""
+"""Random masks: NumPy's numbers, their statistics, and what they depend on."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from personae.ops.draws import DRAW_VALUES, keep_mask, kept_values
+from drawn_masks import keep_mask as by_numpy
+from personae import kernels
+from personae.ops.draws import DRAW_VALUES, Draws, kept_values
 
-WHOLE = keep_mask(kept_values(0.3), 0, 4000, seed=1, name="a.weight", expert=2)
+
+def keep_mask(kept: int, start: int, count: int, **stream: object) -> np.ndarray:
+    """What is kept of entries that are all 1."""
+    row = np.ones(count, np.float32)
+    state, skipped = Draws(**stream).at(start, count)  # type: ignore[arg-type]
+    kernels.drop(row, state, skipped, kept, np.float32(1))
+    return row == 1
+
+
+WHOLE = by_numpy(kept_values(0.3), 0, 4000, seed=1, name="a.weight", expert=2)
 
 
 @given(st.integers(0, 4000), st.integers(0, 4000))
@@ -15,6 +26,25 @@ def test_an_entry_has_one_draw_wherever_rows_are_cut(start: int, stop: int):
     start, stop = sorted((start, stop))
     part = keep_mask(kept_values(0.3), start, stop - start, seed=1, name="a.weight", expert=2)
     assert np.array_equal(part, WHOLE[start:stop])
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=9), st.integers(0, 9))
+def test_a_stream_goes_on_from_block_to_block(counts: list[int], start: int):
+    draws = Draws(seed=1, name="a.weight", expert=2)
+    for count in counts:
+        row = np.ones(count, np.float32)
+        kernels.drop(row, *draws.at(start, count), kept_values(0.3), np.float32(1))
+        assert np.array_equal(row == 1, WHOLE[start : start + count])
+        start += count
+
+
+def test_what_is_kept_is_multiplied():
+    row = np.arange(40, dtype=np.float32)
+    state, skipped = Draws(seed=7, name="x", expert=1).at(6, 40)
+    kernels.drop(row, state, skipped, kept_values(0.2), np.float32(-0.5))
+    kept = np.zeros(40)
+    kept[[7, 11, 23, 30, 32, 33, 35, 36]] = 1  # as recorded below
+    assert np.array_equal(row, -0.5 * kept * np.arange(40))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +84,3 @@ def test_draws_are_these():
     """Recorded: a recipe gives the same model with every version, on every machine."""
     kept = np.flatnonzero(keep_mask(kept_values(0.2), 6, 40, seed=7, name="x", expert=1))
     assert kept.tolist() == [7, 11, 23, 30, 32, 33, 35, 36]
-
-
-def test_everything_is_kept_at_density_one():
-    assert keep_mask(kept_values(1.0), 5, 100, seed=0, name="w", expert=0).all()

@@ -9,18 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from personae.ops.sums import absolute_sum, magnitude_sums, squared_norm, total
+from personae import kernels
+from personae.ops.sums import SUM_BINS, absolute_sum, squared_norm, total
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True)
 vectors = hnp.arrays(np.float32, st.integers(0, 30), elements=floats).map(torch.from_numpy)
 
 
+def magnitude_sums(entries: torch.Tensor) -> torch.Tensor:
+    sums = np.zeros(SUM_BINS, np.int64)
+    kernels.sum_magnitudes(entries.numpy(), sums)
+    return torch.from_numpy(sums)
+
+
 def test_by_hand():
-    # 1.5 and 1 have exponent field 127: units of 2^(112 - 150), 5 · 2^37 of them, whose 26 low bits
-    # are 0: 5 · 2^11 units of 2^(138 - 150). 2^-149 is one unit at field 1.
+    # 1.5 and 1 have exponent field 127: units of 2^(127 - 150), 5 · 2^22 of them. 2^-149 is one
+    # unit at field 1.
     sums = magnitude_sums(torch.tensor([1.5, -1.0, 2.0**-149, 0.0]))
     found = {int(n): int(sums[n]) for n in sums.nonzero()}
-    assert found == {138: 5 * 2**11, 1: 1}
+    assert found == {127: 5 * 2**22, 1: 1}
     assert total(sums) == 2.5
 
 

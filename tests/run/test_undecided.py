@@ -15,7 +15,7 @@ from personae.commands.merge import merge
 from personae.commands.merge_plan import plan_merge
 from personae.errors import OutputError
 from personae.family import chunks
-from personae.methods import MERGE_METHODS, Site, Undecided, build, lookup
+from personae.methods import MERGE_METHODS, DeltaBlocks, Site, Undecided, build, lookup
 from personae.recipe import MergeSettings
 from personae.run import items, undecided
 from personae.run.work import Work
@@ -246,11 +246,14 @@ def test_what_is_left_open_goes_to_files_as_it_grows(tmp_path: Path):
     item = items.Item(0, tuple(chunks.Chunk(spec, row, row + 1) for row in range(3)), whole=False)
     left_open = undecided.UndecidedEntries(tmp_path).of(item)
     for chunk in item.chunks:
-        told = left_open.of(chunk, torch.full((1, 20), 10.0 * chunk.start))
-        told.votes += 5
-        told.add(np.arange(20), torch.full((20,), 2.0), torch.full((20,), -2.0))
+        reference = torch.full((1, 20), 10.0 * chunk.start)
+        blocks = DeltaBlocks([reference, reference], reference)
+        told = left_open.of(chunk, blocks)
+        for _ in blocks:
+            told.votes += 5
+            told.add(np.arange(20), np.full(20, 2, np.float32), np.full(20, -2, np.float32))
         told.done()
-    # 48 bytes for each entry that can wait at once: all 60, as a file is begun anew at 3 + 2^15.
+    # 48 bytes for each entry that can wait at once: all 60, as fewer wait than 3 + 2^14 + a block.
     assert undecided.waiting_bytes(item) == 48 * 60
     left_open.keep()
     written = {path.stem: load_file(path) for path in (tmp_path / ".undecided").iterdir()}

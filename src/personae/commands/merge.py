@@ -18,26 +18,25 @@ from personae.checkpoints.modules import weight_layout
 from personae.checkpoints.naming import shown
 from personae.commands.merge_card import merge_card
 from personae.commands.merge_plan import MergeJob, open_to_merge, plan_job, prepare, settings_for
+from personae.commands.merge_rows import Rows, merge_rows
 from personae.errors import CheckpointError, Faults
 from personae.family.chunks import Chunk
 from personae.family.effects import (
-    PROBED,
     Effect,
     any_entry,
-    differs,
     effect_of,
     without_effect,
 )
-from personae.family.finite import converging
+from personae.family.finite import converging, is_finite
 from personae.family.opened import Family
 from personae.family.vocabulary_files import merged_companions
-from personae.methods import MergeMethod, Statistics
+from personae.methods import MergeMethod, NotFinite, Statistics
 from personae.recipe import MergeSettings
 from personae.run import pool
 from personae.run.items import Item
 from personae.run.output import check_output
-from personae.run.passes import NotFinite, gather_model, gather_tensor
-from personae.run.undecided import LeftOpen, UndecidedEntries
+from personae.run.passes import gather_model, gather_tensor
+from personae.run.undecided import UndecidedEntries
 from personae.run.work import Work
 from personae.writers import (
     JOURNAL,
@@ -274,22 +273,26 @@ def _merge_item(
             method = job.method_of(spec.name)
             try:
                 own = gather_tensor(method, job.stacks, chunks, late=job.decides_late)
-            except NotFinite as error:
-                faults += error.faults
+            except NotFinite:
+                faults += job.stacks.why_not_finite(chunks[0])
                 continue
         for chunk in chunks:
             asked = job.family.has_base and spec.name not in seen
-            merged, found, effect = (
-                _merge_whole(job, own, chunk, device, asked)
-                if item.whole
-                else _merge_rows(job, own, chunk, left_open, asked)
-            )
-            faults += found
-            effects.append(effect)
-            if effect == "+":
+            try:
+                rows = (
+                    _merge_whole(job, own, chunk, device, asked)
+                    if item.whole
+                    else merge_rows(job, own, chunk, left_open, asked)
+                )
+            except NotFinite:
+                faults += job.stacks.why_not_finite(chunk)
+                effects.append("+")
+                continue
+            effects.append(rows.effect)
+            if rows.effect == "+":
                 seen.add(spec.name)
-            if not found:
-                _put(writer, chunk, merged)
+            _put(writer, chunk, rows.value, finite=rows.finite)
+            del rows  # not held beside the next
         if left_open is not None and job.per_tensor and not faults:
             left_open.decide(writer)
     if left_open is not None and job.decides_at_the_end and not faults:
@@ -297,42 +300,8 @@ def _merge_item(
     return faults, "".join(effects)
 
 
-def _merge_rows(
-    job: MergeJob,
-    statistics: Statistics | None,
-    chunk: Chunk,
-    left_open: LeftOpen | None,
-    asked: bool,
-) -> tuple[Tensor, list[str], Effect]:
-    """Rows of the result: reference plus merged deltas, fp32; faults; the effect, if asked for."""
-    stacks, name = job.stacks, chunk.spec.name
-    method, site = job.method_of(name), stacks.site(chunk)
-    coefficients = method.coefficients(stacks.experts)
-    if coefficients is not None and job.is_narrow(name):
-        combined = stacks.combined(chunk, coefficients, compare=asked)
-        if combined is not None:
-            value, apart = combined
-            effect = _effect_of_mean(job, chunk, value, apart) if asked else "+"
-            return value, stacks.faults(value, chunk), effect
-    stack, reference = stacks.read(chunk, reuse=True)
-    faults = stacks.faults(stack, chunk, reference)
-    if faults:
-        return reference, faults, "+"
-    changed = asked and any_entry(stack)  # before the method, which may work in place
-    told = left_open.of(chunk, reference) if left_open is not None else None
-    if method.of_models():
-        stack = stacks.models(method, stack, reference)
-        value = method.apply(stack, statistics, site)
-    else:
-        value = method.apply(stack, statistics, site, told) + reference
-    if told is not None:
-        told.done()
-        asked = asked and not told.count  # what is decided late changes them
-    return value, [], _effect(job, chunk, value, reference, changed) if asked else "+"
-
-
 def _effect(job: MergeJob, chunk: Chunk, value: Tensor, reference: Tensor, changed: bool) -> Effect:
-    """The effect of a chunk whose deltas were at hand, and are 0 or not.
+    """The effect of a matrix whose deltas were at hand, and are 0 or not.
 
     What is lost is rare enough for the experts to be read again: do more than roundings differ?
     """
@@ -342,48 +311,38 @@ def _effect(job: MergeJob, chunk: Chunk, value: Tensor, reference: Tensor, chang
     )
 
 
-def _effect_of_mean(job: MergeJob, chunk: Chunk, value: Tensor, apart: bool) -> Effect:
-    """The effect of a chunk for which the base need not have been read.
-
-    Of models that are all the same nothing can be lost. Else a few entries of the base tell.
-    """
-    if not apart:
-        return "."
-    head, dtype = job.stacks.head(chunk, PROBED), job.dtype_of(chunk.spec.name)
-    few = value[: head.stop - head.start] if chunk.spec.shape else value
-    if differs(few, job.stacks.reference(head), dtype):
-        return "+"
-    return _effect(job, chunk, value, job.stacks.reference(chunk), True)
-
-
 def _merge_whole(
     job: MergeJob,
     statistics: Statistics | None,
     chunk: Chunk,
     device: torch.device,
     asked: bool,
-) -> tuple[Tensor, list[str], Effect]:
-    """A matrix of the result; adapters enter as factors, where the method allows it."""
+) -> Rows:
+    """A matrix of the result; adapters enter as factors, where the method allows it.
+
+    Raises:
+        NotFinite: if a model holds values that are not.
+    """
     name = chunk.spec.name
     method = job.method_of(name)
     stack, site, expand = job.stacks.given(method, chunk, undivided=True)
     reference = job.stacks.reference(chunk).float()
-    faults = job.stacks.faults(stack, chunk, reference)
-    if faults:
-        return reference, faults, "+"
+    if not (is_finite(stack) and is_finite(reference)):
+        raise NotFinite
     changed = asked and any_entry(stack)
     with converging(name):
         merged = method.apply(stack.to(device), statistics, site).cpu()
     value = expand(merged) + reference
-    return value, [], _effect(job, chunk, value, reference, changed) if asked else "+"
+    effect = _effect(job, chunk, value, reference, changed) if asked else "+"
+    return Rows(value, False, effect)
 
 
-def _put(writer: CheckpointWriter, chunk: Chunk, value: Tensor) -> None:
+def _put(writer: CheckpointWriter, chunk: Chunk, value: Tensor, *, finite: bool = False) -> None:
     if chunk.is_whole:
-        writer.write(chunk.spec.name, value)
+        writer.write(chunk.spec.name, value, finite=finite)
     else:
         rows = value[None] if chunk.is_matrix else value
-        writer.write_rows(chunk.spec.name, chunk.start, rows)
+        writer.write_rows(chunk.spec.name, chunk.start, rows, finite=finite)
 
 
 def _weights_of(checkpoint: Checkpoint) -> list[Any]:

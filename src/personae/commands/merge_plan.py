@@ -19,7 +19,7 @@ from personae.family.chunks import Chunk, whole_or_matrices
 from personae.family.opened import Family, open_family
 from personae.family.stacks import Stacks
 from personae.family.vocabularies import MergedVocabulary, merge_vocabularies
-from personae.methods import MergeMethod
+from personae.methods import Entrywise, MergeMethod, stored_bytes
 from personae.recipe import MergeSettings, count_layers
 from personae.run import pool
 from personae.run.items import Item, items
@@ -114,6 +114,14 @@ class MergeJob:
         if chunk.spec.name not in self.merged:
             return 8 * chunk.numel
         experts = self.stacks.experts
+        in_blocks = issubclass(self.method, Entrywise) and not self.method.of_models()
+        if not undivided and in_blocks:
+            name = chunk.spec.name
+            narrow = self.method_of(name).coefficients(experts) if self.is_narrow(name) else None
+            dtype = self.dtype_of(name)
+            cast = 0 if stored_bytes(dtype) == dtype.itemsize else dtype.itemsize
+            written = (stored_bytes(dtype) + cast) * chunk.numel
+            return self.stacks.blocks_bytes(chunk, narrow) + written
         if not undivided:
             return self.method.row_bytes(chunk.numel, experts)
         method = self.method_of(chunk.spec.name)

@@ -51,10 +51,10 @@ class Deltas:
             return None
         return self.alignment.checkpoint.factors(self.alignment.files[name])
 
-    def stored(self, name: str) -> bool:
-        """Whether the expert's values lie in its file as they are, in 16 bits or fewer."""
-        spec = self.alignment.spec(name)
-        return spec.dtype.itemsize <= 2 and adapter_of(self.alignment.checkpoint) is None
+    @property
+    def is_stored(self) -> bool:
+        """Whether the expert's values lie in its file as they are: it is no adapter."""
+        return adapter_of(self.alignment.checkpoint) is None
 
     def read_dtype(self, name: str) -> torch.dtype:
         """What the expert's values are read in: the dtype stored, or an adapter's sums in fp32."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from personae.checkpoints import Checkpoint
@@ -17,7 +17,15 @@ from personae.family.deltas import Deltas
 from personae.family.effects import Effect, differs
 from personae.family.finite import beyond_fp32, is_finite, not_finite
 from personae.family.opened import Family
-from personae.methods import Factors, Given, MergeMethod, Site
+from personae.methods import (
+    DeltaBlocks,
+    Factors,
+    Given,
+    MergeMethod,
+    NotFinite,
+    Site,
+    stored_bytes,
+)
 from personae.ops.layout import transposed_weights
 
 
@@ -93,34 +101,57 @@ class Stacks:
             return torch.cat([reference[None], stack])
         return stack
 
-    def combined(
-        self, chunk: Chunk, coefficients: Sequence[float], *, compare: bool = False
-    ) -> tuple[Float[Tensor, "..."], bool] | None:
-        """(1 - Σ c_n) θ₀ + Σ c_n θ_n of a chunk, fp32; the base is not read if that is 0.
+    def blocks(self, chunk: Chunk) -> DeltaBlocks:
+        """The deltas of a chunk, and the reference's values, a block of entries at a time.
 
-        None where the experts' values are not simply stored in 16 bits, as of adapters, and for
-        vocabularies that differ. Beside it, where they are to be compared, whether the models read
-        are not all the same.
+        Straight from the models' own values, where these are stored and all have them. Iterating
+        raises `NotFinite` where a delta is not finite.
+
+        Raises:
+            NotFinite: if one is that of an adapter or has no base.
         """
-        name, rest = chunk.spec.name, 1.0 - math.fsum(coefficients)
-        needs_base = abs(rest) > 1e-12
-        if needs_base and not self._family.has_base:
+        if not self._are_stored(chunk):
+            stack, reference = self.read(chunk, reuse=True)
+            if not (is_finite(stack) and is_finite(reference)):
+                raise NotFinite
+            return DeltaBlocks(stack, reference, are_deltas=True)
+        models = (self._expert(deltas, chunk) for deltas in self._deltas)
+        return DeltaBlocks(models, _rows(self._reference, chunk.spec.name, chunk))
+
+    def blocks_bytes(self, chunk: Chunk, coefficients: Sequence[float] | None) -> int:
+        """Memory of `blocks`, or of `summands` if there are coefficients and they are taken."""
+        name = chunk.spec.name
+        base, dtypes = self._reference.specs[name].dtype, [d.read_dtype(name) for d in self._deltas]
+        if coefficients is None or not self.is_sum(chunk, coefficients) or _of_base(coefficients):
+            dtypes.append(base)
+        converted = [dtype.itemsize for dtype in dtypes if stored_bytes(dtype) != dtype.itemsize]
+        if self._are_stored(chunk):
+            own = sum(map(stored_bytes, dtypes)) + max(converted, default=0)
+        else:
+            own = 4 * self.experts + 8 + max(dtype.itemsize for dtype in dtypes)
+        return own * chunk.numel + DeltaBlocks.working_bytes(chunk.numel, self.experts)
+
+    def summands(
+        self, chunk: Chunk, coefficients: Sequence[float]
+    ) -> list[tuple[Shaped[Tensor, "..."], float]] | None:
+        """Models of which (1 - Σ c_n) θ₀ + Σ c_n θ_n consists, as stored, each with its factor.
+
+        The base is not read if its is 0. None where the experts' values are not simply stored in
+        16 bits, as of adapters, and for vocabularies that differ.
+        """
+        if not self.is_sum(chunk, coefficients):
             return None
-        if self._rows_present(chunk) is not None or not all(d.stored(name) for d in self._deltas):
-            return None
-        values = self._stack(chunk, reuse=True)[0]
-        total = torch.zeros(chunk.shape)
-        first, apart = None, False
-        if needs_base:
-            first = _rows(self._reference, name, chunk)
-            total.add_(values.copy_(first), alpha=rest)
-        for coefficient, deltas in zip(coefficients, self._deltas, strict=True):
-            own = self._expert(deltas, chunk)
-            total.add_(values.copy_(own), alpha=coefficient)
-            if compare and not apart:
-                first = own if first is None else first
-                apart = own.dtype != first.dtype or differs(own, first, first.dtype)
-        return total, apart
+        own = (self._expert(deltas, chunk) for deltas in self._deltas)
+        found = list(zip(own, coefficients, strict=True))
+        rest = _of_base(coefficients)
+        return [(_rows(self._reference, chunk.spec.name, chunk), rest), *found] if rest else found
+
+    def is_sum(self, chunk: Chunk, coefficients: Sequence[float]) -> bool:
+        """Whether there are `summands`, known from headers."""
+        name = chunk.spec.name
+        narrow = all(d.is_stored and d.read_dtype(name).itemsize <= 2 for d in self._deltas)
+        given = self._family.has_base or not _of_base(coefficients)
+        return narrow and given and self._rows_present(chunk) is None
 
     def head(self, chunk: Chunk, entries: int) -> Chunk:
         """The first rows of a chunk: at least one, and so many entries at least if it has them."""
@@ -215,6 +246,14 @@ class Stacks:
             self._finite.add(key)
         if finite and (reference is None or math.isfinite(float(reference.sum()))):
             return []
+        found = self._named(chunk)
+        return found if is_finite(stack) else found or [beyond_fp32(chunk.spec.name)]
+
+    def why_not_finite(self, chunk: Chunk) -> list[str]:
+        """The same of a chunk of which it is known that something is not finite."""
+        return self._named(chunk) or [beyond_fp32(chunk.spec.name)]
+
+    def _named(self, chunk: Chunk) -> list[str]:
         name, found = chunk.spec.name, list[str]()
         if self._family.has_base:
             found += not_finite("The base", name, self._reference.read(name))
@@ -222,9 +261,7 @@ class Stacks:
             raw = deltas.alignment.files[name]
             tensor = deltas.alignment.checkpoint.read(raw)
             found += not_finite(f"Expert '{deltas.alignment.name}'", raw, tensor)
-        if found or is_finite(stack):
-            return found
-        return [beyond_fp32(name)]
+        return found
 
     def _stack(self, chunk: Chunk, reuse: bool) -> Float[Tensor, "expert ..."]:
         shape = (self.experts, *chunk.shape)
@@ -234,6 +271,11 @@ class Stacks:
         if held is None or held.numel() < math.prod(shape):
             self._own.stack = held = torch.empty(math.prod(shape))
         return held[: math.prod(shape)].view(shape)
+
+    def _are_stored(self, chunk: Chunk) -> bool:
+        """Whether all deltas are those of values stored in full, known from headers."""
+        stored = self._family.has_base and all(deltas.is_stored for deltas in self._deltas)
+        return stored and self._rows_present(chunk) is None
 
     def _rows_present(
         self, chunk: Chunk
@@ -276,3 +318,9 @@ def _rows(checkpoint: Checkpoint, name: str, chunk: Chunk) -> Tensor:
         return checkpoint.read(name)
     rows = checkpoint.read_rows(name, chunk.start, chunk.stop)
     return rows[0] if chunk.is_matrix else rows
+
+
+def _of_base(coefficients: Sequence[float]) -> float:
+    """1 - Σ c_n, 0 if that is rounding."""
+    rest = 1.0 - math.fsum(coefficients)
+    return rest if abs(rest) > 1e-12 else 0.0

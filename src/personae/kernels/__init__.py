@@ -24,8 +24,8 @@ if TYPE_CHECKING:
         elect_by_mass,
         max_agreeing,
         mean_agreeing,
+        reduce_either,
         sum_agreeing,
-        take,
         weighted_mean_agreeing,
     )
     from personae.kernels.stored import add_multiple, store, store_sum, subtract, widen
@@ -39,8 +39,8 @@ _HOMES = {
         "elect_by_mass",
         "max_agreeing",
         "mean_agreeing",
+        "reduce_either",
         "sum_agreeing",
-        "take",
         "weighted_mean_agreeing",
     ),
     "stored": ("add_multiple", "store", "store_sum", "subtract", "widen"),
@@ -59,13 +59,13 @@ __all__ = [
     "max_agreeing",
     "mean_agreeing",
     "multi_task_vector",
+    "reduce_either",
     "sample",
     "store",
     "store_sum",
     "subtract",
     "sum_agreeing",
     "sum_magnitudes",
-    "take",
     "trim",
     "weighted_mean_agreeing",
     "weighted_sum",
@@ -78,7 +78,8 @@ def __getattr__(name: str) -> Any:
 
     Raises:
         AttributeError: if there is no such loop.
-        MethodError: if Numba cannot be loaded.
+        ImportError: if something else than Numba cannot be loaded.
+        MethodError: if Numba cannot be.
     """
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is None:

@@ -17,14 +17,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import config
 from numba.core.caching import FunctionCache
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
+Number = float | np.float32
+intrinsic: Any = _intrinsic
+"""Makes an instruction of a function that gives its types and builds it; loops call it as typed."""
 
+_CONFIG: Any = numba.config  # pyright: ignore[reportPrivateImportUsage]
 _log = logging.getLogger(__name__)
 
 
@@ -51,19 +55,19 @@ class _Kept(FunctionCache):
 
 def _kept(plain: Callable[..., Any]) -> FunctionCache:
     """Where the code of a function is kept; other users of Numba keep theirs where they like."""
-    before = config.CACHE_DIR
-    config.CACHE_DIR = _cache_directory()
+    before = _CONFIG.CACHE_DIR
+    _CONFIG.CACHE_DIR = _cache_directory()
     try:
         return _Kept(plain)
     finally:
-        config.CACHE_DIR = before
+        _CONFIG.CACHE_DIR = before
 
 
 @cache
 def _cache_directory() -> str | None:
     """A directory that can be written to, named after all loops' text; None if there is none."""
-    if config.CACHE_DIR:
-        return config.CACHE_DIR
+    if _CONFIG.CACHE_DIR:
+        return _CONFIG.CACHE_DIR
     sources = sorted(Path(__file__).parent.glob("*.py"))
     text = b"".join(source.read_bytes() for source in sources)
     try:

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy import ndarray
 
-from personae.kernels._compile import kernel, multiply_add
+from personae.kernels._compile import Number, kernel, multiply_add
 from personae.kernels.stored import F32
 
 U64 = np.uint64
@@ -11,7 +11,7 @@ _MULTIPLIER = U64(0x2360_ED05_1FC6_5DA4), U64(0x4385_DF64_9FCC_F645)
 
 
 @kernel
-def drop(row: ndarray, state: ndarray, skipped: int, kept: int, factor: float) -> None:
+def drop(row: ndarray, state: ndarray, skipped: int, kept: int, factor: Number) -> None:
     """Multiply what is kept by the factor, and everything else by 0.
 
     Args:

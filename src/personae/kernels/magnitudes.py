@@ -3,7 +3,7 @@
 import numpy as np
 from numpy import ndarray
 
-from personae.kernels._compile import as_bits, kernel
+from personae.kernels._compile import Number, as_bits, kernel
 from personae.kernels.stored import F32, MAGNITUDE, U32
 
 _WORD = 8
@@ -22,14 +22,14 @@ def trim(deltas: ndarray, limits: ndarray, weights: ndarray) -> None:
 
 
 @kernel
-def drop_ties(row: ndarray, level: float, first: int) -> None:
+def drop_ties(row: ndarray, level: Number, first: int) -> None:
     """Set entries of exactly this magnitude to 0, from the entry `first` on."""
     for i in range(first, row.size):
         row[i] = F32(0) if abs(row[i]) == level else row[i]
 
 
 @kernel
-def count_ties(row: ndarray, level: float, first: int, width: int, counts: ndarray) -> None:
+def count_ties(row: ndarray, level: Number, first: int, width: int, counts: ndarray) -> None:
     """Count entries, those above the level, and those that equal it, in bins of their positions.
 
     Args:

@@ -11,6 +11,8 @@ from personae.kernels._compile import as_bits, as_number, kernel
 from personae.kernels.stored import F32, MAGNITUDE, U32
 
 _WORD = 8
+_NOTHING = F32(-0.0)
+"""What sums begin with: added to it, a zero keeps its sign."""
 
 
 @kernel
@@ -89,12 +91,12 @@ def elect_by_count(kept: ndarray, signs: ndarray, undecided: ndarray) -> tuple[i
 def sum_agreeing(kept: ndarray, signs: ndarray, merged: ndarray) -> None:
     """Σ_n of the kept_np whose sign is the elected one; 0 where there is none."""
     experts, entries = kept.shape
-    merged[:] = F32(0)
+    merged[:] = _NOTHING
     for n in range(experts):
         row = kept[n]
         for i in range(entries):
             vote = row[i] * signs[i]
-            merged[i] += vote if vote > F32(0) else F32(0)
+            merged[i] += vote if vote >= F32(0) else F32(0)
     for i in range(entries):
         merged[i] *= signs[i]
 
@@ -103,13 +105,13 @@ def sum_agreeing(kept: ndarray, signs: ndarray, merged: ndarray) -> None:
 def mean_agreeing(kept: ndarray, signs: ndarray, merged: ndarray) -> None:
     """The mean of the kept_np whose sign is the elected one; 0 where there is none."""
     experts, entries = kept.shape
-    merged[:] = F32(0)
+    merged[:] = _NOTHING
     agreeing = np.zeros(entries, np.float32)
     for n in range(experts):
         row = kept[n]
         for i in range(entries):
             vote = row[i] * signs[i]
-            merged[i] += vote if vote > F32(0) else F32(0)
+            merged[i] += vote if vote >= F32(0) else F32(0)
             agreeing[i] += F32(1) if vote > F32(0) else F32(0)
     for i in range(entries):
         count = agreeing[i]
@@ -118,7 +120,7 @@ def mean_agreeing(kept: ndarray, signs: ndarray, merged: ndarray) -> None:
 
 @kernel
 def max_agreeing(kept: ndarray, signs: ndarray, merged: ndarray) -> None:
-    """Of the kept_np whose sign is the elected one that of largest magnitude; 0 if there is none."""
+    """The largest kept_np in magnitude of those whose sign is the elected one; 0 where none is."""
     experts, entries = kept.shape
     merged[:] = F32(0)
     for n in range(experts):
@@ -136,24 +138,42 @@ def weighted_mean_agreeing(
 ) -> None:
     """`sum_agreeing` over the sum of the weights (fp32) of the experts that agree."""
     experts, entries = kept.shape
-    merged[:] = F32(0)
+    merged[:] = _NOTHING
     divisor = np.zeros(entries, np.float32)
     for n in range(experts):
         row, weight = kept[n], weights[n]
         for i in range(entries):
             vote = row[i] * signs[i]
-            merged[i] += vote if vote > F32(0) else F32(0)
+            merged[i] += vote if vote >= F32(0) else F32(0)
             divisor[i] += F32(vote > F32(0)) * weight
     for i in range(entries):
         merged[i] = merged[i] * signs[i] / (divisor[i] + F32(divisor[i] == F32(0)))
 
 
 @kernel
-def take(kept: ndarray, entries: ndarray, taken: ndarray) -> None:
-    """Copy some entries of every expert."""
-    for n in range(kept.shape[0]):
+def reduce_either(
+    kept: ndarray, entries: ndarray, mean: bool, largest: bool, either: ndarray
+) -> None:
+    """What the experts of either sign come to at a few entries: their mean, largest, or sum.
+
+    Args:
+        kept: As for `elect_by_mass`.
+        entries: Which; int64.
+        mean: Whether it is the mean.
+        largest: Whether it is the one of largest magnitude.
+        either: Filled with what the positive ones make and the negative ones; fp32 (2, entry).
+    """
+    for side in range(2):
+        sign = F32(1 - 2 * side)
         for i in range(entries.size):
-            taken[n, i] = kept[n, entries[i]]
+            total, agreeing = F32(0), F32(0)
+            for n in range(kept.shape[0]):
+                vote = kept[n, entries[i]] * sign
+                if vote > F32(0):
+                    total = max(total, vote) if largest else total + vote
+                    agreeing += F32(1)
+            total *= sign
+            either[side, i] = total / agreeing if mean and agreeing > F32(0) else total
 
 
 @kernel
@@ -161,7 +181,7 @@ def _sum_of_signs(signs: ndarray) -> int:
     total = np.int32(0)
     for i in range(signs.size):
         total += np.int32(signs[i])
-    return total
+    return int(total)
 
 
 @kernel

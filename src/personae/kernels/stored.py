@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import overload
 from numpy import ndarray
 
-from personae.kernels._compile import as_bits, as_number, fused, kernel
+from personae.kernels._compile import Number, as_bits, as_number, fused, kernel
 
 U32 = np.uint32
 F32 = np.float32
@@ -96,11 +96,11 @@ def subtract(stored: ndarray, reference: ndarray, deltas: ndarray) -> int:
         delta = widened(stored[i]) - reference[i]
         deltas[i] = delta
         most = max(most, U32(as_bits(delta) & MAGNITUDE))
-    return most
+    return int(most)
 
 
 @kernel
-def add_multiple(stored: ndarray, coefficient: float, total: ndarray) -> None:
+def add_multiple(stored: ndarray, coefficient: Number, total: ndarray) -> None:
     """Add a multiple of stored values to a total in fp32; each sum is rounded once."""
     for i in range(stored.size):
         total[i] = fused(widened(stored[i]), coefficient, total[i])
@@ -114,7 +114,7 @@ def store(values: ndarray, stored: ndarray) -> int:
         value = values[i]
         stored[i] = rounded(value, stored[i])
         most = max(most, U32(as_bits(value) & MAGNITUDE))
-    return most
+    return int(most)
 
 
 @kernel
@@ -125,4 +125,4 @@ def store_sum(merged: ndarray, reference: ndarray, stored: ndarray) -> int:
         value = merged[i] + reference[i]
         stored[i] = rounded(value, stored[i])
         most = max(most, U32(as_bits(value) & MAGNITUDE))
-    return most
+    return int(most)

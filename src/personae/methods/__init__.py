@@ -6,7 +6,17 @@ import pkgutil
 from personae.methods import codecs, merge, mergekit
 from personae.methods._blocks import block_bits, block_layout, decode_block, encode_block, misfits
 from personae.methods._codec import Bits, Codec, Context, Facts, Look, Treatment, look
+from personae.methods._deltas import (
+    BLOCK,
+    INFINITY,
+    ROUNDS_TO_INFINITY,
+    DeltaBlocks,
+    NotFinite,
+    as_stored,
+    stored_bytes,
+)
 from personae.methods._merge import (
+    Entrywise,
     Factors,
     Gathering,
     Given,
@@ -35,15 +45,20 @@ for _package in (codecs, merge, mergekit):
 
 __all__ = [
     "ALIASES",
+    "BLOCK",
     "CODECS",
+    "INFINITY",
     "MERGEKIT_METHODS",
     "MERGE_METHODS",
     "METHODS_BY_CONVENTIONS",
+    "ROUNDS_TO_INFINITY",
     "Bits",
     "Block",
     "Codec",
     "Context",
     "Conventions",
+    "DeltaBlocks",
+    "Entrywise",
     "Factors",
     "Facts",
     "Gathering",
@@ -51,11 +66,13 @@ __all__ = [
     "Look",
     "Measure",
     "MergeMethod",
+    "NotFinite",
     "Parameters",
     "Site",
     "Statistics",
     "Treatment",
     "Undecided",
+    "as_stored",
     "block_bits",
     "block_layout",
     "build",
@@ -69,4 +86,5 @@ __all__ = [
     "misfits",
     "percent_hint",
     "stacked_matrices",
+    "stored_bytes",
 ]

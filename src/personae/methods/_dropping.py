@@ -1,20 +1,23 @@
 """What the DARE methods share: entries dropped at random, and what is left made up for it."""
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from collections.abc import Iterator
 
-from personae.methods._entries import Fill, PerExpert, blocks
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from personae import kernels
+from personae.methods._deltas import DeltaBlocks
+from personae.methods._entries import Fill, PerExpert
 from personae.methods._parameters import one_each
 from personae.methods._site import Site
-from personae.ops.draws import DRAW_VALUES, keep_mask, kept_values
+from personae.ops.draws import DRAW_VALUES, Draws, kept_values
 
 
 def dropper(
     site: Site, *, density: PerExpert, weight: PerExpert, rescale: bool, seed: int, experts: int
 ) -> Fill:
-    """`fill(start, rows, kept)` for `ballots`: what is kept of each expert, rescaled and weighted.
+    """Keeps entries at random, rescaled and weighted.
 
     With `rescale` what is kept is divided by the probability of keeping it, exactly that of the
     mask, so that its expectation is the task vector.
@@ -24,43 +27,30 @@ def dropper(
         each * DRAW_VALUES / kept if rescale else each
         for each, kept in zip(one_each(weight, experts), kept_of, strict=True)
     ]
+    draws = [
+        Draws(seed=seed, name=site.name, expert=n) if kept < DRAW_VALUES else None
+        for n, kept in enumerate(kept_of)
+    ]
 
-    def fill(start: int, rows: list[Tensor], targets: Tensor) -> None:
-        for expert, (row, target) in enumerate(zip(rows, targets, strict=True)):
-            kept = kept_of[expert]
-            if kept == DRAW_VALUES:
-                target.copy_(row)
-            else:
-                first = site.start + start
-                mask = keep_mask(kept, first, len(row), seed=seed, name=site.name, expert=expert)
-                np.copyto(target.numpy(), mask)  # numbers multiply faster than flags do
-                target.mul_(row)
-            if factors[expert] != 1:
-                target.mul_(factors[expert])
+    def fill(start: int, deltas: Float[ndarray, "expert entry"]) -> None:
+        for row, kept, factor, numbers in zip(deltas, kept_of, factors, draws, strict=True):
+            if numbers is not None:
+                state, skipped = numbers.at(site.start + start, row.size)
+                kernels.drop(row, state, skipped, kept, np.float32(factor))
+            elif factor != 1:
+                row *= np.float32(factor)
 
     return fill
 
 
-def dropped(
-    task_vectors: Float[Tensor, "expert *shape"], fill: Fill
-) -> Float[Tensor, "expert entry"]:
-    """What `fill` keeps of the experts."""
-    kept = torch.empty(len(task_vectors), task_vectors[0].numel())
-    for start, rows in blocks(task_vectors):
-        fill(start, rows, kept[:, start : start + len(rows[0])])
-    return kept
-
-
-def dropped_sum(
-    task_vectors: Float[Tensor, "expert *shape"], fill: Fill, scale: float
-) -> Float[Tensor, "*shape"]:
+def dropped_sums(
+    blocks: DeltaBlocks, fill: Fill, scale: float
+) -> Iterator[Float[ndarray, " entry"]]:
     """What `fill` keeps of the experts, added up in their order, times `scale`."""
-    merged = torch.empty(task_vectors[0].numel())
-    for start, rows in blocks(task_vectors):
-        kept = torch.empty(len(rows), len(rows[0]))
-        fill(start, rows, kept)
-        total = kept[0]
-        for row in kept[1:]:
-            total += row
-        torch.mul(total, scale, out=merged[start : start + len(total)])
-    return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)
+    ones = np.ones(blocks.experts, np.float32)
+    for start, deltas in blocks:
+        fill(start, deltas)
+        total = np.empty(deltas.shape[1], np.float32)
+        kernels.weighted_sum(deltas, ones, total)
+        total *= np.float32(scale)
+        yield total

@@ -1,6 +1,7 @@
 """Linear methods that find their coefficients in the models: a tensor's Gram matrix tells them."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,13 +10,11 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
-from personae.methods._entries import weighted_sum
+from personae.methods._deltas import DeltaBlocks, delta_blocks
+from personae.methods._entries import weighted_sums
 from personae.methods._merge import Gathering, Linear, Measure, Scope, Statistics
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
-
-_BLOCK = 1 << 16
-"""Entries of each model that are held in fp64 at once."""
 
 
 class FromGram(Linear):
@@ -24,6 +23,7 @@ class FromGram(Linear):
     Lengths and angles are all that is needed of a tensor: one pass in fp64, and a second to sum.
     """
 
+    rows: ClassVar[tuple[int, int]] = (0, 20)
     looks: ClassVar[int] = 1
     default_scope: ClassVar[Scope] = "tensor"
 
@@ -41,22 +41,22 @@ class FromGram(Linear):
         gram = yield Measure("inner products", _inner_products)
         return {"coefficients": torch.from_numpy(self.solve(gram.numpy()))}
 
-    def merge(
+    def merge_blocks(
         self,
-        task_vectors: Float[Tensor, "expert *shape"],
+        blocks: DeltaBlocks,
         statistics: Statistics,
         site: Site,
         undecided: Undecided | None = None,
-    ) -> Float[Tensor, "*shape"]:
-        """See `MergeMethod.merge`."""
-        return weighted_sum(task_vectors, tuple(statistics["coefficients"].tolist()))
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """See `Entrywise.merge_blocks`."""
+        return weighted_sums(blocks, tuple(statistics["coefficients"].tolist()))
 
 
-def _inner_products(vectors: Float[Tensor, "model ..."], _: Any, __: Site) -> Tensor:
-    entries = vectors.detach().reshape(len(vectors), vectors[0].numel()).cpu()
-    gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    for block in entries.split(_BLOCK, dim=1):
-        exact = block.double()
+def _inner_products(vectors: Tensor | DeltaBlocks, _: Any, __: Site) -> Tensor:
+    blocks = delta_blocks(vectors)
+    gram = torch.zeros(blocks.experts, blocks.experts, dtype=torch.float64)
+    for _, block in blocks:
+        exact = torch.from_numpy(block).double()
         gram += exact @ exact.T
     return gram
 

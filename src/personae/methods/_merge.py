@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import (
@@ -18,10 +18,12 @@ from typing import (
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy import ndarray
 from numpy.typing import NDArray
 from torch import Tensor
 
 from personae.errors import Faults, MethodError
+from personae.methods._deltas import DeltaBlocks, delta_blocks, joined
 from personae.methods._matrices import is_matrix
 from personae.methods._parameters import Parameters
 from personae.methods._site import Site
@@ -95,8 +97,9 @@ class Measure(NamedTuple):
     Attributes:
         name: What is measured, for progress and records.
         tally: `tally(task_vectors, method, site)`, the share of the entries given; shares are
-            summed over all tensors, and over blocks of rows where the method is entry-wise.
-            int64, or floating (then summed in the order of tensors and rows).
+            summed over all tensors, and over rows where the method is entry-wise. Entry-wise
+            methods take the task vectors by `delta_blocks`: they may be `DeltaBlocks`. int64, or
+            floating (then summed in the order of tensors and rows).
         applies: Whether a tensor is looked at.
         sample: Looks at about one row in so many, spread over all tensors: enough for a guess.
         late: Whether it may be answered by None: the method merges all the same, telling in an
@@ -104,7 +107,7 @@ class Measure(NamedTuple):
     """
 
     name: str
-    tally: Callable[[Tensor, Any, Site], Tensor]
+    tally: Callable[[Any, Any, Site], Tensor]
     applies: Callable[[Any, Site], bool] = _everywhere
     sample: int = 1
     late: bool = False
@@ -159,7 +162,8 @@ class MergeMethod(Parameters, ABC):
     """Whether it has a look that may be answered late, and takes `undecided`."""
     rows: ClassVar[tuple[int, int]] = (4, 36)
     """Peak memory of merging rows, their stack left out: in bytes an entry of the stack, and beside
-    that in bytes an entry of one expert (the reference's values and the cast result included)."""
+    that in bytes an entry of one expert (the reference's values and the cast result included). That
+    of `Entrywise` methods follows from how models are stored."""
 
     def __call__(self, task_vectors: Stack, *, name: str = "") -> Any:
         """Merge the task vectors of one tensor, all in memory; reads and writes no file.
@@ -343,10 +347,44 @@ class MergeMethod(Parameters, ABC):
         return gathered(self.gather(len(model[0][1])), answer)
 
 
-class Linear(MergeMethod):
-    """Σ c_n τ_n, with coefficients for the whole tensor."""
+class Entrywise(MergeMethod):
+    """Each entry of the result from that entry of the task vectors, and statistics."""
 
-    rows: ClassVar[tuple[int, int]] = (0, 16)
+    @abstractmethod
+    def merge_blocks(
+        self,
+        blocks: DeltaBlocks,
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """As `merge`, a block of entries at a time.
+
+        Args:
+            blocks: The task vectors; the method may work in them.
+            statistics: What the method's looks told.
+            site: Which tensor, and where in it the first entry is.
+            undecided: As for `merge`.
+
+        Returns:
+            The merged blocks in order, fp32. Each is taken before the next one is asked for.
+        """
+        ...
+
+    def merge(
+        self,
+        task_vectors: Float[Tensor, "expert *shape"],
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """See `MergeMethod.merge`."""
+        blocks = delta_blocks(task_vectors)
+        return joined(self.merge_blocks(blocks, statistics, site, undecided), task_vectors)
+
+
+class Linear(Entrywise):
+    """Σ c_n τ_n, with coefficients for the whole tensor."""
 
     @abstractmethod
     def coefficients(self, experts: int) -> Sequence[float] | None:
@@ -354,8 +392,8 @@ class Linear(MergeMethod):
         ...
 
 
-class RowWise(MergeMethod):
-    """Each entry of the result from that entry of the task vectors and statistics."""
+class RowWise(Entrywise):
+    """Any other: what it is depends on the entries themselves."""
 
 
 class MatrixWise(MergeMethod):

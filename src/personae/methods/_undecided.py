@@ -1,9 +1,8 @@
 """Entries on which no sign wins, told as tensors are merged and decided once all have voted."""
 
-import torch
+import numpy as np
 from jaxtyping import Float, Int64
 from numpy import ndarray
-from torch import Tensor
 
 
 class Undecided:
@@ -17,33 +16,29 @@ class Undecided:
     def __init__(self) -> None:
         """Nothing has been merged."""
         self.votes = self.count = 0
-        self._places: list[Tensor] = []
-        self._positive: list[Tensor] = []
-        self._negative: list[Tensor] = []
+        self._told: list[tuple[ndarray, ndarray, ndarray]] = []
 
     def add(
         self,
         places: Int64[ndarray, " some"],
-        positive: Float[Tensor, " some"],
-        negative: Float[Tensor, " some"],
+        positive: Float[ndarray, " some"],
+        negative: Float[ndarray, " some"],
     ) -> None:
         """Tell which entries are undecided, at least one, and what each sign would make of them."""
         self.count += len(places)
-        self._places.append(torch.from_numpy(places))
-        self._positive.append(positive)
-        self._negative.append(negative)
+        self._told.append((places, positive, negative))
 
     @property
-    def places(self) -> Int64[Tensor, " some"]:
+    def places(self) -> Int64[ndarray, " some"]:
         """Flat indices of the undecided entries in what was merged, ascending."""
-        return torch.cat(self._places) if self._places else torch.empty(0, dtype=torch.int64)
+        return np.concatenate([np.empty(0, np.int64), *(told[0] for told in self._told)])
 
     @property
-    def positive(self) -> Float[Tensor, " some"]:
+    def positive(self) -> Float[ndarray, " some"]:
         """What is to be merged there if + has the majority."""
-        return torch.cat(self._positive) if self._positive else torch.empty(0)
+        return np.concatenate([np.empty(0, np.float32), *(told[1] for told in self._told)])
 
     @property
-    def negative(self) -> Float[Tensor, " some"]:
+    def negative(self) -> Float[ndarray, " some"]:
         """What is to be merged there if - has the majority."""
-        return torch.cat(self._negative) if self._negative else torch.empty(0)
+        return np.concatenate([np.empty(0, np.float32), *(told[2] for told in self._told)])

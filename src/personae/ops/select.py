@@ -29,8 +29,8 @@ SLACK = 6.0
 tensor are not alike, so that their sample is worse than one of independent entries."""
 
 _COARSE_BITS = 12
-_BIN_BITS = 14  # a sampled bin: 2^14 patterns, 512 to the octave
-_FLOOR = (127 - 32) << 23  # the pattern of 2^-32: bins reach from there to 1
+SAMPLE_SHIFT = 14  # a sampled bin: 2^14 patterns, 512 to the octave
+SAMPLE_FLOOR = (127 - 32) << 23  # the pattern of 2^-32: bins reach from there to 1
 _CHUNK = 1 << 18
 _STEP = 64
 _FEW = 1 << 14  # entries of which none needs to be sampled
@@ -77,8 +77,8 @@ def sample_counts(entries: Float[Tensor, "..."]) -> Int64[Tensor, " bins"]:
     """Coarse histogram of magnitudes, for `guess`: 512 bins an octave from 2^-32 to 1."""
     counts = np.zeros(SAMPLE_BINS, np.int64)
     for patterns in _patterns(entries):
-        bins = np.maximum(patterns, _FLOOR).astype(np.int64)
-        bins = np.minimum((bins - _FLOOR) >> _BIN_BITS, SAMPLE_BINS - 1)
+        bins = np.maximum(patterns, SAMPLE_FLOOR).astype(np.int64)
+        bins = np.minimum((bins - SAMPLE_FLOOR) >> SAMPLE_SHIFT, SAMPLE_BINS - 1)
         counts += np.bincount(bins, minlength=SAMPLE_BINS)
     return torch.from_numpy(counts)
 
@@ -210,7 +210,7 @@ def _edge(index: int) -> int:
     """Upper end of a sampled bin, counted from the top; the outermost bins reach to the ends."""
     if index == 0:
         return TOP
-    return 0 if index == SAMPLE_BINS else _FLOOR + ((SAMPLE_BINS - index) << _BIN_BITS)
+    return 0 if index == SAMPLE_BINS else SAMPLE_FLOOR + ((SAMPLE_BINS - index) << SAMPLE_SHIFT)
 
 
 def _patterns(entries: Float[Tensor, "..."]) -> Iterator[ndarray]:

@@ -4,33 +4,28 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from personae.errors import CheckpointError, Faults
 from personae.family.chunks import Chunk
-from personae.family.finite import converging
+from personae.family.finite import converging, is_finite
 from personae.family.stacks import Stacks
-from personae.methods import Measure, MergeMethod, Statistics, gathered
+from personae.methods import (
+    Entrywise,
+    Measure,
+    MergeMethod,
+    NotFinite,
+    Statistics,
+    gathered,
+)
 from personae.run import pool
 from personae.run.items import Item
 from personae.run.work import Work
 
 MethodOf = Callable[[str], MergeMethod]
 """The method with its parameters for the tensor of this reference name."""
-
-
-class NotFinite(Exception):
-    """A look at one tensor met values that are not finite.
-
-    Attributes:
-        faults: Which, of base and experts.
-    """
-
-    def __init__(self, faults: list[str]) -> None:
-        """Keep what is wrong."""
-        super().__init__(*faults)
-        self.faults = faults
 
 
 def gather_model(
@@ -84,7 +79,7 @@ def gather_tensor(
             return None
         total = _share(measure, method, stacks, chunks[0]).clone()
         for chunk in chunks[1:]:
-            total.add_(_share(measure, method, stacks, chunk))
+            total = _added(total, _share(measure, method, stacks, chunk))
         return total
 
     return gathered(method.gather(stacks.experts), answer)
@@ -118,12 +113,18 @@ def _look(
         if share is not None and share.is_floating_point():
             waiting[item.number] = share
         elif share is not None:
-            total = share if total is None else total.add_(share)
+            total = share if total is None else _added(total, share)
         work.progress(stage, done, len(items))
     faults.raise_if_any(CheckpointError)
     for _, share in sorted(waiting.items()):
         total = share if total is None else total + share
     return torch.zeros(()) if total is None else total
+
+
+def _added(total: Tensor, share: Tensor) -> Tensor:
+    """Add to a total, in place; on one thread, as others are at work."""
+    np.add(total.numpy(), share.numpy(), out=total.numpy())
+    return total
 
 
 def _share_of_item(
@@ -139,25 +140,37 @@ def _share_of_item(
         # Adapters consist of the tensors they train: the rest of the model fills no density.
         if stacks.untouched(chunk.spec.name) or not measure.applies(method, site):
             continue
-        part = chunk if item.whole else _sampled(chunk, measure.sample)
-        stack, place, _ = stacks.given(method, part, item.whole)
-        faults += stacks.faults(stack, part)
-        if not faults:
-            with converging(chunk.spec.name):
-                share = measure.tally(stack, method, place)
-            total = share.clone() if total is None else total.add_(share)
+        try:
+            share = _share(measure, method, stacks, chunk, item.whole)
+        except NotFinite:
+            faults += stacks.why_not_finite(chunk)
+        else:
+            total = share.clone() if total is None else _added(total, share)
     return total, faults
 
 
-def _share(measure: Measure, method: MergeMethod, stacks: Stacks, chunk: Chunk) -> Tensor:
-    part = _sampled(chunk, measure.sample)
-    stack, reference = stacks.read(part, reuse=True)
-    faults = stacks.faults(stack, part)
-    if faults:
-        raise NotFinite(faults)
+def _share(
+    measure: Measure, method: MergeMethod, stacks: Stacks, chunk: Chunk, whole: bool = False
+) -> Tensor:
+    """The share of one chunk.
+
+    Raises:
+        NotFinite: if it holds values that are not.
+    """
+    part = chunk if whole else _sampled(chunk, measure.sample)
+    if isinstance(method, Entrywise) and not method.of_models():
+        return measure.tally(stacks.blocks(part), method, stacks.site(part))
     if method.of_models():
+        stack, reference = stacks.read(part, reuse=True)
+        finite, place = is_finite(stack), stacks.site(part)
         stack = stacks.models(method, stack, reference)
-    return measure.tally(stack, method, stacks.site(part))
+    else:
+        stack, place, _ = stacks.given(method, part, whole)
+        finite = is_finite(stack)
+    if not finite:
+        raise NotFinite
+    with converging(chunk.spec.name):
+        return measure.tally(stack, method, place)
 
 
 def _sampled(chunk: Chunk, sample: int) -> Chunk:

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from personae._safetensors import load_safetensors, open_safetensors
 from personae.family.chunks import Chunk
-from personae.methods import Undecided
-from personae.ops.signs import FEW
+from personae.methods import BLOCK, DeltaBlocks, Undecided
 from personae.run import pool
 from personae.run.items import Item
 from personae.run.work import Work
@@ -30,8 +29,10 @@ _FOLDER = ".undecided"
 _VOTES = "votes"
 _FULL_FILES = "full_files"
 
-FILE_ENTRIES = 1 << 16
+FILE_ENTRIES = 1 << 15
 """Undecided entries that wait in memory before they go to a file, about."""
+FEW = 1 << 14
+"""Undecided entries of one chunk that are handed on together, at least, but for its last ones."""
 BYTES_ON_DISK = 12
 """Bytes of a file that an undecided entry takes: its place, and what either sign makes of it."""
 _BYTES_WAITING = 4 * BYTES_ON_DISK
@@ -48,9 +49,9 @@ class LeftOpen:
         self._path = path
         self._clear()
 
-    def of(self, chunk: Chunk, reference: Float[Tensor, "..."]) -> "UndecidedOfPiece":
-        """Where to tell of a chunk, whose result is relative to the reference's values."""
-        return UndecidedOfPiece(self, chunk, reference)
+    def of(self, chunk: Chunk, blocks: DeltaBlocks) -> "UndecidedOfPiece":
+        """Where to tell of a chunk, as its blocks are merged."""
+        return UndecidedOfPiece(self, chunk, blocks)
 
     def add(
         self,
@@ -110,30 +111,45 @@ class LeftOpen:
 class UndecidedOfPiece(Undecided):
     """Hands on what it is told of one chunk, so that not all of it waits in memory."""
 
-    def __init__(self, left_open: LeftOpen, chunk: Chunk, reference: Float[Tensor, "..."]) -> None:
+    def __init__(self, left_open: LeftOpen, chunk: Chunk, blocks: DeltaBlocks) -> None:
         """Nothing of the chunk is merged yet."""
         super().__init__()
-        self._left_open, self._chunk, self._reference = left_open, chunk, reference
+        self._left_open, self._chunk, self._blocks = left_open, chunk, blocks
+        self._waiting = 0
 
     def add(
         self,
         places: Int64[ndarray, " some"],
-        positive: Float[Tensor, " some"],
-        negative: Float[Tensor, " some"],
+        positive: Float[ndarray, " some"],
+        negative: Float[ndarray, " some"],
     ) -> None:
         """See `Undecided.add`.
 
         Raises:
             OutputError: if the disk refuses.
         """
-        entries = torch.from_numpy(places)
-        own = self._reference.reshape(-1)[entries]
-        self.count += len(entries)
-        self._left_open.add(self._chunk, entries, positive.add_(own), negative.add_(own))
+        own = self._blocks.reference[places - self._blocks.start]
+        super().add(places, positive + own, negative + own)
+        self._waiting += len(places)
+        if self._waiting >= FEW:
+            self._hand_on()
 
     def done(self) -> None:
-        """The chunk is merged: its votes count."""
+        """The chunk is merged: its votes count.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        self._hand_on()
         self._left_open.count_votes(self.votes)
+
+    def _hand_on(self) -> None:
+        if not self._waiting:
+            return
+        told = map(torch.from_numpy, (self.places, self.positive, self.negative))
+        self._left_open.add(self._chunk, *told)
+        self._told.clear()
+        self._waiting = 0
 
 
 class UndecidedEntries:
@@ -210,7 +226,7 @@ class UndecidedEntries:
 
 def waiting_bytes(item: Item) -> int:
     """Memory of the undecided entries of an item that wait for their file, at most."""
-    entries = min(FILE_ENTRIES + FEW, sum(chunk.numel for chunk in item.chunks))
+    entries = min(FILE_ENTRIES + FEW + BLOCK, sum(chunk.numel for chunk in item.chunks))
     return _BYTES_WAITING * entries
 
 

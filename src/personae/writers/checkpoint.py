@@ -175,17 +175,22 @@ class CheckpointWriter:
             row_bytes = place.spec.nbytes // max(rows, 1)
             place.written.append((start * row_bytes, stop * row_bytes))
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor, *, finite: bool = False) -> None:
         """Write one whole tensor, cast to the dtype of its spec (to nearest, ties to even).
+
+        Args:
+            name: Which.
+            tensor: Its values.
+            finite: Whether they are of that dtype and known to be finite.
 
         Raises:
             OutputError: if the disk is full or refuses.
             MethodError: if a value does not fit in that dtype, or is computed and not finite.
         """
         for place in self._everywhere(name):
-            self._put(place, 0, tensor, place.spec.shape)
+            self._put(place, 0, tensor, place.spec.shape, finite)
 
-    def write_rows(self, name: str, start: int, tensor: Tensor) -> None:
+    def write_rows(self, name: str, start: int, tensor: Tensor, *, finite: bool = False) -> None:
         """Write rows `start:start + len(tensor)` along the first axis; see `write`.
 
         Raises:
@@ -195,7 +200,7 @@ class CheckpointWriter:
         shape = self._places[name].spec.shape
         assert 0 <= start <= start + len(tensor) <= shape[0], f"{name}: rows from {start}"
         for place in self._everywhere(name):
-            self._put(place, start, tensor, (len(tensor), *shape[1:]))
+            self._put(place, start, tensor, (len(tensor), *shape[1:]), finite)
 
     def replace(
         self, name: str, entries: Int64[Tensor, " some"], values: Float[Tensor, " some"]
@@ -226,13 +231,17 @@ class CheckpointWriter:
         copies = [copy for copy, kept in self._copies.items() if kept == name]
         return [self._places[one] for one in (name, *copies)]
 
-    def _put(self, place: _Place, row: int, tensor: Tensor, shape: Sequence[int]) -> None:
+    def _put(
+        self, place: _Place, row: int, tensor: Tensor, shape: Sequence[int], finite: bool
+    ) -> None:
         spec = place.spec
         assert tuple(tensor.shape) == tuple(shape), f"{spec.name}: {tuple(tensor.shape)}"
         if not tensor.numel():
             return
         assert tensor.dtype == spec.dtype or (tensor.is_floating_point() and spec.is_floating)
-        values = cast(tensor.detach().cpu(), spec, spec.name in self._computed)
+        values = tensor.detach().cpu()
+        if not (finite and values.dtype == spec.dtype):
+            values = cast(values, spec, spec.name in self._computed)
         values = values.contiguous().reshape(-1).view(torch.uint8)
         start = row * (spec.nbytes // spec.shape[0]) if row else 0
         with output_errors(Path(place.file.name)):

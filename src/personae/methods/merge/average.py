@@ -3,12 +3,15 @@
 Paper: Wortsman et al. 2022 (model soups); mergekit calls it `linear`.
 """
 
+from collections.abc import Iterator
+
 from jaxtyping import Float
+from numpy import ndarray
 from pydantic import Field
-from torch import Tensor
 
 from personae.errors import MethodError
-from personae.methods._entries import weighted_sum
+from personae.methods._deltas import DeltaBlocks
+from personae.methods._entries import weighted_sums
 from personae.methods._merge import Linear, Statistics, as_function
 from personae.methods._parameters import one_each
 from personae.methods._registry import merge_method
@@ -71,24 +74,23 @@ class Average(Linear):
         total = sum(weights) if self.normalize else 1.0
         return [weight / total for weight in weights]
 
-    def merge(
+    def merge_blocks(
         self,
-        task_vectors: Float[Tensor, "expert *shape"],
+        blocks: DeltaBlocks,
         statistics: Statistics,
         site: Site,
         undecided: Undecided | None = None,
-    ) -> Float[Tensor, "*shape"]:
-        """See `MergeMethod.merge`.
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """See `Entrywise.merge_blocks`.
 
         Raises:
             MethodError: if the weights sum to 0 and would be divided by.
         """
-        weights = one_each(self.weight, len(task_vectors))
+        weights = one_each(self.weight, blocks.experts)
         fault = faulty_sum("average", weights) if self.normalize else ""
         if fault:
             raise MethodError(fault)
-        total = weighted_sum(task_vectors, weights)
-        return total.div_(sum(weights)) if self.normalize else total
+        return weighted_sums(blocks, weights, divisor=sum(weights) if self.normalize else 1.0)
 
 
 average = as_function(Average)

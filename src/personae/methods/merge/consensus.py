@@ -4,15 +4,19 @@ Each task marks what TALL-masks would keep of the sum of all task vectors for it
 few marks are dropped: no task needs them ("catastrophic"), or one alone does ("selfish").
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy import ndarray
 from pydantic import Field
-from torch import Tensor
 
+from personae import kernels
 from personae._types import Density
-from personae.methods._entries import blocks
+from personae.methods._deltas import DeltaBlocks
 from personae.methods._merge import Gathering, RowWise, Statistics, as_function
 from personae.methods._parameters import one_each
 from personae.methods._registry import merge_method
@@ -38,7 +42,6 @@ class Consensus(RowWise):
         The merged task vector, fp32; entries without consensus are 0.
     """
 
-    rows: ClassVar = (9, 42)
     degenerates: ClassVar = "weight averaging: the multi-task vector is the sum, which is 0 there"
     model_wide: ClassVar = ("multi_task", "density")
 
@@ -86,33 +89,27 @@ class Consensus(RowWise):
             f"no entry could be kept. Give at most {experts}."
         )
 
-    def merge(
+    def merge_blocks(
         self,
-        task_vectors: Float[Tensor, "expert *shape"],
+        blocks: DeltaBlocks,
         statistics: Statistics,
         site: Site,
         undecided: Undecided | None = None,
-    ) -> Float[Tensor, "*shape"]:
-        """See `MergeMethod.merge`."""
-        multi = None
-        if self.multi_task == "ties":
-            multi = self._ties.merge(task_vectors, statistics, site).flatten().cpu()
-        thresholds = one_each(self.threshold, len(task_vectors))
-        merged = torch.empty(task_vectors[0].numel())
-        for start, rows in blocks(task_vectors):
-            block = slice(start, start + len(rows[0]))
-            # fp64: near a threshold, the order of experts must not decide.
-            exact = [row.double() for row in rows]
-            total = exact[0].clone() if multi is None else multi[block].double()
-            for vector in exact[1:] if multi is None else ():
-                total += vector
-            marks = torch.zeros(len(total), dtype=torch.int32)
-            rest = torch.empty_like(total)
-            for vector, each in zip(exact, thresholds, strict=True):
-                torch.sub(total, vector, out=rest).abs_().mul_(each)
-                marks += vector.abs_() > rest
-            merged[block] = total.mul_(self.scale).mul_(marks >= self.at_least)
-        return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """See `Entrywise.merge_blocks`."""
+        thresholds = np.asarray(one_each(self.threshold, blocks.experts), np.float64)
+        for start, deltas in blocks:
+            total = np.empty(deltas.shape[1], np.float64)
+            if self.multi_task == "ties":
+                copy = [torch.from_numpy(row.copy()) for row in deltas]
+                place = replace(site, start=site.start + start)
+                (merged,) = self._ties.merge_blocks(DeltaBlocks(copy), statistics, place)
+                total[:] = merged
+            else:
+                kernels.multi_task_vector(deltas, total)
+            merged = np.empty(deltas.shape[1], np.float32)
+            kernels.keep_marked(deltas, thresholds, self.at_least, self.scale, total, merged)
+            yield merged
 
 
 consensus = as_function(Consensus)

@@ -6,14 +6,16 @@ order of the work does not matter (with another seed, name or place of an expert
 DTS's tables call DARE is density 0.4 without rescaling, of exactly that many entries.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from jaxtyping import Float
+from numpy import ndarray
 from pydantic import Field
-from torch import Tensor
 
 from personae._types import Density
-from personae.methods._dropping import dropped_sum, dropper
+from personae.methods._deltas import DeltaBlocks
+from personae.methods._dropping import dropped_sums, dropper
 from personae.methods._merge import RowWise, Statistics, as_function
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
@@ -24,7 +26,6 @@ from personae.methods._undecided import Undecided
 class DARE(RowWise):
     """Drop entries at random, rescale the rest, add them up: scale · Σ w_n m_n τ_n / density_n."""
 
-    rows: ClassVar = (4, 20)
     order_free: ClassVar = False
 
     density: Density | tuple[Density, ...] = Field(
@@ -45,24 +46,23 @@ class DARE(RowWise):
     scale: float = Field(default=1.0, description="Multiplier on the result.")
     seed: int = Field(default=0, description="Seed of the random masks: same seed, same model.")
 
-    def merge(
+    def merge_blocks(
         self,
-        task_vectors: Float[Tensor, "expert *shape"],
+        blocks: DeltaBlocks,
         statistics: Statistics,
         site: Site,
         undecided: Undecided | None = None,
-    ) -> Float[Tensor, "*shape"]:
-        """See `MergeMethod.merge`."""
-        experts = len(task_vectors)
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """See `Entrywise.merge_blocks`."""
         fill = dropper(
             site,
             density=self.density,
             weight=self.weight,
             rescale=self.rescale,
             seed=self.seed,
-            experts=experts,
+            experts=blocks.experts,
         )
-        return dropped_sum(task_vectors, fill, self.scale)
+        return dropped_sums(blocks, fill, self.scale)
 
 
 dare = as_function(DARE)

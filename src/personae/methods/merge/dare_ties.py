@@ -7,26 +7,27 @@ tables, as here by default, dropping takes the place of trimming. Below a densit
 nothing left to trim, and both are the same. mergekit does not average what agrees.
 """
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
+from numpy import ndarray
 from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
-from personae.methods._dropping import dropped, dropper
+from personae.methods._deltas import DeltaBlocks, delta_blocks
+from personae.methods._dropping import dropper
 from personae.methods._entries import (
     Fill,
     PerExpert,
     find_thresholds,
-    limits_of,
     merge_elected,
+    trimmer,
     votes,
 )
-from personae.methods._entries import trim as trim_rows
 from personae.methods._merge import Gathering, Measure, RowWise, Statistics, as_function
-from personae.methods._parameters import one_each
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
@@ -40,7 +41,6 @@ class DARETIES(RowWise):
         The merged task vector, fp32; entries that no expert keeps are 0.
     """
 
-    rows: ClassVar = (3, 24)
     can_decide_late: ClassVar = True
     order_free: ClassVar = False
     model_wide: ClassVar = ("scope", "trim")
@@ -93,31 +93,32 @@ class DARETIES(RowWise):
     def gather(self, experts: int) -> Gathering:
         """Looks for the thresholds of trimming, if there is any, and one for the majority sign."""
 
-        def kept(vectors: Tensor, own: Any, site: Site) -> Tensor:
-            return dropped(vectors, own.dropper(site, experts, weight=1.0))
+        def kept(own: Any, site: Site) -> Fill:
+            return own.dropper(site, experts, weight=1.0)
 
         found: dict[str, Tensor] = {}
         if self.trim < 1:
             found["thresholds"] = yield from find_thresholds(self.trim, experts, kept)
 
-        def vote(vectors: Tensor, own: Any, site: Site) -> Tensor:
-            return votes(vectors, own.fill(site, experts, found.get("thresholds")), own.elect)
+        def vote(vectors: Tensor | DeltaBlocks, own: Any, site: Site) -> Tensor:
+            fill = own.fill(site, experts, found.get("thresholds"))
+            return votes(delta_blocks(vectors), fill, own.elect)
 
         # A single expert is never outvoted.
         majority = (yield Measure("majority", vote, late=True)) if experts > 1 else torch.tensor(0)
         return found if majority is None else {**found, "majority": majority.sign()}
 
-    def merge(
+    def merge_blocks(
         self,
-        task_vectors: Float[Tensor, "expert *shape"],
+        blocks: DeltaBlocks,
         statistics: Statistics,
         site: Site,
         undecided: Undecided | None = None,
-    ) -> Float[Tensor, "*shape"]:
-        """See `MergeMethod.merge`."""
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """See `Entrywise.merge_blocks`."""
         return merge_elected(
-            task_vectors,
-            self.fill(site, len(task_vectors), statistics.get("thresholds")),
+            blocks,
+            self.fill(site, blocks.experts, statistics.get("thresholds")),
             elect=self.elect,
             reduce=self.reduce,
             scale=self.scale,
@@ -141,11 +142,11 @@ class DARETIES(RowWise):
         if thresholds is None:
             return self.dropper(site, experts, self.weight)
         drop = self.dropper(site, experts, weight=1.0)
-        limits, weights = limits_of(thresholds), one_each(self.weight, experts)
+        trim = trimmer(thresholds, self.weight)
 
-        def fill(start: int, rows: list[Tensor], kept: Tensor) -> None:
-            drop(start, rows, kept)
-            trim_rows(list(kept.clone()), limits, weights, kept)
+        def fill(start: int, deltas: Float[ndarray, "expert entry"]) -> None:
+            drop(start, deltas)
+            trim(start, deltas)
 
         return fill
 

@@ -5,13 +5,15 @@ With several experts that overshoots; the papers use less: DTS's code a scale of
 tasks, DRM's 0.4, the original 0.3 to 0.4 found on validation data.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from jaxtyping import Float
+from numpy import ndarray
 from pydantic import Field
-from torch import Tensor
 
-from personae.methods._entries import weighted_sum
+from personae.methods._deltas import DeltaBlocks
+from personae.methods._entries import weighted_sums
 from personae.methods._merge import Linear, Statistics, as_function
 from personae.methods._parameters import one_each
 from personae.methods._registry import merge_method
@@ -39,15 +41,15 @@ class TaskArithmetic(Linear):
         """Scale · w_n."""
         return [self.scale * weight for weight in one_each(self.weight, experts)]
 
-    def merge(
+    def merge_blocks(
         self,
-        task_vectors: Float[Tensor, "expert *shape"],
+        blocks: DeltaBlocks,
         statistics: Statistics,
         site: Site,
         undecided: Undecided | None = None,
-    ) -> Float[Tensor, "*shape"]:
-        """See `MergeMethod.merge`."""
-        return weighted_sum(task_vectors, self.weight).mul_(self.scale)
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """See `Entrywise.merge_blocks`."""
+        return weighted_sums(blocks, self.weight, scale=self.scale)
 
 
 task_arithmetic = as_function(TaskArithmetic)

@@ -10,25 +10,19 @@ tensor, also those that no expert changed; of LoRA adapters alone the tensors th
 trains.
 """
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
+from numpy import ndarray
 from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
-from personae.methods._entries import (
-    Fill,
-    PerExpert,
-    find_thresholds,
-    limits_of,
-    merge_elected,
-    trim,
-    votes,
-)
+from personae.methods._deltas import DeltaBlocks, delta_blocks
+from personae.methods._entries import find_thresholds, merge_elected, trimmer, votes
 from personae.methods._merge import Gathering, Measure, RowWise, Statistics, as_function
-from personae.methods._parameters import one_each
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
@@ -45,7 +39,6 @@ class TIES(RowWise):
         The merged task vector, fp32; entries that no expert keeps are 0.
     """
 
-    rows: ClassVar = (3, 24)
     can_decide_late: ClassVar = True
     looks: ClassVar = 1
     model_wide: ClassVar = ("density", "scope")
@@ -87,25 +80,25 @@ class TIES(RowWise):
         """Looks that find each expert's threshold, and one for the majority sign."""
         thresholds = yield from find_thresholds(self.density, experts)
 
-        def vote(vectors: Tensor, own: Any, _: Site) -> Tensor:
-            return votes(vectors, _trimmer(thresholds, own.weight), own.elect)
+        def vote(vectors: Tensor | DeltaBlocks, own: Any, _: Site) -> Tensor:
+            return votes(delta_blocks(vectors), trimmer(thresholds, own.weight), own.elect)
 
         # A single expert is never outvoted.
         majority = (yield Measure("majority", vote, late=True)) if experts > 1 else torch.tensor(0)
         known = {} if majority is None else {"majority": majority.sign()}
         return {"thresholds": thresholds, **known}
 
-    def merge(
+    def merge_blocks(
         self,
-        task_vectors: Float[Tensor, "expert *shape"],
+        blocks: DeltaBlocks,
         statistics: Statistics,
         site: Site,
         undecided: Undecided | None = None,
-    ) -> Float[Tensor, "*shape"]:
-        """See `MergeMethod.merge`."""
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """See `Entrywise.merge_blocks`."""
         return merge_elected(
-            task_vectors,
-            _trimmer(statistics["thresholds"], self.weight),
+            blocks,
+            trimmer(statistics["thresholds"], self.weight),
             elect=self.elect,
             reduce=self.reduce,
             scale=self.scale,
@@ -115,12 +108,3 @@ class TIES(RowWise):
 
 
 ties = as_function(TIES)
-
-
-def _trimmer(thresholds: Float[Tensor, " expert"], weight: PerExpert) -> Fill:
-    limits, weights = limits_of(thresholds), one_each(weight, len(thresholds))
-
-    def fill(_: int, rows: list[Tensor], kept: Tensor) -> None:
-        trim(rows, limits, weights, kept)
-
-    return fill

@@ -1,38 +1,42 @@
 """What mergekit's `ties` and `dare` methods share: restoring L1 norms, and electing signs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from numpy import ndarray
 from pydantic import Field
 from torch import Tensor
 
+from personae import kernels
 from personae._types import Density
+from personae.methods._deltas import DeltaBlocks, delta_blocks
 from personae.methods._dropping import dropper
-from personae.methods._entries import Fill, PerExpert, blocks
+from personae.methods._entries import Ballot, Fill, PerExpert
 from personae.methods._merge import Gathering, Measure, RowWise
 from personae.methods._site import Site
-from personae.ops.signs import Ballot
-from personae.ops.sums import SUM_BINS, magnitude_sums, total
+from personae.ops.sums import SUM_BINS, total
 
 _SMALLEST_NORM = 1e-7
 
 
-def l1_share(
-    task_vectors: Float[Tensor, "expert *shape"], fill: Fill
-) -> Int64[Tensor, "expert 2 bins"]:
-    """Sums of magnitudes of each expert, whole and of what `fill` keeps (see `magnitude_sums`)."""
-    experts = len(task_vectors)
-    sums = torch.zeros(experts, 2, SUM_BINS, dtype=torch.int64)
-    for start, rows in blocks(task_vectors):
-        kept = torch.empty(experts, len(rows[0]))
-        fill(start, rows, kept)
-        for own, row, rest in zip(sums, rows, kept, strict=True):
-            own[0] += magnitude_sums(row)
-            own[1] += magnitude_sums(rest)
-    return sums
+def l1_share(blocks: DeltaBlocks, fill: Fill) -> Int64[Tensor, "expert 2 bins"]:
+    """Sums of magnitudes of each expert, whole and of what `fill` keeps (see `ops.sums.total`)."""
+    sums = np.zeros((blocks.experts, 2, SUM_BINS), np.int64)
+    for start, deltas in blocks:
+        _add_magnitudes(deltas, sums[:, 0])
+        fill(start, deltas)
+        _add_magnitudes(deltas, sums[:, 1])
+    return torch.from_numpy(sums)
+
+
+def _add_magnitudes(
+    deltas: Float[ndarray, "expert entry"], sums: Int64[ndarray, "expert bins"]
+) -> None:
+    for row, own in zip(deltas, sums, strict=True):
+        kernels.sum_magnitudes(row, own)
 
 
 class Dropping(RowWise):
@@ -61,8 +65,8 @@ class Dropping(RowWise):
         if not self.rescale:
             return {}
 
-        def norms(vectors: Tensor, own: "Dropping", site: Site) -> Tensor:
-            return l1_share(vectors, own.fill(site, experts, 1.0))
+        def norms(vectors: Tensor | DeltaBlocks, own: "Dropping", site: Site) -> Tensor:
+            return l1_share(delta_blocks(vectors), own.fill(site, experts, 1.0))
 
         return {"norms": (yield Measure("norms", norms))}
 
@@ -98,16 +102,18 @@ def rescaled(
 
 
 def consensus(
-    ballot: Ballot, weights: Sequence[float], *, normalize: bool, scale: float
-) -> Float[Tensor, " entry"]:
+    blocks: DeltaBlocks, fill: Fill, weights: Sequence[float], *, normalize: bool, scale: float
+) -> Iterator[Float[ndarray, " entry"]]:
     """Σ of the entries whose sign is that of Σ w_n δ_n (0 counts as +), over Σ of their w_n."""
-    ballot.elect("mass")
-    ballot.give_undecided(1)
-    ballot.keep_agreeing()
-    merged = ballot.sum_of_kept().mul_(ballot.signs)
-    if normalize:
-        divisor = torch.zeros_like(merged)
-        for row, weight in zip(ballot.kept.numpy(), weights, strict=True):
-            divisor += torch.from_numpy((row > 0).astype(np.float32)).mul_(weight)
-        merged /= divisor.add_((divisor == 0).float())
-    return merged.mul_(scale)
+    divisors = np.asarray(weights, np.float32)
+    for start, deltas in blocks:
+        fill(start, deltas)
+        ballot = Ballot(deltas, "mass")
+        ballot.give_undecided(1)
+        merged = np.empty(deltas.shape[1], np.float32)
+        if normalize:
+            kernels.weighted_mean_agreeing(deltas, ballot.signs, divisors, merged)
+        else:
+            kernels.sum_agreeing(deltas, ballot.signs, merged)
+        merged *= np.float32(scale)
+        yield merged

@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from numpy import ndarray
 from torch import Tensor
 
-from personae.methods._entries import Fill, PerExpert, limits_of, trim
+from personae import kernels
+from personae.methods._deltas import DeltaBlocks, delta_blocks
+from personae.methods._entries import Fill, PerExpert
+from personae.methods._entries import trimmer as trimmer_of_ties
 from personae.methods._merge import Measure
 from personae.methods._parameters import one_each
 from personae.methods._site import Site
@@ -51,11 +55,14 @@ def find_cuts(
     # Zeros that tie with the k-th are zero either way.
     open_spans = {n: _Span() for n in range(experts) if densities[n] < 1 and limits[n] > 0}
 
-    def count(vectors: Tensor, _: Any, site: Site) -> Tensor:
-        shares = [
-            _count(vectors[n], limits[n], span, site) for n, span in sorted(open_spans.items())
-        ]
-        return torch.stack(shares)
+    def count(vectors: Tensor | DeltaBlocks, _: Any, site: Site) -> Tensor:
+        counts = np.zeros((len(open_spans), 2 + BINS), np.int64)
+        for start, deltas in delta_blocks(vectors):
+            for (n, span), counted in zip(sorted(open_spans.items()), counts, strict=True):
+                width = span.width or -(-math.prod(site.shape) // BINS)
+                first = site.start + start - span.start
+                kernels.count_ties(deltas[n], np.float32(limits[n]), first, width, counted)
+        return torch.from_numpy(counts)
 
     while open_spans:
         counted = yield Measure("ties", count)
@@ -76,34 +83,21 @@ def find_cuts(
     return cuts
 
 
-def _count(
-    entries: Float[Tensor, "..."], threshold: float, span: _Span, site: Site
-) -> Int64[Tensor, " counts"]:
-    """Entries, those above the threshold, and those that equal it in each bin of the span."""
-    width = span.width or -(-math.prod(site.shape) // BINS)
-    magnitudes = entries.detach().reshape(-1).cpu().abs()
-    places = (magnitudes == threshold).nonzero()[:, 0].numpy() + (site.start - span.start)
-    places = places[(places >= 0) & (places < BINS * width)]
-    counts = np.zeros(2 + BINS, np.int64)
-    counts[:2] = magnitudes.numel(), int((magnitudes > threshold).sum())
-    counts[2:] = np.bincount(places // width, minlength=BINS)
-    return torch.from_numpy(counts)
-
-
 def trimmer(
     thresholds: Float[Tensor, " expert"],
     cuts: Int64[Tensor, " expert"],
     weights: tuple[float, ...],
     site: Site,
 ) -> Fill:
-    """For `ballots`: what is above the threshold is kept, and what ties with it up to the cut."""
-    limits, levels, places = limits_of(thresholds), thresholds.tolist(), cuts.tolist()
+    """What is above the threshold is kept, and what ties with it up to the cut."""
+    levels, places = thresholds.tolist(), cuts.tolist()
+    trim = trimmer_of_ties(thresholds, weights)
 
-    def fill(start: int, rows: list[Tensor], kept: Tensor) -> None:
-        trim(rows, limits, weights, kept)
-        for row, target, level, cut in zip(rows, kept, levels, places, strict=True):
+    def fill(start: int, deltas: Float[ndarray, "expert entry"]) -> None:
+        for row, level, cut in zip(deltas, levels, places, strict=True):
             first = max(0, cut - site.start - start)
-            if first < len(row):
-                target[first:].masked_fill_(row[first:].abs() == level, 0)
+            if first < row.size:
+                kernels.drop_ties(row, np.float32(level), first)
+        trim(start, deltas)
 
     return fill

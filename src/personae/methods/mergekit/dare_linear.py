@@ -4,10 +4,13 @@ mergekit draws its masks from one global generator in the order of the work; her
 `dare`, so that results agree in distribution, not entry by entry.
 """
 
-from jaxtyping import Float
-from torch import Tensor
+from collections.abc import Iterator
 
-from personae.methods._dropping import dropped_sum
+from jaxtyping import Float
+from numpy import ndarray
+
+from personae.methods._deltas import DeltaBlocks
+from personae.methods._dropping import dropped_sums
 from personae.methods._merge import Statistics, as_function
 from personae.methods._parameters import one_each
 from personae.methods._registry import merge_method
@@ -22,21 +25,21 @@ _SMALLEST_DIVISOR = 1e-8
 class DARELinear(Dropping):
     """Drop entries at random, restore each tensor's norm, add up the weighted task vectors."""
 
-    def merge(
+    def merge_blocks(
         self,
-        task_vectors: Float[Tensor, "expert *shape"],
+        blocks: DeltaBlocks,
         statistics: Statistics,
         site: Site,
         undecided: Undecided | None = None,
-    ) -> Float[Tensor, "*shape"]:
-        """See `MergeMethod.merge`."""
-        experts = len(task_vectors)
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """See `Entrywise.merge_blocks`."""
+        experts = blocks.experts
         weights, densities = one_each(self.weight, experts), one_each(self.density, experts)
         factors = rescaled(weights, densities, statistics.get("norms"))
         divisor = sum(weights) if self.normalize else 1.0
         scale = self.lambda_ if abs(divisor) < _SMALLEST_DIVISOR else self.lambda_ / divisor
         fill = self.fill(site, experts, factors)
-        return dropped_sum(task_vectors, fill, scale)
+        return dropped_sums(blocks, fill, scale)
 
 
 dare_linear = as_function(DARELinear)

@@ -4,12 +4,13 @@ It adds what agrees, where `ties` there and `dare_ties` here take a mean. Masks 
 (mergekit's come from one global generator in the order of the work): results agree in distribution.
 """
 
-import torch
-from jaxtyping import Float
-from pydantic import Field
-from torch import Tensor
+from collections.abc import Iterator
 
-from personae.methods._entries import ballots
+from jaxtyping import Float
+from numpy import ndarray
+from pydantic import Field
+
+from personae.methods._deltas import DeltaBlocks
 from personae.methods._merge import Statistics, as_function
 from personae.methods._parameters import one_each
 from personae.methods._registry import merge_method
@@ -29,22 +30,19 @@ class DARETIES(Dropping):
         default=False, description="Whether to divide by the sum of the weights that agree."
     )
 
-    def merge(
+    def merge_blocks(
         self,
-        task_vectors: Float[Tensor, "expert *shape"],
+        blocks: DeltaBlocks,
         statistics: Statistics,
         site: Site,
         undecided: Undecided | None = None,
-    ) -> Float[Tensor, "*shape"]:
-        """See `MergeMethod.merge`."""
-        experts = len(task_vectors)
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """See `Entrywise.merge_blocks`."""
+        experts = blocks.experts
         weights, densities = one_each(self.weight, experts), one_each(self.density, experts)
         factors = rescaled(weights, densities, statistics.get("norms"))
         fill = self.fill(site, experts, factors)
-        merged = torch.empty(task_vectors[0].numel())
-        for block, ballot in ballots(task_vectors, fill):
-            merged[block] = consensus(ballot, weights, normalize=self.normalize, scale=self.lambda_)
-        return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)
+        return consensus(blocks, fill, weights, normalize=self.normalize, scale=self.lambda_)
 
 
 dare_ties = as_function(DARETIES)

@@ -1,11 +1,12 @@
 """`linear` of mergekit 0.1.5: the weighted mean of the experts."""
 
-from typing import ClassVar
+from collections.abc import Iterator
 
 from jaxtyping import Float
+from numpy import ndarray
 from pydantic import Field
-from torch import Tensor
 
+from personae.methods._deltas import DeltaBlocks
 from personae.methods._merge import RowWise, Statistics, as_function
 from personae.methods._parameters import one_each
 from personae.methods._registry import merge_method
@@ -22,8 +23,6 @@ class Linear(RowWise):
     (`normalize: false` and weights that do not sum to 1), this refuses.
     """
 
-    rows: ClassVar = (0, 16)
-
     weight: float | tuple[float, ...] = Field(description="Weight of each expert.")
     normalize: bool = Field(
         default=True,
@@ -35,16 +34,16 @@ class Linear(RowWise):
         weights = one_each(self.weight, experts)
         return (faulty_sum if self.normalize else faulty_scale)("linear", weights)
 
-    def merge(
+    def merge_blocks(
         self,
-        task_vectors: Float[Tensor, "expert *shape"],
+        blocks: DeltaBlocks,
         statistics: Statistics,
         site: Site,
         undecided: Undecided | None = None,
-    ) -> Float[Tensor, "*shape"]:
-        """See `MergeMethod.merge`."""
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """See `Entrywise.merge_blocks`."""
         mean = Average(weight=self.weight, normalize=self.normalize)
-        return mean.merge(task_vectors, statistics, site)
+        return mean.merge_blocks(blocks, statistics, site)
 
 
 linear = as_function(Linear)

@@ -1,12 +1,14 @@
 """`task_arithmetic` of mergekit 0.1.5: λ · Σ w_n τ_n."""
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from jaxtyping import Float
+from numpy import ndarray
 from pydantic import Field
-from torch import Tensor
 
-from personae.methods._entries import weighted_sum
+from personae.methods._deltas import DeltaBlocks
+from personae.methods._entries import weighted_sums
 from personae.methods._merge import RowWise, Statistics, as_function
 from personae.methods._parameters import one_each
 from personae.methods._registry import merge_method
@@ -20,7 +22,6 @@ _SMALLEST_DIVISOR = 1e-8
 class TaskArithmetic(RowWise):
     """Add up the weighted task vectors, times lambda."""
 
-    rows: ClassVar = (0, 16)
     degenerates: ClassVar = "the average whatever lambda, where all weights are the same"
 
     weight: float | tuple[float, ...] = Field(description="Coefficient of each expert.")
@@ -34,19 +35,17 @@ class TaskArithmetic(RowWise):
         description="Multiplier on the result.",
     )
 
-    def merge(
+    def merge_blocks(
         self,
-        task_vectors: Float[Tensor, "expert *shape"],
+        blocks: DeltaBlocks,
         statistics: Statistics,
         site: Site,
         undecided: Undecided | None = None,
-    ) -> Float[Tensor, "*shape"]:
-        """See `MergeMethod.merge`."""
-        merged = weighted_sum(task_vectors, self.weight)
-        divisor = sum(one_each(self.weight, len(task_vectors))) if self.normalize else 1.0
-        return merged.mul_(
-            self.lambda_ if abs(divisor) < _SMALLEST_DIVISOR else self.lambda_ / divisor
-        )
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """See `Entrywise.merge_blocks`."""
+        divisor = sum(one_each(self.weight, blocks.experts)) if self.normalize else 1.0
+        scale = self.lambda_ if abs(divisor) < _SMALLEST_DIVISOR else self.lambda_ / divisor
+        return weighted_sums(blocks, self.weight, scale=scale)
 
 
 task_arithmetic = as_function(TaskArithmetic)

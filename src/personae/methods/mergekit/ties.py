@@ -4,15 +4,17 @@ As many entries are kept as there. Of those that tie with the last one, the firs
 where there an unstable sort picks.
 """
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
+from numpy import ndarray
 from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
-from personae.methods._entries import ballots, find_thresholds
+from personae.methods._deltas import DeltaBlocks, delta_blocks
+from personae.methods._entries import find_thresholds
 from personae.methods._merge import Gathering, Measure, RowWise, Statistics, as_function
 from personae.methods._parameters import one_each
 from personae.methods._registry import merge_method
@@ -54,28 +56,27 @@ class TIES(RowWise):
         found = {"thresholds": thresholds, "cuts": cuts}
         if self.rescale:
 
-            def norms(vectors: Tensor, _: Any, site: Site) -> Tensor:
-                return l1_share(vectors, trimmer(thresholds, cuts, (1.0,) * experts, site))
+            def norms(vectors: Tensor | DeltaBlocks, _: Any, site: Site) -> Tensor:
+                return l1_share(
+                    delta_blocks(vectors), trimmer(thresholds, cuts, (1.0,) * experts, site)
+                )
 
             found["norms"] = yield Measure("norms", norms)
         return found
 
-    def merge(
+    def merge_blocks(
         self,
-        task_vectors: Float[Tensor, "expert *shape"],
+        blocks: DeltaBlocks,
         statistics: Statistics,
         site: Site,
         undecided: Undecided | None = None,
-    ) -> Float[Tensor, "*shape"]:
-        """See `MergeMethod.merge`."""
-        experts = len(task_vectors)
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """See `Entrywise.merge_blocks`."""
+        experts = blocks.experts
         weights, densities = one_each(self.weight, experts), one_each(self.density, experts)
         factors = rescaled(weights, densities, statistics.get("norms"))
         fill = trimmer(statistics["thresholds"], statistics["cuts"], factors, site)
-        merged = torch.empty(task_vectors[0].numel())
-        for block, ballot in ballots(task_vectors, fill):
-            merged[block] = consensus(ballot, weights, normalize=self.normalize, scale=self.lambda_)
-        return merged.reshape(task_vectors.shape[1:]).to(task_vectors.device)
+        return consensus(blocks, fill, weights, normalize=self.normalize, scale=self.lambda_)
 
 
 ties = as_function(TIES)

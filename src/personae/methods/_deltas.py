@@ -1,0 +1,136 @@
+"""Deltas a block of entries at a time: few enough for a core's cache, from whatever holds them."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from numpy import ndarray
+from torch import Tensor
+
+from personae import kernels
+
+BLOCK = 1 << 15
+"""Entries of each expert in a block, at most."""
+_ROOM = 1 << 17
+_LEAST = 1 << 12
+_WORKING = 48
+"""Bytes an entry of a block beside its deltas: reference, sums, signs, places; some in fp64."""
+_STORED = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
+INFINITY = 0x7F80_0000
+"""The bits of infinity in fp32: those of a magnitude that is no number are no fewer."""
+ROUNDS_TO_INFINITY = {
+    torch.bfloat16: 0x7F7F_8000,
+    torch.float16: 0x477F_F000,
+    torch.float32: INFINITY,
+}
+"""The bits of the smallest magnitude in fp32 that a dtype does not hold; the dtypes of `as_stored`
+that need no conversion."""
+
+
+class NotFinite(Exception):
+    """A delta is NaN or infinite."""
+
+
+class DeltaBlocks:
+    """The deltas of one tensor, or of rows of it, cut into blocks that can be overwritten.
+
+    Iterating gives the first entry of each block, and its deltas: (expert, entry), fp32. The next
+    block takes their place.
+
+    Attributes:
+        experts: How many there are.
+        entries: Entries of each.
+        start: The first entry of the block given last.
+        reference: The reference's values in that block, fp32.
+        changed: Whether any delta given so far is not 0.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[Shaped[Tensor, "..."]],
+        reference: Shaped[Tensor, "..."] | None = None,
+        *,
+        are_deltas: bool = False,
+    ) -> None:
+        """Take the values of models as they are stored; nothing is copied or converted yet.
+
+        Args:
+            models: One an expert, of one shape and any floating dtype.
+            reference: What is subtracted.
+            are_deltas: Whether they are deltas already, so that nothing is to be subtracted.
+        """
+        self._models = list(map(as_stored, models))
+        self._reference = None if reference is None else as_stored(reference)
+        self._are_deltas = are_deltas or reference is None
+        self.experts, self.entries = len(self._models), self._models[0].size
+        self.reference: Float[ndarray, " entry"] = np.empty(0, np.float32)
+        self.start = 0
+        self.changed = False
+
+    def __iter__(self) -> Iterator[tuple[int, Float[ndarray, "expert entry"]]]:
+        """See the class.
+
+        Raises:
+            NotFinite: if a delta is not finite, of models of which a reference is subtracted.
+        """
+        step = min(block_entries(self.experts), max(self.entries, 1))
+        room = np.empty(self.experts * step, np.float32)
+        reference = np.empty(step, np.float32)
+        for start in range(0, self.entries, step):
+            count = min(step, self.entries - start)
+            block = slice(start, start + count)
+            deltas = room[: self.experts * count].reshape(self.experts, count)
+            if self._reference is not None:
+                self.reference = reference[:count]
+                kernels.widen(self._reference[block], self.reference)
+            for model, target in zip(self._models, deltas, strict=True):
+                if self._are_deltas:
+                    kernels.widen(model[block], target)
+                    self.changed = self.changed or bool(target.any())
+                    continue
+                largest = kernels.subtract(model[block], self.reference, target)
+                self.changed = self.changed or largest > 0
+                if largest >= INFINITY:
+                    raise NotFinite
+            self.start = start
+            yield start, deltas
+
+    @staticmethod
+    def working_bytes(entries: int, experts: int) -> int:
+        """Memory of one block while it is merged: deltas, and what loops make on the way."""
+        return min(entries, block_entries(experts)) * (4 * experts + _WORKING)
+
+
+def delta_blocks(vectors: "Tensor | DeltaBlocks") -> DeltaBlocks:
+    """Task vectors (expert, *shape), or blocks of them, as blocks."""
+    return vectors if isinstance(vectors, DeltaBlocks) else DeltaBlocks(list(vectors.cpu()))
+
+
+def joined(
+    merged: Iterator[Float[ndarray, " entry"]], task_vectors: Float[Tensor, "expert *shape"]
+) -> Float[Tensor, "*shape"]:
+    """Blocks of what was made of task vectors, in one tensor on their device."""
+    whole, start = np.empty(task_vectors[0].numel(), np.float32), 0
+    for block in merged:
+        whole[start : start + len(block)] = block
+        start += len(block)
+    return torch.from_numpy(whole).reshape(task_vectors.shape[1:]).to(task_vectors.device)
+
+
+def block_entries(experts: int) -> int:
+    """Entries of each of so many experts in a block; a whole number of draws' words."""
+    return min(BLOCK, max(_LEAST, _ROOM // experts // _LEAST * _LEAST))
+
+
+def stored_bytes(dtype: torch.dtype) -> int:
+    """Bytes an entry of what `as_stored` gives."""
+    return dtype.itemsize if dtype in _STORED else torch.float32.itemsize
+
+
+def as_stored(values: Shaped[Tensor, "..."]) -> ndarray:
+    """The entries as loops take them (`kernels.stored`): bf16 as uint16, fp16 as int16, or fp32."""
+    values = values.detach().reshape(-1)
+    if values.dtype not in _STORED:
+        values = values.float()
+    return values.contiguous().view(_STORED[values.dtype]).numpy()
