@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand
 
-from personae import __version__
+from personae import __version__, kernels
 from personae.cli import compose, demo, inspect, merge, methods, pack, plan, unpack, verify
 from personae.cli.allocator import keep_freed_memory
 from personae.cli.console import err
@@ -42,6 +42,7 @@ def main() -> None:
     Exits 0 done, 1 failed on the work, 2 refused input, 130 interrupted, 141 broken pipe.
     """
     keep_freed_memory()
+    kernels.alone = True
     signal.signal(signal.SIGINT, _interrupt)
     try:
         app()

@@ -5,6 +5,9 @@ of a core, and many beside the cost of a call, a microsecond.
 """
 
 import importlib
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from personae.errors import MethodError
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
     )
     from personae.kernels.stored import add_multiple, store, store_sum, subtract, widen
     from personae.kernels.sums import keep_marked, multi_task_vector, weighted_sum
+
+alone = False
+"""Whether nothing else in this process uses Numba, so that it need not load SciPy for its BLAS."""
 
 _HOMES = {
     "draws": ("drop",),
@@ -85,6 +91,8 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'personae.kernels' has no attribute '{name}'")
     try:
+        with _without_scipy():
+            importlib.import_module("numba.np.arraymath")
         module = importlib.import_module(f"personae.kernels.{home}")
     except ImportError as error:
         if not (error.name or "").startswith(("numba", "llvmlite")):
@@ -95,3 +103,18 @@ def __getattr__(name: str) -> Any:
         ) from error
     globals()[name] = found = getattr(module, name)
     return found
+
+
+@contextmanager
+def _without_scipy() -> Generator[None]:
+    """Where Numba is ours alone, tell it that there is no SciPy: half of its time to load."""
+    name = "scipy.linalg"
+    if not alone or name in sys.modules:
+        yield
+        return
+    modules: dict[str, Any] = sys.modules  # pyright: ignore[reportAssignmentType]
+    modules[name] = None
+    try:
+        yield
+    finally:
+        modules.pop(name, None)
