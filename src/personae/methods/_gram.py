@@ -23,7 +23,7 @@ class FromGram(Linear):
     Lengths and angles are all that is needed of a tensor: one pass in fp64, and a second to sum.
     """
 
-    rows: ClassVar[tuple[int, int]] = (0, 20)
+    rows: ClassVar[tuple[int, int]] = (0, 16)
     looks: ClassVar[int] = 1
     default_scope: ClassVar[Scope] = "tensor"
 
