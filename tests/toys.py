@@ -127,7 +127,7 @@ def perturb(
 ) -> Path:
     """Write a fine-tuned look-alike: gaussian noise of `scale` on floating tensors, or on `names`.
 
-    Files, shards, dtypes and companions stay as they were.
+    Files, shards, dtypes and auxiliary files stay as they were.
     """
     shutil.copytree(src_dir, dst_dir)
     generator = torch.Generator().manual_seed(seed)

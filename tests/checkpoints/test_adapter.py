@@ -102,7 +102,10 @@ def test_bert_is_what_peft_merges(tmp_path: Path, case: str) -> None:
     assert_factors(opened, base, adapted)
     untouched = "bert.encoder.layer.0.output.dense.weight"
     assert opened.same_as_base(untouched) == (case != "bias_lora_only")
-    assert "config.json" in opened.companions and "adapter_config.json" not in opened.companions
+    assert (
+        "config.json" in opened.auxiliary_files
+        and "adapter_config.json" not in opened.auxiliary_files
+    )
 
 
 @pytest.mark.parametrize("targets", [["c_attn", "c_proj"], ["attn.c_proj"], ["wte", "c_proj"]])

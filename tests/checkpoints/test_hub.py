@@ -52,7 +52,7 @@ def test_opening_fetches_headers_only(hub: FakeHub) -> None:
     opened = open_checkpoint("org/sharded@v1")
     assert opened.source == "org/sharded@v1" and opened.revision == COMMIT
     assert {n: s.shape for n, s in opened.specs.items()} == {"a": (512, 512), "b": (512, 512)}
-    assert list(opened.companions) == ["config.json"]
+    assert list(opened.auxiliary_files) == ["config.json"]
     # Of each 1 MiB shard the first 100 kB or so were sent; then index and config.json.
     shards = ("one.safetensors", "two.safetensors")
     assert {name for name, _ in hub.served} == {*shards, INDEX, "config.json"}
@@ -70,7 +70,7 @@ def test_reading_downloads_the_one_shard_it_needs(hub: FakeHub) -> None:
     once = hub.sent("one.safetensors")
     opened.read("a")
     assert hub.sent("one.safetensors") == once
-    assert opened.companions["config.json"].read_text() == "{}"
+    assert opened.auxiliary_files["config.json"].read_text() == "{}"
 
 
 def test_everything_after_opening_asks_for_the_commit(hub: FakeHub) -> None:

@@ -38,11 +38,11 @@ def test_modules_are_part_of_the_model(tmp_path: Path) -> None:
     assert torch.equal(model.read("2_Dense/linear.weight"), DENSE["linear.weight"])
     assert torch.equal(model.read_rows("2_Dense/linear.weight", 1, 2), DENSE["linear.weight"][1:])
     assert torch.equal(model.read("embeddings.weight"), OUTER["embeddings.weight"])
-    assert dict(model.companions) == {
+    assert dict(model.auxiliary_files) == {
         name: tmp_path / name
         for name in ("1_Pooling/config.json", "2_Dense/config.json", "modules.json")
     }
-    assert weight_layout(model.companions).folders == ("1_Pooling", "2_Dense", "3_Normalize")
+    assert weight_layout(model.auxiliary_files).folders == ("1_Pooling", "2_Dense", "3_Normalize")
 
 
 def test_pickled_modules_and_no_outer_weights(tmp_path: Path) -> None:
@@ -102,5 +102,5 @@ def test_a_pipeline_of_diffusers_is_taken_by_its_parts(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"{tmp_path}/text_encoder, {tmp_path}/unet"):
         open_checkpoint(tmp_path)
     unet = open_checkpoint(tmp_path / "unet")
-    assert list(unet.specs) == list(OUTER) and list(unet.companions) == ["config.json"]
-    assert weight_layout(unet.companions).stem == "diffusion_pytorch_model"
+    assert list(unet.specs) == list(OUTER) and list(unet.auxiliary_files) == ["config.json"]
+    assert weight_layout(unet.auxiliary_files).stem == "diffusion_pytorch_model"

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from personae.checkpoints import open_checkpoint
-from personae.checkpoints.folders import is_companion
+from personae.checkpoints.folders import is_auxiliary_file
 from personae.errors import CheckpointError
 
 ONE = {"x": torch.ones(2)}
@@ -27,8 +27,8 @@ ONE = {"x": torch.ones(2)}
         "additional_chat_templates/tool.jinja",
     ],
 )
-def test_companions(name: str) -> None:
-    assert is_companion(name)
+def test_auxiliary_files(name: str) -> None:
+    assert is_auxiliary_file(name)
 
 
 @pytest.mark.parametrize(
@@ -46,18 +46,18 @@ def test_companions(name: str) -> None:
         ".gitattributes",
     ],
 )
-def test_not_companions(name: str) -> None:
-    assert not is_companion(name)
+def test_not_auxiliary_files(name: str) -> None:
+    assert not is_auxiliary_file(name)
 
 
-def test_companions_of_a_directory_are_its_files(tmp_path: Path) -> None:
+def test_auxiliary_files_of_a_directory_are_its_files(tmp_path: Path) -> None:
     save_file(ONE, tmp_path / "model.safetensors")
     for name in ("config.json", "README.md", "vocab.txt"):
         (tmp_path / name).write_text("{}")
-    companions = open_checkpoint(tmp_path).companions
-    assert dict(companions) == {n: tmp_path / n for n in ("config.json", "vocab.txt")}
+    auxiliary_files = open_checkpoint(tmp_path).auxiliary_files
+    assert dict(auxiliary_files) == {n: tmp_path / n for n in ("config.json", "vocab.txt")}
     with pytest.raises(KeyError):
-        companions["README.md"]
+        auxiliary_files["README.md"]
 
 
 def test_safetensors_go_before_pickles(tmp_path: Path) -> None:

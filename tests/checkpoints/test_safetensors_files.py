@@ -37,7 +37,7 @@ def test_every_dtype_and_shape_comes_back(tmp_path: Path) -> None:
         assert opened.specs[name].shape == tuple(tensor.shape)
         assert torch.equal(opened.read(name), tensor)
         assert opened.factors(name) is None and not opened.same_as_base(name)
-    assert opened.revision is None and dict(opened.companions) == {}
+    assert opened.revision is None and dict(opened.auxiliary_files) == {}
 
 
 @given(rows=st.integers(0, 7), data=st.data())

@@ -100,7 +100,7 @@ def test_a_tensor_one_expert_left_alone_is_coded_against_the_merged_model(tmp_pa
     assert_same(load(tmp_path / "x"), rebuilt(CODEC, merged, experts["x"]))
 
 
-def test_the_merged_model_keeps_the_companions_of_the_base(tmp_path):
+def test_the_merged_model_keeps_the_auxiliary_files_of_the_base(tmp_path):
     base, experts = _family()
     path = saved(base, tmp_path / "base", '{"model": "base"}')
     pack(str(path), experts, tmp_path / "p", settings=_settings())

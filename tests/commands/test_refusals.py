@@ -186,7 +186,7 @@ def test_a_base_that_has_moved_is_asked_for(tmp_path):
         unpack(tmp_path / "p", "x", tmp_path / "out")
 
 
-def test_a_base_whose_companions_changed_is_refused(tmp_path):
+def test_a_base_whose_auxiliary_files_changed_is_refused(tmp_path):
     """Same weights, but the expert's configuration was the base's, which is another now."""
     base = saved(BASE, tmp_path / "base", '{"labels": 3}')
     pack(str(base), {"x": tuned(BASE, 1)}, tmp_path / "p")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from personae.family.vocabulary_files import merged_companions
+from personae.family.vocabulary_files import merged_auxiliary_files
 from toy_vocabularies import merged, model, tokenizer
 
 
@@ -16,7 +16,7 @@ def test_the_union_tokenizer_reads_the_tokens_of_all(tmp_path):
     found, (reference, _) = merged(base, "union", a=a, b=b)
     assert found is not None
     out = tmp_path / "out"
-    _write(merged_companions(reference, found, None), out)
+    _write(merged_auxiliary_files(reference, found, None), out)
     joint = AutoTokenizer.from_pretrained(out)
     assert joint("ab<p> a<q><x>").input_ids == [3, 5, 1, 6, 4]
     assert len(joint) == 7
@@ -35,7 +35,7 @@ def test_tokens_are_added_to_every_file_that_lists_them(tmp_path):
     found, (reference, _) = merged(base, "union", e=expert)
     assert found is not None
     out = tmp_path / "out"
-    _write(merged_companions(reference, found, None), out)
+    _write(merged_auxiliary_files(reference, found, None), out)
     decoder = json.loads((out / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     assert decoder["4"]["content"] == "<x>" and "id" not in decoder["4"]
     assert json.loads((out / "added_tokens.json").read_text()) == {"<x>": 4}
@@ -54,7 +54,7 @@ def test_an_expert_s_tokenizer_replaces_the_base_s(tmp_path):
     found, (reference, _) = merged(base, "e", e=expert)
     assert found is not None
     out = tmp_path / "out"
-    _write(merged_companions(reference, found, None), out)
+    _write(merged_auxiliary_files(reference, found, None), out)
     assert not (out / "chat_template.jinja").exists()
     assert (out / "preprocessor_config.json").exists()
     assert (out / "tokenizer.json").read_bytes() == (expert / "tokenizer.json").read_bytes()

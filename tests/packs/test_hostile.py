@@ -26,7 +26,7 @@ from personae.commands.inspect import inspect_pack
 from personae.commands.pack import add_tasks, pack, remove_task, settings_of
 from personae.commands.packed import Pack
 from personae.commands.reference import open_reference
-from personae.commands.unpack import companions_of, unpack
+from personae.commands.unpack import auxiliary_files_of, unpack
 from personae.commands.verify import verify
 from personae.errors import PackError, PersonaeError
 from personae.methods import CODECS
@@ -106,7 +106,7 @@ def _rebuild(opened: Pack, task: str = "news", own_reference: bool = True) -> di
     base = None if own_reference else open_checkpoint(opened.directory.parent / "base")
     with closing(open_reference(opened, None, Work()) if base is None else base) as reference:
         rebuilt = Rebuilt(opened, task, reference)
-        companions_of(opened, task, reference)
+        auxiliary_files_of(opened, task, reference)
         model = {name: rebuilt.read(name) for name in rebuilt.specs}
         assert all(tuple(t.shape) == rebuilt.specs[name].shape for name, t in model.items())
         return {name: t.to(rebuilt.specs[name].dtype) for name, t in model.items()}
@@ -336,7 +336,7 @@ def test_all_that_is_wrong_is_told_at_once(spoilt):
         task = content["tasks"]["law"]
         task["dtypes"] = {"layer.bias": "load"}
         task["bytes"] = -1
-        task["companions"]["model.safetensors"] = task["companions"]["config.json"]
+        task["auxiliary_files"]["model.safetensors"] = task["auxiliary_files"]["config.json"]
 
     _change(spoilt, spoil)
     with pytest.raises(PackError) as caught:
@@ -391,7 +391,7 @@ def test_code_in_a_pack_is_named(spoilt):
         for file in folder.iterdir():
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
             kept = {"stored_in": "task", "sha256": digest}
-            content["tasks"]["law"]["companions"][file.name] = kept
+            content["tasks"]["law"]["auxiliary_files"][file.name] = kept
 
     _change(spoilt, add)
     notes: list[str] = []

@@ -66,7 +66,7 @@ def test_nothing_but_the_pack_is_left_in_its_folder(made):
     assert found == ["pack.json", *(f"tasks/{file}" for file in files)]
 
 
-def test_equal_companions_are_not_stored_twice(made, tmp_path):
+def test_equal_auxiliary_files_are_not_stored_twice(made, tmp_path):
     base = small_base()
     saved(base, tmp_path / "base", '{"same": true}')
     saved(tuned(base, 1), tmp_path / "x", '{"same": true}')
@@ -95,7 +95,7 @@ def test_a_truncated_task_file_is_noticed(copied):
         Pack(copied).open_task("news")
 
 
-def test_a_changed_companion_is_noticed(copied):
+def test_a_changed_auxiliary_file_is_noticed(copied):
     (copied / "tasks/news/config.json").write_text("{}")
     with pytest.raises(PackError, match=r"Task 'news': .*config.json is damaged"):
         Pack(copied).open_task("news")
@@ -193,8 +193,8 @@ def test_a_task_name_that_leads_out_of_the_pack_is_refused(copied, name):
 @pytest.mark.parametrize("path", ["../outside.json", "/etc/outside.json", "a/../../outside.json"])
 def test_paths_that_lead_out_of_the_pack_are_refused(copied, path):
     tasks = json.loads((copied / "pack.json").read_text())["tasks"]
-    kept = tasks["news"]["companions"]["config.json"]
-    spoilt = tasks | {"news": tasks["news"] | {"companions": {path: kept}}}
+    kept = tasks["news"]["auxiliary_files"]["config.json"]
+    spoilt = tasks | {"news": tasks["news"] | {"auxiliary_files": {path: kept}}}
     _rewrite(copied / "pack.json", tasks=spoilt)
     with pytest.raises(PackError, match=r"is malformed: .*is no small file of a model"):
         Pack(copied)

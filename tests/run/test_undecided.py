@@ -143,7 +143,7 @@ def test_a_run_killed_before_it_decides_goes_on(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if killed_at == "decided":
-            patch.setattr("personae.commands.merge.write_companions", killed)
+            patch.setattr("personae.commands.merge.write_auxiliary_files", killed)
         merge(
             base, experts, tmp_path / "out", settings=settings, work=Work(workers=1, progress=kill)
         )

@@ -20,7 +20,7 @@ class Checkpoint(Protocol):
         specs: Name to `TensorSpec`, sorted by name. Tied tensors appear once.
         tied: Dropped name to the kept name of the tensor it shares.
         copies: Names of `tied` under which the tensor is stored again (see `tied.WithCopies`).
-        companions: Relative file name to path of the small files beside the weights
+        auxiliary_files: Relative file name to path of the small files beside the weights
             (configuration, tokenizer, processor, custom code), for copying.
     """
 
@@ -29,7 +29,7 @@ class Checkpoint(Protocol):
     specs: Mapping[str, TensorSpec]
     tied: Mapping[str, str]
     copies: frozenset[str]
-    companions: Mapping[str, Path]
+    auxiliary_files: Mapping[str, Path]
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, of the shape in `specs[name]`, on the CPU.

@@ -20,7 +20,7 @@ from personae.checkpoints.adapter_files import (
 )
 from personae.checkpoints.adapter_fit import NAMES_DIFFER, find_rename, is_transposed
 from personae.checkpoints.adapter_ties import check_same, check_saved, tied_names, without_same
-from personae.checkpoints.folders import Companions
+from personae.checkpoints.folders import AuxiliaryFiles
 from personae.checkpoints.modules import WithModules
 from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.specs import by_name, check_rows, empty_fault, no_such_tensor
@@ -58,11 +58,13 @@ class Adapter:
         self.trained_on = config.base_model_name_or_path
         self.model_class = config.model_class
         self.base_specs: Mapping[str, TensorSpec] = base.specs
-        self.own_files = frozenset(tensors.companions)
+        self.own_files = frozenset(tensors.auxiliary_files)
         self.revision = tensors.revision
-        self.companions: Mapping[str, Path] = Companions(
-            {*tensors.companions, *base.companions},
-            lambda name: (tensors if name in tensors.companions else base).companions[name],
+        self.auxiliary_files: Mapping[str, Path] = AuxiliaryFiles(
+            {*tensors.auxiliary_files, *base.auxiliary_files},
+            lambda name: (tensors if name in tensors.auxiliary_files else base).auxiliary_files[
+                name
+            ],
         )
         stored = {
             name: TensorSpec(name, tensors.specs[key].shape, tensors.specs[key].dtype)

@@ -146,7 +146,7 @@ class ExpertsLaidOut:
             dropped: kept for dropped, kept in model.tied.items() if kept not in used
         }
         self.copies = model.copies
-        self.companions: Mapping[str, Path] = model.companions
+        self.auxiliary_files: Mapping[str, Path] = model.auxiliary_files
 
     def read(self, name: str) -> Tensor:
         """Return one tensor; see `Checkpoint.read`."""

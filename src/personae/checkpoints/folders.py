@@ -10,10 +10,10 @@ from personae._small_files import Unfit, check_readable, read_json
 from personae.checkpoints.headers import Header, read_header
 from personae.errors import CheckpointError, Faults
 
-_COMPANION_ENDINGS = (
+_AUXILIARY_ENDINGS = (
     *(".json", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".bpe", ".vocab", ".spm", ".codes"),
 )
-_NOT_COMPANIONS = {
+_NOT_AUXILIARY = {
     "adapter_config.json",
     "all_results.json",
     "eval_results.json",
@@ -55,9 +55,9 @@ class Folder:
     is_local: bool = True
 
     @property
-    def companions(self) -> "Companions":
+    def auxiliary_files(self) -> "AuxiliaryFiles":
         """The small files beside the weights."""
-        return Companions(filter(is_companion, self.names), self.locate)
+        return AuxiliaryFiles(filter(is_auxiliary_file, self.names), self.locate)
 
     def inside(self, name: str) -> "Folder":
         """The folder of that name in this one; without files if it is not there."""
@@ -71,9 +71,9 @@ class Folder:
             self.is_local,
         )
 
-    def check_companions(self, faults: Faults) -> None:
+    def check_auxiliary_files(self, faults: Faults) -> None:
         """Add a fault for each small file here that cannot be read: work may end with its copy."""
-        for name, path in self.companions.items() if self.is_local else ():
+        for name, path in self.auxiliary_files.items() if self.is_local else ():
             try:
                 check_readable(path)
             except Unfit as error:
@@ -95,7 +95,7 @@ class Folder:
         return file in self.names
 
 
-class Companions(_PathByName):
+class AuxiliaryFiles(_PathByName):
     """Relative file name to path; looking one up may download it."""
 
     def __init__(self, names: Iterable[str], locate: Callable[[str], Path]) -> None:
@@ -116,7 +116,7 @@ class Companions(_PathByName):
         return len(self._names)
 
 
-def is_companion(name: str) -> bool:
+def is_auxiliary_file(name: str) -> bool:
     """Whether a file belongs beside the weights: configuration, tokenizer, processor, code.
 
     Indexes, what training leaves behind and the README (each output gets its own) do not.
@@ -124,9 +124,9 @@ def is_companion(name: str) -> bool:
     folder, _, file = name.rpartition("/")
     return (
         folder in ("", _TEMPLATES)
-        and file.endswith(_COMPANION_ENDINGS)
+        and file.endswith(_AUXILIARY_ENDINGS)
         and not file.endswith(".index.json")
-        and file not in _NOT_COMPANIONS
+        and file not in _NOT_AUXILIARY
         and name.isprintable()
         and len(name.encode()) <= _LONGEST_NAME
     )
@@ -146,7 +146,7 @@ def local_folder(directory: Path, source: str, revision: str | None = None) -> F
         frozenset(
             path.relative_to(directory).as_posix()
             for path in found
-            if path.is_file() or is_companion(path.name)
+            if path.is_file() or is_auxiliary_file(path.name)
         ),
         lambda file: directory / file,
         lambda file: read_header(directory / file),

@@ -30,7 +30,7 @@ class InMemory:
         """
         self.source = type(tensors).__name__
         self.revision: str | None = None
-        self.companions: Mapping[str, Path] = {}
+        self.auxiliary_files: Mapping[str, Path] = {}
         # keep_vars: tied parameters are then one object, which also holds on the meta device.
         found = (
             tensors.state_dict(keep_vars=True) if isinstance(tensors, nn.Module) else dict(tensors)

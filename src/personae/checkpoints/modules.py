@@ -16,7 +16,7 @@ from personae import _small_files
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.configuration import CONFIG
-from personae.checkpoints.folders import Companions, Folder
+from personae.checkpoints.folders import AuxiliaryFiles, Folder
 from personae.checkpoints.specs import by_name, no_such_tensor
 from personae.errors import CheckpointError, Faults
 
@@ -38,19 +38,19 @@ class WeightLayout(NamedTuple):
     folders: tuple[str, ...] = ()
 
 
-def weight_layout(companions: Mapping[str, Path | bytes]) -> WeightLayout:
+def weight_layout(auxiliary_files: Mapping[str, Path | bytes]) -> WeightLayout:
     """Where whoever reads these small files looks for the weights.
 
     Raises:
         CheckpointError: if one of them is damaged.
     """
-    config = read_companion(companions, CONFIG)
+    config = read_auxiliary_file(auxiliary_files, CONFIG)
     diffusers = isinstance(config, dict) and "_diffusers_version" in config
     stem = "diffusion_pytorch_model" if diffusers else "model"
-    return WeightLayout(stem, tuple(named_folders(companions)))
+    return WeightLayout(stem, tuple(named_folders(auxiliary_files)))
 
 
-def named_folders(companions: Mapping[str, Path | bytes]) -> dict[str, str]:
+def named_folders(auxiliary_files: Mapping[str, Path | bytes]) -> dict[str, str]:
     """The folders that a model's small files name, each with its kind of module.
 
     Raises:
@@ -58,31 +58,33 @@ def named_folders(companions: Mapping[str, Path | bytes]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     try:
-        for module in read_companion(companions, MODULES) or ():
+        for module in read_auxiliary_file(auxiliary_files, MODULES) or ():
             found[str(module["path"])] = str(module["type"])
         for folder, kind in (
-            (read_companion(companions, _ROUTER) or {}).get("types") or {}
+            (read_auxiliary_file(auxiliary_files, _ROUTER) or {}).get("types") or {}
         ).items():
             found[str(folder)] = str(kind)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{companions[MODULES]} names no modules with 'path' and 'type'. "
+            f"{auxiliary_files[MODULES]} names no modules with 'path' and 'type'. "
             "Copy or download it again."
         ) from error
     inner = {folder.rstrip("/"): kind for folder, kind in found.items() if folder.strip("./")}
     outside = sorted(f for f in inner if Path(f).is_absolute() or ".." in Path(f).parts)
     if outside:
-        raise CheckpointError(f"{companions[MODULES]} names {', '.join(outside)}, outside of it.")
+        raise CheckpointError(
+            f"{auxiliary_files[MODULES]} names {', '.join(outside)}, outside of it."
+        )
     return inner
 
 
-def read_companion(companions: Mapping[str, Path | bytes], name: str) -> Any:
+def read_auxiliary_file(auxiliary_files: Mapping[str, Path | bytes], name: str) -> Any:
     """What a small JSON file says; None if there is none.
 
     Raises:
         CheckpointError: if it is damaged.
     """
-    file = companions.get(name)
+    file = auxiliary_files.get(name)
     if file is None:
         return None
     try:
@@ -101,10 +103,10 @@ def module_folders(folder: Folder) -> dict[str, Folder]:
     """
     faults = Faults()
     inside: dict[str, Folder] = {}
-    for name, kind in named_folders(folder.companions).items():
+    for name, kind in named_folders(folder.auxiliary_files).items():
         found = folder.inside(name)
         if found.names:
-            found.check_companions(faults)
+            found.check_auxiliary_files(faults)
             inside[name] = found
         elif not kind.endswith(_WITHOUT_FILES):
             faults.add(
@@ -158,16 +160,16 @@ class WithModules:
             for dropped, kept in part.tied.items()
         }
         files: dict[str, Mapping[str, Path]] = {
-            "": model.companions if model else folder.companions
+            "": model.auxiliary_files if model else folder.auxiliary_files
         }
-        files |= {f"{name}/": sub.companions for name, sub in inside.items()}
+        files |= {f"{name}/": sub.auxiliary_files for name, sub in inside.items()}
         held = {prefix + name: (own, name) for prefix, own in files.items() for name in own}
 
         def locate(name: str) -> Path:
             own, inner = held[name]
             return own[inner]
 
-        self.companions: Mapping[str, Path] = Companions(held, locate)
+        self.auxiliary_files: Mapping[str, Path] = AuxiliaryFiles(held, locate)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor; see `Checkpoint.read`."""

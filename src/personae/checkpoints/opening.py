@@ -117,7 +117,7 @@ def _readable(folder: Folder) -> Folder:
         CheckpointError: naming each that cannot.
     """
     faults = Faults()
-    folder.check_companions(faults)
+    folder.check_auxiliary_files(faults)
     faults.raise_if_any(CheckpointError)
     return folder
 

@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from personae._types import TensorSpec
-from personae.checkpoints.folders import Companions, Folder, read_weight_map, warn_of_absent
+from personae.checkpoints.folders import AuxiliaryFiles, Folder, read_weight_map, warn_of_absent
 from personae.checkpoints.headers import is_lfs_pointer, unreadable
 from personae.checkpoints.memory import tensor_fault
 from personae.checkpoints.specs import by_name, check_rows, find_tied, no_such_tensor
@@ -40,7 +40,7 @@ class Pickles:
     Args:
         source: What the user wrote.
         paths: The files; no name may be in two of them.
-        companions: See `Checkpoint`.
+        auxiliary_files: See `Checkpoint`.
         revision: See `Checkpoint`.
     """
 
@@ -50,7 +50,7 @@ class Pickles:
         self,
         source: str,
         paths: list[Path],
-        companions: Companions,
+        auxiliary_files: AuxiliaryFiles,
         revision: str | None = None,
     ) -> None:
         """Unpickle every file once, for its headers.
@@ -60,7 +60,7 @@ class Pickles:
         """
         self.source = source
         self.revision = revision
-        self.companions: Mapping[str, Path] = companions
+        self.auxiliary_files: Mapping[str, Path] = auxiliary_files
         self._paths: dict[str, Path] = {}
         self._lock = threading.Lock()
         self._loaded: dict[Path, dict[str, Tensor]] = {}
@@ -150,7 +150,7 @@ def open_pickles(folder: Folder, file: str) -> Pickles:
         folder.has(shard, file, faults)
     faults.raise_if_any(CheckpointError)
     paths = [folder.locate(shard) for shard in wanted]
-    opened = Pickles(folder.source, paths, folder.companions, folder.revision)
+    opened = Pickles(folder.source, paths, folder.auxiliary_files, folder.revision)
     if weight_map is not None:
         present = opened.specs.keys() | opened.tied.keys()
         for shard in wanted:

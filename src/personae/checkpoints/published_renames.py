@@ -9,7 +9,7 @@ from typing import Any
 
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.configuration import CONFIG
-from personae.checkpoints.modules import read_companion
+from personae.checkpoints.modules import read_auxiliary_file
 
 Renames = Callable[[str], str]
 
@@ -26,7 +26,7 @@ def published_renames(*models: Checkpoint) -> Iterator[Renames]:
     Raises:
         CheckpointError: A config.json is damaged.
     """
-    configs = [read_companion(model.companions, CONFIG) for model in models]
+    configs = [read_auxiliary_file(model.auxiliary_files, CONFIG) for model in models]
     config = next((c for c in configs if isinstance(c, dict) and c.get("model_type")), None)
     try:
         rules = [] if config is None else _rules(config)

@@ -55,9 +55,9 @@ def check_not_quantised(checkpoint: Checkpoint) -> None:
 
 def quantisation_of(checkpoint: Checkpoint) -> str | None:
     """The quantiser that config.json names; None if it names none."""
-    if "config.json" not in checkpoint.companions:
+    if "config.json" not in checkpoint.auxiliary_files:
         return None
-    config: Any = read_json(checkpoint.companions["config.json"])
+    config: Any = read_json(checkpoint.auxiliary_files["config.json"])
     said = config.get(_FIELD) if isinstance(config, Mapping) else None
     if not said:
         return None

@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from personae._types import TensorSpec
-from personae.checkpoints.folders import Companions, Folder, read_weight_map, warn_of_absent
+from personae.checkpoints.folders import AuxiliaryFiles, Folder, read_weight_map, warn_of_absent
 from personae.checkpoints.headers import LENGTH_BYTES, Header
 from personae.checkpoints.specs import by_name, check_rows, no_such_tensor
 from personae.errors import CheckpointError, Faults
@@ -35,7 +35,7 @@ class SafetensorsFiles:
         source: What the user wrote.
         headers: File name to its header.
         locate: File name to its path on this machine, which may download it.
-        companions: See `Checkpoint`.
+        auxiliary_files: See `Checkpoint`.
         revision: See `Checkpoint`.
     """
 
@@ -46,13 +46,13 @@ class SafetensorsFiles:
         source: str,
         headers: Mapping[str, Header],
         locate: Callable[[str], Path],
-        companions: Companions,
+        auxiliary_files: AuxiliaryFiles,
         revision: str | None = None,
     ) -> None:
         """Join the headers; no file is touched."""
         self.source = source
         self.revision = revision
-        self.companions: Mapping[str, Path] = companions
+        self.auxiliary_files: Mapping[str, Path] = auxiliary_files
         self.specs: Mapping[str, TensorSpec] = by_name(
             spec for header in headers.values() for spec in header.specs.values()
         )
@@ -167,7 +167,7 @@ def open_safetensors(folder: Folder, file: str) -> SafetensorsFiles:
             _compare_with_index(folder.where(file), weight_map, shard, header, faults)
     faults.raise_if_any(CheckpointError)
     return SafetensorsFiles(
-        folder.source, headers, folder.locate, folder.companions, folder.revision
+        folder.source, headers, folder.locate, folder.auxiliary_files, folder.revision
     )
 
 

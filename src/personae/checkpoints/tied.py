@@ -37,7 +37,7 @@ class WithCopies:
         """See a model without `copies`, by the names of what they are copies of; reads nothing."""
         self.model = model
         self.source, self.revision = model.source, model.revision
-        self.companions: Mapping[str, Path] = model.companions
+        self.auxiliary_files: Mapping[str, Path] = model.auxiliary_files
         self.specs: Mapping[str, TensorSpec] = {
             name: spec for name, spec in model.specs.items() if name not in copies
         }
@@ -120,7 +120,7 @@ def says_tied(model: Checkpoint) -> bool | None:
     Raises:
         CheckpointError: It is damaged.
     """
-    path = model.companions.get(CONFIG)
+    path = model.auxiliary_files.get(CONFIG)
     if path is None:
         return None
     config = read_json(path)

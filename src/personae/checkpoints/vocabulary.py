@@ -89,11 +89,11 @@ def has_vocabulary_axis(spec: TensorSpec, rows: int) -> bool:
 def same_token_files(one: Checkpoint, other: Checkpoint) -> bool:
     """Whether two models have tokenizer files, and the same bytes in those that say the tokens."""
     names = [
-        {n for n in model.companions if n in (*TOKEN_FILES, *_ADDED_FILES) or _is_binary(n)}
+        {n for n in model.auxiliary_files if n in (*TOKEN_FILES, *_ADDED_FILES) or _is_binary(n)}
         for model in (one, other)
     ]
     return names[0] == names[1] != set() and all(
-        one.companions[name].read_bytes() == other.companions[name].read_bytes()
+        one.auxiliary_files[name].read_bytes() == other.auxiliary_files[name].read_bytes()
         for name in names[0]
     )
 
@@ -105,22 +105,22 @@ def read_vocabulary(model: Checkpoint) -> Vocabulary | None:
         CheckpointError: if a file is damaged, or the tokens are only in a binary one.
     """
     rows = embedding_rows(model.specs)
-    found = next((name for name in TOKEN_FILES if name in model.companions), None)
+    found = next((name for name in TOKEN_FILES if name in model.auxiliary_files), None)
     if rows is None:
         return None
     if found is None:
-        binary = next(filter(_is_binary, model.companions), None)
+        binary = next(filter(_is_binary, model.auxiliary_files), None)
         if binary is None:
             return None
         raise CheckpointError(
             f"{model.source} has its tokens only in {binary}, which is not read. Load it with "
             "AutoTokenizer and save it, which writes tokenizer.json."
         )
-    tokens, added = _read_tokens(model.companions[found])
+    tokens, added = _read_tokens(model.auxiliary_files[found])
     core_size = len(tokens)
     for name in _ADDED_FILES:
-        if name in model.companions:
-            for content, said in _read_added(model.companions[name]).items():
+        if name in model.auxiliary_files:
+            for content, said in _read_added(model.auxiliary_files[name]).items():
                 added.setdefault(content, said)
     rows_of = tokens | {content: said["id"] for content, said in added.items()}
     return Vocabulary(model.source, rows, rows_of, added, core_size)

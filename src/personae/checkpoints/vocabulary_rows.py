@@ -55,7 +55,7 @@ class WithRows:
         self.revision = model.revision
         self.tied: Mapping[str, str] = model.tied
         self.copies = model.copies
-        self.companions: Mapping[str, Path] = model.companions
+        self.auxiliary_files: Mapping[str, Path] = model.auxiliary_files
         size = rows.rows if rows.index is None else len(rows.index)
         self.specs: Mapping[str, TensorSpec] = {
             name: replace(spec, shape=(size, *spec.shape[1:])) if rows.has_axis(spec) else spec

@@ -162,7 +162,7 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False, uncoded: boo
             name,
             console.size(task["bytes"]),
             console.size(task["private_bytes"]),
-            console.size(task["companion_bytes"]),
+            console.size(task["auxiliary_bytes"]),
             console.percent(task["amr_percent"]["on_disk_native"]),
             console.percent(task["amr_percent"]["counted"]),
             "-" if task["rank_fraction"] is None else f"{task['rank_fraction']:.3f}",

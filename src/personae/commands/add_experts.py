@@ -70,7 +70,7 @@ def add_experts(
         codecs, coded = coding.within_budgets(settings)
         for writer, codec, tensors in zip(writers, codecs, coded, strict=True):
             if name not in writer.manifest.tasks:
-                about = characteristics.get(name) or class_names(expert.checkpoint.companions)
+                about = characteristics.get(name) or class_names(expert.checkpoint.auxiliary_files)
                 _write_task(writer, codec, family, expert, scan, tensors, about)
                 record = writer.manifest.tasks[name]
                 lost[writer.directory][name] = _note_what_is_not_coded(
@@ -247,7 +247,7 @@ def _write_task(
         coded,
         _private(expert, family, scan),
         small_files(expert, family.base)[0],
-        family.base.companions,
+        family.base.auxiliary_files,
         source=expert.checkpoint.source,
         revision=expert.checkpoint.revision,
         fingerprint=scan.fingerprint,

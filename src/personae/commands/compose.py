@@ -196,9 +196,9 @@ def compose(
     with closing(open_composed(pack, weights, base=base, head=head, work=work)) as composed:
         for text in composed.notes:
             work.note(text)
-        note_code(opened, composed.outline.companions(), work)
+        note_code(opened, composed.outline.auxiliary_files(), work)
         made_of = json.dumps(_about(opened, composed.weighting, head), indent=2, ensure_ascii=False)
-        files: dict[str, Path | bytes] = {**composed.outline.companions()}
+        files: dict[str, Path | bytes] = {**composed.outline.auxiliary_files()}
         files[RECORD_NAME] = (made_of + "\n").encode()
         write_model(
             out,
@@ -207,7 +207,7 @@ def compose(
             tied=composed.outline.tied,
             copies=composed.outline.copies,
             computed=composed.coded,
-            companions=files,
+            auxiliary_files=files,
             cost=composed.cost,
             overwrite=overwrite,
             shard_bytes=shard_bytes,

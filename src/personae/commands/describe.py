@@ -61,12 +61,12 @@ def checked(
     return texts
 
 
-def class_names(companions: Mapping[str, Path]) -> tuple[str, ...]:
+def class_names(auxiliary_files: Mapping[str, Path]) -> tuple[str, ...]:
     """Class names from `id2label` of a config.json, in label order; none if LABEL_0 and so on."""
-    if "config.json" not in companions:
+    if "config.json" not in auxiliary_files:
         return ()
     try:
-        labels = read_json(companions["config.json"])["id2label"]
+        labels = read_json(auxiliary_files["config.json"])["id2label"]
         names = [str(labels[key]) for key in sorted(labels, key=int)]
     except (KeyError, TypeError, ValueError, AttributeError):
         return ()

@@ -14,7 +14,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     Returns:
         Plain values that print as JSON. For a pack, per task: `bytes` (of its file),
-        `private_bytes`, `companion_bytes`, `amr_percent` by rule, `relative_error`
+        `private_bytes`, `auxiliary_bytes`, `amr_percent` by rule, `relative_error`
         (‖τ − τ̂‖² / ‖τ‖² over changed tensors) and per tensor whether it is coded, kept exact or
         skipped, shape, rank, bytes and error. What all tasks share is told once, as `shared`; an
         AMR has a task's share of it.
@@ -58,7 +58,7 @@ def inspect_checkpoint(source: str) -> dict[str, Any]:
         "parameters": sum(spec.numel for spec in specs if spec.is_floating),
         "bytes": sum(spec.nbytes for spec in specs),
         "tied": dict(checkpoint.tied),
-        "companions": sorted(checkpoint.companions),
+        "auxiliary_files": sorted(checkpoint.auxiliary_files),
         "tensors": {
             spec.name: {
                 "shape": list(spec.shape),
@@ -80,9 +80,9 @@ def _shared(pack: Pack) -> dict[str, Any] | None:
 
 def _task(pack: Pack, name: str, record: TaskRecord) -> dict[str, Any]:
     own = [
-        pack.companion(name, relative)
-        for relative, companion in record.companions.items()
-        if companion.stored_in == "task"
+        pack.auxiliary_file(name, relative)
+        for relative, auxiliary_file in record.companions.items()
+        if auxiliary_file.stored_in == "task"
     ]
     return {
         "source": record.source,
@@ -92,7 +92,7 @@ def _task(pack: Pack, name: str, record: TaskRecord) -> dict[str, Any]:
         "bytes": record.bytes,
         "coded_bytes": record.coded_bytes,
         "private_bytes": record.private_bytes,
-        "companion_bytes": sum(path.stat().st_size for path in own if path.is_file()),
+        "auxiliary_bytes": sum(path.stat().st_size for path in own if path.is_file()),
         "amr_percent": task_amr_percent(record, pack.manifest),
         "relative_error": record.relative_error,
         "left": record.left,

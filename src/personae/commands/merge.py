@@ -29,7 +29,7 @@ from personae.family.effects import (
 )
 from personae.family.finite import converging, is_finite
 from personae.family.opened import Family
-from personae.family.vocabulary_files import merged_companions
+from personae.family.vocabulary_files import merged_auxiliary_files
 from personae.methods import MergeMethod, NotFinite, Statistics
 from personae.recipe import MergeSettings
 from personae.run import pool
@@ -49,7 +49,7 @@ from personae.writers import (
     identity_text,
     output_directory,
     require_space,
-    write_companions,
+    write_auxiliary_files,
 )
 
 _STATISTICS = "statistics.safetensors"
@@ -96,7 +96,7 @@ def merge(
         plan = plan_job(job, settings, work)
         for text in plan.notes:
             work.note(text)
-        companions = merged_companions(family.base, family.vocabulary, settings.dtype)
+        auxiliary_files = merged_auxiliary_files(family.base, family.vocabulary, settings.dtype)
         require_space(out, plan.bytes_out)
         if free_space(out) < plan.bytes_out + plan.undecided_bytes:
             work.note(
@@ -124,7 +124,7 @@ def merge(
                     )
                 lost = run(job, directory, work, shard_bytes, journal)
                 _tell(lost, family, work)
-                write_companions(companions, directory)
+                write_auxiliary_files(auxiliary_files, directory)
                 card = merge_card(family, settings, recipe)
                 (directory / "README.md").write_text(card, encoding="utf-8")
     return out
@@ -158,7 +158,7 @@ def run(
         copies=job.family.base.copies,
         again=True,
         computed=job.merged,
-        **weight_layout(job.family.base.companions)._asdict(),
+        **weight_layout(job.family.base.auxiliary_files)._asdict(),
     ) as writer:
         before = set(journal.done) if journal else set[int]()
         decided = len(job.items)  # the step after the last item

@@ -371,7 +371,7 @@ def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
             "merged like all other tensors, although their names are those of heads: "
             f"{shown(heads)}; to leave them as in {whose}: skip: {patterns(heads, others)}"
         )
-    files = family.base.companions
+    files = family.base.auxiliary_files
     if files and "config.json" not in files:
         notes.append(f"{whose} has no config.json, so the result has none: transformers needs one")
     return notes

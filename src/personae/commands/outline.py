@@ -9,7 +9,7 @@ from torch import Tensor
 
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
-from personae.commands.unpack import companions_of
+from personae.commands.unpack import auxiliary_files_of
 from personae.family.align import align
 from personae.family.small_files import small_files
 from personae.packs.reader import Pack
@@ -27,7 +27,7 @@ class Outline:
         whole: Reads what the reference has not: a tensor, or the rows added to one, by name.
         tied: Dropped name to the kept name of the tensor it shares.
         copies: Those of them under which the tensor is written again.
-        companions: Finds the small files (configuration, tokenizer), by relative name.
+        auxiliary_files: Finds the small files (configuration, tokenizer), by relative name.
         close: Releases files opened for it.
     """
 
@@ -37,7 +37,7 @@ class Outline:
     whole: Callable[[str], Tensor]
     tied: Mapping[str, str]
     copies: Collection[str]
-    companions: Callable[[], Mapping[str, Path | bytes]]
+    auxiliary_files: Callable[[], Mapping[str, Path | bytes]]
     close: Callable[[], None] = lambda: None
 
     @property
@@ -59,7 +59,7 @@ def of_reference(reference: Checkpoint) -> Outline:
         whole=none,
         tied=reference.tied,
         copies=reference.copies,
-        companions=lambda: reference.companions,
+        auxiliary_files=lambda: reference.auxiliary_files,
     )
 
 
@@ -73,7 +73,7 @@ def of_task(pack: Pack, rebuilt: Rebuilt, task: str) -> Outline:
         whole=rebuilt.private,
         tied=rebuilt.record.tied,
         copies=rebuilt.copies,
-        companions=lambda: companions_of(pack, task, rebuilt.reference),
+        auxiliary_files=lambda: auxiliary_files_of(pack, task, rebuilt.reference),
     )
 
 
@@ -117,7 +117,10 @@ def of_checkpoint(
         whole=whole,
         tied=found.tied,
         copies=found.stored_again,
-        companions=lambda: {**reference.companions, **small_files(found, reference, specs)[0]},
+        auxiliary_files=lambda: {
+            **reference.auxiliary_files,
+            **small_files(found, reference, specs)[0],
+        },
         close=checkpoint.close,
     )
 

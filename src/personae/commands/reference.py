@@ -16,7 +16,7 @@ from personae.packs.reader import Pack
 from personae.recipe import PackSettings
 from personae.run.scan import fingerprint, uncoded
 from personae.run.work import Work
-from personae.writers import output_directory, write_companions
+from personae.writers import output_directory, write_auxiliary_files
 
 
 def write_merged_reference(
@@ -33,7 +33,7 @@ def write_merged_reference(
     job = job_of(family, lambda _: method)
     with output_directory(directory, overwrite=True) as partial:
         run(job, partial, work)
-        write_companions(family.base.companions, partial)
+        write_auxiliary_files(family.base.auxiliary_files, partial)
 
 
 def make_reference(

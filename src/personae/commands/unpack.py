@@ -56,8 +56,8 @@ def unpack(
         work.note(f"{task}: {left}")
     with closing(open_reference(opened, base, work)) as reference:
         rebuilt = Rebuilt(opened, task, reference, device)
-        companions = companions_of(opened, task, reference)
-        note_code(opened, companions, work)
+        auxiliary_files = auxiliary_files_of(opened, task, reference)
+        note_code(opened, auxiliary_files, work)
         write_model(
             out,
             list(rebuilt.specs.values()),
@@ -65,7 +65,7 @@ def unpack(
             tied=rebuilt.record.tied,
             copies=rebuilt.copies,
             computed=rebuilt.coded,
-            companions=companions,
+            auxiliary_files=auxiliary_files,
             cost=lambda spec: rebuilt.cost(rebuilt.reference_names.get(spec.name, "")),
             overwrite=overwrite,
             shard_bytes=shard_bytes,
@@ -104,27 +104,27 @@ def _asks(path: Path) -> bool:
     return isinstance(content, dict) and "auto_map" in content
 
 
-def companions_of(pack: Pack, task: str, reference: Checkpoint) -> dict[str, Path]:
+def auxiliary_files_of(pack: Pack, task: str, reference: Checkpoint) -> dict[str, Path]:
     """The expert's small files, where they are.
 
     Raises:
         PackError: if one of the reference's is not what it was.
     """
     found: dict[str, Path] = {}
-    for relative, companion in pack.task(task).companions.items():
+    for relative, auxiliary_file in pack.task(task).companions.items():
         source = (
-            pack.companion(task, relative)
-            if companion.stored_in == "task"
-            else reference.companions.get(relative)
+            pack.auxiliary_file(task, relative)
+            if auxiliary_file.stored_in == "task"
+            else reference.auxiliary_files.get(relative)
         )
-        if source is None and not reference.companions:
+        if source is None and not reference.auxiliary_files:
             continue  # bare weights were given this time: the caller has no such files to copy
         if source is None:
             raise PackError(
                 f"{reference.source} has no '{relative}', which '{task}' shares with it. "
                 "Restore it, or give a complete copy with --base."
             )
-        if sha256_file(source) != companion.sha256:
+        if sha256_file(source) != auxiliary_file.sha256:
             raise PackError(
                 f"{source} is not the one that '{task}' was packed with: it changed since. "
                 "Restore it, or give an unchanged copy with --base."

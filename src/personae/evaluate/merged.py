@@ -13,7 +13,7 @@ from personae.evaluate.tasks import Task
 from personae.family.align import align
 from personae.recipe import MergeSettings
 from personae.run.work import Work
-from personae.writers import CheckpointWriter, write_companions
+from personae.writers import CheckpointWriter, write_auxiliary_files
 
 
 def evaluate_merge(
@@ -75,12 +75,12 @@ def attach_head(
     own = align(reference, opened, private=heads)["expert"]
     shared = {own.files[name]: name for name in own.shared}
     specs, tied, copies = own.checkpoint.specs, own.checkpoint.tied, own.checkpoint.copies
-    layout = weight_layout(own.checkpoint.companions)._asdict()
+    layout = weight_layout(own.checkpoint.auxiliary_files)._asdict()
     with CheckpointWriter(directory, specs.values(), tied=tied, copies=copies, **layout) as writer:
         for raw in specs:
             source, name = (values, shared[raw]) if raw in shared else (own.checkpoint, raw)
             writer.write(raw, source.read(name))
-    write_companions(own.checkpoint.companions, directory)
+    write_auxiliary_files(own.checkpoint.auxiliary_files, directory)
 
 
 def heads_of(base: Path, experts: Mapping[str, Path]) -> tuple[str, ...]:

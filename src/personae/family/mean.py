@@ -29,7 +29,7 @@ class MeanOf:
         """Combine headers; `others` are aligned with `first`, whose own is what `is_left` says."""
         self.source = f"the average of {first.source} and {len(others)} more"
         self.revision: str | None = None
-        self.companions: Mapping[str, Path] = first.companions
+        self.auxiliary_files: Mapping[str, Path] = first.auxiliary_files
         self._first, self._others = first, others
         alike = [{*other.shared} - {*other.grown} for other in others]
         self.merged = {

@@ -32,7 +32,7 @@ def small_files(
         CheckpointError: if a configuration is damaged.
     """
     model = expert.checkpoint
-    files: dict[str, Path | bytes] = {**model.companions}
+    files: dict[str, Path | bytes] = {**model.auxiliary_files}
     path, described, whose = _configuration(expert, reference)
     if path is None:
         return files, []
@@ -45,7 +45,7 @@ def small_files(
     if fitted != config:
         files[CONFIG] = (json.dumps(fitted, indent=2, ensure_ascii=False) + "\n").encode()
         return files, [f"config.json is {whose}, changed to {', '.join(changes)}"]
-    bare = CONFIG not in model.companions and expert.private
+    bare = CONFIG not in model.auxiliary_files and expert.private
     return files, ["has no config.json; rebuilt, it will have the base's"] if bare else []
 
 
@@ -54,10 +54,10 @@ def _configuration(
 ) -> tuple[Path | None, Mapping[str, TensorSpec], str]:
     """The config.json an expert goes by, the tensors it describes, and whose it is."""
     model, adapter = expert.checkpoint, adapter_of(expert.checkpoint)
-    own = model.companions.get(CONFIG)
+    own = model.auxiliary_files.get(CONFIG)
     if adapter and CONFIG not in adapter.own_files:
         return own, adapter.base_specs, "the base's"
     if own is not None:
         return own, expert.own_specs, "its own"
     theirs = {expert.renaming.expert_name(name): spec for name, spec in reference.specs.items()}
-    return reference.companions.get(CONFIG), theirs, "the base's"
+    return reference.auxiliary_files.get(CONFIG), theirs, "the base's"

@@ -210,7 +210,7 @@ def _union(
             tokens[token] = row
             appended[token] = {**own.added[token], "id": row}
             row += 1
-    if appended and "tokenizer.json" not in models[_label(chosen)].companions:
+    if appended and "tokenizer.json" not in models[_label(chosen)].auxiliary_files:
         faults.add(
             f"{start.source} has no tokenizer.json, to which tokens could be added. Load it with "
             "AutoTokenizer and save it, which writes one."

@@ -20,7 +20,7 @@ _OF_TOKENIZER = re.compile(
 _TOKEN_ROW = re.compile(r"\w+_token_id")
 
 
-def merged_companions(
+def merged_auxiliary_files(
     model: Checkpoint, vocabulary: MergedVocabulary | None, dtype: str | None
 ) -> dict[str, Path | bytes]:
     """The small files beside merged weights.
@@ -36,7 +36,7 @@ def merged_companions(
     Raises:
         CheckpointError: if a configuration is damaged.
     """
-    files: dict[str, Path | bytes] = {**model.companions}
+    files: dict[str, Path | bytes] = {**model.auxiliary_files}
     if vocabulary is not None:
         files = _with_vocabulary(vocabulary, model)
     config = files.get(CONFIG)
@@ -49,17 +49,21 @@ def merged_companions(
 def _with_vocabulary(vocabulary: MergedVocabulary, model: Checkpoint) -> dict[str, Path | bytes]:
     source = vocabulary.source
     files: dict[str, Path | bytes] = {
-        name: path for name, path in model.companions.items() if not _OF_TOKENIZER.fullmatch(name)
+        name: path
+        for name, path in model.auxiliary_files.items()
+        if not _OF_TOKENIZER.fullmatch(name)
     }
-    for name, path in source.companions.items():
+    for name, path in source.auxiliary_files.items():
         if _OF_TOKENIZER.fullmatch(name):
             files[name] = path
     if CONFIG in files:
-        own = read_object(model.companions[CONFIG])
-        other = read_object(source.companions[CONFIG]) if CONFIG in source.companions else {}
+        own = read_object(model.auxiliary_files[CONFIG])
+        other = (
+            read_object(source.auxiliary_files[CONFIG]) if CONFIG in source.auxiliary_files else {}
+        )
         files[CONFIG] = _text(_config(own, other, vocabulary.size))
     if vocabulary.appended:
-        files |= _with_tokens(source.companions, vocabulary.appended)
+        files |= _with_tokens(source.auxiliary_files, vocabulary.appended)
     return files
 
 
@@ -77,21 +81,21 @@ def _config(own: dict[str, Any], other: Mapping[str, Any], size: int) -> dict[st
 
 
 def _with_tokens(
-    companions: Mapping[str, Path], appended: Mapping[str, Mapping[str, Any]]
+    auxiliary_files: Mapping[str, Path], appended: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Path | bytes]:
     """Tokenizer files with more added tokens."""
     files: dict[str, Path | bytes] = {}
-    tokenizer = read_object(companions["tokenizer.json"])
+    tokenizer = read_object(auxiliary_files["tokenizer.json"])
     tokenizer["added_tokens"] = [
         *(tokenizer.get("added_tokens") or []),
         *({**_MARKS, **said} for said in appended.values()),
     ]
     files["tokenizer.json"] = _text(tokenizer)
-    if "added_tokens.json" in companions:
+    if "added_tokens.json" in auxiliary_files:
         rows = {token: said["id"] for token, said in appended.items()}
-        files["added_tokens.json"] = _text(read_object(companions["added_tokens.json"]) | rows)
-    if "tokenizer_config.json" in companions:
-        config = read_object(companions["tokenizer_config.json"])
+        files["added_tokens.json"] = _text(read_object(auxiliary_files["added_tokens.json"]) | rows)
+    if "tokenizer_config.json" in auxiliary_files:
+        config = read_object(auxiliary_files["tokenizer_config.json"])
         if "added_tokens_decoder" in config:
             for said in appended.values():
                 marks = {k: v for k, v in {**_MARKS, **said}.items() if k != "id"}

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from personae._types import dtype_name
 from personae._version import __version__
-from personae.checkpoints.folders import is_companion
+from personae.checkpoints.folders import is_auxiliary_file
 from personae.checkpoints.naming import is_safe_name
 from personae.checkpoints.specs import READABLE
 
@@ -35,11 +35,11 @@ def _task_name(name: str) -> str:
     return name
 
 
-def _companion_name(name: str) -> str:
+def _auxiliary_name(name: str) -> str:
     folder, _, file = name.rpartition("/")
     # Folders of modules (sentence-transformers) have small files of their own, but no code.
-    in_module = is_safe_name(folder) and is_companion(file) and not file.endswith(".py")
-    if not (is_companion(name) or in_module):
+    in_module = is_safe_name(folder) and is_auxiliary_file(file) and not file.endswith(".py")
+    if not (is_auxiliary_file(name) or in_module):
         raise ValueError(
             f"{name[:_MOST_SHOWN]!r} is no small file of a model (configuration, tokenizer, code)"
         )
@@ -59,7 +59,7 @@ def _dtype(name: str) -> str:
 
 # A pack may come from anybody, and what it says is read, written, removed and allocated.
 TaskName = Annotated[str, AfterValidator(_task_name)]
-CompanionName = Annotated[str, AfterValidator(_companion_name)]
+AuxiliaryName = Annotated[str, AfterValidator(_auxiliary_name)]
 Source = Annotated[str, AfterValidator(_writable)]
 DtypeName = Annotated[str, AfterValidator(_dtype)]
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
@@ -133,7 +133,7 @@ class RenamingRecord(Record):
     plain: tuple[str, ...] = ()
 
 
-class CompanionRecord(Record):
+class AuxiliaryRecord(Record):
     """A small file beside the weights: stored in the task's folder, or the reference's own."""
 
     stored_in: Literal["task", "reference"]
@@ -165,7 +165,7 @@ class TaskRecord(Record):
         default={}, description="By reference name, where the expert's dtype is another"
     )
     tied: dict[str, str] = Field(default={}, description="The expert's dropped name to kept name")
-    companions: dict[CompanionName, CompanionRecord] = {}
+    companions: dict[AuxiliaryName, AuxiliaryRecord] = {}
     base_parameters: Count = Field(description="Parameters of the reference that the task shares")
     base_bytes: Count = Field(description="Bytes of those in the reference")
     counted_bits: Count = Field(description="Bits by the papers' rule, at the ranks stored")

@@ -90,9 +90,9 @@ class Pack:
         """Add a fault for each file of a task that is missing or does not have its checksum."""
         record = self.task(name)
         files: dict[str, tuple[str, int | None]] = {record.file: (record.sha256, record.bytes)}
-        for relative, companion in record.companions.items():
-            if companion.stored_in == "task":
-                files[f"{TASKS}/{name}/{relative}"] = (companion.sha256, None)
+        for relative, auxiliary_file in record.companions.items():
+            if auxiliary_file.stored_in == "task":
+                files[f"{TASKS}/{name}/{relative}"] = (auxiliary_file.sha256, None)
         for relative, (expected, nbytes) in files.items():
             try:
                 path = own_path(self.directory, relative)
@@ -107,8 +107,8 @@ class Pack:
                     "Restore it or pack the task again."
                 )
 
-    def companion(self, task: str, relative: str) -> Path:
-        """Where a companion file that the task stores itself lies."""
+    def auxiliary_file(self, task: str, relative: str) -> Path:
+        """Where an auxiliary file that the task stores itself lies."""
         return self.directory / TASKS / task / relative
 
     def reference_source(self, base: Any = None) -> Any:

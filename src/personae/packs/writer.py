@@ -16,8 +16,8 @@ from personae.packs.manifest import (
     MANIFEST_NAME,
     SHARED,
     TASKS,
+    AuxiliaryRecord,
     BlockRecord,
-    CompanionRecord,
     Manifest,
     PrivateRecord,
     SharedRecord,
@@ -32,7 +32,7 @@ from personae.writers import (
     begins,
     clear,
     require_place,
-    write_companions,
+    write_auxiliary_files,
 )
 
 RESUME = "resume.json"
@@ -107,18 +107,18 @@ class PackWriter:
         name: str,
         coded: Mapping[str, CodedTensor],
         private: Mapping[str, Tensor],
-        companions: Mapping[str, Path | bytes],
-        reference_companions: Mapping[str, Path],
+        auxiliary_files: Mapping[str, Path | bytes],
+        reference_auxiliary_files: Mapping[str, Path],
         **about: Any,
     ) -> None:
-        """Write one task's file and companions, then its record.
+        """Write one task's weights and auxiliary files, then its record.
 
         Args:
             name: The task.
             coded: Reference name to coded tensor.
             private: The expert's name to a tensor kept whole.
-            companions: The expert's small files, or their content, by relative name.
-            reference_companions: The reference's; equal files are not stored twice.
+            auxiliary_files: The expert's small files, or their content, by relative name.
+            reference_auxiliary_files: The reference's; equal files are not stored twice.
             about: Further fields of `TaskRecord`.
 
         Raises:
@@ -142,7 +142,7 @@ class PackWriter:
             bytes=file.stat().st_size,
             tensors={key: tensor.record() for key, tensor in coded.items()},
             private={key: _private_record(tensor) for key, tensor in private.items()},
-            companions=self._keep_companions(name, companions, reference_companions),
+            companions=self._keep_auxiliary_files(name, auxiliary_files, reference_auxiliary_files),
             **about,
         )
         self._save(self.manifest.tasks | {name: record})
@@ -223,20 +223,20 @@ class PackWriter:
         with atomic_file(self.directory / MANIFEST_NAME) as partial:
             partial.write_text(self.manifest.to_json(), encoding="utf-8")
 
-    def _keep_companions(
+    def _keep_auxiliary_files(
         self, name: str, own: Mapping[str, Path | bytes], shared: Mapping[str, Path]
-    ) -> dict[str, CompanionRecord]:
+    ) -> dict[str, AuxiliaryRecord]:
         """Store the expert's small files that differ from the reference's; list them all."""
-        records: dict[str, CompanionRecord] = {}
+        records: dict[str, AuxiliaryRecord] = {}
         for relative in sorted({*own, *shared}):
             content = own[relative] if relative in own else shared[relative]
             digest = _digest(content)
             if relative in shared and sha256_file(shared[relative]) == digest:
-                records[relative] = CompanionRecord(stored_in="reference", sha256=digest)
+                records[relative] = AuxiliaryRecord(stored_in="reference", sha256=digest)
                 continue
             with atomic_file(own_path(self.directory, f"{TASKS}/{name}/{relative}")) as partial:
-                write_companions({partial.name: content}, partial.parent)
-            records[relative] = CompanionRecord(stored_in="task", sha256=digest)
+                write_auxiliary_files({partial.name: content}, partial.parent)
+            records[relative] = AuxiliaryRecord(stored_in="task", sha256=digest)
         return records
 
 

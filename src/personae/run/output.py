@@ -25,7 +25,7 @@ from personae.writers import (
     require_place,
     require_space,
     with_copies,
-    write_companions,
+    write_auxiliary_files,
 )
 
 _OURS = re.compile(
@@ -139,7 +139,7 @@ def write_model(
     tied: Mapping[str, str],
     copies: Collection[str],
     computed: Collection[str],
-    companions: Mapping[str, Path | bytes],
+    auxiliary_files: Mapping[str, Path | bytes],
     cost: Callable[[TensorSpec], int],
     overwrite: bool,
     shard_bytes: int,
@@ -155,7 +155,7 @@ def write_model(
         tied: Further names to those of the tensors they share.
         copies: Those of them under which the tensor is written again.
         computed: Names of the tensors that are computed, not copied: they must be finite.
-        companions: Relative name to small file, or to its content.
+        auxiliary_files: Relative name to small file, or to its content.
         cost: Peak bytes of computing one tensor.
         overwrite: Whether a directory that holds something may be replaced.
         shard_bytes: Most bytes in one weight file.
@@ -167,7 +167,7 @@ def write_model(
     """
     written = with_copies(specs, {copy: tied[copy] for copy in copies})
     require_space(out, sum(spec.nbytes for spec in written))
-    layout = weight_layout(companions)
+    layout = weight_layout(auxiliary_files)
     with (
         output_directory(out, overwrite=overwrite) as partial,
         CheckpointWriter(
@@ -180,7 +180,7 @@ def write_model(
             **layout._asdict(),
         ) as writer,
     ):
-        write_companions(companions, partial)
+        write_auxiliary_files(auxiliary_files, partial)
         work.progress(stage, 0, len(specs))
         results = pool.run(
             specs,

@@ -14,8 +14,8 @@ from personae.writers.atomic import (
     require_place,
     require_space,
 )
+from personae.writers.auxiliary_files import write_auxiliary_files
 from personae.writers.checkpoint import SHARD_BYTES, CheckpointWriter, cast, with_copies
-from personae.writers.companions import write_companions
 from personae.writers.journal import JOURNAL, Journal, identity_text
 
 __all__ = [
@@ -38,5 +38,5 @@ __all__ = [
     "require_place",
     "require_space",
     "with_copies",
-    "write_companions",
+    "write_auxiliary_files",
 ]

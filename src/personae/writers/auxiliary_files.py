@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def write_companions(files: Mapping[str, Path | bytes], directory: Path) -> None:
+def write_auxiliary_files(files: Mapping[str, Path | bytes], directory: Path) -> None:
     """Write small files, given by relative name as a file to copy or as content."""
     for relative, content in files.items():
         target = directory / relative
