@@ -325,8 +325,9 @@ def _merge_whole(
     """
     name = chunk.spec.name
     method = job.method_of(name)
-    stack, site, expand = job.stacks.given(method, chunk, undivided=True)
-    reference = job.stacks.reference(chunk).float()
+    stack, site, expand, reference = job.stacks.given(method, chunk, undivided=True)
+    if reference is None:
+        reference = job.stacks.reference(chunk).float()
     if not (is_finite(stack) and is_finite(reference)):
         raise NotFinite
     changed = asked and any_entry(stack)

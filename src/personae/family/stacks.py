@@ -192,8 +192,8 @@ class Stacks:
         """
         factors = self.factors(chunk.spec.name) if undivided else None
         if factors is None:
-            stack, _ = self.read(chunk, reuse=not undivided)
-            return Given(stack, self.site(chunk), lambda merged: merged)
+            stack, reference = self.read(chunk, reuse=not undivided)
+            return Given(stack, self.site(chunk), lambda merged: merged, reference)
         return method.in_bases(factors, self.site(chunk))
 
     def untouched(self, name: str) -> bool:

@@ -52,11 +52,13 @@ class Given(NamedTuple):
         stack: The task vectors, as they are or in bases that all share.
         site: Which tensor.
         expand: What makes the merged task vector of the method's answer.
+        reference: What the task vectors are relative to, fp32, where it was read with them.
     """
 
     stack: Float[Tensor, "expert ..."]
     site: Site
     expand: Callable[[Tensor], Tensor]
+    reference: Float[Tensor, "..."] | None = None
 
 
 def matrix_memory(site: Site, experts: int, *, stack: int = 0, entry: int, square: int = 0) -> int:

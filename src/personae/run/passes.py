@@ -165,7 +165,7 @@ def _share(
         finite, place = is_finite(stack), stacks.site(part)
         stack = stacks.models(method, stack, reference)
     else:
-        stack, place, _ = stacks.given(method, part, whole)
+        stack, place, *_ = stacks.given(method, part, whole)
         finite = is_finite(stack)
     if not finite:
         raise NotFinite
