@@ -336,7 +336,7 @@ def test_all_that_is_wrong_is_told_at_once(spoilt):
         task = content["tasks"]["law"]
         task["dtypes"] = {"layer.bias": "load"}
         task["bytes"] = -1
-        task["auxiliary_files"]["model.safetensors"] = task["auxiliary_files"]["config.json"]
+        task["companions"]["model.safetensors"] = task["companions"]["config.json"]
 
     _change(spoilt, spoil)
     with pytest.raises(PackError) as caught:
@@ -391,7 +391,7 @@ def test_code_in_a_pack_is_named(spoilt):
         for file in folder.iterdir():
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
             kept = {"stored_in": "task", "sha256": digest}
-            content["tasks"]["law"]["auxiliary_files"][file.name] = kept
+            content["tasks"]["law"]["companions"][file.name] = kept
 
     _change(spoilt, add)
     notes: list[str] = []

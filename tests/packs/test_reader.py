@@ -193,8 +193,8 @@ def test_a_task_name_that_leads_out_of_the_pack_is_refused(copied, name):
 @pytest.mark.parametrize("path", ["../outside.json", "/etc/outside.json", "a/../../outside.json"])
 def test_paths_that_lead_out_of_the_pack_are_refused(copied, path):
     tasks = json.loads((copied / "pack.json").read_text())["tasks"]
-    kept = tasks["news"]["auxiliary_files"]["config.json"]
-    spoilt = tasks | {"news": tasks["news"] | {"auxiliary_files": {path: kept}}}
+    kept = tasks["news"]["companions"]["config.json"]
+    spoilt = tasks | {"news": tasks["news"] | {"companions": {path: kept}}}
     _rewrite(copied / "pack.json", tasks=spoilt)
     with pytest.raises(PackError, match=r"is malformed: .*is no small file of a model"):
         Pack(copied)

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from merge_recipes import read, refused
+from numpy import ndarray
 from pydantic import Field
-from torch import Tensor
 
 from personae.errors import MethodError, RecipeError
 from personae.methods import (
     MERGE_METHODS,
     MERGEKIT_METHODS,
+    DeltaBlocks,
     MergeMethod,
     Site,
     Statistics,
@@ -77,14 +79,15 @@ def thinned() -> Iterator[str]:
         density: float = Field(gt=0, le=1)
         reduce: str = "mean"
 
-        def merge(
+        def merge_blocks(
             self,
-            task_vectors: Tensor,
+            blocks: DeltaBlocks,
             statistics: Statistics,
             site: Site,
             undecided: Undecided | None = None,
-        ) -> Tensor:
-            return task_vectors[0] * self.density
+        ) -> Iterator[ndarray]:
+            for _, deltas in blocks:
+                yield deltas[0] * np.float32(self.density)
 
     class Theirs(Ours):
         """Nothing, by theirs."""
@@ -96,14 +99,15 @@ def thinned() -> Iterator[str]:
         normalize: bool = True
         scale: float = 1.0
 
-        def merge(
+        def merge_blocks(
             self,
-            task_vectors: Tensor,
+            blocks: DeltaBlocks,
             statistics: Statistics,
             site: Site,
             undecided: Undecided | None = None,
-        ) -> Tensor:
-            return task_vectors[0]
+        ) -> Iterator[ndarray]:
+            for _, deltas in blocks:
+                yield deltas[0]
 
     merge_method(paper="none")(Ours)
     merge_method(paper="none", conventions="mergekit")(Theirs)
