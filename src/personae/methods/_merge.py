@@ -302,7 +302,7 @@ class MergeMethod(Parameters, ABC):
     ) -> Float[Tensor, "out in"]:
         """The same for the matrices of LoRA experts, one pair of exact factors an expert."""
         site = site or Site("", (factors[0][0].shape[0], factors[0][1].shape[1]))
-        stack, site, expand = self.in_bases(factors, site)
+        stack, site, expand, _ = self.in_bases(factors, site)
         return expand(self.apply(stack, statistics, site))
 
     def in_bases(self, factors: Sequence[Factors], site: Site) -> Given:
