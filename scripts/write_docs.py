@@ -53,8 +53,9 @@ def _methods(kind: str, classes: dict[str, str]) -> Iterator[str]:
     described = sorted(found, key=lambda one: one["name"])
     yield from ("| name | in Python | paper | what it does |", "|---|---|---|---|")
     for one in described:
-        name, number = one["name"], one["paper"].removeprefix("arXiv:")
-        paper = f"[{number}](https://arxiv.org/abs/{number})"
+        name, (kind_of, _, number) = one["name"], one["paper"].partition(":")
+        at = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}[kind_of]
+        paper = f"[{number}]({at}{number})"
         yield f"| [`{name}`](#{name}) | `{classes[name]}` | {paper} | {_cell(one['summary'])} |"
     for one in described:
         yield from ("", f"### `{one['name']}`", "", one["summary"], "")

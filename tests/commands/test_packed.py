@@ -83,6 +83,22 @@ def test_a_lazy_expert_loads_into_a_model_with_tied_weights(tmp_path: Path):
         assert torch.equal(model.eval()(tokens).logits, on_disk.eval()(tokens).logits)
 
 
+def test_what_is_looked_up_is_the_callers_own(packed: Pack, tmp_path: Path):
+    base = {name: tensor.clone() for name, tensor in load(tmp_path / "base").items()}
+    expert = packed.state_dict("b", base=base)
+    for name in ("position_ids", "classifier.weight", "layer.weight"):
+        before = expert[name].clone()
+        expert[name].zero_()
+        assert torch.equal(expert[name], before)
+    assert torch.equal(base["position_ids"], load(tmp_path / "base")["position_ids"])
+
+
+def test_what_others_removed_is_said(packed: Pack):
+    Pack(packed.directory).remove("a")
+    with pytest.raises(PackError, match="has no task 'a'"):
+        packed.state_dict("a")
+
+
 def test_adding_and_removing_show_at_once(packed: Pack, tmp_path: Path):
     new = saved(tuned(small_base(dtype=torch.bfloat16), 3), tmp_path / "c")
     packed.add({"c": new}, characteristics={"c": "what c is about"})

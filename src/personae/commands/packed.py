@@ -99,6 +99,7 @@ class Pack(reader.Pack):
         """
         work = work or Work()
         device = work.torch_device
+        self._read_again()  # others may have added or removed tasks
         self.task(task)
         reference = open_reference(self, base, work)
         return LazyExpert(Rebuilt(self, task, reference, device), reference)
@@ -185,8 +186,9 @@ class LazyExpert(Mapping[str, Tensor]):
             KeyError: The expert has no tensor of that name.
         """
         kept = self._rebuilt.record.tied.get(name, name)
-        spec = self._rebuilt.specs[kept]
-        return cast(self._rebuilt.read(kept), spec, computed=kept in self._rebuilt.coded)
+        spec, computed = self._rebuilt.specs[kept], kept in self._rebuilt.coded
+        tensor = cast(self._rebuilt.read(kept), spec, computed=computed)
+        return tensor if computed else tensor.clone()  # not the reference's own, nor a file's
 
     def __iter__(self) -> Iterator[str]:
         """Every name, tied ones last."""

@@ -93,6 +93,7 @@ def __getattr__(name: str) -> Any:
     try:
         with _without_scipy():
             importlib.import_module("numba.np.arraymath")
+        _refuse_plain_python()
         module = importlib.import_module(f"personae.kernels.{home}")
     except ImportError as error:
         if not (error.name or "").startswith(("numba", "llvmlite")):
@@ -103,6 +104,20 @@ def __getattr__(name: str) -> Any:
         ) from error
     globals()[name] = found = getattr(module, name)
     return found
+
+
+def _refuse_plain_python() -> None:
+    """Loops run compiled, or not at all.
+
+    Raises:
+        MethodError: if Numba is told not to compile.
+    """
+    numba: Any = sys.modules["numba"]
+    if numba.config.DISABLE_JIT:
+        raise MethodError(
+            "This method runs in compiled loops, and NUMBA_DISABLE_JIT keeps Numba from compiling. "
+            "Unset it."
+        )
 
 
 @contextmanager

@@ -42,11 +42,19 @@ def kernel(loop: Loop) -> Loop:
 
 
 class _Kept(FunctionCache):
-    """Compiled code on disk; a disk that refuses costs the time of compiling, not the work."""
+    """Compiled code on disk; a disk that refuses costs the time of compiling, not the work.
+
+    So do files that are damaged: they are written anew.
+    """
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        with suppress(OSError):
+        try:
             return super().load_overload(sig, target_context)
+        except Exception as error:  # whatever unpickling or LLVM say of damaged code
+            _log.debug("a loop is compiled again, as its code cannot be read: %s", error)
+            with suppress(OSError):
+                self.flush()
+            return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         with suppress(OSError):
@@ -66,12 +74,11 @@ def _kept(plain: Callable[..., Any]) -> FunctionCache:
 @cache
 def _cache_directory() -> str | None:
     """A directory that can be written to, named after all loops' text; None if there is none."""
-    if _CONFIG.CACHE_DIR:
-        return _CONFIG.CACHE_DIR
     sources = sorted(Path(__file__).parent.glob("*.py"))
     text = b"".join(source.read_bytes() for source in sources)
     try:
-        folder = _user_cache() / "personae" / f"kernels-{hashlib.sha256(text).hexdigest()[:16]}"
+        home = Path(_CONFIG.CACHE_DIR) if _CONFIG.CACHE_DIR else _user_cache() / "personae"
+        folder = home / f"kernels-{hashlib.sha256(text).hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return str(folder)

@@ -116,8 +116,9 @@ def _models(facts: CardFacts) -> str:
 
 
 def _method(facts: CardFacts) -> str:
-    found = re.fullmatch(r"arXiv:(\S+)", facts.paper)
-    paper = f"[{facts.paper}](https://arxiv.org/abs/{found[1]})" if found else _inline(facts.paper)
+    found = re.fullmatch(r"(arXiv|doi):(\S+)", facts.paper)
+    at = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}
+    paper = f"[{facts.paper}]({at[found[1]]}{found[2]})" if found else _inline(facts.paper)
     of = "" if facts.conventions == "personae" else f" (as {facts.conventions} means it)"
     text = f"{facts.method}{of}: {_inline(facts.summary)} {paper}"
     if not facts.parameters:
