@@ -19,7 +19,11 @@ class Parameters(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        populate_by_name=True,
+        protected_namespaces=(),  # pydantic 2.9 takes names such as `model_wide` for its own
     )
 
     name: ClassVar[str] = ""
