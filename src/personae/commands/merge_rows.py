@@ -30,7 +30,7 @@ from personae.methods import (
     Undecided,
     as_stored,
 )
-from personae.run.undecided import LeftOpen, UndecidedOfPiece
+from personae.run.undecided import LeftOpen, UndecidedOfChunk
 
 
 class Rows(NamedTuple):
@@ -71,7 +71,7 @@ def merge_rows(
     Raises:
         NotFinite: if a model holds values that are not.
     """
-    told: list[UndecidedOfPiece] = []
+    told: list[UndecidedOfChunk] = []
 
     def tell(blocks: DeltaBlocks) -> Undecided:
         assert left_open is not None

@@ -88,6 +88,8 @@ class Pack(reader.Pack):
     def state_dict(self, task: str, *, base: Any = None, work: Work | None = None) -> "LazyExpert":
         """One expert as a mapping of names to tensors, each decoded when it is looked up.
 
+        The reference is read once, whole, to check that it is the one the pack was made from.
+
         Args:
             task: Which expert.
             base: Where the reference is, if not where the pack says.

@@ -48,6 +48,7 @@ class _Kept(FunctionCache):
     """
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Code from the disk; None if there is none that can be read."""
         try:
             return super().load_overload(sig, target_context)
         except Exception as error:  # whatever unpickling or LLVM say of damaged code
@@ -57,6 +58,7 @@ class _Kept(FunctionCache):
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep code on the disk, if it can be."""
         with suppress(OSError):
             super().save_overload(sig, data)
 

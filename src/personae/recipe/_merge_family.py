@@ -70,13 +70,18 @@ def _listed_base(file: MergeFile) -> list[Entry]:
     return [(n, entry) for n, entry in enumerate(file.models) if entry.model == file.base_model]
 
 
+def _averages_models(file: MergeFile) -> bool:
+    """Whether the method is a mean of models that knows no base, as `karcher` is."""
+    method = MERGE_METHODS.get(file.merge_method)
+    return method is not None and method.needs == "experts"
+
+
 def _averaged_base(file: MergeFile, remarks: list[str]) -> list[Entry]:
     """The base as a model to average: listed with a weight; for mergekit one of all is enough.
 
     For a mean of models that knows no base, listed is enough.
     """
-    method = MERGE_METHODS.get(file.merge_method)
-    if method is not None and method.needs == "experts" and _listed_base(file):
+    if _averages_models(file) and _listed_base(file):
         remarks.append("The base is under 'models': it is averaged as the other models are.")
         return _listed_base(file)
     if file.base_model is None or file.merge_method not in NEEDS_NO_REFERENCE:
@@ -97,10 +102,7 @@ def _averaged_base(file: MergeFile, remarks: list[str]) -> list[Entry]:
 
 def _counted_base(file: MergeFile, remarks: list[str]) -> Iterator[Fault]:
     """What is wrong with parameters of the base where it is no expert."""
-    if file.merge_method in NEEDS_NO_REFERENCE:
-        return
-    method = MERGE_METHODS.get(file.merge_method)
-    if method is not None and method.needs == "experts":
+    if file.merge_method in NEEDS_NO_REFERENCE or _averages_models(file):
         return
     for n, entry in _listed_base(file):
         if entry.parameters and file.merge_method in _LEAVES_ZEROS_OUT:

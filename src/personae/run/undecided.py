@@ -49,9 +49,9 @@ class LeftOpen:
         self._path = path
         self._clear()
 
-    def of(self, chunk: Chunk, blocks: DeltaBlocks) -> "UndecidedOfPiece":
+    def of(self, chunk: Chunk, blocks: DeltaBlocks) -> "UndecidedOfChunk":
         """Where to tell of a chunk, as its blocks are merged."""
-        return UndecidedOfPiece(self, chunk, blocks)
+        return UndecidedOfChunk(self, chunk, blocks)
 
     def add(
         self,
@@ -108,7 +108,7 @@ class LeftOpen:
         self._votes += votes
 
 
-class UndecidedOfPiece(Undecided):
+class UndecidedOfChunk(Undecided):
     """Hands on what it is told of one chunk, so that not all of it waits in memory."""
 
     def __init__(self, left_open: LeftOpen, chunk: Chunk, blocks: DeltaBlocks) -> None:
