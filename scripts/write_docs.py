@@ -1,13 +1,15 @@
 """Write the generated parts of `docs/`: tables of methods, of their parameters, of options.
 
 `make docs` runs it. A generated part lies between `<!-- generated: NAME -->` and `<!-- end -->`;
-all else is written by hand. A test compares the pages with what this script makes.
+all else is written by hand. The stub `src/personae/__init__.pyi`, which gives public names their
+types, is written too. A test compares all of them with what this script makes.
 """
 
 import inspect
 import json
 import re
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,30 @@ import personae
 from personae import CODECS, MERGE_METHODS
 from personae.cli import app
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+STUB = ROOT / "src" / "personae" / "__init__.pyi"
 
 
-def pages() -> dict[Path, str]:
-    """Each page with a generated part, as it should be."""
-    return {path: _filled(path.read_text("utf-8")) for path in _with_parts()}
+def files() -> dict[Path, str]:
+    """Each page with a generated part, and the stub, as they should be."""
+    return {STUB: stub(), **{path: _filled(path.read_text("utf-8")) for path in _with_parts()}}
+
+
+def stub() -> str:
+    """The public names, each imported from its home."""
+    homes = sorted(personae._homes().items(), key=lambda pair: (pair[1], pair[0]))
+    lines = [
+        "# Written by scripts/write_docs.py, in its order.",
+        "# ruff: noqa: I001",
+        "",
+        "__all__: list[str]",
+        "__version__: str",
+        "",
+    ]
+    for home, pairs in groupby(homes, key=lambda pair: pair[1]):
+        lines += (f"from personae.{home} import {name} as {name}" for name, _ in pairs)
+    return "\n".join(lines) + "\n"
 
 
 def _with_parts() -> Iterator[Path]:
@@ -133,6 +153,6 @@ PARTS = {
 }
 
 if __name__ == "__main__":
-    for path, page in pages().items():
-        path.write_text(page, "utf-8")
-        print(f"{path.relative_to(DOCS.parent)} written")
+    for path, text in files().items():
+        path.write_text(text, "utf-8")
+        print(f"{path.relative_to(ROOT)} written")

@@ -2,11 +2,13 @@
 
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import personae
+from personae import CODECS, MERGE_METHODS
 
 SOURCE = Path(__file__).parents[1] / "src"
 OPTIONAL = ("transformers", "peft", "sklearn", "ray", "datasets", "accelerate", "matplotlib")
@@ -14,10 +16,10 @@ OPTIONAL = ("transformers", "peft", "sklearn", "ray", "datasets", "accelerate", 
 EXTRA = ("personae.demo", "personae.evaluate", "personae.__main__")
 
 
-def _run(code: str) -> str:
+def _run(code: str, source: Path = SOURCE) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -56,10 +58,29 @@ print(torch.cuda.is_initialized(), [n for n in {OPTIONAL} if n in sys.modules])
     assert _run(code) == "False []"
 
 
+def test_a_new_method_is_one_file(tmp_path: Path):
+    """Its class and its function are public names, found in its file alone."""
+    package = tmp_path / "personae"
+    shutil.copytree(SOURCE / "personae", package, ignore=shutil.ignore_patterns("__pycache__"))
+    method = (package / "methods" / "merge" / "task_arithmetic.py").read_text("utf-8")
+    renamed = method.replace("TaskArithmetic", "Midway").replace("task_arithmetic", "midway")
+    (package / "methods" / "merge" / "midway.py").write_text(renamed, "utf-8")
+    code = """
+import sys, personae
+assert {"Midway", "midway"} <= set(dir(personae)) and "torch" not in sys.modules
+from personae import *
+import torch
+print(Midway(scale=0.5)(torch.ones(2, 3)).tolist(), midway(torch.ones(2, 1), scale=2).item())
+"""
+    assert _run(code, tmp_path) == "[1.0, 1.0, 1.0] 4.0"
+
+
 def test_every_public_name_is_there():
     for name in personae.__all__:
         assert getattr(personae, name) is not None, name
-    assert set(personae.__all__) <= set(dir(personae))
+    methods = [*MERGE_METHODS.values(), *CODECS.values()]
+    named = {*MERGE_METHODS, *(cls.__name__ for cls in methods)}
+    assert named <= set(personae.__all__) == set(dir(personae))
     try:
         personae.no_such_name  # noqa: B018
     except AttributeError as error:
