@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from personae import kernels
-from personae.methods._entries import Ballot
+from personae.methods._electing import Ballot
 
 integers = hnp.arrays(np.float32, (4, 9), elements=st.integers(-3, 3))
 floats = st.floats(-(2.0**99), 2.0**99, width=32)

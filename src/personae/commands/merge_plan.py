@@ -121,7 +121,8 @@ class MergeJob:
             dtype = self.dtype_of(name)
             cast = 0 if stored_bytes(dtype) == dtype.itemsize else dtype.itemsize
             written = (stored_bytes(dtype) + cast) * chunk.numel
-            return self.stacks.blocks_bytes(chunk, narrow) + written
+            row = self.method_of(name).row_entries(self.stacks.site(chunk))
+            return self.stacks.blocks_bytes(chunk, narrow, row) + written
         if not undivided:
             return self.method.row_bytes(chunk.numel, experts)
         method = self.method_of(chunk.spec.name)
@@ -299,7 +300,7 @@ def job_of(
             for spec in specs
         ],
         stacks=stacks,
-        items=items(specs, undivided, together=per_tensor),
+        items=items(specs, undivided, together=per_tensor, whole_vectors=method.whole_rows),
         per_tensor=per_tensor,
     )
 

@@ -129,7 +129,7 @@ def _form(
             raise NotFinite
         changed = partial(_are_apart, [model for model, _ in models])
     else:
-        blocks = stacks.blocks(chunk)
+        blocks = stacks.blocks(chunk).in_rows(method.row_entries(site))
         told = None if tell is None else tell(blocks)
         merged = method.merge_blocks(blocks, statistics or {}, site, told)
         largest = _store(merged, blocks, as_stored(value))

@@ -65,9 +65,14 @@ def whole_or_matrices(spec: TensorSpec) -> list[Chunk]:
     return [Chunk(spec, m.start, m.stop, is_matrix=True) for m in matrices] or [whole(spec)]
 
 
-def rows_of(spec: TensorSpec) -> Iterator[Chunk]:
-    """A tensor as blocks of rows of at most `CHUNK_ENTRIES` entries, and at least one row."""
-    if not spec.shape or spec.numel <= CHUNK_ENTRIES:
+def rows_of(spec: TensorSpec, whole_vectors: bool = False) -> Iterator[Chunk]:
+    """A tensor as blocks of rows of at most `CHUNK_ENTRIES` entries, and at least one row.
+
+    Args:
+        spec: The tensor.
+        whole_vectors: Whether a vector is one row, and not as many as it has entries.
+    """
+    if len(spec.shape) <= whole_vectors or spec.numel <= CHUNK_ENTRIES:
         yield whole(spec)
         return
     rows = max(1, CHUNK_ENTRIES * spec.shape[0] // spec.numel)

@@ -118,8 +118,11 @@ class Stacks:
         models = (self._expert(deltas, chunk) for deltas in self._deltas)
         return DeltaBlocks(models, _rows(self._reference, chunk.spec.name, chunk))
 
-    def blocks_bytes(self, chunk: Chunk, coefficients: Sequence[float] | None) -> int:
-        """Memory of `blocks`, or of `summands` if there are coefficients and they are taken."""
+    def blocks_bytes(self, chunk: Chunk, coefficients: Sequence[float] | None, row: int = 1) -> int:
+        """Memory of `blocks` of whole rows of so many entries.
+
+        Or of `summands` if there are coefficients and they are taken.
+        """
         name = chunk.spec.name
         base, dtypes = self._reference.specs[name].dtype, [d.read_dtype(name) for d in self._deltas]
         if coefficients is None or not self.is_sum(chunk, coefficients) or _of_base(coefficients):
@@ -129,7 +132,7 @@ class Stacks:
             own = sum(map(stored_bytes, dtypes)) + max(converted, default=0)
         else:
             own = 4 * self.experts + 8 + max(dtype.itemsize for dtype in dtypes)
-        return own * chunk.numel + DeltaBlocks.working_bytes(chunk.numel, self.experts)
+        return own * chunk.numel + DeltaBlocks.working_bytes(chunk.numel, self.experts, row)
 
     def summands(
         self, chunk: Chunk, coefficients: Sequence[float]

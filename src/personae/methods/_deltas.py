@@ -11,7 +11,7 @@ from torch import Tensor
 from personae import kernels
 
 BLOCK = 1 << 15
-"""Entries of each expert in a block, at most."""
+"""Entries of each expert in a block, at most, unless one row has more."""
 _ROOM = 1 << 17
 _LEAST = 1 << 12
 _WORKING = 48
@@ -64,9 +64,15 @@ class DeltaBlocks:
         self._reference = None if reference is None else as_stored(reference)
         self._are_deltas = are_deltas or reference is None
         self.experts, self.entries = len(self._models), self._models[0].size
+        self._row = 1
         self.reference: Float[ndarray, " entry"] = np.empty(0, np.float32)
         self.start = 0
         self.changed = False
+
+    def in_rows(self, entries: int) -> "DeltaBlocks":
+        """The same, in blocks of whole rows of so many entries."""
+        self._row = entries
+        return self
 
     def __iter__(self) -> Iterator[tuple[int, Float[ndarray, "expert entry"]]]:
         """See the class.
@@ -74,7 +80,7 @@ class DeltaBlocks:
         Raises:
             NotFinite: if a delta is not finite, of models of which a reference is subtracted.
         """
-        step = min(block_entries(self.experts), max(self.entries, 1))
+        step = min(block_entries(self.experts, self._row), max(self.entries, 1))
         room = np.empty(self.experts * step, np.float32)
         reference = np.empty(step, np.float32)
         for start in range(0, self.entries, step):
@@ -97,14 +103,15 @@ class DeltaBlocks:
             yield start, deltas
 
     @staticmethod
-    def working_bytes(entries: int, experts: int) -> int:
+    def working_bytes(entries: int, experts: int, row: int = 1) -> int:
         """Memory of one block while it is merged: deltas, and what loops make on the way."""
-        return min(entries, block_entries(experts)) * (4 * experts + _WORKING)
+        return min(entries, block_entries(experts, row)) * (4 * experts + _WORKING)
 
 
-def delta_blocks(vectors: "Tensor | DeltaBlocks") -> DeltaBlocks:
-    """Task vectors (expert, *shape), or blocks of them, as blocks."""
-    return vectors if isinstance(vectors, DeltaBlocks) else DeltaBlocks(list(vectors.cpu()))
+def delta_blocks(vectors: "Tensor | DeltaBlocks", row: int = 1) -> DeltaBlocks:
+    """Task vectors (expert, *shape), or blocks of them, as blocks; of whole rows if given one's."""
+    blocks = vectors if isinstance(vectors, DeltaBlocks) else DeltaBlocks(list(vectors.cpu()))
+    return blocks if row == 1 else blocks.in_rows(row)
 
 
 def joined(
@@ -118,9 +125,9 @@ def joined(
     return torch.from_numpy(whole).reshape(task_vectors.shape[1:]).to(task_vectors.device)
 
 
-def block_entries(experts: int) -> int:
-    """Entries of each of so many experts in a block; a whole number of draws' words."""
-    return min(BLOCK, max(_LEAST, _ROOM // experts // _LEAST * _LEAST))
+def block_entries(experts: int, row: int = 1) -> int:
+    """Entries of each of so many experts in a block: whole rows, at least one."""
+    return max(min(BLOCK, max(_LEAST, _ROOM // experts // _LEAST * _LEAST)) // row, 1) * row
 
 
 def stored_bytes(dtype: torch.dtype) -> int:

@@ -1,7 +1,7 @@
-"""What entry-wise methods share: sums, electing and merging, and thresholds of trimming."""
+"""What entry-wise methods share: sums, and thresholds of trimming."""
 
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from personae import kernels
 from personae.methods._deltas import DeltaBlocks, delta_blocks, joined
-from personae.methods._merge import Measure, Statistics
+from personae.methods._merge import Measure
 from personae.methods._parameters import one_each
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 from personae.ops.select import (
     SAMPLE_BINS,
     SAMPLE_FLOOR,
@@ -26,8 +25,6 @@ from personae.ops.select import (
 )
 
 PerExpert = float | tuple[float, ...]
-Elect = Literal["mass", "count"]
-Reduce = Literal["mean", "sum", "max"]
 Fill = Callable[[int, Float[ndarray, "expert entry"]], None]
 """`fill(start, deltas)` leaves, of deltas that begin at that entry, what is kept and weighted."""
 
@@ -56,89 +53,6 @@ def mean(task_vectors: Float[Tensor, "expert *shape"]) -> Float[Tensor, "*shape"
     return joined(
         weighted_sums(delta_blocks(task_vectors), 1.0, divisor=float(experts)), task_vectors
     )
-
-
-class Ballot:
-    """The votes on a block of entries.
-
-    Attributes:
-        kept: What was kept of each expert, weighted, 0 where nothing was: (expert, entry), fp32.
-        signs: The elected signs, 1, -1 or, where nobody votes or wins, 0; fp32.
-        undecided: Entries on which experts vote and none wins, ascending.
-        majority: Entries that elect + minus entries that elect -.
-    """
-
-    def __init__(self, kept: Float[ndarray, "expert entry"], elect: Elect) -> None:
-        """Elect; experts vote with the magnitude kept, or one vote each."""
-        self.kept = kept
-        self.signs = np.empty(kept.shape[1], np.float32)
-        places = np.empty(kept.shape[1], np.int64)
-        vote = kernels.elect_by_mass if elect == "mass" else kernels.elect_by_count
-        found, self.majority = vote(kept, self.signs, places)
-        self.undecided = places[:found]
-
-    def give_undecided(self, sign: int) -> None:
-        """Give undecided entries this sign: 1, -1, or 0 for none."""
-        self.signs[self.undecided] = sign
-
-    def merge(self, reduce: Reduce, scale: float) -> Float[ndarray, " entry"]:
-        """Reduce the experts whose sign is the elected one, times `scale`; 0 if there is none."""
-        merged = np.empty(self.signs.size, np.float32)
-        loops = {
-            "mean": kernels.mean_agreeing,
-            "sum": kernels.sum_agreeing,
-            "max": kernels.max_agreeing,
-        }
-        loops[reduce](self.kept, self.signs, merged)
-        if scale != 1:
-            merged *= np.float32(scale)
-        return merged
-
-    def merge_undecided(self, reduce: Reduce, scale: float) -> Float[ndarray, "2 undecided"]:
-        """What `merge` would make of the undecided entries alone, if they were +, and if -."""
-        either = np.empty((2, self.undecided.size), np.float32)
-        kernels.reduce_either(self.kept, self.undecided, reduce == "mean", reduce == "max", either)
-        if scale != 1:
-            either *= np.float32(scale)
-        return either
-
-
-def votes(blocks: DeltaBlocks, fill: Fill, elect: Elect) -> Tensor:
-    """Entries that elect + minus entries that elect -: (), int64."""
-    total = 0
-    for start, deltas in blocks:
-        fill(start, deltas)
-        total += Ballot(deltas, elect).majority
-    return torch.tensor(total)
-
-
-def merge_elected(
-    blocks: DeltaBlocks,
-    fill: Fill,
-    *,
-    elect: Elect,
-    reduce: Reduce,
-    scale: float,
-    statistics: Statistics,
-    undecided: Undecided | None,
-) -> Iterator[Float[ndarray, " entry"]]:
-    """Elect a sign per entry, reduce what is kept and agrees, times `scale`.
-
-    Undecided entries take the sign `majority` of the statistics; if that is not known yet, they
-    become 0, and `undecided` is told what the signs would make of them.
-    """
-    majority = 0 if undecided is not None else int(statistics["majority"])
-    for start, deltas in blocks:
-        fill(start, deltas)
-        ballot = Ballot(deltas, elect)
-        if undecided is not None:
-            undecided.votes += ballot.majority
-            if len(ballot.undecided):
-                either = ballot.merge_undecided(reduce, scale)
-                undecided.add(start + ballot.undecided, *either)
-        elif majority:
-            ballot.give_undecided(majority)
-        yield ballot.merge(reduce, scale)
 
 
 def trimmer(thresholds: Float[Tensor, " expert"], weight: PerExpert) -> Fill:
@@ -179,7 +93,7 @@ def find_thresholds(
         vectors: Tensor | DeltaBlocks, own: Any, site: Site
     ) -> Iterator[Float[ndarray, "expert entry"]]:
         fill = None if seen is None else seen(own, site)
-        for start, deltas in delta_blocks(vectors):
+        for start, deltas in delta_blocks(vectors, own.row_entries(site)):
             if fill is not None:
                 fill(start, deltas)
             yield deltas

@@ -162,6 +162,9 @@ class MergeMethod(Parameters, ABC):
     """What its looks are at, unless a parameter `scope` says it."""
     can_decide_late: ClassVar[bool] = False
     """Whether it has a look that may be answered late, and takes `undecided`."""
+    whole_rows: ClassVar[bool] = False
+    """Whether blocks that it is given hold whole rows (`Site.row_entries`), of any method that is
+    given blocks."""
     rows: ClassVar[tuple[int, int]] = (4, 36)
     """Peak memory of merging rows, their stack left out: in bytes an entry of the stack, and beside
     that in bytes an entry of one expert (the reference's values and the cast result included). That
@@ -228,6 +231,10 @@ class MergeMethod(Parameters, ABC):
         And on the statistics; rows can be cut apart then.
         """
         return True
+
+    def row_entries(self, site: Site) -> int:
+        """Entries that lie in one block, those of a row if it needs `whole_rows`."""
+        return site.row_entries if self.whole_rows else 1
 
     def equivariant(self, site: Site) -> Side:
         """Whether turning all task vectors (matrices) from this side turns the result.
@@ -340,13 +347,18 @@ class MergeMethod(Parameters, ABC):
 
         def answer(measure: Measure) -> Tensor:
             shares = [
-                measure.tally(one_row_in(measure.sample, vectors), self, site)
+                measure.tally(self.sampled(vectors, measure.sample), self, site)
                 for site, vectors in model
                 if measure.applies(self, site)
             ]
             return sum(shares[1:], shares[0]) if shares else torch.zeros(())
 
         return gathered(self.gather(len(model[0][1])), answer)
+
+    def sampled(self, task_vectors: Tensor, sample: int) -> Tensor:
+        """One row in so many; the first at least, and a vector whole if rows are."""
+        is_cut = task_vectors.ndim > 1 + self.whole_rows
+        return task_vectors[:, ::sample] if sample > 1 and is_cut else task_vectors
 
 
 class Entrywise(MergeMethod):
@@ -381,7 +393,7 @@ class Entrywise(MergeMethod):
         undecided: Undecided | None = None,
     ) -> Float[Tensor, "*shape"]:
         """See `MergeMethod.merge`."""
-        blocks = delta_blocks(task_vectors)
+        blocks = delta_blocks(task_vectors, self.row_entries(site))
         return joined(self.merge_blocks(blocks, statistics, site, undecided), task_vectors)
 
 
@@ -456,8 +468,3 @@ def _stacked(method: str, task_vectors: Stack) -> Tensor:
             "floating task vectors of shape (expert, *shape), of one expert at least."
         )
     return stack
-
-
-def one_row_in(sample: int, task_vectors: Tensor) -> Tensor:
-    """One row in so many; the first at least."""
-    return task_vectors[:, ::sample] if sample > 1 and task_vectors.ndim > 1 else task_vectors

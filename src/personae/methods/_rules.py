@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from personae.methods._merge import Gathering, Measure, MergeMethod, one_row_in
+from personae.methods._merge import Gathering, Measure, MergeMethod
 from personae.methods._site import Site
 
 View = Callable[[Tensor, Any, Site], tuple[Tensor, Site]]
@@ -29,7 +29,7 @@ def _through(inner: MergeMethod, view: View | None, measure: Measure) -> Measure
     def tally(vectors: Tensor, outer: Any, site: Site) -> Tensor:
         if view is not None:  # a sample is one of the rows seen: the view needs all there are
             vectors, site = view(vectors, outer, site)
-            vectors = one_row_in(measure.sample, vectors)
+            vectors = inner.sampled(vectors, measure.sample)
         return measure.tally(vectors, inner, site)
 
     def applies(_: Any, site: Site) -> bool:

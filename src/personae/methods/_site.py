@@ -63,6 +63,11 @@ class Site:
     cores: bool = False
 
     @property
+    def row_entries(self) -> int:
+        """Entries of a row, along the last axis of the tensor as it is stored; of a vector all."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
     def kind(self) -> TensorClass:
         """The class of the tensor."""
         return tensor_class(self.name, self.shape)

@@ -38,7 +38,10 @@ class Item:
 
 
 def items(
-    specs: Iterable[TensorSpec], undivided: Callable[[TensorSpec], bool], together: bool
+    specs: Iterable[TensorSpec],
+    undivided: Callable[[TensorSpec], bool],
+    together: bool,
+    whole_vectors: bool = False,
 ) -> list[Item]:
     """Cut tensors into items: first those given whole, largest first, then the others in order.
 
@@ -46,6 +49,7 @@ def items(
         specs: Tensors in the order of their names, which is about their order on disk.
         undivided: Whether a tensor must be given whole.
         together: Whether all rows of a tensor go to one item, as statistics of it alone need.
+        whole_vectors: Whether vectors are not cut, as rows are not.
     """
     streamed: list[tuple[Chunk, ...]] = []
     entire: list[Chunk] = []
@@ -55,7 +59,7 @@ def items(
         if undivided(spec):
             entire += whole_or_matrices(spec)
             continue
-        for chunk in rows_of(spec):
+        for chunk in rows_of(spec, whole_vectors):
             is_full = held + chunk.numel > ITEM_ENTRIES or len(batch) == ITEM_CHUNKS
             if batch and is_full and not (together and batch[-1].spec is spec):
                 streamed.append(tuple(batch))

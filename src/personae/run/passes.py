@@ -157,9 +157,12 @@ def _share(
     Raises:
         NotFinite: if it holds values that are not.
     """
-    part = chunk if whole else _sampled(chunk, measure.sample)
+    is_row = method.whole_rows and len(chunk.spec.shape) == 1
+    part = chunk if whole or is_row else _sampled(chunk, measure.sample)
     if isinstance(method, Entrywise) and not method.of_models():
-        return measure.tally(stacks.blocks(part), method, stacks.site(part))
+        place = stacks.site(part)
+        blocks = stacks.blocks(part).in_rows(method.row_entries(place))
+        return measure.tally(blocks, method, place)
     if method.of_models():
         stack, reference = stacks.read(part, reuse=True)
         finite, place = is_finite(stack), stacks.site(part)

@@ -226,7 +226,8 @@ class UndecidedEntries:
 
 def waiting_bytes(item: Item) -> int:
     """Memory of the undecided entries of an item that wait for their file, at most."""
-    entries = min(FILE_ENTRIES + FEW + BLOCK, sum(chunk.numel for chunk in item.chunks))
+    block = max(BLOCK, *(chunk.spec.shape[-1] for chunk in item.chunks if chunk.spec.shape), 0)
+    entries = min(FILE_ENTRIES + FEW + block, sum(chunk.numel for chunk in item.chunks))
     return _BYTES_WAITING * entries
 
 

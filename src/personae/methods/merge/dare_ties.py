@@ -7,41 +7,29 @@ tables, as here by default, dropping takes the place of trimming. Below a densit
 nothing left to trim, and both are the same. mergekit does not average what agrees.
 """
 
-from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from numpy import ndarray
 from pydantic import Field
-from torch import Tensor
 
 from personae._types import Density
-from personae.methods._deltas import DeltaBlocks, delta_blocks
 from personae.methods._dropping import dropper
-from personae.methods._entries import (
-    Fill,
-    PerExpert,
-    find_thresholds,
-    merge_elected,
-    trimmer,
-    votes,
-)
-from personae.methods._merge import Gathering, Measure, RowWise, Statistics, as_function
+from personae.methods._electing import Electing
+from personae.methods._entries import Fill, PerExpert, find_thresholds, trimmer
+from personae.methods._merge import Gathering, Statistics, as_function
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 
 
 @merge_method(paper="arXiv:2311.03099")
-class DARETIES(RowWise):
+class DARETIES(Electing):
     """Drop entries at random, elect one sign per entry, merge the entries that agree.
 
     Returns:
         The merged task vector, fp32; entries that no expert keeps are 0.
     """
 
-    can_decide_late: ClassVar = True
     order_free: ClassVar = False
     model_wide: ClassVar = ("scope", "trim")
 
@@ -49,12 +37,6 @@ class DARETIES(RowWise):
         default=0.2,
         description=(
             "Probability that an entry is kept (1 - p of the paper), to the nearest 1/65536."
-        ),
-    )
-    weight: float | tuple[float, ...] = Field(
-        default=1.0,
-        description=(
-            "Coefficient of each expert's kept entries, before signs are elected, as in `ties`."
         ),
     )
     rescale: bool = Field(
@@ -77,54 +59,30 @@ class DARETIES(RowWise):
             "each tensor."
         ),
     )
-    reduce: Literal["mean", "sum", "max"] = Field(
-        default="mean", description="Mean, sum or largest magnitude of the entries that agree."
-    )
-    elect: Literal["mass", "count"] = Field(
-        default="mass", description="Whether experts vote with their magnitudes or one vote each."
-    )
-    scale: float = Field(default=1.0, description="Multiplier on the result.")
     seed: int = Field(default=0, description="Seed of the random masks: same seed, same model.")
 
-    def is_late(self) -> bool:
-        """With magnitudes votes seldom cancel; with one vote each they often do."""
-        return self.elect == "mass"
-
-    def gather(self, experts: int) -> Gathering:
-        """Looks for the thresholds of trimming, if there is any, and one for the majority sign."""
+    def find(self, experts: int) -> Gathering:
+        """Looks for the thresholds of trimming, if there is any."""
 
         def kept(own: Any, site: Site) -> Fill:
             return own.dropper(site, experts, weight=1.0)
 
-        found: dict[str, Tensor] = {}
-        if self.trim < 1:
-            found["thresholds"] = yield from find_thresholds(self.trim, experts, kept)
+        if self.trim == 1:
+            return {}
+        return {"thresholds": (yield from find_thresholds(self.trim, experts, kept))}
 
-        def vote(vectors: Tensor | DeltaBlocks, own: Any, site: Site) -> Tensor:
-            fill = own.fill(site, experts, found.get("thresholds"))
-            return votes(delta_blocks(vectors), fill, own.elect)
+    def fill(self, site: Site, experts: int, statistics: Statistics) -> Fill:
+        """Drops, and trims what is left where there are thresholds."""
+        if "thresholds" not in statistics:
+            return self.dropper(site, experts, self.weight)
+        drop = self.dropper(site, experts, weight=1.0)
+        trim = trimmer(statistics["thresholds"], self.weight)
 
-        # A single expert is never outvoted.
-        majority = (yield Measure("majority", vote, late=True)) if experts > 1 else torch.tensor(0)
-        return found if majority is None else {**found, "majority": majority.sign()}
+        def fill(start: int, deltas: Float[ndarray, "expert entry"]) -> None:
+            drop(start, deltas)
+            trim(start, deltas)
 
-    def merge_blocks(
-        self,
-        blocks: DeltaBlocks,
-        statistics: Statistics,
-        site: Site,
-        undecided: Undecided | None = None,
-    ) -> Iterator[Float[ndarray, " entry"]]:
-        """See `Entrywise.merge_blocks`."""
-        return merge_elected(
-            blocks,
-            self.fill(site, blocks.experts, statistics.get("thresholds")),
-            elect=self.elect,
-            reduce=self.reduce,
-            scale=self.scale,
-            statistics=statistics,
-            undecided=undecided,
-        )
+        return fill
 
     def dropper(self, site: Site, experts: int, weight: PerExpert) -> Fill:
         """Drops at random, as in `dare`."""
@@ -136,19 +94,6 @@ class DARETIES(RowWise):
             seed=self.seed,
             experts=experts,
         )
-
-    def fill(self, site: Site, experts: int, thresholds: Float[Tensor, " expert"] | None) -> Fill:
-        """Drops, and trims what is left where there are thresholds."""
-        if thresholds is None:
-            return self.dropper(site, experts, self.weight)
-        drop = self.dropper(site, experts, weight=1.0)
-        trim = trimmer(thresholds, self.weight)
-
-        def fill(start: int, deltas: Float[ndarray, "expert entry"]) -> None:
-            drop(start, deltas)
-            trim(start, deltas)
-
-        return fill
 
 
 dare_ties = as_function(DARETIES)

@@ -14,7 +14,8 @@ from personae import kernels
 from personae._types import Density
 from personae.methods._deltas import DeltaBlocks, delta_blocks
 from personae.methods._dropping import dropper
-from personae.methods._entries import Ballot, Fill, PerExpert
+from personae.methods._electing import Ballot
+from personae.methods._entries import Fill, PerExpert
 from personae.methods._merge import Gathering, Measure, RowWise
 from personae.methods._site import Site
 from personae.ops.sums import SUM_BINS, total

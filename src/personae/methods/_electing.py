@@ -1,0 +1,160 @@
+"""Electing one sign an entry, and merging what agrees: steps 2 and 3 of TIES."""
+
+from abc import abstractmethod
+from collections.abc import Generator, Iterator
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from pydantic import Field
+from torch import Tensor
+
+from personae import kernels
+from personae.methods._deltas import DeltaBlocks, delta_blocks
+from personae.methods._entries import Fill
+from personae.methods._merge import Gathering, Measure, RowWise, Statistics
+from personae.methods._site import Site
+from personae.methods._undecided import Undecided
+
+Elect = Literal["mass", "count"]
+Reduce = Literal["mean", "sum", "max"]
+
+
+class Ballot:
+    """The votes on a block of entries.
+
+    Attributes:
+        kept: What was kept of each expert, weighted, 0 where nothing was: (expert, entry), fp32.
+        signs: The elected signs, 1, -1 or, where nobody votes or wins, 0; fp32.
+        undecided: Entries on which experts vote and none wins, ascending.
+        majority: Entries that elect + minus entries that elect -.
+    """
+
+    def __init__(self, kept: Float[ndarray, "expert entry"], elect: Elect) -> None:
+        """Elect; experts vote with the magnitude kept, or one vote each."""
+        self.kept = kept
+        self.signs = np.empty(kept.shape[1], np.float32)
+        places = np.empty(kept.shape[1], np.int64)
+        vote = kernels.elect_by_mass if elect == "mass" else kernels.elect_by_count
+        found, self.majority = vote(kept, self.signs, places)
+        self.undecided = places[:found]
+
+    def give_undecided(self, sign: int) -> None:
+        """Give undecided entries this sign: 1, -1, or 0 for none."""
+        self.signs[self.undecided] = sign
+
+    def merge(self, reduce: Reduce, scale: float) -> Float[ndarray, " entry"]:
+        """Reduce the experts whose sign is the elected one, times `scale`; 0 if there is none."""
+        merged = np.empty(self.signs.size, np.float32)
+        loops = {
+            "mean": kernels.mean_agreeing,
+            "sum": kernels.sum_agreeing,
+            "max": kernels.max_agreeing,
+        }
+        loops[reduce](self.kept, self.signs, merged)
+        if scale != 1:
+            merged *= np.float32(scale)
+        return merged
+
+    def merge_undecided(self, reduce: Reduce, scale: float) -> Float[ndarray, "2 undecided"]:
+        """What `merge` would make of the undecided entries alone, if they were +, and if -."""
+        either = np.empty((2, self.undecided.size), np.float32)
+        kernels.reduce_either(self.kept, self.undecided, reduce == "mean", reduce == "max", either)
+        if scale != 1:
+            either *= np.float32(scale)
+        return either
+
+
+class Electing(RowWise):
+    """Leave a part of each task vector, elect one sign per entry, merge the entries that agree.
+
+    Undecided entries (sum 0) take the majority sign of the model or tensor.
+    """
+
+    can_decide_late: ClassVar = True
+    model_wide: ClassVar = ("scope",)
+
+    weight: float | tuple[float, ...] = Field(
+        default=1.0,
+        description=(
+            "Coefficient of what is left of each expert, applied before signs are elected. The "
+            "mean divides by the number of experts that agree, not by the sum of their weights: "
+            "if all weights are 2, the result doubles. A negative weight negates."
+        ),
+    )
+    scope: Literal["model", "tensor"] = Field(
+        default="model",
+        description="Whether the majority sign is that of the whole model or of each tensor.",
+    )
+    reduce: Reduce = Field(
+        default="mean", description="Mean, sum or largest magnitude of the entries that agree."
+    )
+    elect: Elect = Field(
+        default="mass",
+        description=(
+            "Whether experts vote with their magnitudes (as in the TIES paper) or one vote each."
+        ),
+    )
+    scale: float = Field(default=1.0, description="Multiplier on the result (λ in the papers).")
+
+    @abstractmethod
+    def fill(self, site: Site, experts: int, statistics: Statistics) -> Fill:
+        """Leaves of the task vectors what votes, weighted; 0 elsewhere."""
+        ...
+
+    def find(self, experts: int) -> Gathering:
+        """The looks that `fill` needs; by default none."""
+        yield from ()
+        return {}
+
+    def is_late(self) -> bool:
+        """With magnitudes votes seldom cancel; with one vote each they often do."""
+        return self.elect == "mass"
+
+    def gather(self, experts: int) -> Gathering:
+        """The looks of `find`, and one for the majority sign."""
+        found = yield from self.find(experts)
+        return {**found, **(yield from self._majority(experts, found))}
+
+    def _majority(
+        self, experts: int, found: Statistics
+    ) -> Generator[Measure, Any, dict[str, Tensor]]:
+        def vote(vectors: Tensor | DeltaBlocks, own: Electing, site: Site) -> Tensor:
+            total, fill = 0, own.fill(site, experts, found)
+            for start, deltas in delta_blocks(vectors, own.row_entries(site)):
+                fill(start, deltas)
+                total += Ballot(deltas, own.elect).majority
+            return torch.tensor(total)
+
+        if experts == 1:  # is never outvoted
+            return {"majority": torch.tensor(0)}
+        majority = yield Measure("majority", vote, late=True)
+        return {} if majority is None else {"majority": majority.sign()}
+
+    def merge_blocks(
+        self,
+        blocks: DeltaBlocks,
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """See `Entrywise.merge_blocks`.
+
+        While the majority is not known, undecided entries become 0, and `undecided` is told what
+        the signs would make of them.
+        """
+        majority = 0 if undecided is not None else int(statistics["majority"])
+        fill = self.fill(site, blocks.experts, statistics)
+        for start, deltas in blocks:
+            fill(start, deltas)
+            ballot = Ballot(deltas, self.elect)
+            if undecided is not None:
+                undecided.votes += ballot.majority
+                if len(ballot.undecided):
+                    either = ballot.merge_undecided(self.reduce, self.scale)
+                    undecided.add(start + ballot.undecided, *either)
+            elif majority:
+                ballot.give_undecided(majority)
+            yield ballot.merge(self.reduce, self.scale)
