@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from gather import merge_model
+from registered import mergekits
 from safetensors.torch import load_file, save_file
 
 ORACLE = """
@@ -100,7 +100,7 @@ def theirs(task_vectors: torch.Tensor, tmp_path_factory: pytest.TempPathFactory)
 
 
 def ours(method: str, task_vectors: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
-    return merge_model(f"mergekit/{method}", {"w": task_vectors}, settings)[0]
+    return mergekits(method, **settings)(task_vectors, name="w")
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{CASES[n][0]}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gather import settings_of
+from registered import every_method, method_of
 
 import personae
 from families import as_many, saved, small_base, tuned
@@ -24,7 +24,7 @@ from personae import (
     ties,
 )
 from personae.errors import CheckpointError, MethodError, RecipeError
-from personae.methods import MERGE_METHODS, MERGEKIT_METHODS, MergeMethod, build
+from personae.methods import MERGE_METHODS, MergeMethod
 from toys import load
 
 # Each keeps its two largest: 3 and 2; -2 and 2. The signs elected are +, -, +; the mean of what
@@ -103,11 +103,8 @@ def _family(dtype: torch.dtype = torch.float32) -> tuple[dict, dict[str, dict]]:
     return base, {name: tuned(base, seed) for seed, name in enumerate("abc", 1)}
 
 
-ALL = [*MERGE_METHODS.values(), *MERGEKIT_METHODS.values()]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("cls", ALL, ids=lambda cls: f"{cls.conventions}-{cls.name}")
+@every_method
 def test_state_dicts_merge_as_checkpoints_do(
     cls: type[MergeMethod], dtype: torch.dtype, tmp_path: Path
 ):
@@ -115,7 +112,7 @@ def test_state_dicts_merge_as_checkpoints_do(
         pytest.skip("merges adapters alone")
     base, experts = _family(dtype)
     experts = as_many(cls, experts)
-    method = build(cls, settings_of(cls))
+    method = method_of(cls)
     before = {name: {n: t.clone() for n, t in state.items()} for name, state in experts.items()}
     merged = merge_state_dicts(base, experts, method)
     merge(base, experts, tmp_path / "out", method)

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from gather import merge_model
 from matrices import adapters, diagonal, gaussian, leading, merge_factors, products
 from torch import Tensor
 
+from personae import CART
+
 
 def merge(task_vectors: Tensor, name: str = "a.weight", **settings: Any) -> Tensor:
-    return merge_model("cart", {name: task_vectors}, settings)[0]
+    return CART(**settings)(task_vectors, name=name)
 
 
 def test_hand_worked():

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gather import merge_model
 from matrices import Factors, adapters, gaussian, leading, merge_factors, polar, products
+
+from personae import TIES, TSVM, CoreSpace, IsoC
+from personae.methods import build
 
 SHAPES = [(40, 50), (50, 40), (40, 7), (7, 40)]
 
@@ -111,7 +113,7 @@ def test_ranks_may_differ():
 
 def test_iso_c_does_not_depend_on_the_basis():
     factors = adapters(3, 40, 50, rank=3)
-    expected = merge_model("iso_c", [products(factors)], {"average_over": "rank"})[0]
+    expected = IsoC(average_over="rank")(products(factors))
     merged = merge_factors("core_space", factors, rule="iso_c")
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
 
@@ -120,14 +122,14 @@ def test_tsv_m_shares_the_directions_of_the_core():
     """Nothing is cut off: N · rank directions of the core, a rank for each of N experts."""
     factors = adapters(3, 12, 50, rank=3)
     merged = merge_factors("core_space", factors, rule="tsv_m")
-    expected = merge_model("tsv_m", [products(factors)])[0]  # k = 12 / 3 = 4: nothing either
+    expected = TSVM()(products(factors))  # k = 12 / 3 = 4: nothing either
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rule", ["task_arithmetic", "tsv_m", "iso_c"])
 def test_dense_task_vectors(rule: str):
     factors = adapters(3, 40, 50, rank=3)
-    merged = merge_model("core_space", [products(factors)], {"rule": rule})[0]
+    merged = build(CoreSpace, {"rule": rule})(products(factors))
     expected = merge_factors("core_space", factors, rule=rule)
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
 
@@ -135,16 +137,16 @@ def test_dense_task_vectors(rule: str):
 def test_ties_on_dense_task_vectors_keeps_a_fraction_of_the_core():
     """Whatever the bases, a core has 9 · 9 entries, and not 40 · 50: 0.2 of them are 16."""
     factors = adapters(1, 40, 50, rank=9)
-    merged = merge_model("core_space", [products(factors)], {"rule": "ties"})[0]
+    merged = CoreSpace(rule="ties")(products(factors))
     # The core is diagonal in the bases of the task vector itself: all nine values are kept.
     torch.testing.assert_close(merged, products(factors)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_vectors_take_the_rule_as_they_are():
     biases = gaussian(3, 11)
-    merged = merge_model("core_space", {"bias": biases}, {"rule": "task_arithmetic"})[0]
+    merged = CoreSpace(rule="task_arithmetic")(biases, name="bias")
     assert torch.equal(merged, biases.sum(dim=0))
-    merged = merge_model("core_space", {"bias": biases}, {"rule": "ties", "density": 0.5})[0]
-    assert torch.equal(merged, merge_model("ties", [biases], {"density": 0.5})[0])
-    merged = merge_model("core_space", {"bias": biases}, {"scale": 2.0})[0]
+    merged = CoreSpace(rule="ties", density=0.5)(biases, name="bias")
+    assert torch.equal(merged, TIES(density=0.5)(biases))
+    merged = CoreSpace(scale=2.0)(biases, name="bias")
     assert torch.equal(merged, 2 * biases.mean(dim=0))

@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gather import merge_model
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from peft.utils import merge_utils
+from registered import merged_as_model
 
 from drawn_masks import give_masks, keep_mask
+from personae import DARETIES
 from personae.methods import MERGE_METHODS, Site, build, lookup
 from personae.ops.draws import kept_values
 
@@ -20,7 +21,7 @@ stacks = hnp.arrays(np.float32, (3, 4, 5), elements=st.integers(-99, 99)).map(to
 
 def merge(method: str, task_vectors: torch.Tensor, **settings: Any) -> torch.Tensor:
     """One tensor named w alone."""
-    return merge_model(method, {"w": task_vectors}, settings)[0]
+    return build(lookup(MERGE_METHODS, method), settings)(task_vectors, name="w")
 
 
 @pytest.fixture
@@ -96,8 +97,8 @@ def test_dare_ties_as_its_authors_have_it(density: float):
 def test_an_undecided_entry_of_dare_ties_takes_the_majority_of_its_scope():
     # Signs over the model: 0 in the first tensor, - - + in the second: majority -1.
     model = [torch.tensor([[2.0], [-2.0]]), torch.tensor([[-1.0, -1.0, 1.0], [-1.0, -1.0, 1.0]])]
-    assert merge_model("dare_ties", model, {"density": 1.0})[0].tolist() == [-2.0]
-    alone = merge_model("dare_ties", model, {"density": 1.0, "scope": "tensor"})
+    assert merged_as_model(DARETIES(density=1.0), model)[0].tolist() == [-2.0]
+    alone = merged_as_model(DARETIES(density=1.0, scope="tensor"), model)
     assert alone[0].tolist() == [0.0]
 
 
@@ -128,7 +129,7 @@ def test_seed_and_name_change_the_model(method: str):
     task_vectors = torch.randn(2, 30, 30, generator=torch.Generator().manual_seed(0))
     first = merge(method, task_vectors)
     assert not torch.equal(first, merge(method, task_vectors, seed=1))
-    assert not torch.equal(first, merge_model(method, {"v": task_vectors})[0])
+    assert not torch.equal(first, lookup(MERGE_METHODS, method)()(task_vectors, name="v"))
     assert torch.equal(first, merge(method, task_vectors, seed=0))
 
 

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gather import merge_model
+from registered import merged_as_model
 
+from personae import DRM
 from personae.methods import MERGE_METHODS, Site, build, lookup
 from personae.methods.merge.drm import decompose, kept_entries, pruned, rows_of_unit_length
 from personae.ops.stacks import stacked_svd
@@ -262,9 +263,8 @@ def test_with_everything_off_it_is_averaging(direction: str, renormalise: bool):
     """Over a whole model, on difference vectors as on task vectors."""
     model = [gaussian(3, 6, 9), gaussian(3, 5, seed=1), gaussian(3, 2, 3, 2, 2, seed=2)]
     off: dict[str, Any] = WHOLE | {"elect": False, "disjoint": False, "renormalise": renormalise}
-    for merged, stack in zip(
-        merge_model("drm", model, off | {"direction": direction}), model, strict=True
-    ):
+    whole = merged_as_model(build(DRM, off | {"direction": direction}), model)
+    for merged, stack in zip(whole, model, strict=True):
         torch.testing.assert_close(merged, stack.mean(dim=0), rtol=1e-5, atol=1e-6)
     differences = model[0] - model[0].mean(dim=0)
     assert drm(differences, direction=direction, **off).abs().max() < 1e-6
@@ -279,14 +279,14 @@ def test_others_elect_over_all_of_them_or_are_averaged():
         "b.bias": torch.tensor([[-3.0, -1.0], [2.0, 0.0]]),
         "c.weight": torch.ones(2, 8, 8),
     }
-    merged = merge_model("drm", model)
+    merged = merged_as_model(DRM(), model)
     assert merged[0].tolist() == [2.0, -2.0]  # (1 + 3) / 2; -2 alone
     assert merged[1].tolist() == [-3.0, -1.0]  # -3 alone; -1 alone, the 0 does not count
-    weighted = merge_model("drm", model, {"weight": (2.0, 0.5), "scale": 2.0})
+    weighted = merged_as_model(DRM(weight=(2.0, 0.5), scale=2.0), model)
     assert weighted[0].tolist() == [3.5, -2.0]  # 2 (2 · 1 + 0.5 · 3) / 2; 2 · 0.5 · -2
-    plain = merge_model("drm", model, {"others": "paper", "weight": (2.0, 0.5)})
+    plain = merged_as_model(DRM(others="paper", weight=(2.0, 0.5)), model)
     assert plain[0].tolist() == [1.75, 1.5]  # (2 · 1 + 0.5 · 3) / 2; (2 · 2 - 0.5 · 2) / 2
-    assert torch.equal(plain[2], merge_model("drm", model, {"weight": (2.0, 0.5)})[2])
+    assert torch.equal(plain[2], merged_as_model(DRM(weight=(2.0, 0.5)), model)[2])
 
 
 def test_embeddings_and_heads_are_others():

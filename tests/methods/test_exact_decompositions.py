@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from gather import merge_model
 from torch import Tensor
+
+from personae.methods import MERGE_METHODS, build, lookup
 
 EXPERTS, ROWS, COLUMNS = 8, 768, 3072
 SPECTRA = ["gaussian", "power", "low_rank"]
@@ -60,7 +61,8 @@ def polar(wide: Tensor) -> Tensor:
 
 
 def merged_of(name: str, task_vectors: Tensor, **settings: Any) -> Tensor:
-    return merge_model(name, {"h.0.mlp.weight": task_vectors}, settings)[0].double()
+    method = build(lookup(MERGE_METHODS, name), settings)
+    return method(task_vectors, name="h.0.mlp.weight").double()
 
 
 def off(merged: Tensor, expected: Tensor) -> float:

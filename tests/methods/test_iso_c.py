@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gather import merge_model
 from matrices import adapters, diagonal, gaussian, merge_factors, polar, products
 from torch import Tensor
 
+from personae import IsoC
+
 
 def merge(task_vectors: Tensor, name: str = "a.weight", **settings: Any) -> Tensor:
-    return merge_model("iso_c", {name: task_vectors}, settings)[0]
+    return IsoC(**settings)(task_vectors, name=name)
 
 
 def test_hand_worked():

@@ -5,15 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gather import merge_model
 from matrices import adapters, diagonal, gaussian, leading, merge_factors, polar, products
 from torch import Tensor
 
+from personae import IsoC, IsoCTS
 from personae.methods.merge.iso_cts import shares
 
 
 def merge(task_vectors: Tensor, name: str = "a.weight", **settings: Any) -> Tensor:
-    return merge_model("iso_cts", {name: task_vectors}, settings)[0]
+    return IsoCTS(**settings)(task_vectors, name=name)
 
 
 def naive(task_vectors: Tensor, fraction: float) -> np.ndarray:
@@ -73,7 +73,7 @@ def test_equals_the_published_steps(shape: tuple[int, int], fraction: float):
 
 def test_adapters_whose_sum_spans_all_of_them_merge_as_by_iso_c():
     task_vectors = products(adapters(3, 30, 40, rank=2))  # rank 6 of the sum, 24 common directions
-    expected = merge_model("iso_c", [task_vectors])[0]
+    expected = IsoC()(task_vectors)
     torch.testing.assert_close(merge(task_vectors), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -5,15 +5,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gather import merge_model
 from matrices import adapters, diagonal, gaussian, merge_factors, products
+from registered import merged_as_model
 from torch import Tensor
 
+from personae import DARETIES, KnOTS
 from personae.methods import MERGE_METHODS, Site, build
 
 
 def merge(task_vectors: Tensor, name: str = "a.weight", **settings: Any) -> Tensor:
-    return merge_model("knots", {name: task_vectors}, settings)[0]
+    return KnOTS(**settings)(task_vectors, name=name)
 
 
 def naive_ties(model: list[np.ndarray], density: float) -> list[np.ndarray]:
@@ -79,7 +80,7 @@ def test_whole_model_equals_the_published_steps(density: float):
         gaussian(3, 9, seed=2),
     ]
     names = ["a.weight", "b.weight", "c.weight", "c.bias"]
-    merged = merge_model("knots", dict(zip(names, model, strict=True)), {"density": density})
+    merged = merged_as_model(KnOTS(density=density), dict(zip(names, model, strict=True)))
     for ours, expected in zip(merged, naive(model, density), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     for stack, name in zip(model, names, strict=True):
@@ -103,7 +104,7 @@ def test_random_coordinates_in_place_of_the_largest():
     task_vectors = diagonal([8.0, 4.0, 1.0], [9.0, 5.0, 2.0])
     settings: dict[str, Any] = {"density": 0.5, "seed": 3}
     merged = merge(task_vectors, rule="dare_ties", **settings)
-    expected = merge_model("dare_ties", {"a.weight": task_vectors}, settings)[0]
+    expected = DARETIES(**settings)(task_vectors, name="a.weight")
     torch.testing.assert_close(merged, expected)
     settings["seed"] = 4
     assert not torch.equal(merged, merge(task_vectors, rule="dare_ties", **settings))

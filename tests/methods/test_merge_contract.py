@@ -1,15 +1,17 @@
 """What every static method keeps to, whatever it computes."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
-from gather import EVERY_METHOD, find, merge_model, settings_of
 from matrices import adapters, products
+from registered import every_method, method_of
 
-from personae.methods import Site, _deltas, build
+from personae.methods import MERGE_METHODS, MergeMethod, Site, _deltas, lookup
 from pretend_device import DEVICE, PretendDevice
 
 SHAPES = [(4, 6), (5,), (), (2, 3, 2, 2), (6, 4)]
-names = pytest.mark.parametrize("name", EVERY_METHOD)
 
 
 def reals(experts: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -25,9 +27,17 @@ def reals(experts: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return stacks
 
 
-def model_for(name: str) -> list[torch.Tensor]:
+def model_for(cls: type[MergeMethod]) -> list[torch.Tensor]:
     """As many as the method takes, three if it takes any number."""
-    return model(find(name).takes or 3)
+    return model(cls.takes or 3)
+
+
+def merge_each(
+    cls: type[MergeMethod], stacks: Sequence[torch.Tensor], **parameters: Any
+) -> list[torch.Tensor]:
+    """Each tensor alone."""
+    method = method_of(cls, **parameters)
+    return [method(stack, name=f"{n}.weight") for n, stack in enumerate(stacks)]
 
 
 def model(experts: int = 3, seed: int = 0) -> list[torch.Tensor]:
@@ -38,75 +48,75 @@ def model(experts: int = 3, seed: int = 0) -> list[torch.Tensor]:
     ]
 
 
-@names
-def test_shape_dtype_finite_and_inputs_unmodified(name: str):
-    stacks = model_for(name)
+@every_method
+def test_shape_dtype_finite_and_inputs_unmodified(cls: type[MergeMethod]):
+    stacks = model_for(cls)
     before = [stack.clone() for stack in stacks]
-    for merged, stack in zip(merge_model(name, stacks), stacks, strict=True):
+    for merged, stack in zip(merge_each(cls, stacks), stacks, strict=True):
         assert merged.shape == stack.shape[1:]
         assert merged.dtype == torch.float32
         assert merged.isfinite().all()
     assert all(map(torch.equal, stacks, before))
 
 
-@names
-def test_zero_gives_zero(name: str):
-    for merged in merge_model(name, [torch.zeros_like(stack) for stack in model_for(name)]):
+@every_method
+def test_zero_gives_zero(cls: type[MergeMethod]):
+    for merged in merge_each(cls, [torch.zeros_like(stack) for stack in model_for(cls)]):
         assert torch.equal(merged, torch.zeros_like(merged))
 
 
-@names
-def test_one_tensor_or_one_expert_of_zeros_is_finite(name: str):
-    stacks = model_for(name)
+@every_method
+def test_one_tensor_or_one_expert_of_zeros_is_finite(cls: type[MergeMethod]):
+    stacks = model_for(cls)
     stacks[0].zero_()
     for stack in stacks:
         stack[1] = 0
-    merged = merge_model(name, stacks)
+    merged = merge_each(cls, stacks)
     assert torch.equal(merged[0], torch.zeros_like(merged[0]))
     assert all(tensor.isfinite().all() for tensor in merged)
 
 
-@names
-def test_same_bytes_on_a_rerun(name: str):
-    first, again = merge_model(name, model_for(name)), merge_model(name, model_for(name))
+@every_method
+def test_same_bytes_on_a_rerun(cls: type[MergeMethod]):
+    first, again = merge_each(cls, model_for(cls)), merge_each(cls, model_for(cls))
     assert [t.numpy().tobytes() for t in first] == [t.numpy().tobytes() for t in again]
 
 
-@names
-def test_computes_on_the_device_of_its_input(name: str):
-    expected = merge_model(name, model_for(name))
+@every_method
+def test_computes_on_the_device_of_its_input(cls: type[MergeMethod]):
+    expected = merge_each(cls, model_for(cls))
     with PretendDevice():
-        merged = merge_model(name, [stack.to(DEVICE) for stack in model_for(name)])
+        merged = merge_each(cls, [stack.to(DEVICE) for stack in model_for(cls)])
         assert {tensor.device for tensor in merged} == {DEVICE}
         assert all(map(torch.equal, [tensor.cpu() for tensor in merged], expected))
 
 
-@names
-def test_layout_in_memory_is_free(name: str):
+@every_method
+def test_layout_in_memory_is_free(cls: type[MergeMethod]):
     """A stack that is not contiguous merges as its contiguous copy does."""
-    stacks = [stack.movedim(0, -1).contiguous().movedim(-1, 0) for stack in model_for(name)]
-    for strided, plain in zip(
-        merge_model(name, stacks), merge_model(name, model_for(name)), strict=True
-    ):
+    stacks = [stack.movedim(0, -1).contiguous().movedim(-1, 0) for stack in model_for(cls)]
+    plain_tensors = merge_each(cls, model_for(cls))
+    for strided, plain in zip(merge_each(cls, stacks), plain_tensors, strict=True):
         torch.testing.assert_close(strided, plain)
 
 
-@names
-def test_order_of_experts_is_free_where_declared(name: str):
-    if not find(name).order_free:
-        pytest.skip(f"{name} declares that the order of experts matters")
-    stacks = model_for(name)
-    shuffled = merge_model(name, [stack[[2, 0, 1]] for stack in stacks])
-    for merged, other in zip(merge_model(name, stacks), shuffled, strict=True):
+@every_method
+def test_order_of_experts_is_free_where_declared(cls: type[MergeMethod]):
+    if not cls.order_free:
+        pytest.skip(f"{cls.name} declares that the order of experts matters")
+    stacks = model_for(cls)
+    shuffled = merge_each(cls, [stack[[2, 0, 1]] for stack in stacks])
+    for merged, other in zip(merge_each(cls, stacks), shuffled, strict=True):
         torch.testing.assert_close(merged, other, rtol=1e-5, atol=1e-5)
 
 
-@names
+@every_method
 @pytest.mark.parametrize("shape", [(20, 30), (30, 20), (20, 5)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_factors_merge_as_their_products_do(name: str, shape: tuple[int, int], transposed: bool):
-    factors, method = adapters(find(name).takes or 3, *shape, rank=2), find(name)
-    built = build(method, settings_of(method))
+def test_factors_merge_as_their_products_do(
+    cls: type[MergeMethod], shape: tuple[int, int], transposed: bool
+):
+    factors, built = adapters(cls.takes or 3, *shape, rank=2), method_of(cls)
     site = Site("a.weight", shape, transposed=transposed)
     merged = built.merge_factors(factors, site=site)
     expected = built.apply(products(factors), site=site)
@@ -131,24 +141,24 @@ def test_copies_of_one_vector_merge_to_it(
     name: str, settings: dict, tolerance: float, experts: int
 ):
     stacks = [stack.repeat(experts, *[1] * (stack.ndim - 1)) for stack in model(experts=1)]
-    for merged, stack in zip(merge_model(name, stacks, settings), stacks, strict=True):
+    merged_tensors = merge_each(lookup(MERGE_METHODS, name), stacks, **settings)
+    for merged, stack in zip(merged_tensors, stacks, strict=True):
         torch.testing.assert_close(merged, stack[0], rtol=0, atol=tolerance)
 
 
-@names
+@every_method
 @pytest.mark.parametrize("experts", [1, 2, 5])
 @pytest.mark.parametrize("rows", [1, 2, 7])
 def test_rows_cut_apart_merge_as_the_whole_does(
-    name: str, experts: int, rows: int, monkeypatch: pytest.MonkeyPatch
+    cls: type[MergeMethod], experts: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Where a method is entry-wise, a tensor in blocks of rows gives the same bytes as whole.
 
     Its looks are cut in the same blocks; blocks inside the method are cut elsewhere.
     """
-    method = find(name)
-    if method.takes not in (None, experts):
-        pytest.skip(f"{name} takes {method.takes} models")
-    built = build(method, settings_of(method))
+    if cls.takes not in (None, experts):
+        pytest.skip(f"{cls.name} takes {cls.takes} models")
+    built = method_of(cls)
     pieces: dict[str, list[tuple[Site, torch.Tensor]]] = {}
     whole: dict[str, tuple[Site, torch.Tensor]] = {}
     for key, stack in reals(experts).items():

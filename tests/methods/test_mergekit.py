@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from gather import merge_model
+from registered import merged_as_model, mergekits
 
 from drawn_masks import give_masks
 from personae.errors import Faults, MethodError
@@ -21,7 +21,7 @@ TASK_VECTORS = torch.tensor(
 
 
 def merge(method: str, task_vectors: torch.Tensor, **settings: Any) -> list[float]:
-    return merge_model(f"mergekit/{method}", {"w": task_vectors}, settings)[0].tolist()
+    return mergekits(method, **settings)(task_vectors, name="w").tolist()
 
 
 def test_linear():
@@ -102,7 +102,7 @@ def test_ties_trims_rows_as_it_trims_the_whole():
 
 def test_ties_calls_an_undecided_sum_positive_and_trims_each_tensor():
     model = [torch.tensor([[2.0], [-2.0]]), torch.tensor([[-1.0, -1.0, 3.0], [-1.0, -1.0, 3.0]])]
-    merged = merge_model("mergekit/ties", model, {"density": 0.5})
+    merged = merged_as_model(mergekits("ties", density=0.5), model)
     # k = int(0.5 · 1) = 0 is raised to 1; int(0.5 · 3) = 1 keeps the 3 alone.
     assert [t.tolist() for t in merged] == [[2.0], [0.0, 0.0, 3.0]]
 

@@ -5,21 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gather import merge_model
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from peft.utils import merge_utils
+from registered import merged_as_model
 
+from personae import TIES, ties
 from personae.errors import MethodError
 from personae.methods import MERGE_METHODS, build, lookup
 
 Model = list[torch.Tensor]
-
-
-def ties(task_vectors: torch.Tensor, **settings: Any) -> torch.Tensor:
-    """TIES on one tensor alone."""
-    return merge_model("ties", [task_vectors], settings)[0]
 
 
 shapes = st.lists(st.lists(st.integers(1, 4), max_size=3).map(tuple), min_size=1, max_size=4)
@@ -76,7 +72,7 @@ def test_hand_worked_three_experts():
             [-6.0, 2.0, 1.0, 0.0],  #             -> -6  2  0  0
         ]
     )  # signed mass                            -2  5  4  0, so signs - + + and the majority +
-    expected = {
+    expected: dict[Any, list[float]] = {
         "mean": [-6.0, 2.5, 2.0, 0.0],
         "sum": [-6.0, 5.0, 4.0, 0.0],
         "max": [-6.0, 3.0, 2.0, 0.0],
@@ -97,19 +93,19 @@ def test_votes_by_count():
 def test_an_undecided_entry_takes_the_majority_of_its_scope():
     # Signs over the model: 0 in the first tensor, - - + in the second: majority -1.
     model = [torch.tensor([[2.0], [-2.0]]), torch.tensor([[-1.0, -1.0, 1.0], [-1.0, -1.0, 1.0]])]
-    merged = merge_model("ties", model, {"density": 1.0})
+    merged = merged_as_model(TIES(density=1.0), model)
     assert merged[0].tolist() == [-2.0]
     # Alone, the first tensor has no majority either: nothing wins.
-    merged = merge_model("ties", model, {"density": 1.0, "scope": "tensor"})
+    merged = merged_as_model(TIES(density=1.0, scope="tensor"), model)
     assert merged[0].tolist() == [0.0]
 
 
 def test_trimming_over_the_model_differs_from_trimming_each_tensor():
     # Density 0.5 keeps 2 of 4: both in the second tensor, or the larger one of each.
     model = [torch.tensor([[1.0, 2.0]]), torch.tensor([[30.0, 40.0]])]
-    over_model = merge_model("ties", model, {"density": 0.5})
+    over_model = merged_as_model(TIES(density=0.5), model)
     assert [t.tolist() for t in over_model] == [[0.0, 0.0], [30.0, 40.0]]
-    each = merge_model("ties", model, {"density": 0.5, "scope": "tensor"})
+    each = merged_as_model(TIES(density=0.5, scope="tensor"), model)
     assert [t.tolist() for t in each] == [[0.0, 2.0], [0.0, 40.0]]
 
 
@@ -130,7 +126,8 @@ def test_whole_model_equals_flatten_and_sort(
         "scale": scale,
     }
     expected = naive_ties(model, **settings)
-    for merged, value in zip(merge_model("ties", model, settings), expected, strict=True):
+    whole = merged_as_model(TIES(**settings), model)
+    for merged, value in zip(whole, expected, strict=True):
         torch.testing.assert_close(merged, value, rtol=3e-7, atol=0)
     for task_vectors in model:
         merged = ties(task_vectors, scope="tensor", **settings)
@@ -146,7 +143,7 @@ def test_whole_model_with_many_entries_and_ties(monkeypatch: pytest.MonkeyPatch)
         task_vectors.view(4, -1)[1::2, ::3] = -task_vectors.view(4, -1)[::2, ::3]
     expected = naive_ties(model, 0.4)
     monkeypatch.setattr("personae.methods._deltas.BLOCK", 37)
-    merged = merge_model("ties", model, {"density": 0.4})
+    merged = merged_as_model(TIES(density=0.4), model)
     for ours, theirs in zip(merged, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=3e-7, atol=0)
     undecided = sum(int((t.view(4, -1)[:, ::3].sum(0) == 0).sum()) for t in model)
@@ -155,15 +152,15 @@ def test_whole_model_with_many_entries_and_ties(monkeypatch: pytest.MonkeyPatch)
 
 @given(models())
 def test_order_of_tensors_is_free(model: Model):
-    forward = merge_model("ties", model, {"density": 0.5})
-    backward = merge_model("ties", model[::-1], {"density": 0.5})[::-1]
+    forward = merged_as_model(TIES(density=0.5), model)
+    backward = merged_as_model(TIES(density=0.5), model[::-1])[::-1]
     assert all(map(torch.equal, forward, backward))
 
 
 @pytest.mark.parametrize(("elect", "theirs"), [("mass", "total"), ("count", "frequency")])
 @pytest.mark.parametrize("density", [0.2, 0.5])
 @pytest.mark.parametrize("weight", [1.0, (0.5, 2.0, 1.0), (1.0, -1.5, 0.7)])
-def test_against_peft(elect: str, theirs: str, density: float, weight: Any):
+def test_against_peft(elect: Any, theirs: str, density: float, weight: Any):
     """PEFT trims each tensor, with the same k.
 
     Known differences, avoided here: its votes are not weighted, so that it is given task vectors
@@ -219,7 +216,7 @@ def test_a_sum_within_rounding_of_nothing_is_summed_exactly(order: list[int]):
 
 def test_one_expert_at_full_density_is_itself():
     task_vectors = torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(merge_model("ties", [task_vectors], {"density": 1.0})[0], task_vectors[0])
+    assert torch.equal(ties(task_vectors, density=1.0), task_vectors[0])
 
 
 def test_parameters_are_refused_with_their_names():

@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gather import merge_model
 from matrices import adapters, diagonal, gaussian, leading, merge_factors, polar, products
 from torch import Tensor
 
+from personae import TSVM
+
 
 def merge(task_vectors: Tensor, name: str = "a.weight", **settings: Any) -> Tensor:
-    return merge_model("tsv_m", {name: task_vectors}, settings)[0]
+    return TSVM(**settings)(task_vectors, name=name)
 
 
 def naive(task_vectors: Tensor, scale: float = 1.0) -> np.ndarray:

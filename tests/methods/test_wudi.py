@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from gather import merge_model
 from matrices import gaussian
 from torch import Tensor
 
+from personae import WUDI
 from personae.methods import MERGE_METHODS, Site, build
 
 
 def merge(task_vectors: Tensor, name: str = "a.weight", **settings: Any) -> Tensor:
-    return merge_model("wudi", {name: task_vectors}, settings)[0]
+    return WUDI(**settings)(task_vectors, name=name)
 
 
 def naive(task_vectors: Tensor, steps: int, learning_rate: float, squared: bool = True) -> Tensor:
