@@ -132,8 +132,8 @@ def _merge(
         recipe["base_model"] = str(root / "base")
     elif method not in ("average", "linear"):
         recipe["vector"] = "difference"
+    recipe["conventions"] = "mergekit" if mergekit else "papers"
     if mergekit:
-        recipe["conventions"] = "mergekit"
         for weight, model in enumerate(models, 1):
             model["parameters"] = {"weight": weight / 4, "density": 0.5}
             if method in ("linear", "task_arithmetic"):

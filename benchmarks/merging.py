@@ -137,6 +137,7 @@ def recipe(root: Path, method: str, ours: bool) -> Path:
     if method != "average" or ours:
         content["base_model"] = str(root / "base")
     if ours:
+        content["conventions"] = "papers"
         content["parameters"] = OURS.get(method, {})
     else:
         content["parameters"] = {"normalize": method != "task_arithmetic"}

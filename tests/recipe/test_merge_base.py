@@ -56,7 +56,7 @@ def test_an_averaged_base_is_the_first_expert(tmp_path: Path):
 
 def test_a_base_without_a_weight_is_not_averaged(tmp_path: Path):
     text = LISTED.replace(", parameters: {weight: 1}", "")
-    recipe = read(tmp_path, f"merge_method: linear{text}")
+    recipe = read(tmp_path, f"merge_method: linear\nconventions: papers{text}")
     assert (recipe.base, recipe.experts, recipe.notes) == ("a/base", {"x": "a/x"}, [])
 
 
@@ -64,17 +64,24 @@ def test_mergekit_s_linear_averages_a_base_that_is_not_listed(tmp_path: Path):
     recipe = read(tmp_path, f"merge_method: linear\nconventions: mergekit\n{UNLISTED}")
     assert averaged(recipe) == ["base", "x", "y"]
     assert recipe.notes == [AVERAGED]
-    recipe = read(tmp_path, f"merge_method: linear\n{UNLISTED}")
-    assert averaged(recipe) is None
-    (note,) = recipe.notes
-    assert note.startswith("The base is not averaged, as it is not under 'models'; mergekit's")
+    recipe = read(tmp_path, f"merge_method: linear\nconventions: papers\n{UNLISTED}")
+    assert (averaged(recipe), recipe.notes) == (None, [])
     assert read(tmp_path, f"merge_method: average\n{UNLISTED}").notes == []
+
+
+def test_mergekit_s_means_of_models_take_a_base_that_is_not_listed(tmp_path: Path):
+    text = UNLISTED.replace("parameters: {weight: 1}\n", "")
+    recipe = read(tmp_path, f"merge_method: karcher\n{text}")
+    assert averaged(recipe) == ["base", "x", "y"]
+    assert recipe.notes == ["The base is averaged as the other models are, as mergekit does it."]
+    recipe = read(tmp_path, f"merge_method: karcher\nconventions: papers\n{text}")
+    assert (averaged(recipe), recipe.notes) == (None, [])
 
 
 @pytest.mark.parametrize(
     ("method", "conventions"),
     [
-        *((name, "personae") for name in ("task_arithmetic", "ties", "dare", "dare_ties")),
+        *((name, "papers") for name in ("task_arithmetic", "ties", "dare", "dare_ties")),
         *((name, "mergekit") for name in ("task_arithmetic", "ties", "dare_linear", "dare_ties")),
     ],
 )
@@ -91,7 +98,7 @@ def test_a_base_whose_task_vector_makes_no_difference_is_left_out(
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare", "dare_ties", "consensus"])
 def test_zeros_make_no_difference(method: str):
     """What `personae` has of these; mergekit leaves the base out itself."""
-    entry = METHODS_BY_CONVENTIONS["personae"][method]
+    entry = METHODS_BY_CONVENTIONS["papers"][method]
     settings = {"density": 1.0} if method.startswith("dare") else {}  # other places, other masks
     built = build(entry, settings)
     vectors = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(1))
@@ -107,9 +114,8 @@ def test_methods_that_count_experts_refuse_parameters_of_the_base(tmp_path: Path
     zeros = {"consensus", "dare", "dare_ties", "task_arithmetic", "ties", "average"}
     models = {name for name, method in MERGE_METHODS.items() if method.of_models()}
     for method in MERGE_METHODS.keys() - zeros - models:
-        assert "counts experts: leave it out" in refused(
-            tmp_path, f"merge_method: {method}{LISTED}"
-        )
+        text = f"merge_method: {method}\nconventions: papers{LISTED}"
+        assert "counts experts: leave it out" in refused(tmp_path, text)
     plain = LISTED.replace(", parameters: {weight: 1}", "")
     assert read(tmp_path, f"merge_method: drm{plain}").experts == {"x": "a/x"}
 
@@ -118,6 +124,6 @@ def test_methods_that_count_experts_refuse_parameters_of_the_base(tmp_path: Path
 @pytest.mark.parametrize("more", ["", "parameters: {weight: 1}", "parameters: {normalize: false}"])
 @pytest.mark.parametrize("method", ["average", "linear", "consensus"])
 def test_no_model_beside_the_base(tmp_path: Path, models: str, more: str, method: str):
-    text = f"merge_method: {method}\nbase_model: a/base\nmodels: {models}\n"
+    text = f"merge_method: {method}\nbase_model: a/base\nmodels: {models}\nconventions: papers\n"
     told = refused(tmp_path, text + (more if method != "consensus" else ""))
     assert told.endswith("is wrong: line 3: There is no expert to merge. Give at least one.")

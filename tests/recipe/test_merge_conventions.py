@@ -115,32 +115,227 @@ def thinned() -> Iterator[str]:
     del MERGE_METHODS["thinned"], MERGEKIT_METHODS["thinned"]
 
 
-def test_what_only_mergekit_s_method_takes_is_merged_by_it(tmp_path, thinned):
-    text = """
-merge_method: thinned
-base_model: a/base
+TIES = "merge_method: ties\nbase_model: b\nmodels: [{model: x}, {model: y}]\n"
+THEIRS = TIES + "parameters: {weight: 1, density: 0.5, normalize: true, int8_mask: true}\n"
+INT8_MASK = "int8_mask is left out: masks take no memory here, results are the same."
+
+
+def test_a_recipe_in_mergekit_s_words_means_mergekit_s_model(tmp_path):
+    recipe = read(tmp_path, THEIRS)
+    assert recipe.settings.conventions == "mergekit"
+    assert recipe.settings.merge_method() is MERGEKIT_METHODS["ties"]
+    assert recipe.notes == [
+        "ties is merged as mergekit does it, as no key of the recipe is personae's own; for the "
+        "paper's algorithm write conventions: papers",
+        INT8_MASK,
+    ]
+    assert read(tmp_path, f"{THEIRS}conventions: mergekit").notes == [INT8_MASK]
+
+
+@pytest.mark.parametrize("word", ["papers", "personae"])
+def test_the_papers_by_a_word(tmp_path, word):
+    recipe = read(tmp_path, f"{TIES}conventions: {word}")
+    assert recipe.settings == MergeSettings(method="ties", conventions="papers")
+    assert recipe.settings.merge_method() is MERGE_METHODS["ties"]
+    assert recipe.notes == []
+
+
+@pytest.mark.parametrize(
+    ("more", "line", "key"),
+    [
+        ("skip: [x.*]", 4, "skip"),
+        ("only: [x.*]", 4, "only"),
+        ("vector: task", 4, "vector"),
+        ("parameters: {scale: 0.5}", 4, "scale"),
+        ("parameters:\n  weight: 1\n  reduce: sum", 6, "reduce"),
+        ("parameters: {elect: count}", 4, "elect"),
+        ("parameters: {scope: tensor}", 4, "scope"),
+    ],
+)
+def test_a_key_of_our_own_means_the_papers_and_is_named(tmp_path, more, line, key):
+    recipe = read(tmp_path, TIES + more)
+    assert recipe.settings.conventions == "papers"
+    assert recipe.notes == [
+        f"line {line}: '{key}' is personae's own key, so ties is the paper's algorithm; for "
+        "mergekit's write conventions: mergekit"
+    ]
+
+
+def test_a_name_of_a_model_is_our_own_key(tmp_path):
+    recipe = read(tmp_path, TIES.replace("model: y", "model: y, name: z"))
+    assert recipe.settings.conventions == "papers"
+    assert recipe.notes[0].startswith("line 3: 'name' is personae's own key")
+    named = TIES.replace("model: y", "model: y, name: z") + "parameters: {weight: 1}\n"
+    recipe = read(tmp_path, f"{named}conventions: mergekit")
+    assert ([*recipe.experts], recipe.notes) == (["x", "z"], [])
+
+
+@pytest.mark.parametrize("method", ["average", "dare", "drm", "tsv_m", "consensus", "wudi"])
+def test_a_method_of_our_own_is_ours(tmp_path, method):
+    recipe = read(tmp_path, TIES.replace("ties", method))
+    assert (recipe.settings.conventions, recipe.notes) == ("papers", [])
+    told = refused(tmp_path, TIES.replace("ties", method) + "int8_mask: true\nrandom_seed: 1")
+    assert "line 4: Unknown key 'int8_mask'." in told and "line 5: Unknown key 'random_s" in told
+
+
+@pytest.mark.parametrize("method", ["slerp", "karcher", "model_stock"])
+def test_nothing_is_said_where_both_mean_one_algorithm(tmp_path, method):
+    text = f"merge_method: {method}\nbase_model: b\nmodels: [{{model: b}}, {{model: x}}]"
+    text = text if method == "slerp" else text.replace("}]", "}, {model: y}]")
+    assert not any("conventions" in note for note in read(tmp_path, text).notes)
+
+
+def test_defaults_are_mergekit_s(tmp_path):
+    """Everything is kept where no density is given, and divided by the weights that agree."""
+    recipe = read(tmp_path, TIES + "parameters: {weight: 0.5}")
+    vectors = torch.tensor([[2.0, 1.0], [4.0, -3.0]])
+    # (0.5·2 + 0.5·4) / (0.5 + 0.5), and the -3 alone
+    assert recipe.settings.for_tensor("w", 1, 2).apply(vectors).tolist() == [3.0, -3.0]
+    ours = read(tmp_path, TIES + "parameters: {weight: 0.5, scope: tensor, density: 1.0}")
+    assert ours.settings.for_tensor("w", 1, 2).apply(vectors).tolist() == [1.5, -1.5]
+
+
+def test_what_mergekit_asks_for_is_asked_for_with_a_way_out(tmp_path):
+    assert refused(tmp_path, TIES).endswith(
+        "line 1: ties needs 'weight'. Give it. mergekit asks for it; with conventions: papers it "
+        "is 1.0 by default."
+    )
+
+
+def test_what_mergekit_does_not_read_is_left_out_with_a_note_each(tmp_path):
+    text = """\
+name: stage-one
+merge_method: dare_ties
+base_model: b
+normalize: true
+int8_mask: true
+random_seed: 7
+lamda: 0.5
 models:
-  - {model: a/x, parameters: {density: [1, 0.7, 0.1], weight: 1}}
-  - {model: a/y, parameters: {density: 0.5, weight: [0, 1]}}
-parameters: {normalize: true, lambda: 0.5}
+  - model: x
+    wieght: 0.3
+    layer_range: [0, 32]
+    parameters: {weight: 0.5, densty: 0.3}
+  - model: y
+    parameters: {weight: 0.5, dtype: float16, t: 1, int8_mask: true, anything: 2}
+parameters: {t: 0.5}
+dytpe: bfloat16
+tokenizer: {sorce: base, source: base}
 """
     recipe = read(tmp_path, text)
-    assert recipe.settings.conventions == "mergekit"
-    assert recipe.settings.merge_method() is MERGEKIT_METHODS["thinned"]
-    assert recipe.settings.parameters == {"normalize": True, "scale": 0.5}
-    assert recipe.notes[-1].startswith("thinned is merged by mergekit's algorithm (conv")
-    assert "thinned has no parameter 'weight'" in recipe.notes[-1]
-    told = refused(tmp_path, text + "conventions: personae")
-    assert "line 5: thinned has no parameter 'weight'" in told
-    assert "mergekit's can: conventions: mergekit." in told
+    assert recipe.settings == MergeSettings(
+        method="dare_ties",
+        conventions="mergekit",
+        expert_parameters=({"weight": 0.5}, {"weight": 0.5}),
+        tokenizer_source="base",
+    )
+    left_out = "is left out, as mergekit does not read it."
+    wanted = [
+        f"line 1: 'name' {left_out}",
+        f"line 4: 'normalize' {left_out} It is read under 'parameters' alone.",
+        f"line 5: 'int8_mask' {left_out} It is read under 'parameters' alone.",
+        f"line 6: 'random_seed' {left_out}",
+        f"line 7: 'lamda' {left_out}",
+        f"line 10: 'models.0.wieght' {left_out}",
+        f"line 11: 'models.0.layer_range' {left_out}",
+        f"line 12: 'models.0.parameters.densty' {left_out} Did you mean 'density'?",
+        f"line 14: 'models.1.parameters.dtype' {left_out} It is read at the top of a recipe alone.",
+        f"line 14: 'models.1.parameters.t' {left_out}",
+        f"line 14: 'models.1.parameters.anything' {left_out}",
+        INT8_MASK,
+        f"line 15: 'parameters.t' {left_out}",
+        f"line 16: 'dytpe' {left_out} Did you mean 'dtype'?",
+        f"line 17: 'tokenizer.sorce' {left_out} Did you mean 'source'?",
+    ]
+    assert sorted(recipe.notes[1:]) == sorted(wanted)
+    told = refused(tmp_path, f"{text}conventions: papers")
+    for line, key in (1, "name"), (4, "normalize"), (7, "lamda"), (10, "models.0.wieght"):
+        assert f"line {line}: Unknown key '{key}'." in told
+    assert "line 16: Unknown key 'dytpe'. Did you mean 'dtype'?" in told
+    assert "line 12: dare_ties has no parameter 'densty'. Did you mean 'density'?" in told
 
 
-def test_ours_is_taken_where_both_can(tmp_path, thinned):
-    text = "merge_method: thinned\nbase_model: b\nmodels: [{model: x}]\n"
-    ours = read(tmp_path, text + "parameters: {density: 0.5}").settings
-    assert ours.merge_method() is MERGE_METHODS["thinned"]
-    weighted = text + "parameters: {weight: 1, density: 0.5}\nconventions: mergekit"
-    assert read(tmp_path, weighted).settings.merge_method() is MERGEKIT_METHODS["thinned"]
+def test_a_slip_is_told_where_the_recipe_is_refused_and_nothing_else(tmp_path):
+    text = """\
+merge_method: ties
+base_model: b
+models:
+  - model: x
+    parameters: {weight: 1, normalise: 2}
+  - {model: y, parameters: {wieght: 1}}
+parameters: {normalize: true, density: 0.5}
+"""
+    told = refused(tmp_path, text).splitlines()
+    assert len(told) == 4
+    assert "line 5: 'models.0.parameters.normalise' is left out" in told[1]
+    assert "line 5: weight is given for 1 of 2 experts, not for 'y'." in told[2]
+    assert "line 6: 'models.1.parameters.wieght' is left out" in told[3]
+    assert "Did you mean 'weight'?" in told[3]
+
+
+def test_one_wrong_key_makes_no_other_a_fault(tmp_path):
+    text = THEIRS.replace("density: 0.5", "density: 5").replace(", int8_mask: true", "")
+    assert "is wrong: line 4: ties: density = 5" in refused(tmp_path, text)
+    text = THEIRS.replace("merge_method: ties", "merge_method: tise")
+    assert "is wrong: line 1: Unknown method 'tise'. Did you mean 'ties'?" in refused(
+        tmp_path, text
+    )
+
+
+def test_papers_refuse_mergekit_s_parameters_and_say_whose_they_are(tmp_path):
+    told = refused(tmp_path, f"{THEIRS}conventions: papers")
+    assert "line 4: ties has no parameter 'normalize'." in told
+    assert "mergekit's ties has it: conventions: mergekit." in told
+
+
+def test_a_filter_is_text_for_mergekit_and_not_a_pattern(tmp_path):
+    text = (
+        TIES
+        + """\
+parameters:
+  density:
+    - filter: "*.mlp.*"
+      value: 0.1
+    - filter: "*"
+      value: 0.7
+  weight: [{filter: mlp, value: 2}, {value: 1}]
+"""
+    )
+    recipe = read(tmp_path, text)
+    assert recipe.settings.for_tensor("a.mlp.w", 1, 2).model_dump()["density"] == 0.7
+    assert recipe.settings.for_tensor("a.mlp.w", 1, 2).model_dump()["weight"] == 2
+    assert "line 6: 'parameters.density.0' is left out" in recipe.notes[1]
+    ours = read(tmp_path, f"{text}  scope: tensor\n")
+    assert ours.settings.for_tensor("a.mlp.w", 1, 2).model_dump()["density"] == 0.1
+
+
+def test_what_is_one_for_all_models_is_not_read_under_a_model(tmp_path):
+    text = THEIRS.replace("model: x", "model: x, parameters: {lambda: 0.5, normalize: false}")
+    recipe = read(tmp_path, text)
+    assert recipe.settings.expert_parameters == ()
+    assert recipe.notes[1:3] == [
+        f"line 3: 'models.0.parameters.{name}' is left out, as mergekit does not read it. It is "
+        "one for all models, under 'parameters'."
+        for name in ("lambda", "normalize")
+    ]
+
+
+def test_a_weight_under_karcher_is_not_read_by_mergekit(tmp_path):
+    text = "merge_method: karcher\nmodels:\n- {model: x, parameters: {weight: 2}}\n- {model: y}\n"
+    recipe = read(tmp_path, text)
+    assert recipe.settings.expert_parameters == ()
+    assert recipe.notes[0].endswith("does not read it. Its karcher has none.")
+    ours = read(
+        tmp_path,
+        text.replace("model: y", "model: y, parameters: {weight: 1}") + "conventions: papers",
+    )
+    assert ours.settings.expert_parameters == ({"weight": 2}, {"weight": 1})
+
+
+def test_what_mergekit_has_alone_names_what_is_near(tmp_path):
+    told = refused(tmp_path, TIES.replace("ties", "ramplus_tl"))
+    assert "line 1: 'ramplus_tl' is a method of mergekit that personae does not have." in told
+    assert "Near to it is ties." in told
 
 
 def test_under_mergekit_s_conventions_ours_serve_where_they_have_none():
@@ -150,7 +345,9 @@ def test_under_mergekit_s_conventions_ours_serve_where_they_have_none():
 
 
 def test_a_required_parameter(tmp_path, thinned):
-    told = refused(tmp_path, "merge_method: thinned\nbase_model: b\nmodels: [{model: x}]")
+    told = refused(
+        tmp_path, "merge_method: thinned\nconventions: papers\nbase_model: b\nmodels: [{model: x}]"
+    )
     assert "thinned needs 'density'" in told
     filtered = MergeSettings(
         method="thinned", parameters={"density": [{"filter": "mlp", "value": 0.5}]}
@@ -160,58 +357,6 @@ def test_a_required_parameter(tmp_path, thinned):
         filtered.for_tensor("attention", 2, 1)
     with pytest.raises(RecipeError, match="thinned needs a density for every tensor"):
         filtered.check(["x"])
-
-
-WEIGHTED = """
-base_model: b
-models:
-  - {model: x, parameters: {weight: 0.3}}
-  - {model: y, parameters: {weight: 0.3}}
-"""
-EQUAL = "base_model: b\nmodels: [{model: x}, {model: y}]\n"
-NORMALIZED = "parameters: {normalize: true, density: 1.0}\n"
-
-
-@pytest.mark.parametrize("method", ["ties", "dare_ties"])
-def test_normalize_divides_by_weights_so_weighted_recipes_are_merged_by_mergekit_s(
-    tmp_path, method
-):
-    text = f"merge_method: {method}\n"
-    recipe = read(tmp_path, text + WEIGHTED + NORMALIZED)
-    assert recipe.settings.conventions == "mergekit"
-    assert "cannot follow the recipe: normalize: true divides by the sum of the" in recipe.notes[-1]
-    # (0.3·2 + 0.3·4) / (0.3 + 0.3); by how many agree it would be 0.9.
-    parameters = recipe.settings.for_tensor("w", 1, 2)
-    vectors = torch.tensor([[2.0], [4.0]])
-    assert parameters.apply(vectors).tolist() == [3.0]
-    told = refused(tmp_path, text + WEIGHTED + NORMALIZED + "conventions: personae")
-    assert "line 7: normalize: true divides by the sum of the weights that agree" in told
-    assert told.endswith("mergekit's can: conventions: mergekit.")
-
-
-@pytest.mark.parametrize(
-    ("weight", "conventions"),
-    [
-        ("1", "personae"),
-        ("1.0", "personae"),
-        ("[1, 1.0]", "personae"),
-        ("[{filter: mlp, value: 1}, {value: 1}]", "personae"),
-        ("2", "mergekit"),
-        ("[1, 2]", "mergekit"),
-        ("[{filter: mlp, value: 2}, {value: 1}]", "mergekit"),
-    ],
-)
-def test_normalize_is_a_mean_where_every_weight_is_one(tmp_path, weight, conventions):
-    common = f"parameters: {{normalize: true, weight: {weight}}}\n"
-    recipe = read(tmp_path, "merge_method: ties\n" + EQUAL + common)
-    assert recipe.settings.conventions == conventions
-    if conventions == "personae":
-        assert recipe.settings.parameters["reduce"] == "mean"
-        assert recipe.notes[0] == "normalize: true is called reduce: mean here."
-    unweighted = read(tmp_path, "merge_method: ties\n" + EQUAL + NORMALIZED).settings
-    assert (unweighted.conventions, unweighted.parameters["reduce"]) == ("personae", "mean")
-    summed = "merge_method: ties\n" + WEIGHTED + "parameters: {normalize: false}"
-    assert read(tmp_path, summed).settings.parameters == {"reduce": "sum"}
 
 
 @pytest.mark.parametrize("method", MERGEKIT_RECIPES)

@@ -209,7 +209,7 @@ def test_models_of_another_form_are_one_fault(tmp_path, text, message):
 def test_a_density_that_is_no_fraction(tmp_path, value, message):
     said = refused(
         tmp_path,
-        "merge_method: ties\nbase_model: b\nmodels: [{model: a}]\n"
+        "merge_method: ties\nbase_model: b\nmodels: [{model: a}]\nconventions: papers\n"
         f"parameters: {{density: {value}, scope: tensor}}",
     )
     assert said.endswith(message)
@@ -242,7 +242,7 @@ TIES = "merge_method: ties\nconventions: mergekit\nbase_model: b\n"
             "consensus: at_least is 2, and there are 1 expert(s), so that no entry could be kept. "
             "Give at most 1.",
         ),
-        (f"{TIES}models: [{{model: x}}]", 1, "ties needs 'weight'. Give it."),
+        (f"{TIES}models: [{{model: x}}]", 1, "ties needs 'weight'. Give it. mergekit asks"),
     ],
 )
 def test_values_that_are_wrong_together_have_a_line(tmp_path, text, line, message):
@@ -269,7 +269,7 @@ def test_filters_alone_where_there_is_no_default(tmp_path):
 
 
 def test_an_average_without_a_base_whose_weights_scale_it(tmp_path):
-    text = """merge_method: linear
+    text = """merge_method: average
 models:
   - {model: x, parameters: {weight: 0.5}}
   - {model: y, parameters: {weight: 0.7}}

@@ -10,13 +10,16 @@ from personae.recipe import read_merge_recipe, read_recipe
 
 MERGE = """\
 merge_method: ties
+conventions: papers
 base_model: models/base
 models:
   - model: models/law
   - model: models/base+lora/news
 tokenizer_source: models/law
 """
-PACK = MERGE.replace("merge_method: ties", "pack_method: dts").replace("models/base+", "")
+PACK = MERGE.replace(
+    "merge_method: ties\nconventions: papers", "pack_method: dts\nvector: task"
+).replace("models/base+", "")
 PACK = PACK.replace("tokenizer_source: models/law\n", "")
 
 
@@ -53,7 +56,7 @@ def test_what_is_in_the_working_directory_alone_is_told_with_what_to_write(work:
     with pytest.raises(RecipeError, match="in 2 places") as caught:
         (read_merge_recipe if kind == "merge" else read_recipe)(f"deep/{kind}.yaml")
     where = "is not in the recipe's folder (deep), from which its paths count, but in the working"
-    for line, model in (2, "models/base"), (5, "lora/news"):
+    for line, model in (3, "models/base"), (6, "lora/news"):
         told = f"line {line}: '{model}' {where} directory. Write '../{model}'."
         assert told in str(caught.value)
 

@@ -36,7 +36,7 @@ Statistics = Mapping[str, Tensor]
 Stack = Tensor | NDArray[np.floating] | Sequence[Tensor | NDArray[np.floating]]
 """Task vectors of one tensor, (expert, *shape), or one array an expert."""
 
-Conventions = Literal["personae", "mergekit"]
+Conventions = Literal["papers", "mergekit"]
 """Whose algorithm a name means, where two codes use one name for two."""
 
 Side = Literal["none", "left", "right", "both"]
@@ -141,7 +141,7 @@ class MergeMethod(Parameters, ABC):
         [3.0, -2.0]
     """
 
-    conventions: ClassVar[Conventions] = "personae"
+    conventions: ClassVar[Conventions] = "papers"
     """Whose algorithm it is."""
     order_free: ClassVar[bool] = True
     """Whether the order of experts does not matter (beyond rounding)."""

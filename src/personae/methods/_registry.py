@@ -18,7 +18,7 @@ from personae.methods._parameters import Parameters, flag_fault, percent_hint
 MERGE_METHODS: dict[str, type[MergeMethod]] = {}
 MERGEKIT_METHODS: dict[str, type[MergeMethod]] = {}
 METHODS_BY_CONVENTIONS: dict[Conventions, dict[str, type[MergeMethod]]] = {
-    "personae": MERGE_METHODS,
+    "papers": MERGE_METHODS,
     "mergekit": MERGEKIT_METHODS,
 }
 ALIASES: dict[str, str] = {}
@@ -29,7 +29,7 @@ M = TypeVar("M", bound=type[MergeMethod])
 
 
 def merge_method(
-    *, paper: str, aliases: Sequence[str] = (), conventions: Conventions = "personae"
+    *, paper: str, aliases: Sequence[str] = (), conventions: Conventions = "papers"
 ) -> Callable[[M], M]:
     """Register a class of merge methods; its pydantic fields are its parameters.
 

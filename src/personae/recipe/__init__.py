@@ -6,7 +6,8 @@ from personae.recipe._merge_text import merge_recipe_text
 from personae.recipe._pack_reading import read_recipe
 from personae.recipe._sizes import parse_size
 from personae.recipe._values import count_layers
-from personae.recipe.merge_recipe import MergeRecipe, MergeSettings, refuse_mergekit_alone
+from personae.recipe.merge_recipe import MergeRecipe, MergeSettings
+from personae.recipe.mergekit import refuse_mergekit_alone
 from personae.recipe.pack_recipe import (
     COUNTING,
     Counting,

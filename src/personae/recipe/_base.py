@@ -4,8 +4,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from personae.methods import Conventions
+
 Vector = Literal["task", "difference"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+Convention = Annotated[
+    Conventions, BeforeValidator(lambda value: "papers" if value == "personae" else value)
+]
+"""`personae` is an earlier word for the papers'."""
 
 
 def _or(empty: Any) -> BeforeValidator:

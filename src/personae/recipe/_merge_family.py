@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from personae.checkpoints.naming import labels
-from personae.methods import MERGE_METHODS
+from personae.methods import Conventions
 from personae.recipe._faults import Fault
 from personae.recipe._merge_file import MergeFile, Model
+from personae.recipe.merge_recipe import methods_under
 
 NEEDS_NO_REFERENCE = ("average", "linear")
 """What they give does not depend on what the deltas are taken from."""
@@ -34,16 +35,21 @@ class Family(NamedTuple):
     remarks: list[str]
 
 
-def family_of(file: MergeFile, faults: list[Fault]) -> Family:
+def family_of(file: MergeFile, conventions: Conventions, faults: list[Fault]) -> Family:
     """Tell experts from the base, and give each a name.
 
     The base may be listed among the models. It is no expert then; but where models are averaged and
     it has a weight, it is the first of them, as all that is not averaged is then the base's.
+
+    Args:
+        file: What the recipe says.
+        conventions: Whose algorithms it means; mergekit's averages take a base that is not listed.
+        faults: Gets what is wrong.
     """
     remarks: list[str] = []
     models = [(n, entry) for n, entry in enumerate(file.models) if entry.model != file.base_model]
-    averaged = _averaged_base(file, remarks) if models else []
-    faults += _counted_base(file, remarks)
+    averaged = _averaged_base(file, conventions, remarks) if models else []
+    faults += _counted_base(file, conventions, remarks)
     entries = averaged + models
     given = {entry.name for _, entry in entries if entry.name}
     unnamed = [_place(file, entry) for _, entry in entries if not entry.name]
@@ -70,44 +76,50 @@ def _listed_base(file: MergeFile) -> list[Entry]:
     return [(n, entry) for n, entry in enumerate(file.models) if entry.model == file.base_model]
 
 
-def _averages_models(file: MergeFile) -> bool:
+def _averages_models(file: MergeFile, conventions: Conventions) -> bool:
     """Whether the method is a mean of models that knows no base, as `karcher` is."""
-    method = MERGE_METHODS.get(file.merge_method)
+    method = methods_under(conventions).get(file.merge_method)
     return method is not None and method.needs == "experts"
 
 
-def _averaged_base(file: MergeFile, remarks: list[str]) -> list[Entry]:
-    """The base as a model to average: listed with a weight; for mergekit one of all is enough.
+def _averaged_base(file: MergeFile, conventions: Conventions, remarks: list[str]) -> list[Entry]:
+    """The base as a model to average, first of all; empty if it is not.
 
-    For a mean of models that knows no base, listed is enough.
+    Means of models that know no base take it if it is listed, the average if it has a weight too.
+    mergekit lists every base itself, as the last.
     """
-    if _averages_models(file) and _listed_base(file):
-        remarks.append("The base is under 'models': it is averaged as the other models are.")
-        return _listed_base(file)
-    if file.base_model is None or file.merge_method not in NEEDS_NO_REFERENCE:
+    if file.base_model is None:
         return []
-    weighted, listed = "weight" in file.parameters, _listed_base(file)
-    if weighted and not listed and file.conventions == "mergekit":
+    listed = _listed_base(file)
+    if not listed and conventions == "mergekit":
         listed = [(len(file.models), Model(model=file.base_model))]
-    if weighted and not listed and file.merge_method == "linear":
-        remarks.append(
-            "The base is not averaged, as it is not under 'models'; mergekit's linear averages it "
-            "too (conventions: mergekit)."
-        )
+    if _averages_models(file, conventions):
+        if listed:
+            remarks.append(
+                "The base is averaged as the other models are, as it is under 'models'."
+                if _listed_base(file)
+                else "The base is averaged as the other models are, as mergekit does it."
+            )
+        return listed
+    if file.merge_method not in NEEDS_NO_REFERENCE:
+        return []
+    weighted = "weight" in file.parameters
     averaged = [(n, entry) for n, entry in listed if weighted or entry.parameters]
     if averaged:
         remarks.append("The base has a weight: it is averaged as the other models are.")
     return averaged
 
 
-def _counted_base(file: MergeFile, remarks: list[str]) -> Iterator[Fault]:
+def _counted_base(file: MergeFile, conventions: Conventions, remarks: list[str]) -> Iterator[Fault]:
     """What is wrong with parameters of the base where it is no expert."""
-    if file.merge_method in NEEDS_NO_REFERENCE or _averages_models(file):
+    if file.merge_method in NEEDS_NO_REFERENCE or _averages_models(file, conventions):
         return
     for n, entry in _listed_base(file):
-        if entry.parameters and file.merge_method in _LEAVES_ZEROS_OUT:
+        if not entry.parameters or file.merge_method not in methods_under(conventions):
+            continue
+        if file.merge_method in _LEAVES_ZEROS_OUT or conventions == "mergekit":
             remarks.append("The base is left out of the models: its task vector is zero.")
-        elif entry.parameters and file.merge_method in MERGE_METHODS:
+        else:
             text = f"The base is no expert, and {file.merge_method} counts experts: leave it out."
             yield Fault(("models", n), text)
 

@@ -1,15 +1,14 @@
 """The keys of a merge recipe, as mergekit's users know them, and what differs here."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import Field
 
-from personae.methods import Conventions, MergeMethod
-from personae.recipe._base import Dtype, Patterns, Strict, Vector
+from personae.recipe._base import Convention, Dtype, Patterns, Strict, Vector
 from personae.recipe._faults import Fault, validated
-from personae.recipe._values import Values, fault_in, scalars_of
+from personae.recipe._values import Values
 
 
 class Model(Strict):
@@ -35,7 +34,7 @@ class MergeFile(Strict):
     out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
     tokenizer: _Tokenizer | None = None
-    conventions: Conventions | None = None
+    conventions: Convention | None = None
     vector: Vector | None = None
     skip: Patterns = Field(default=[])
     only: Patterns = Field(default=[])
@@ -57,6 +56,18 @@ _REFUSED_INSIDE: dict[tuple[str, str], str] = {
     "'pad_to_multiple_of' out.",
 }
 _NESTED: dict[str, type[Strict]] = {"models": Model, "tokenizer": _Tokenizer}
+
+KEYS: Mapping[str, Sequence[str]] = {
+    "": (*MergeFile.model_fields, *_REFUSED, "pack_method"),
+    **{
+        key: (
+            *nested.model_fields,
+            *(i for outer, i in _REFUSED_INSIDE if outer == key != "models"),
+        )
+        for key, nested in _NESTED.items()
+    },
+}
+"""The keys that are read or refused, at the top (under '') and in what lies under these."""
 
 
 def read_file(content: Mapping[str, Any]) -> tuple[MergeFile | None, list[Fault]]:
@@ -85,55 +96,3 @@ def _refuse(content: dict[str, Any]) -> Iterator[Fault]:
         for n, part in enumerate(within) if isinstance(within, list) else [(None, within)]:
             if isinstance(part, dict) and part.pop(inner, None) is not None:
                 yield Fault((outer, inner) if n is None else (outer, n, inner), text)
-
-
-class Native(NamedTuple):
-    """A parameter by this package's name, where mergekit has another.
-
-    Attributes:
-        name: The name; empty if it is left out.
-        value: The value.
-        remark: What a person should know of it; empty if nothing.
-        fault: Why it has none here; empty if it has.
-    """
-
-    name: str
-    value: Any
-    remark: str = ""
-    fault: str = ""
-
-
-def native(name: str, value: Any, method: type[MergeMethod], *, weighted: bool) -> Native:
-    """Read a parameter by this package's name.
-
-    Args:
-        name: As the file has it.
-        value: What it shall be.
-        method: Whose parameter.
-        weighted: Whether an expert has a weight other than 1.
-    """
-    known = method.fields()
-    if name in known:
-        return Native(name, value)
-    if name == "lambda" and "scale" in known:
-        return Native("scale", value, "lambda is called scale here.")
-    if name == "int8_mask":
-        text = "int8_mask is left out: masks take no memory here, results are the same."
-        return Native("", value, text)
-    if name == "normalize" and "reduce" in known and isinstance(value, bool):
-        if value and weighted:
-            fault = (
-                "normalize: true divides by the sum of the weights that agree, reduce: mean by how "
-                "many agree. Give reduce, or no weights."
-            )
-            return Native("", value, fault=fault)
-        reduce = "mean" if value else "sum"
-        said = f"normalize: {str(value).lower()}"
-        return Native("reduce", reduce, f"{said} is called reduce: {reduce} here.")
-    return Native(name, value)
-
-
-def is_weighted(given: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether these parameters, of all experts and of each, say a weight other than 1."""
-    said = [parameters["weight"] for parameters in given if "weight" in parameters]
-    return any(one != 1 for value in said if not fault_in(value) for one in scalars_of(value))

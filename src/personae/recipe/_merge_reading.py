@@ -9,15 +9,16 @@ from personae.errors import MethodError
 from personae.methods import Conventions, MergeMethod
 from personae.recipe._faults import Fault, Place
 from personae.recipe._merge_family import NEEDS_NO_REFERENCE, Family, family_of, tokenizer_of
-from personae.recipe._merge_file import MergeFile, Native, is_weighted, native, read_file
+from personae.recipe._merge_file import KEYS, MergeFile, read_file
 from personae.recipe._places import placed
 from personae.recipe._yaml import read_document
-from personae.recipe.merge_recipe import MergeRecipe, MergeSettings, find_method, methods_under
+from personae.recipe.merge_recipe import MergeRecipe, MergeSettings, find_method
+from personae.recipe.mergekit import hint_for, understood
 
 
 @dataclass
 class _Reading:
-    """Settings read under one convention, with what there is to say of them."""
+    """Settings, with what there is to say of them."""
 
     settings: MergeSettings | None = None
     faults: list[Fault] = field(default_factory=list)
@@ -40,8 +41,7 @@ def recipe_kind(path: str | Path) -> Literal["merge", "pack"]:
 def read_merge_recipe(path: str | Path) -> MergeRecipe:
     """Read and validate a merge recipe; opens no checkpoint.
 
-    A recipe that says nothing of `conventions`, and that only mergekit's method of that name can
-    follow, gets that one, with a note.
+    A recipe without a key of personae's own is mergekit's (see `mergekit`); a note says so.
 
     Raises:
         RecipeError: listing every fault of the file, each with its line.
@@ -50,23 +50,25 @@ def read_merge_recipe(path: str | Path) -> MergeRecipe:
     if "pack_method" in document.content and "merge_method" not in document.content:
         text = "This is a pack recipe. Run personae pack with it, or write merge_method."
         raise document.refusal([Fault(("pack_method",), text)])
-    file, faults = read_file(document.content)
+    meant = understood(document.content, KEYS, document.line)
+    conventions = meant.choice.conventions
+    file, faults = read_file(meant.content)
     faults += document.faults
     if file is None:
-        raise document.refusal(faults)
-    family = family_of(file, faults)
+        raise document.refusal(faults + meant.slips)
+    family = family_of(file, conventions, faults)
     base, experts = _places(family, document.path, faults)
-    reading = _read(file, family)
+    reading = _read(file, family, conventions)
     if faults or reading.faults or reading.settings is None:
         if not file.models and faults:  # said already: the models are elsewhere, or wrong
             reading.faults = [f for f in reading.faults if f.place != ("models",)]
-        raise document.refusal(faults + reading.faults)
+        raise document.refusal(faults + reading.faults + meant.slips)
     return MergeRecipe(
         base=base,
         experts=experts,
         settings=reading.settings,
         text=document.text,
-        remarks=(*family.remarks, *reading.remarks),
+        remarks=(*meant.remarks, *family.remarks, *reading.remarks),
     )
 
 
@@ -80,31 +82,7 @@ def _places(family: Family, recipe: Path, faults: list[Fault]) -> tuple[str | No
     }
 
 
-def _read(file: MergeFile, family: Family) -> _Reading:
-    ours = _read_as(file, family, file.conventions or "personae")
-    if not ours.faults or file.conventions == "mergekit":
-        return ours
-    theirs = _read_as(file, family, "mergekit")
-    if theirs.faults or theirs.settings is None or _same_method(file.merge_method):
-        return ours
-    if file.conventions is None:
-        why = "; ".join(fault.text for fault in ours.faults)
-        theirs.remarks.append(
-            f"{file.merge_method} is merged by mergekit's algorithm (conventions: mergekit), "
-            f"because personae's cannot follow the recipe: {why}"
-        )
-        return theirs
-    return _Reading(
-        None,
-        [Fault(p, f"{text} mergekit's can: conventions: mergekit.") for p, text in ours.faults],
-    )
-
-
-def _same_method(name: str) -> bool:
-    return methods_under("personae").get(name) is methods_under("mergekit").get(name)
-
-
-def _read_as(file: MergeFile, family: Family, conventions: Conventions) -> _Reading:
+def _read(file: MergeFile, family: Family, conventions: Conventions) -> _Reading:
     """The settings a file means under these conventions."""
     reading = _Reading()
     try:
@@ -119,9 +97,8 @@ def _read_as(file: MergeFile, family: Family, conventions: Conventions) -> _Read
     }
     for expert, (n, entry) in enumerate(family.entries):
         given["expert_parameters", expert] = ("models", n, "parameters"), entry.parameters
-    weighted = is_weighted(said for _, said in given.values())
     common, *owns = (
-        _native(said, method, weighted, place, file_place, places, reading)
+        _named(said, method, place, file_place, places, reading)
         for place, (file_place, said) in given.items()
     )
     reading.settings = settings = MergeSettings(
@@ -140,14 +117,15 @@ def _read_as(file: MergeFile, family: Family, conventions: Conventions) -> _Read
     if file.dtype and file.out_dtype and file.dtype != file.out_dtype:
         reading.remarks.append(f"dtype: {file.dtype} is not used: sums are in float32 here.")
     for fault in settings.faults(list(family.experts)):
-        reading.faults.append(Fault(_in_file(fault.place, places), fault.text))
+        place = _in_file(fault.place, places)
+        hint = hint_for(file.merge_method, str(place[-1])) if conventions == "papers" else ""
+        reading.faults.append(Fault(place, fault.text + hint))
     return reading
 
 
-def _native(
+def _named(
     given: dict[str, Any],
     method: type[MergeMethod] | None,
-    weighted: bool,
     place: Place,
     file_place: Place,
     places: dict[Place, Place],
@@ -155,20 +133,14 @@ def _native(
 ) -> dict[str, Any]:
     """Parameters by this package's names; notes where in the file each stands."""
     found: dict[str, Any] = {}
-    places[place] = file_place
+    known = method.fields() if method else {}
     for name, value in given.items():
-        own = native(name, value, method, weighted=weighted) if method else Native(name, value)
-        if own.remark and own.remark not in reading.remarks:
-            reading.remarks.append(own.remark)
-        if own.fault:
-            reading.faults.append(Fault((*file_place, name), own.fault))
-        if not own.name:
-            continue
-        if own.name in found:
-            text = f"{own.name} is given twice, as '{name}' too. Keep one."
+        own = "scale" if name == "lambda" and "scale" in known else name  # the papers' letter
+        if own in found:
+            text = f"{own} is given twice, as '{name}' too. Keep one."
             reading.faults.append(Fault((*file_place, name), text))
-        places[*place, own.name] = (*file_place, name)
-        found[own.name] = own.value
+        places[*place, own] = (*file_place, name)
+        found[own] = value
     return found
 
 

@@ -16,9 +16,7 @@ def merge_recipe_text(base: str | None, experts: Mapping[str, str], settings: Me
         experts: Name to where it is.
         settings: How they are merged.
     """
-    content: dict[str, Any] = {"merge_method": settings.method}
-    if settings.conventions != "personae":
-        content["conventions"] = settings.conventions
+    content: dict[str, Any] = {"merge_method": settings.method, "conventions": settings.conventions}
     if base is not None and settings.vector == "task":
         content["base_model"] = base
     models: list[dict[str, Any]] = [{"model": m, "name": name} for name, m in experts.items()]

@@ -22,6 +22,7 @@ from personae.recipe._values import (
     scalars_of,
     varies,
 )
+from personae.recipe.mergekit import default_hint
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,10 @@ class GivenParameters:
         for name, field in fields.items():
             if field.is_required() and not self.said_of(name):
                 place = ("parameters",) if self.common else ("method",)
-                yield Fault(place, f"{self.method.name} needs '{name}'. Give it.")
+                more = ""
+                if self.method.conventions == "mergekit":
+                    more = default_hint(self.method.name, name)
+                yield Fault(place, f"{self.method.name} needs '{name}'. Give it.{more}")
                 sound = False
         if sound and experts:
             spread = [*self._spread_faults(experts), *self._model_wide_faults()]

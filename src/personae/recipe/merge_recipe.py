@@ -10,25 +10,17 @@ from personae.checkpoints.naming import matches
 from personae.errors import Faults, MethodError, RecipeError, nearest
 from personae.methods import (
     CODECS,
-    MERGE_METHODS,
     METHODS_BY_CONVENTIONS,
     Conventions,
     MergeMethod,
     build,
     lookup,
 )
-from personae.recipe._base import Dtype, Strict, Vector
+from personae.recipe._base import Convention, Dtype, Strict, Vector
 from personae.recipe._faults import Fault
 from personae.recipe._parameters import GivenParameters
 from personae.recipe._values import Values, filters_of, fits, is_gradient, is_scalar
-
-_MERGEKIT_ALONE = frozenset(
-    {
-        *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear"),
-        *("multislerp", "nearswap", "nuslerp", "passthrough", "ram"),
-        *("ramplus_tl", "sce"),
-    }
-)
+from personae.recipe.mergekit import refuse_mergekit_alone
 
 
 class MergeSettings(Strict):
@@ -39,8 +31,8 @@ class MergeSettings(Strict):
     """
 
     method: str = Field(default="average", description="Merge method")
-    conventions: Conventions = Field(
-        default="personae", description="Whose algorithm a name means, where mergekit's differs"
+    conventions: Convention = Field(
+        default="papers", description="Whose algorithm a name means, where mergekit's differs"
     )
     parameters: Values = Field(default={}, description="The method's parameters")
     expert_parameters: tuple[Values, ...] = Field(
@@ -209,7 +201,7 @@ class MergeRecipe(Strict):
 
 def methods_under(conventions: Conventions) -> Mapping[str, type[MergeMethod]]:
     """Every method under these conventions: theirs, and of ours what they do not have."""
-    return {**METHODS_BY_CONVENTIONS["personae"], **METHODS_BY_CONVENTIONS[conventions]}
+    return {**METHODS_BY_CONVENTIONS["papers"], **METHODS_BY_CONVENTIONS[conventions]}
 
 
 def find_method(name: str, conventions: Conventions) -> type[MergeMethod]:
@@ -227,19 +219,6 @@ def find_method(name: str, conventions: Conventions) -> type[MergeMethod]:
         )
     refuse_mergekit_alone(name)
     return lookup(methods_under(conventions), name)
-
-
-def refuse_mergekit_alone(name: str) -> None:
-    """Tell a method that mergekit has and this package has not from a misspelt one.
-
-    Raises:
-        MethodError: naming the methods there are.
-    """
-    if name in _MERGEKIT_ALONE:
-        raise MethodError(
-            f"'{name}' is a method of mergekit that personae does not have. "
-            f"Known: {', '.join(sorted(MERGE_METHODS))}."
-        )
 
 
 @lru_cache(maxsize=4096)

@@ -119,7 +119,7 @@ def _method(facts: CardFacts) -> str:
     found = re.fullmatch(r"(arXiv|doi):(\S+)", facts.paper)
     at = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}
     paper = f"[{facts.paper}]({at[found[1]]}{found[2]})" if found else _inline(facts.paper)
-    of = "" if facts.conventions == "personae" else f" (as {facts.conventions} means it)"
+    of = "" if facts.conventions == "papers" else f" (as {facts.conventions} means it)"
     text = f"{facts.method}{of}: {_inline(facts.summary)} {paper}"
     if not facts.parameters:
         return text
