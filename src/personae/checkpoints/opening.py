@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from personae.checkpoints._protocol import Checkpoint
-from personae.checkpoints.adapter import open_adapter
+from personae.checkpoints.adapted_model import AdaptedModel, split_adapter
+from personae.checkpoints.adapter import adapter_of, open_adapter
 from personae.checkpoints.adapter_files import CONFIG_FILE
 from personae.checkpoints.expert_layouts import laid_out_like
 from personae.checkpoints.folders import Folder, local_folder, lone_file
@@ -44,8 +45,8 @@ def open_checkpoint(
 
     Args:
         source: A directory or file (safetensors or pickled state dict), a hub id
-            `org/name[@revision]`, a module, or a mapping of names to tensors. A path that exists
-            is never taken for a hub id.
+            `org/name[@revision]`, a module, or a mapping of names to tensors; or a model with an
+            adapter merged into it, `MODEL+ADAPTER`. A path that exists is never taken for another.
         base: What an adapter sits on. A full checkpoint of a mixture of experts is read in its
             layout, one tensor an expert or stacks of all.
         as_stored: Opens an adapter as the tensors it stores; it needs no base then.
@@ -90,7 +91,36 @@ def _open(
         from personae.checkpoints.hub import hub_folder  # its library takes a while to load
 
         return _open_folder(hub_folder(text), base, as_stored)
+    both = split_adapter(text, is_model)
+    if both:
+        return _open_adapted(text, *both)
     raise CheckpointError(_no_such_path(text, path))
+
+
+def _open_adapted(text: str, model: str, adapter: str) -> AdaptedModel:
+    """Open a model and an adapter of it as one.
+
+    Raises:
+        CheckpointError: There is no such model or adapter, or what stands after the `+` is none.
+    """
+    beneath = open_checkpoint(model)
+    merged = open_checkpoint(adapter, base=beneath)
+    if adapter_of(merged) is None:
+        raise CheckpointError(
+            f"{text}: '{adapter}' is a whole model, and after a '+' stands an adapter of "
+            f"'{model}'. Give the whole model alone."
+        )
+    return AdaptedModel(text, merged, beneath)
+
+
+def is_model(text: str, folder: Path = Path()) -> bool:
+    """Whether text is a path that exists from a folder, or looks like a hub id."""
+    path = folder / text
+    try:
+        exists = path.expanduser().exists()
+    except (OSError, RuntimeError):  # names may be too long, users unknown
+        exists = False
+    return exists or is_hub_id(text, folder)
 
 
 def _open_folder(folder: Folder, base: Checkpoint | None, as_stored: bool) -> Checkpoint:

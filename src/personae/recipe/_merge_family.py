@@ -127,6 +127,8 @@ def _counted_base(file: MergeFile, conventions: Conventions, remarks: list[str])
 def tokenizer_of(file: MergeFile, family: Family, faults: list[Fault]) -> str | None:
     """Whose vocabulary comes out: 'base', 'union', or a name where the file says a model."""
     names = {model: name for name, model in family.experts.items()}
+    pairs = zip(family.entries, family.experts, strict=True)
+    names |= {entry.model: name for (_, entry), name in pairs}
     if family.base is not None:
         names[family.base] = "base"
     elif file.base_model in names:

@@ -3,14 +3,16 @@
 import os
 from pathlib import Path
 
-from personae.checkpoints.opening import is_hub_id
+from personae.checkpoints.adapted_model import split_adapter
+from personae.checkpoints.opening import is_hub_id, is_model
 from personae.recipe._faults import Fault, Place
 
 
 def placed(model: str, place: Place, recipe: Path, faults: list[Fault]) -> str:
     """A model of a recipe as it is opened from the working directory.
 
-    Absolute paths, and hub ids where there is no such folder, stay as they are.
+    Absolute paths, and hub ids where there is no such folder, stay as they are. Of a model with an
+    adapter, `MODEL+ADAPTER`, each is placed.
 
     Args:
         model: What the recipe says.
@@ -19,7 +21,13 @@ def placed(model: str, place: Place, recipe: Path, faults: list[Fault]) -> str:
         faults: Gets one where the path exists from the working directory instead.
     """
     folder, path = recipe.parent, Path(model)
-    if folder == Path() or path.is_absolute() or model.startswith("~"):
+    if folder == Path():
+        return model
+    if not _exists(folder / path):
+        both = split_adapter(model, lambda one: is_model(one, folder) or is_model(one))
+        if both:
+            return "+".join(placed(one, place, recipe, faults) for one in both)
+    if path.is_absolute() or model.startswith("~"):
         return model
     if _exists(folder / path):
         return str(folder / path)
