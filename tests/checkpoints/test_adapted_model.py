@@ -66,7 +66,7 @@ def test_where_a_name_is_split():
 
 def test_what_stands_after_the_plus_is_an_adapter(tmp_path: Path):
     one, two = toy_llama(tmp_path / "a"), toy_llama(tmp_path / "b")
-    with pytest.raises(CheckpointError, match="'.*/b' is a whole model, and after a '.' stands"):
+    with pytest.raises(CheckpointError, match=r"'.*/b' is a whole model, and after a '.' stands"):
         open_checkpoint(f"{one}+{two}")
     with pytest.raises(CheckpointError, match="no such file or directory"):
         open_checkpoint(f"{one}+{tmp_path}/c")
