@@ -267,3 +267,17 @@ def test_an_entry_can_be_listed(name: str):
     assert entry.paper.startswith("arXiv:")
     for parameter, field in entry.fields().items():
         assert field.description, f"{name}.{parameter} has no description"
+
+
+@each_shape
+def test_triplets_are_factors_of_what_is_decoded(name: str, shape: tuple[int, ...]):
+    delta = _delta(shape)
+    if len(shape) > 1:
+        delta[0] = 0  # a row that did not change
+    parts, decoded = _round_trip(_codec(name), delta)
+    found = _codec(name).triplets(parts, shape)
+    if found is None:
+        assert name not in {"dts", "svd", "tsv_c", "delta_come"} or "singular_values" not in parts
+        return
+    product = (found.u.double() * found.singular_values.double()) @ found.vh.double()
+    torch.testing.assert_close(product.float(), decoded.flatten(1), rtol=1e-4, atol=1e-5)

@@ -216,6 +216,13 @@ class Codec(Parameters, ABC):
         """
         ...
 
+    def triplets(self, parts: Parts, shape: tuple[int, ...]) -> SVD | None:
+        """Decoded vectors and values of which `decode` gives the product, if the parts hold such.
+
+        The vectors are as they come out of the code: neither orthogonal nor of length 1.
+        """
+        return None
+
     @abstractmethod
     def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
         """The parts that a block of this shape has, if any; those in a pack are held to it.

@@ -40,8 +40,18 @@ def decode_low_rank(parts: Parts, shape: tuple[int, ...]) -> Float[Tensor, "..."
     """
     if not parts:
         return torch.zeros(shape)
+    left, singular_values, right = stored_triplets(parts, shape)
+    return left @ (singular_values[:, None] * right)
+
+
+def stored_triplets(parts: Parts, shape: tuple[int, ...]) -> SVD:
+    """U, σ and Vᵀ as they are stored.
+
+    Raises:
+        PackError: if the parts do not fit the shape.
+    """
     singular_values = part(parts, "singular_values")
     rank, (rows, columns) = len(singular_values), shape
     left = cut(parts, "left", [rows * rank])[0].reshape(rows, rank)
     right = cut(parts, "right", [rank * columns])[0].reshape(rank, columns)
-    return left @ (singular_values[:, None] * right)
+    return SVD(left, singular_values, right)

@@ -28,7 +28,7 @@ def dominant(rows: Float[Tensor, "small large"], rank: int) -> tuple[Tensor, Ten
     values, vectors = torch.linalg.eigh(_gram(rows))
     if values[-rank] < FP32_FLOOR * values[-1]:
         del values, vectors
-        values, vectors = torch.linalg.eigh(_exact_gram(rows))
+        values, vectors = torch.linalg.eigh(exact_gram(rows))
     return values[-rank:].flip(0).float(), vectors[:, -rank:].flip(1).float()
 
 
@@ -65,7 +65,7 @@ def _gram(rows: Float[Tensor, "small large"]) -> Float[Tensor, "small small"]:
     return product
 
 
-def _exact_gram(rows: Float[Tensor, "small large"]) -> Float[Tensor, "small small"]:
+def exact_gram(rows: Float[Tensor, "small large"]) -> Float[Tensor, "small small"]:
     """The same in fp64. Of a tall matrix, seen from its other side, by chunks of its rows.
 
     They are summed as the product sums them by itself, so that all of it is in fp64 at no time.

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float, Float16, UInt8
+from jaxtyping import Bool, Float, Float16, UInt8
 from pydantic import Field
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from personae.methods._site import has_matrices, is_projection
 from personae.ops.bits import pack, pack_planes, packed_size, planes_size, unpack, unpack_planes
 from personae.ops.chunks import CHUNK
 from personae.ops.parts import cut, part
-from personae.ops.rows import product_in_rows, rows_spec, touched_rows
+from personae.ops.rows import product_in_rows, restore_rows, rows_spec, touched_rows
 
 Count = Annotated[int, Field(ge=1)]
 Precision = Annotated[int, Field(ge=1, le=8)]
@@ -115,6 +115,20 @@ class DeltaCoMe(Codec):
         """Rebuild the delta; parts that do not fit the shape are refused."""
         if not parts:
             return torch.zeros(shape)
+        (left, singular_values, right), touched = self._decode_triplets(parts, shape)
+        return product_in_rows(left, singular_values[:, None] * right, touched)
+
+    def triplets(self, parts: Parts, shape: tuple[int, ...]) -> SVD | None:
+        """U, σ and Vᵀ, dequantised."""
+        if len(shape) != 2 or "singular_values" not in parts:
+            return None
+        found, touched = self._decode_triplets(parts, shape)
+        return found if touched is None else found._replace(u=restore_rows(found.u, touched))
+
+    def _decode_triplets(
+        self, parts: Parts, shape: tuple[int, ...]
+    ) -> tuple[SVD, Bool[Tensor, " out"] | None]:
+        """U of the rows that have codes, σ and Vᵀ; and which rows these are, if not all."""
         rows, columns = shape
         singular_values = part(parts, "singular_values")
         rank = len(singular_values)
@@ -135,7 +149,7 @@ class DeltaCoMe(Codec):
             pairs = zip(torch.cat(levels).split(few), steps.split(few), strict=True)
             factors.append(torch.cat([_dequantise(*pair, length) for pair in pairs]))
         left, right = factors
-        return product_in_rows(left.T, singular_values[:, None] * right, touched)
+        return SVD(left.T, singular_values, right), touched
 
     def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
         """Singular values, scales and codes of both factors, U with as few as one row."""

@@ -17,7 +17,7 @@ from math import prod
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from personae.methods._site import Block, stacked_qkv
 from personae.ops.bits import Width, pack, packed_size, unpack
 from personae.ops.levels import Levels, Split, dequantise, groups, quantise
 from personae.ops.parts import cut, part
-from personae.ops.rows import product_in_rows, rows_spec, touched_rows
+from personae.ops.rows import product_in_rows, restore_rows, rows_spec, touched_rows
 from personae.ops.svd import svd_bytes
 from personae.ops.zeros import decode_zeros, encode_zeros, zeros_layout
 
@@ -171,13 +171,16 @@ class DTS(Codec):
         matrix = self._matrix(shape)
         if not matrix:
             return self._decode_factors(parts, [(1, prod(shape))])[0].reshape(shape)
-        rows, columns = matrix
-        singular_values = part(parts, "singular_values").float()
-        rank = len(singular_values)
-        touched = unpack(parts["rows"], rows, 1).bool() if "rows" in parts else None
-        kept = rows if touched is None else int(touched.count_nonzero())
-        left, right = self._decode_factors(parts, [(rank, kept), (rank, columns)])
-        return product_in_rows(left.T, singular_values[:, None] * right, touched).reshape(shape)
+        (left, singular_values, right), touched = self._decode_triplets(parts, matrix)
+        return product_in_rows(left, singular_values[:, None] * right, touched).reshape(shape)
+
+    def triplets(self, parts: Parts, shape: tuple[int, ...]) -> SVD | None:
+        """Û, σ and V̂ᵀ."""
+        matrix = self._matrix(shape)
+        if not matrix or "singular_values" not in parts:
+            return None
+        found, touched = self._decode_triplets(parts, matrix)
+        return found if touched is None else found._replace(u=restore_rows(found.u, touched))
 
     def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
         """Scales, codes and zeros of one factor, or of two, U with as few as one row."""
@@ -280,6 +283,18 @@ class DTS(Codec):
             "codes": PartSpec(torch.uint8, codes[0], codes[1]),
             **zeros_layout(fewest, largest),
         }
+
+    def _decode_triplets(
+        self, parts: Parts, matrix: tuple[int, int]
+    ) -> tuple[SVD, Bool[Tensor, " out"] | None]:
+        """Û of the rows that have codes, σ and V̂ᵀ; and which rows these are, if not all."""
+        rows, columns = matrix
+        singular_values = part(parts, "singular_values").float()
+        rank = len(singular_values)
+        touched = unpack(parts["rows"], rows, 1).bool() if "rows" in parts else None
+        kept = rows if touched is None else int(touched.count_nonzero())
+        left, right = self._decode_factors(parts, [(rank, kept), (rank, columns)])
+        return SVD(left.T, singular_values, right), touched
 
     def _decode_factors(
         self, parts: Parts, shapes: Sequence[tuple[int, int]]

@@ -14,7 +14,12 @@ from torch import Tensor, float32
 from personae import _types
 from personae._types import Layout, Parts, PartSpec, RankFraction
 from personae.methods._codec import Bits, Codec, Context, decompose_touched
-from personae.methods._low_rank import decode_low_rank, encode_low_rank, low_rank_layout
+from personae.methods._low_rank import (
+    decode_low_rank,
+    encode_low_rank,
+    low_rank_layout,
+    stored_triplets,
+)
 from personae.methods._registry import codec
 from personae.ops.parts import cut
 from personae.ops.svd import svd_bytes
@@ -83,6 +88,10 @@ class SVD(Codec):
         if parts and _is_kept_exact(shape):
             return cut(parts, "exact", [prod(shape)])[0].reshape(shape).clone()
         return decode_low_rank(parts, shape)
+
+    def triplets(self, parts: Parts, shape: tuple[int, ...]) -> _types.SVD | None:
+        """The factors."""
+        return stored_triplets(parts, shape) if "singular_values" in parts else None
 
     def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
         """Factors of a matrix, or the tensor itself."""

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from personae._types import SVD, Layout, Parts, TensorSpec
 from personae.methods._codec import Bits, Codec, Context, Facts, Rest, Treatment
-from personae.methods._low_rank import decode_low_rank, encode_low_rank, low_rank_layout
+from personae.methods._low_rank import (
+    decode_low_rank,
+    encode_low_rank,
+    low_rank_layout,
+    stored_triplets,
+)
 from personae.methods._registry import codec
 from personae.methods._site import has_matrices
 
@@ -60,6 +65,10 @@ class TSVCompress(Codec):
     ) -> Float[Tensor, "..."]:
         """Rebuild the delta; parts that do not fit the shape are refused."""
         return decode_low_rank(parts, shape)
+
+    def triplets(self, parts: Parts, shape: tuple[int, ...]) -> SVD | None:
+        """The factors."""
+        return stored_triplets(parts, shape) if "singular_values" in parts else None
 
     def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
         """The factors."""
