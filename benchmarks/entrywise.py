@@ -27,20 +27,20 @@ _COPIES = 32
 def steps(
     method: type[MergeMethod], settings: dict[str, Any], stack: Tensor
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Every look that a method takes but the sampled one, then the merge itself."""
+    """Every pass that a method takes but the sampled one, then the merge itself."""
     built, site = build(method, settings), Site("w", tuple(stack.shape[1:]))
     statistics = {}
-    if method.has_looks():
-        looks = built.gather(len(stack))
+    if method.has_passes():
+        passes = built.passes(len(stack))
         given: Tensor | None = None
         try:
             while True:
-                measure = looks.send(given) if given is not None else next(looks)
-                if measure.sample > 1:
-                    given = _COPIES * measure.tally(stack, built, site)
+                one = passes.send(given) if given is not None else next(passes)
+                if one.sample > 1:
+                    given = _COPIES * one.term(stack, built, site)
                     continue
-                given = measure.tally(stack, built, site)
-                yield measure.name, lambda m=measure: m.tally(stack, built, site)
+                given = one.term(stack, built, site)
+                yield one.name, lambda p=one: p.term(stack, built, site)
         except StopIteration as done:
             statistics = done.value
     yield "merge", lambda: built.apply(stack, statistics, site)

@@ -105,9 +105,9 @@ def by_hand(recipe: MergeRecipe, toys: Toys, adapters: bool = False) -> State:
             stacks[name] = site, torch.stack([*first, *stack])
             result[name] = torch.zeros_like(reference)
     common = settings.for_tensor("", layers, experts)
-    is_wide = common.has_looks() and common.looks_at == "model"
-    looked_at = [given for given in stacks.values() if not adapters or bool(given[1].any())]
-    statistics = common.statistics(looked_at) if is_wide else None
+    is_wide = common.has_passes() and common.passes_over == "model"
+    read = [given for given in stacks.values() if not adapters or bool(given[1].any())]
+    statistics = common.statistics(read) if is_wide else None
     for name, (site, stack) in stacks.items():
         method = settings.for_tensor(name, layers, experts)
         merged = result[name] + method.apply(stack, statistics, site)

@@ -13,7 +13,7 @@ from personae.commands.pack import add_tasks, pack, pack_many, remove_task
 from personae.commands.unpack import unpack
 from personae.commands.verify import verify
 from personae.errors import MethodError
-from personae.methods import CODECS, Codec, Context, Site, decode_block, encode_block, look
+from personae.methods import CODECS, Codec, Context, Site, decode_block, encode_block
 from personae.packs.reader import Pack
 from personae.recipe import PackSettings
 from personae.run.work import Work
@@ -55,19 +55,16 @@ def _expected(
         task: {n: Context(Site(n, tuple(reference[n].shape)), task, shared.get(n)) for n in names}
         for task in experts
     }
-    facts = {}
+    found = {}
     for task, own in deltas.items():
         changed = [n for n in sorted(coded) if own[n].any()]
-
-        def take(one: Any, own: Any = own, task: str = task, changed: Any = changed) -> Any:
-            return [(n, one.tally(own[n], contexts[task][n])) for n in changed]
-
-        facts[task] = look(codec.for_task(task).gather(), take)
-    codec = codec.for_family(list(facts.values()))
+        blocks = [(own[n], contexts[task][n]) for n in changed]
+        found[task] = codec.for_task(task).statistics(blocks) if blocks else {}
+    codec = codec.for_family(list(found.values()))
     return {
         task: experts[task]
         | {
-            n: reference[n] + _coded(codec.for_task(task), n, delta, contexts[task][n], facts[task])
+            n: reference[n] + _coded(codec.for_task(task), n, delta, contexts[task][n], found[task])
             for n, delta in own.items()
         }
         for task, own in deltas.items()
@@ -80,10 +77,10 @@ def _spec(name: str, reference: State) -> Any:
     return TensorSpec(name, tuple(reference[name].shape), torch.float32)
 
 
-def _coded(codec: Codec, name: str, delta: Any, context: Context, facts: Any) -> Any:
+def _coded(codec: Codec, name: str, delta: Any, context: Context, found: Any) -> Any:
     shape = tuple(delta.shape)
     treatment = codec.treats(_spec(name, {name: delta}))
-    context = Context(context.site, context.task, context.shared, facts)
+    context = Context(context.site, context.task, context.shared, found)
     parts = encode_block(codec, treatment, delta, None, context)
     return decode_block(codec, parts, shape, context.shared)
 

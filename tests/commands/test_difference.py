@@ -72,7 +72,7 @@ def test_relative_to_ties(tmp_path, reduce):
     assert_same(load(tmp_path / "y"), rebuilt(CODEC, merged, experts["y"]))
 
 
-def test_looks_at_the_whole_family_leave_nothing_in_the_reference(tmp_path):
+def test_passes_over_the_family_leave_nothing_in_the_reference(tmp_path):
     base, experts = _family()
     pack(base, experts, tmp_path / "p", settings=_settings(reference="ties"))
     assert [path.name for path in (tmp_path / "p/reference").iterdir()] == ["model.safetensors"]

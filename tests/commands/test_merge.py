@@ -50,7 +50,7 @@ def expected(base: State, experts: list[State], method: str, **settings: Any) ->
     }
     sites = {name: Site(name, tuple(base[name].shape)) for name in FLOATING}
     statistics = None
-    if entry.has_looks() and built.looks_at == "model":
+    if entry.has_passes() and built.passes_over == "model":
         statistics = built.statistics([(sites[n], stacks[n]) for n in FLOATING])
     if entry.of_models():
         first = [base] if entry.needs == "models" else []
@@ -114,7 +114,7 @@ def test_workers_and_memory_change_no_byte(method: str, tmp_path: Path):
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("scope", ["model", "tensor"])
-@pytest.mark.parametrize("stage", ["measuring", "merging"])
+@pytest.mark.parametrize("stage", ["pass", "merging"])
 def test_a_run_killed_anywhere_goes_on(stage: str, scope: str, tmp_path: Path):
     base, experts = family(tmp_path)
     settings = MergeSettings(method="ties", parameters={"scope": scope})
@@ -127,8 +127,8 @@ def test_a_run_killed_anywhere_goes_on(stage: str, scope: str, tmp_path: Path):
             raise KeyboardInterrupt
 
     broken = Work(workers=1, progress=kill)
-    if scope == "tensor" and stage == "measuring":
-        pytest.skip("looks at one tensor are part of merging it")
+    if scope == "tensor" and stage == "pass":
+        pytest.skip("passes over one tensor are part of merging it")
     with pytest.raises(KeyboardInterrupt):
         merge(base, experts, tmp_path / "out", settings=settings, work=broken)
     assert not (tmp_path / "out").exists()
@@ -143,8 +143,8 @@ def test_a_run_killed_anywhere_goes_on(stage: str, scope: str, tmp_path: Path):
     assert len(told) == (stage == "merging")
     assert listing(tmp_path / "out") == listing(tmp_path / "whole")
     assert not (tmp_path / ".out.partial").exists()
-    if stage == "merging":  # neither looks nor finished items are done again
-        assert not any(text.startswith("measuring") for text, _ in steps)
+    if stage == "merging":  # neither passes nor finished items are done again
+        assert not any(text.startswith("pass") for text, _ in steps)
         assert [done for _, done in steps[:2]] == [2, 3]
 
 

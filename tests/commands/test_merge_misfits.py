@@ -41,7 +41,7 @@ def refusal(base: State | None, experts: dict[str, Any], **settings: Any) -> str
     ],
     ids=["ties", "dare_ties", "mergekit-ties", "mergekit-dare_ties"],
 )
-def test_looks_at_each_tensor_tell_what_is_not_finite(tmp_path, settings, value):
+def test_passes_over_each_tensor_tell_what_is_not_finite(tmp_path, settings, value):
     weight = X["layer.weight"].clone()
     weight[3, 4] = value
     settings = {**settings, "parameters": {**settings["parameters"], "weight": 1.0}}

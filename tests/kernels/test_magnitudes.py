@@ -19,11 +19,11 @@ def test_trimming_by_hand():
 
 
 @given(rows, st.integers(1, 6), st.integers(1, 6))
-def test_a_census_counts(row: np.ndarray, low: int, width: int):
+def test_counts_of_a_window(row: np.ndarray, low: int, width: int):
     ends = np.array([low, low + width], np.float32).view(np.uint32)
     window = select.Window(int(ends[0]), int(ends[1]))
     counts = np.ones(2 + window.bins, np.int64)
-    kernels.census(row, window.low, window.high, window.shift, counts)
+    kernels.count_magnitudes(row, window.low, window.high, window.shift, counts)
     magnitudes = np.abs(row)
     inside = magnitudes[(magnitudes >= low) & (magnitudes < low + width)]
     places = (inside.view(np.uint32) - ends[0]) >> window.shift
@@ -32,12 +32,12 @@ def test_a_census_counts(row: np.ndarray, low: int, width: int):
     assert np.array_equal(counts[2:], 1 + np.bincount(places, minlength=window.bins))
 
 
-def test_a_census_of_everything_and_of_what_is_no_number():
+def test_counts_of_everything_and_of_what_is_no_number():
     """Windows reach up to infinity; nothing is counted in a bin that is not there."""
     row = np.array([0, 1e-45, 3e38, np.inf, -np.nan, 1], np.float32)
     window = select.Window(0, select.TOP)
     counts = np.zeros(2 + window.bins, np.int64)
-    kernels.census(row, *window, window.shift, counts)
+    kernels.count_magnitudes(row, *window, window.shift, counts)
     assert counts[:2].tolist() == [6, 2]
     assert counts[2:].sum() == 4
 

@@ -1,11 +1,13 @@
 """EMR worked by hand, its two rescalers, and its laws."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from personae.methods import Context, Site, look
+from personae.methods import Context, Site, numbers
 from personae.methods.codecs.emr import EMR
 
 ONE = torch.tensor([3.0, -1, 2, 0, -4])
@@ -16,8 +18,7 @@ def _context(codec: EMR, delta: torch.Tensor, *family: torch.Tensor) -> Context:
     shared = codec.share(list(family))
     site = Site("x", tuple(delta.shape))
     context = Context(site, "", shared)
-    facts = look(codec.gather(), lambda one: [("x", one.tally(delta, context))])
-    return Context(site, "", shared, facts)
+    return replace(context, statistics=codec.statistics([(delta, context)]))
 
 
 def test_by_hand():
@@ -42,14 +43,11 @@ def test_rescalers_weigh_tensors_by_size_or_alike() -> None:
     small, large = torch.tensor([6.0]), torch.tensor([1.0, 1, 1, 1])
     shared = {"small": torch.tensor([6.0]), "large": torch.tensor([0.5, 0.5, 0.5, 0.5])}
     for codec, scale in ((EMR(rescaler="global"), 10 / 8), (EMR(), 7 / 6.5)):
-        facts = look(
-            codec.gather(),
-            lambda one: [
-                (n, one.tally(d, Context(Site(n, ()), "", shared[n])))
-                for n, d in (("small", small), ("large", large))
-            ],
-        )
-        assert facts["scale"] == pytest.approx(scale)
+        blocks = [
+            (delta, Context(Site(name, ()), "", shared[name]))
+            for name, delta in (("small", small), ("large", large))
+        ]
+        assert numbers(codec.statistics(blocks))["scale"] == pytest.approx(scale)
 
 
 @given(st.lists(st.integers(-9, 9), min_size=1, max_size=30))

@@ -154,7 +154,7 @@ def test_rows_cut_apart_merge_as_the_whole_does(
 ):
     """Where a method is entry-wise, a tensor in blocks of rows gives the same bytes as whole.
 
-    Its looks are cut in the same blocks; blocks inside the method are cut elsewhere.
+    Its passes are cut in the same blocks; blocks inside the method are cut elsewhere.
     """
     if cls.takes not in (None, experts):
         pytest.skip(f"{cls.name} takes {cls.takes} models")
@@ -173,7 +173,7 @@ def test_rows_cut_apart_merge_as_the_whole_does(
         else:
             pieces[key] = [(site, stack)]
     statistics = cut_statistics = None
-    if built.looks_at == "model":
+    if built.passes_over == "model":
         statistics = built.statistics(whole.values())
         flat = [piece for of_tensor in pieces.values() for piece in of_tensor]
         cut_statistics = built.statistics(flat)

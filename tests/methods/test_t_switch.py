@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from personae.methods import Context, Site, look
+from personae.methods import Context, Site, numbers
 from personae.methods.codecs.t_switch import TSwitch
 
 DELTA = torch.tensor([4.0, -1.0, 3.0, 0.0, -6.0, 1.0, 2.0])
@@ -59,20 +59,18 @@ def test_over_the_model_by_hand():
     # which 4. The scale is √((81 + 25 + 16) / 3) in both.
     codec = TSwitch(scope="model", density=0.5)
     tensors = {"a": torch.tensor([9.0, -2, 1]), "b": torch.tensor([3.0, -4, 5])}
-    facts = look(codec.gather(), lambda one: _told(one, tensors))
+    none = Context(Site("", ()))
+    statistics = codec.statistics([(delta, none) for delta in tensors.values()])
     scale = (122 / 3) ** 0.5
-    assert facts == {"positive": 5.0, "negative": 4.0, "scale": pytest.approx(scale)}
+    expected = {"positive": 5.0, "negative": 4.0, "scale": pytest.approx(scale)}
+    assert numbers(statistics) == expected
+    contexts = {name: Context(Site(name, (3,)), "", None, statistics) for name in tensors}
     found = {
-        name: codec.decode(codec.encode(d, None, Context(Site(name, (3,)), "", None, facts)), (3,))
-        for name, d in tensors.items()
+        name: codec.decode(codec.encode(delta, None, contexts[name]), (3,))
+        for name, delta in tensors.items()
     }
     assert found["a"].tolist() == pytest.approx([scale, 0, 0])
     assert found["b"].tolist() == pytest.approx([0, -scale, scale])
-
-
-def _told(one, tensors):
-    none = Context(Site("", ()))
-    return [(name, one.tally(delta, none)) for name, delta in tensors.items()]
 
 
 @pytest.mark.parametrize("density", [0.05, 0.4, 1.0])

@@ -3,12 +3,19 @@
 import pytest
 import torch
 
-from personae.methods import Context, Facts, Site, look
+from personae.methods import Context, Site, numbers, scalars
 from personae.methods.codecs.ultradelta import UltraDelta
 
 
-def _parts(codec: UltraDelta, delta: torch.Tensor, facts: Facts, task: str = "t", name: str = "w"):
-    return codec.encode(delta, None, Context(Site(name, tuple(delta.shape)), task, None, facts))
+def _parts(
+    codec: UltraDelta,
+    delta: torch.Tensor,
+    found: dict[str, float],
+    task: str = "t",
+    name: str = "w",
+):
+    site = Site(name, tuple(delta.shape))
+    return codec.encode(delta, None, Context(site, task, None, scalars(found)))
 
 
 def test_levels_by_hand():
@@ -59,12 +66,12 @@ def test_thirds_by_deviation():
     # is in the first; the second (60) and no other in the second; the others share the rest:
     # dropped (0.9 · 120 − 0.95 · 30 − 0.9 · 30) / 60 = 0.875.
     codec = UltraDelta(density=0.1, step=0.05)
-    facts = codec._thirds([(3.0, 30.0), (1.0, 30.0), (4.0, 30.0), (2.0, 30.0)])
-    assert facts == {"first": 1.0, "second": 2.0, "last": pytest.approx(0.875)}
+    thirds = codec._thirds([(3.0, 30.0), (1.0, 30.0), (4.0, 30.0), (2.0, 30.0)])
+    assert thirds == {"first": 1.0, "second": 2.0, "last": pytest.approx(0.875)}
     small, middle, large = (n * torch.tensor([1.0, -1]).repeat(10) for n in (1, 2, 3))
-    assert codec._dropped(small, facts) == pytest.approx(0.95)
-    assert codec._dropped(middle, facts) == pytest.approx(0.9)
-    assert codec._dropped(large, facts) == pytest.approx(0.875)
+    assert codec._dropped(small, thirds) == pytest.approx(0.95)
+    assert codec._dropped(middle, thirds) == pytest.approx(0.9)
+    assert codec._dropped(large, thirds) == pytest.approx(0.875)
 
 
 def test_the_whole_keeps_its_density():
@@ -72,26 +79,25 @@ def test_the_whole_keeps_its_density():
     tensors = {f"w{n}": n * torch.randn(50, 40 + n, generator=draw) for n in range(1, 8)}
     codec = UltraDelta(density=0.1, step=0.05)
 
-    def told(one):
-        return [(n, one.tally(d, Context(Site(n, d.shape), "t"))) for n, d in tensors.items()]
-
-    facts = look(codec.gather(), told)
-    kept = [codec.decode(_parts(codec, d, facts, name=n), d.shape) for n, d in tensors.items()]
+    blocks = [(d, Context(Site(n, tuple(d.shape)), "t")) for n, d in tensors.items()]
+    found = numbers(codec.statistics(blocks))
+    kept = [codec.decode(_parts(codec, d, found, name=n), d.shape) for n, d in tensors.items()]
     share = sum(int(k.count_nonzero()) for k in kept) / sum(k.numel() for k in kept)
     assert share == pytest.approx(0.1, abs=0.005)
     norm = sum(float(torch.linalg.svdvals(k).sum()) for k in kept)
-    assert facts["trace_norm"] == pytest.approx(norm, rel=1e-4)
+    assert found["trace_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_larger_trace_norms_are_damped():
     delta = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
-    codec = UltraDelta(density=0.5).for_family([{"trace_norm": 4.0}, {"trace_norm": 8.0}, {}])
+    norms = [scalars({"trace_norm": norm}) for norm in (4.0, 8.0)]
+    codec = UltraDelta(density=0.5).for_family([*norms, {}])
     assert codec.smallest_trace_norm == 4.0
     plain = _parts(codec, delta, {"trace_norm": 4.0})
     damped = _parts(codec, delta, {"trace_norm": 8.0})
     torch.testing.assert_close(damped["levels"], plain["levels"] / 2)
     fixed = UltraDelta(smallest_trace_norm=1.0)
-    assert fixed.for_family([{"trace_norm": 4.0}]) == fixed
+    assert fixed.for_family(norms) == fixed
 
 
 def test_a_constant_delta_keeps_its_value():

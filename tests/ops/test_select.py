@@ -14,7 +14,7 @@ from personae.ops.select import (
     SAMPLE_BINS,
     TOP,
     Window,
-    census,
+    count_magnitudes,
     guess,
     kept_count,
     kth_magnitude,
@@ -38,7 +38,7 @@ def select(tensors: list[torch.Tensor], k: int, window: Window) -> tuple[float, 
     """Look until it is found, from a first window; and how many looks that took."""
     looks = 0
     while not window.found:
-        counts = [census(tensor, window, window.bins) for tensor in tensors]
+        counts = [count_magnitudes(tensor, window, window.bins) for tensor in tensors]
         window = narrow(torch.stack(counts).sum(dim=0), window, k)
         looks += 1
     return window.magnitude, looks
@@ -56,11 +56,13 @@ def test_kept_count(numel: int, density: float, count: int):
     assert kept_count(numel, density) == count  # int(0.29 * 100) would be 28
 
 
-def test_a_census_by_hand():
+def test_counts_by_hand():
     # From 1 to 2 there are 2^23 patterns: more than are counted one by one, so 2^12 bins of 2^11.
     # 1.25 lies a quarter in: in bin 1024 of 4096.
     window = Window(pattern(1.0), pattern(2.0))
-    counts = census(torch.tensor([0.5, -1.0, 1.25, -1.25, 2.0, -7.0]), window, window.bins)
+    counts = count_magnitudes(
+        torch.tensor([0.5, -1.0, 1.25, -1.25, 2.0, -7.0]), window, window.bins
+    )
     assert (window.shift, window.bins, len(counts)) == (11, 4096, 4098)
     assert counts[:2].tolist() == [6, 2]  # all entries; 2 and -7 lie above
     assert {int(b): int(counts[2 + b]) for b in counts[2:].nonzero()} == {0: 1, 1024: 2}
@@ -80,7 +82,7 @@ def test_a_narrow_window_has_a_bin_for_each_pattern():
     )
     window = Window(low, low + 3)
     values = torch.tensor([low + 2, low + 2, low], dtype=torch.int32).view(torch.float32)
-    assert census(values, window, 5).tolist() == [3, 0, 1, 0, 2, 0, 0]
+    assert count_magnitudes(values, window, 5).tolist() == [3, 0, 1, 0, 2, 0, 0]
 
 
 @given(vectors | tied_vectors, st.data())

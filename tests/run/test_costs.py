@@ -19,7 +19,6 @@ from personae.methods.codecs.svd import SVD
 from personae.ops.svd import svd_bytes
 from personae.packs.shared_file import SharedFile
 from personae.recipe import MergeSettings
-from personae.run.codec_passes import Known, gather
 from personae.run.costs import (
     checking_bytes,
     coding_bytes,
@@ -29,6 +28,8 @@ from personae.run.costs import (
     sharing_bytes,
 )
 from personae.run.encode import _encode_tensor  # pyright: ignore[reportPrivateUsage]
+from personae.run.known import Known
+from personae.run.passes import passes_over_expert
 from personae.run.scan import ExpertScan, TensorScan
 from personae.run.undecided import UndecidedEntries
 from personae.run.work import Work
@@ -132,8 +133,8 @@ def test_a_codec_takes_what_is_planned(name: str, paths: dict[str, str]):
         deltas = [Deltas(expert, family.base, True) for expert in family.experts.values()]
         known = Known("a", _shared(codec, deltas) if codec.shares else None)
         scan = ExpertScan({NAME: TensorScan(True)}, (), "")
-        facts = gather(codec, deltas[0], scan, known, Work(workers=1))
-        known = Known("a", known.shared, facts)
+        found = passes_over_expert(codec, deltas[0], scan, known, Work(workers=1))
+        known = Known("a", known.shared, found)
         cpu, planned = torch.device("cpu"), coding_bytes([codec], family.base.specs[NAME])
         _encode_tensor(deltas[0], [codec], known, cpu, NAME)  # libraries take what they keep
         counted = peak_bytes(lambda: _encode_tensor(deltas[0], [codec], known, cpu, NAME))

@@ -14,7 +14,7 @@ from personae.commands.verify import verify
 from personae.errors import RecipeError
 from personae.packs.reader import Pack
 from personae.recipe import PackSettings
-from personae.run import encode, pool
+from personae.run import encode
 from personae.run.rebuilt import Rebuilt
 from personae.run.work import Work
 from pretend_device import DEVICE, PretendDevice
@@ -40,11 +40,11 @@ def family(request: pytest.FixtureRequest):
 def on_pretend_device(monkeypatch: pytest.MonkeyPatch):
     """Work on that device; in one thread, since it exists in the thread that enters it alone."""
 
-    def run(items, work, **_):
+    def run(_, items, function, **__):
         with PretendDevice():
-            return [(item, work(item)) for item in items]
+            return [(item, function(item)) for item in items]
 
-    monkeypatch.setattr(pool, "run", run)
+    monkeypatch.setattr(Work, "map", run)
     monkeypatch.setattr(Work, "torch_device", property(lambda _: DEVICE))
 
 

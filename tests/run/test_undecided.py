@@ -269,11 +269,11 @@ def test_what_is_left_open_goes_to_files_as_it_grows(tmp_path: Path):
 def test_one_expert_is_never_outvoted(tmp_path: Path):
     base, experts = family(tmp_path, 9)
     plan = plan_merge(base, {"one": experts["one"]}, MergeSettings(method="ties"))
-    assert plan.looks == 1
+    assert plan.passes == 1
 
 
 @pytest.mark.parametrize(
-    ("method", "settings", "has_base", "looks"),
+    ("method", "settings", "has_base", "passes"),
     [
         ("ties", {}, True, 1),
         ("ties", {"scope": "tensor"}, True, 1),
@@ -285,15 +285,15 @@ def test_one_expert_is_never_outvoted(tmp_path: Path):
         ("average", {}, True, 0),
     ],
 )
-def test_the_look_is_spared_where_few_entries_wait_for_it(
-    method: str, settings: dict[str, Any], has_base: bool, looks: int, tmp_path: Path
+def test_the_pass_is_spared_where_few_entries_wait_for_it(
+    method: str, settings: dict[str, Any], has_base: bool, passes: int, tmp_path: Path
 ):
     base, experts = family(tmp_path, 9)
     asked = MergeSettings(method=method, parameters=settings)
     plan = plan_merge(base if has_base else None, experts, asked)
-    assert plan.looks == looks
+    assert plan.passes == passes
     stages: list[str] = []
     work = Work(workers=1, progress=lambda stage, *_: stages.append(stage))
     merge(base if has_base else None, experts, tmp_path / "out", settings=asked, work=work)
-    looked = any(stage.startswith("measuring majority") for stage in stages)
-    assert looked == ("elect" in settings or not has_base)
+    taken = any(stage.endswith(": majority") for stage in stages)
+    assert taken == ("elect" in settings or not has_base)

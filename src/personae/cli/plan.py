@@ -163,7 +163,7 @@ def _plan_merge(recipe: Path, workers: int | None, memory: str | None, json: boo
         console.facts(planned.to_json())
         return
     size = console.size
-    looks = f", usually including {planned.looks} earlier pass(es)" if planned.looks else ""
+    passes = f", usually including {planned.passes} earlier pass(es)" if planned.passes else ""
     waiting = ""
     if planned.undecided_bytes:
         most = size(planned.undecided_bytes)
@@ -174,7 +174,7 @@ def _plan_merge(recipe: Path, workers: int | None, memory: str | None, json: boo
     console.out.print(
         f"{planned.method} on {planned.vector} vectors: {planned.merged} tensors merged, "
         f"{len(planned.copied)} as in the base; {planned.parameters:,} parameters\n"
-        f"reads {size(planned.bytes_in)} ({size(planned.bytes_read)} in all{looks}), "
+        f"reads {size(planned.bytes_in)} ({size(planned.bytes_read)} in all{passes}), "
         f"writes {size(planned.bytes_out)}\n{waiting}"
         f"working memory at most {size(planned.peak_memory)} with {planned.workers} worker(s) on "
         f"{planned.items} items, the largest {size(planned.largest)}",

@@ -20,8 +20,9 @@ from personae.packs.manifest import RenamingRecord, TaskRecord
 from personae.packs.reader import Pack
 from personae.packs.writer import CodedTensor, PackWriter
 from personae.recipe import PackSettings, parse_size
-from personae.run.codec_passes import Known, gather, write_shared
 from personae.run.encode import encode_expert
+from personae.run.known import Known, write_shared
+from personae.run.passes import passes_over_expert
 from personae.run.rebuilt import left_in_words
 from personae.run.scan import ExpertScan, Scanned
 from personae.run.work import Work
@@ -44,7 +45,7 @@ def add_experts(
 
     Args:
         family: The reference and the experts, aligned.
-        scanned: What a first look told.
+        scanned: What a first pass found.
         writers: The packs.
         settings: Of each pack; they differ in rank fraction and budget alone.
         work: Workers, memory bound, device, progress.
@@ -101,8 +102,8 @@ def _know(
     for name in due:
         own = codec.for_task(name)
         known[name] = Known(name, shared)
-        looked = gather(own, deltas[name], scanned.experts[name], known[name], work)
-        known[name] = Known(name, shared, looked)
+        found = passes_over_expert(own, deltas[name], scanned.experts[name], known[name], work)
+        known[name] = Known(name, shared, found)
         deltas[name].alignment.checkpoint.close()
     return known
 
@@ -114,7 +115,7 @@ def _filled_in(
     codec = settings.codec()
     for task in writer.manifest.tasks.values():
         return {name: task.parameters[name] for name in codec.of_family}
-    codec = codec.for_family([one.facts or {} for one in known.values()])
+    codec = codec.for_family([one.statistics or {} for one in known.values()])
     return {name: getattr(codec, name) for name in codec.of_family}
 
 

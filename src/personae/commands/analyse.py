@@ -11,7 +11,6 @@ from personae.family.opened import open_family
 from personae.family.stacks import Stacks
 from personae.methods import Parameters, build
 from personae.methods.analyses import ANALYSES, Analysis, Findings
-from personae.run import pool
 from personae.run.work import Work
 
 BYTES_PER_ENTRY = 64
@@ -72,21 +71,18 @@ def analyse(
                 if tensors
                 else "The experts share no linear layer, and analyses use linear layers only."
             )
-        results = pool.run(
+        found: dict[str, Findings] = {}
+        faults = Faults()
+        for chunk, (findings, wrong) in work.map(
             chunks,
             partial(_analyse, chosen, built, stacks),
             cost=lambda chunk: BYTES_PER_ENTRY * stacks.experts * chunk.numel + 8 * chunk.numel,
-            workers=work.threads,
-            memory=work.memory,
-        )
-        found: dict[str, Findings] = {}
-        faults = Faults()
-        for done, (chunk, (findings, wrong)) in enumerate(results, 1):
+            stage=f"analysing ({analysis})",
+        ):
             for fault in wrong:
                 faults.add(fault)
             name = chunk.spec.name
             found[f"{name}[{chunk.start}]" if chunk.is_matrix else name] = findings
-            work.progress(f"analysing ({analysis})", done, len(chunks))
         faults.raise_if_any(CheckpointError)
     return {
         "analysis": analysis,

@@ -8,11 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from personae._safetensors import load_safetensors
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.modules import weight_layout
 from personae.checkpoints.naming import shown
@@ -32,10 +30,9 @@ from personae.family.opened import Family
 from personae.family.vocabulary_files import merged_auxiliary_files
 from personae.methods import MergeMethod, NotFinite, Statistics
 from personae.recipe import MergeSettings
-from personae.run import pool
 from personae.run.items import Item
 from personae.run.output import check_output
-from personae.run.passes import gather_model, gather_tensor
+from personae.run.passes import kept, passes_over_family, passes_over_tensor
 from personae.run.undecided import UndecidedEntries
 from personae.run.work import Work
 from personae.writers import (
@@ -43,7 +40,6 @@ from personae.writers import (
     SHARD_BYTES,
     CheckpointWriter,
     Journal,
-    atomic_file,
     finish,
     free_space,
     identity_text,
@@ -170,23 +166,19 @@ def run(
         for item in job.items:
             for chunk in item.chunks if item.number in before else ():
                 writer.mark(chunk.spec.name, chunk.start, chunk.stop)
-        stage = f"merging ({job.method.name})"
-        work.progress(stage, len(job.items) - len(due), len(job.items))
-        results = pool.run(
+        for item, (found, effects) in work.map(
             due,
             partial(_merge_item, job, statistics, writer, undecided, work.torch_device, seen),
             cost=job.cost,
-            workers=work.threads,
-            memory=work.memory,
+            stage=f"merging ({job.method.name})",
+            done=len(job.items) - len(due),
             in_order=True,
-        )
-        for done, (item, (found, effects)) in enumerate(results, 1 + len(job.items) - len(due)):
+        ):
             for fault in found:
                 faults.add(fault)
             told[item.number] = effects
             if journal and not found:
                 journal.add(item.number, effects)
-            work.progress(stage, done, len(job.items))
         faults.raise_if_any(CheckpointError)
         if job.decides_at_the_end and decided not in before:
             undecided.decide(job.items, writer, work)
@@ -214,25 +206,16 @@ def _tell(lost: Mapping[str, str], family: Family, work: Work) -> None:
 
 
 def _statistics(job: MergeJob, directory: Path, work: Work) -> Statistics | None:
-    """What the looks at the whole model tell; from an earlier run of the same merge, if any."""
-    if not job.method.has_looks() or job.per_tensor:
+    """What passes over the whole model find; from an earlier run of the same merge, if any."""
+    if not job.method.has_passes() or job.per_tensor:
         return None
-    path = directory / _STATISTICS
-    if path.exists():
-        return load_safetensors(path)
-    found = gather_model(
-        job.method_of,
-        job.stacks,
-        job.looked_at,
-        job.cost,
-        work,
-        late=job.decides_late,
-    )
-    with atomic_file(path) as part:
-        safetensors.torch.save_file(
-            {name: tensor.contiguous() for name, tensor in found.items()}, part
-        )
-    return found
+
+    def find() -> Statistics:
+        stacks, items = job.stacks, job.merged_items
+        late = job.decides_late
+        return passes_over_family(job.method_of, stacks, items, job.cost, work, late=late)
+
+    return kept(directory / _STATISTICS, find)
 
 
 def _merge_item(
@@ -248,7 +231,7 @@ def _merge_item(
 
     Args:
         job: What is done.
-        statistics: What looks at the whole model told.
+        statistics: What passes over the whole model found.
         writer: Where it is written.
         undecided: Where entries that are decided late wait.
         device: Where whole matrices are merged.
@@ -272,7 +255,7 @@ def _merge_item(
         if job.per_tensor:
             method = job.method_of(spec.name)
             try:
-                own = gather_tensor(method, job.stacks, chunks, late=job.decides_late)
+                own = passes_over_tensor(method, job.stacks, chunks, late=job.decides_late)
             except NotFinite:
                 faults += job.stacks.why_not_finite(chunks[0])
                 continue

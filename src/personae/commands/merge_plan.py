@@ -21,11 +21,10 @@ from personae.family.stacks import Stacks
 from personae.family.vocabularies import MergedVocabulary, merge_vocabularies
 from personae.methods import Entrywise, MergeMethod, stored_bytes
 from personae.recipe import MergeSettings, count_layers
-from personae.run import pool
 from personae.run.items import Item, items
 from personae.run.passes import MethodOf
 from personae.run.undecided import disk_bytes, waiting_bytes
-from personae.run.work import Work
+from personae.run.work import Work, check_memory, held_at_once
 from personae.writers import with_copies
 
 # Each answers the question of its task; a language model's lm_head is none of them.
@@ -44,7 +43,7 @@ class MergeJob:
         specs: Every tensor of the result, sorted by name, in its own dtype.
         stacks: The task vectors.
         items: The work, in order.
-        per_tensor: Whether the method's looks are at each tensor alone.
+        per_tensor: Whether the method's passes are over each tensor alone.
     """
 
     family: Family
@@ -71,8 +70,8 @@ class MergeJob:
         return self.decides_late and not self.per_tensor
 
     @property
-    def looked_at(self) -> list[Item]:
-        """The items of merged tensors, for looks at the whole model."""
+    def merged_items(self) -> list[Item]:
+        """The items of merged tensors, for passes over the whole model."""
         kept = [
             replace(item, chunks=tuple(p for p in item.chunks if p.spec.name in self.merged))
             for item in self.items
@@ -104,7 +103,7 @@ class MergeJob:
         if not self.decides_late:
             return 0
         tensors: dict[str, int] = {}
-        for item in self.looked_at:
+        for item in self.merged_items:
             for chunk in item.chunks:
                 tensors[chunk.spec.name] = tensors.get(chunk.spec.name, 0) + disk_bytes([chunk])
         at_once = workers if self.per_tensor else len(tensors)
@@ -139,9 +138,9 @@ class MergePlan:
         merged: Number of tensors merged.
         copied: Names of the tensors that stay as in the base.
         parameters: Floating parameters of the result.
-        looks: How often the experts are looked at before they are merged, usually.
+        passes: Passes over the experts before they are merged, usually.
         bytes_in: Bytes of base and experts.
-        bytes_read: Bytes read in all: once to merge, and for each look.
+        bytes_read: Bytes read in all: once to merge, and for each pass.
         bytes_out: Bytes of the result's weights.
         undecided_bytes: Bytes of disk that entries on which no sign wins take beside it until the
             majority is known, at most: as if all were such.
@@ -157,7 +156,7 @@ class MergePlan:
     merged: int
     copied: tuple[str, ...]
     parameters: int
-    looks: int
+    passes: int
     bytes_in: int
     bytes_read: int
     bytes_out: int
@@ -284,7 +283,7 @@ def job_of(
     merged = frozenset(name for name in stacks.names if family.base.specs[name].numel)
     merged |= {n for n in stacks.statistics if _is_mean(method_of(n), stacks.experts)}
     method = method_of("")
-    per_tensor = method.has_looks() and method.looks_at == "tensor"
+    per_tensor = method.has_passes() and method.passes_over == "tensor"
 
     def undivided(spec: TensorSpec) -> bool:
         site = stacks.site(whole_or_matrices(spec)[0])
@@ -318,12 +317,12 @@ def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
         BudgetError: if the memory bound is below the largest item.
     """
     costs = [job.cost(item) for item in job.items]
-    pool.check_memory(max(costs, default=0), work.memory, "The largest tensor")
+    check_memory(max(costs, default=0), work.memory, "The largest tensor")
     family = job.family
     own = [family.base] if family.has_base else []
     checkpoints = [*own, *(expert.checkpoint for expert in family.experts.values())]
     voted_on = job.method.can_decide_late and job.stacks.experts > 1
-    looks = job.method.looks + (voted_on and not job.decides_late)
+    passes = job.method.usual_passes + (voted_on and not job.decides_late)
     bytes_in = sum(spec.nbytes for c in checkpoints for spec in c.specs.values())
     copies = {name: family.base.tied[name] for name in family.base.copies}
     return MergePlan(
@@ -332,12 +331,12 @@ def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
         merged=len(job.merged),
         copied=tuple(spec.name for spec in job.specs if spec.name not in job.merged),
         parameters=sum(spec.numel for spec in job.specs if spec.is_floating),
-        looks=looks,
+        passes=passes,
         bytes_in=bytes_in,
-        bytes_read=bytes_in * (1 + looks),
+        bytes_read=bytes_in * (1 + passes),
         bytes_out=sum(spec.nbytes for spec in with_copies(job.specs, copies)),
         undecided_bytes=job.undecided_bytes(work.threads),
-        peak_memory=pool.held_at_once(costs, work.threads, work.memory),
+        peak_memory=held_at_once(costs, work.threads, work.memory),
         largest=max(costs, default=0),
         workers=work.threads,
         items=len(job.items),

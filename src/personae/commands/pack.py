@@ -127,7 +127,7 @@ def pack_many(
             work.note(text)
         for out, settings in variants.items():
             # What a task vector leaves unchanged is free, which headers cannot tell: a budget on
-            # task vectors is judged after a look at the weights.
+            # task vectors is judged after a pass over the weights.
             told = settings if settings.vector == "difference" else settings.without_budget()
             planned = plan_family(family, told, work)
             require_space(out, planned.bytes_out)

@@ -20,14 +20,13 @@ from personae.errors import BudgetError, RecipeError
 from personae.family.opened import Family, open_family
 from personae.methods import Codec
 from personae.recipe import PackSettings, parse_size
-from personae.run import pool
 from personae.run.costs import (
     checking_bytes,
     coding_bytes,
     scanning_bytes,
     sharing_bytes,
 )
-from personae.run.work import Work
+from personae.run.work import Work, check_memory, held_at_once
 
 RECORD_BYTES = 600
 """What a tensor's record takes in pack.json, about."""
@@ -225,8 +224,8 @@ def plan_family(family: Family, settings: PackSettings, work: Work) -> PackPlan:
         settings.codec().for_task(name)
     tasks = {name: _plan_task(family, name, settings) for name in family.experts}
     stages = _item_costs(family, settings)
-    pool.check_memory(max(max(costs, default=0) for costs in stages), memory, "The largest tensor")
-    peak = max(pool.held_at_once(costs, workers, memory) for costs in stages)
+    check_memory(max(max(costs, default=0) for costs in stages), memory, "The largest tensor")
+    peak = max(held_at_once(costs, workers, memory) for costs in stages)
     base_bytes = sum(spec.nbytes for spec in family.base.specs.values())
     merged = base_bytes if settings.vector == "difference" else 0
     merged += max(task.coded.shared_bytes for task in tasks.values())
@@ -284,7 +283,7 @@ def _item_costs(family: Family, settings: PackSettings) -> Sequence[Sequence[int
     """Working memory of each item of each stage.
 
     The base's tensors, the merged reference if there is one, what all tasks share; then of every
-    expert the first look at its tensors and their coding.
+    expert the first pass over its tensors and their coding.
     """
     experts = len(family.experts)
     codec = settings.codec().for_family([{}] * experts)

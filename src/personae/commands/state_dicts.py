@@ -69,7 +69,7 @@ def merge_state_dicts(
                 for chunk, stack, reference in read
             ]
         statistics = None
-        if method.has_looks() and method.looks_at == "model":
+        if method.has_passes() and method.passes_over == "model":
             seen = [(job.stacks.site(chunk), stack) for chunk, stack, _ in read]
             statistics = method.statistics(seen)
         result = {

@@ -17,7 +17,6 @@ from personae.family.deltas import Deltas
 from personae.ops.sums import squared_norm
 from personae.packs.manifest import Manifest
 from personae.packs.reader import Pack
-from personae.run import pool
 from personae.run.costs import delta_bytes
 from personae.run.rebuilt import Rebuilt
 from personae.run.scan import fingerprint
@@ -122,17 +121,14 @@ def _compare(rebuilt: Rebuilt, deltas: Deltas, work: Work, faults: Faults) -> Ve
         return squared_norm(torch.sub(delta, decoded, out=decoded)), squared_norm(delta)
 
     lost, energy = list[float](), list[float]()  # summed exactly: they come in any order
-    results = pool.run(
+    for _, (error, norm) in work.map(
         original.shared,
         measure,
         cost=lambda name: delta_bytes(rebuilt.reference.specs[name].numel) + rebuilt.cost(name),
-        workers=work.threads,
-        memory=work.memory,
-    )
-    for done, (_, (error, norm)) in enumerate(results, 1):
+        stage=f"comparing {original.name}",
+    ):
         lost.append(error)
         energy.append(norm)
-        work.progress(f"comparing {original.name}", done, len(original.shared))
     measured = fsum(lost) / fsum(energy) if any(energy) else 0.0
     recorded = rebuilt.record.relative_error
     label = f"Expert '{original.name}'"

@@ -15,7 +15,7 @@ from personae.errors import MethodError
 if TYPE_CHECKING:
     from personae.kernels.draws import drop
     from personae.kernels.magnitudes import (
-        census,
+        count_magnitudes,
         count_ties,
         drop_ties,
         sample,
@@ -39,7 +39,14 @@ alone = False
 
 _HOMES = {
     "draws": ("drop",),
-    "magnitudes": ("census", "count_ties", "drop_ties", "sample", "sum_magnitudes", "trim"),
+    "magnitudes": (
+        "count_magnitudes",
+        "count_ties",
+        "drop_ties",
+        "sample",
+        "sum_magnitudes",
+        "trim",
+    ),
     "signs": (
         "elect_by_count",
         "elect_by_mass",
@@ -55,7 +62,7 @@ _HOMES = {
 
 __all__ = [
     "add_multiple",
-    "census",
+    "count_magnitudes",
     "count_ties",
     "drop",
     "drop_ties",

@@ -61,7 +61,7 @@ def sample(row: ndarray, floor: int, shift: int, counts: ndarray) -> None:
 
 
 @kernel
-def census(row: ndarray, low: int, high: int, shift: int, counts: ndarray) -> None:
+def count_magnitudes(row: ndarray, low: int, high: int, shift: int, counts: ndarray) -> None:
     """Add how many entries there are, how many are at or above `high`, and those of each bin.
 
     Args:

@@ -5,7 +5,7 @@ import pkgutil
 
 from personae.methods import codecs, merge, mergekit
 from personae.methods._blocks import block_bits, block_layout, decode_block, encode_block, misfits
-from personae.methods._codec import Bits, Codec, Context, Facts, Look, Treatment, look
+from personae.methods._codec import Bits, Codec, Context, Treatment
 from personae.methods._deltas import (
     BLOCK,
     INFINITY,
@@ -18,14 +18,11 @@ from personae.methods._deltas import (
 from personae.methods._merge import (
     Entrywise,
     Factors,
-    Gathering,
     Given,
-    Measure,
     MergeMethod,
-    Statistics,
-    gathered,
 )
 from personae.methods._parameters import Parameters, flag_fault, percent_hint
+from personae.methods._passes import Pass, Passes, Statistics, numbers, scalars, statistics_of
 from personae.methods._registry import (
     ALIASES,
     CODECS,
@@ -60,14 +57,12 @@ __all__ = [
     "DeltaBlocks",
     "Entrywise",
     "Factors",
-    "Facts",
-    "Gathering",
     "Given",
-    "Look",
-    "Measure",
     "MergeMethod",
     "NotFinite",
     "Parameters",
+    "Pass",
+    "Passes",
     "Site",
     "Statistics",
     "Treatment",
@@ -79,12 +74,13 @@ __all__ = [
     "decode_block",
     "encode_block",
     "flag_fault",
-    "gathered",
     "has_matrices",
-    "look",
     "lookup",
     "misfits",
+    "numbers",
     "percent_hint",
+    "scalars",
     "stacked_matrices",
+    "statistics_of",
     "stored_bytes",
 ]

@@ -6,14 +6,14 @@ are called in this order; by default none does anything:
 
 1. `treats(spec)`: which tensors it codes; the others are kept exact or left as in the reference.
 2. `share(deltas)`: from all experts' deltas of a tensor, what all tasks share of it, stored once.
-3. `gather()`: looks at all deltas of one expert; what they tell is given to `encode`.
-4. `for_family(facts)`, `for_task(name)`: parameters that depend on the family, or on the task,
+3. `passes()`: over all deltas of one expert; the statistics are given to `encode`.
+4. `for_family(statistics)`, `for_task(name)`: parameters that depend on the family, or on the task,
    are filled in. What comes out is recorded with each task.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from personae._types import SVD, Layout, Parts, TensorSpec
 from personae.methods._parameters import Parameters
+from personae.methods._passes import Pass, Passes, Statistics, numbers, statistics_of
 from personae.methods._site import Block, Site, stacked_matrices
 from personae.ops.chunks import chunk_bytes
 from personae.ops.rows import restore_rows, touched_rows
@@ -35,9 +36,6 @@ Rest = Literal["exact", "skip"]
 
 BYTES_PER_NUMBER = 14
 """Peak memory of the factors of a decomposition, a number of them: found, stored and restored."""
-
-Facts = Mapping[str, float]
-"""What a codec's looks tell of one expert, by name."""
 
 
 class Bits(NamedTuple):
@@ -62,32 +60,18 @@ class Context:
         site: The tensor it belongs to; of one matrix of a stack, that matrix and where it starts.
         task: Name of the task.
         shared: The same block of what `share` gave for the tensor; None if it is zero throughout.
-        facts: What `gather` returned for this expert.
+        statistics: What `passes` returned for this expert.
     """
 
     site: Site
     task: str = ""
     shared: Float[Tensor, "..."] | None = None
-    facts: Facts | None = None
+    statistics: Statistics | None = None
 
-
-class Look(NamedTuple):
-    """One look at all deltas of one expert that are coded and not zero.
-
-    Attributes:
-        name: What is looked for, for progress.
-        tally: What one tensor (or block of it) tells: int64 counts, which are summed over all; or,
-            if `each`, any tensor, of which each one's is sent back by a name of its own.
-        each: Whether they stay apart.
-    """
-
-    name: str
-    tally: Callable[[Float[Tensor, "..."], Context], Tensor]
-    each: bool = False
-
-
-Looks = Generator[Look, Any, Facts]
-"""Yields looks, is sent what each told (a sum, or name to tensor in order), returns the facts."""
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The statistics that are scalars."""
+        return numbers(self.statistics)
 
 
 class Codec(Parameters, ABC):
@@ -104,7 +88,7 @@ class Codec(Parameters, ABC):
     free: ClassVar[frozenset[str]] = frozenset()
     """Parameters in which packs may differ that share one decomposition of each delta."""
     bytes_per_entry: ClassVar[int] = 8
-    """Peak memory of looking at, encoding and decoding what is not decomposed, an entry of it: by
+    """Peak memory of passes over, encoding and decoding what is not decomposed, an entry of it: by
     default of a copy and of what is decoded."""
     of_family: ClassVar[tuple[str, ...]] = ()
     """Parameters that `for_family` fills in where they are None."""
@@ -132,16 +116,16 @@ class Codec(Parameters, ABC):
         """
         raise AssertionError(f"{type(self).__name__} shares nothing")
 
-    def gather(self) -> Looks:
-        """Look at all deltas of one expert; by default not at all."""
+    def passes(self) -> Passes:
+        """The passes it takes over all deltas of one expert before it codes; by default none."""
         yield from ()
         return {}
 
-    def for_family(self, facts: Sequence[Facts]) -> "Codec":
+    def for_family(self, statistics: Sequence[Statistics]) -> "Codec":
         """The codec with parameters filled in that depend on the family.
 
         Args:
-            facts: What the looks told, one an expert; empty ones in a plan.
+            statistics: What the passes found, one an expert; empty ones in a plan.
         """
         return self
 
@@ -169,7 +153,7 @@ class Codec(Parameters, ABC):
         return decompose_touched(delta, rank)
 
     def working_bytes(self, shape: tuple[int, ...]) -> int:
-        """Peak memory of looking at a block, encoding and decoding it, the block itself left out.
+        """Peak memory of passes over a block, encoding and decoding it, the block itself left out.
 
         Beside what is decoded stand the factors of a decomposition as found, stored and restored.
         """
@@ -260,26 +244,16 @@ class Codec(Parameters, ABC):
         """The context where this delta is the only one of the only expert."""
         shared = self.share([delta]) if self.shares else None
         context = Context(Site("", tuple(delta.shape)), "", shared)
-        facts = look(self.gather(), lambda one: [("", one.tally(delta, context))])
-        return Context(context.site, "", shared, facts)
+        return replace(context, statistics=self.statistics([(delta, context)]))
 
+    def statistics(self, blocks: Sequence[tuple[Float[Tensor, "..."], Context]]) -> Statistics:
+        """What the codec's passes find in deltas of one expert that are all in memory."""
 
-def look(looks: Looks, take: Callable[[Look], Sequence[tuple[str, Tensor]]]) -> Facts:
-    """Run the looks at one expert.
+        def take(one: Pass) -> Any:
+            terms = {str(n): one.term(*block) for n, block in enumerate(blocks)}
+            return terms if one.apart else sum(terms.values())
 
-    Args:
-        looks: What `Codec.gather` returned.
-        take: Applies a look to every tensor, and gives what each told, by name, in any order.
-    """
-    try:
-        one = next(looks)
-        while True:
-            told = dict(sorted(take(one), key=lambda pair: pair[0]))
-            if not told:  # nothing of this expert is coded
-                return {}
-            one = looks.send(told if one.each else sum(told.values()))
-    except StopIteration as done:
-        return done.value
+        return statistics_of(self.passes(), take)
 
 
 def decompose_touched(delta: Float[Tensor, "out ..."], rank: int, **options: Any) -> SVD:

@@ -14,7 +14,8 @@ from torch import Tensor
 from personae import kernels
 from personae.methods._deltas import DeltaBlocks, delta_blocks
 from personae.methods._entries import Fill
-from personae.methods._merge import Gathering, Measure, RowWise, Statistics
+from personae.methods._merge import RowWise
+from personae.methods._passes import Pass, Passes, Statistics
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
 
@@ -104,8 +105,8 @@ class Electing(RowWise):
         """Leaves of the task vectors what votes, weighted; 0 elsewhere."""
         ...
 
-    def find(self, experts: int) -> Gathering:
-        """The looks that `fill` needs; by default none."""
+    def find(self, experts: int) -> Passes:
+        """The passes that `fill` needs; by default none."""
         yield from ()
         return {}
 
@@ -113,14 +114,12 @@ class Electing(RowWise):
         """With magnitudes votes seldom cancel; with one vote each they often do."""
         return self.elect == "mass"
 
-    def gather(self, experts: int) -> Gathering:
-        """The looks of `find`, and one for the majority sign."""
+    def passes(self, experts: int) -> Passes:
+        """The passes of `find`, and one for the majority sign."""
         found = yield from self.find(experts)
         return {**found, **(yield from self._majority(experts, found))}
 
-    def _majority(
-        self, experts: int, found: Statistics
-    ) -> Generator[Measure, Any, dict[str, Tensor]]:
+    def _majority(self, experts: int, found: Statistics) -> Generator[Pass, Any, dict[str, Tensor]]:
         def vote(vectors: Tensor | DeltaBlocks, own: Electing, site: Site) -> Tensor:
             total, fill = 0, own.fill(site, experts, found)
             for start, deltas in delta_blocks(vectors, own.row_entries(site)):
@@ -130,7 +129,7 @@ class Electing(RowWise):
 
         if experts == 1:  # is never outvoted
             return {"majority": torch.tensor(0)}
-        majority = yield Measure("majority", vote, late=True)
+        majority = yield Pass("majority", vote, late=True)
         return {} if majority is None else {"majority": majority.sign()}
 
     def merge_blocks(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from personae import kernels
 from personae.methods._deltas import DeltaBlocks, delta_blocks, joined
-from personae.methods._merge import Measure
 from personae.methods._parameters import one_each
+from personae.methods._passes import Pass
 from personae.methods._site import Site
 from personae.ops.select import (
     SAMPLE_BINS,
@@ -75,10 +75,10 @@ def find_thresholds(
     density: PerExpert,
     experts: int,
     seen: Callable[[Any, Site], Fill] | None = None,
-) -> Generator[Measure, Tensor, Float[Tensor, " expert"]]:
-    """Look for the smallest magnitude that each expert keeps: a sample, then one census or more.
+) -> Generator[Pass, Tensor, Float[Tensor, " expert"]]:
+    """Find the smallest magnitude that each expert keeps: a pass over a sample, then one or more.
 
-    An expert of density 1 has threshold 0 and is not looked at.
+    An expert of density 1 has threshold 0 and is not counted.
 
     Args:
         density: Fraction of entries kept.
@@ -111,15 +111,15 @@ def find_thresholds(
         for deltas in blocks(vectors, own, site):
             for n, counted in zip(trimming, counts, strict=True):
                 low, high = windows[n]
-                kernels.census(deltas[n], low, high, windows[n].shift, counted)
+                kernels.count_magnitudes(deltas[n], low, high, windows[n].shift, counted)
         return torch.from_numpy(counts)
 
     if trimming:
-        sampled = yield Measure("sample", sample, sample=64)
+        sampled = yield Pass("sample", sample, sample=64)
         for n, counts in zip(trimming, sampled, strict=True):
             windows[n] = guess(counts, densities[n])
     while not all(window.found for window in windows):
-        counted = yield Measure("thresholds", count)
+        counted = yield Pass("thresholds", count)
         for n, counts in zip(trimming, counted, strict=True):
             entries = int(counts[0])
             k = kept_count(entries, densities[n])

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from personae.methods._deltas import DeltaBlocks, delta_blocks
 from personae.methods._entries import weighted_sums
-from personae.methods._merge import Gathering, Linear, Measure, Scope, Statistics
+from personae.methods._merge import Linear, Scope
+from personae.methods._passes import Pass, Passes, Statistics
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
 
@@ -24,7 +25,7 @@ class FromGram(Linear):
     """
 
     rows: ClassVar[tuple[int, int]] = (0, 16)
-    looks: ClassVar[int] = 1
+    usual_passes: ClassVar[int] = 1
     default_scope: ClassVar[Scope] = "tensor"
 
     @abstractmethod
@@ -36,9 +37,9 @@ class FromGram(Linear):
         """They are another tensor by tensor."""
         return None
 
-    def gather(self, experts: int) -> Gathering:
-        """One look: the inner products."""
-        gram = yield Measure("inner products", _inner_products)
+    def passes(self, experts: int) -> Passes:
+        """One pass: the inner products."""
+        gram = yield Pass("inner products", _inner_products)
         return {"coefficients": torch.from_numpy(self.solve(gram.numpy()))}
 
     def merge_blocks(

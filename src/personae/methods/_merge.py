@@ -1,8 +1,8 @@
-"""A static method: the task vectors of one tensor to one, after looks at the whole model."""
+"""A merge method: the task vectors of one tensor to one, after passes over the whole model."""
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from typing import (
@@ -26,12 +26,10 @@ from personae.errors import Faults, MethodError
 from personae.methods._deltas import DeltaBlocks, delta_blocks, joined
 from personae.methods._matrices import is_matrix
 from personae.methods._parameters import Parameters
+from personae.methods._passes import Pass, Passes, Statistics, statistics_of
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
 from personae.ops.bases import joint_basis
-
-Statistics = Mapping[str, Tensor]
-"""What a method has to know beyond the entries it is given, by name."""
 
 Stack = Tensor | NDArray[np.floating] | Sequence[Tensor | NDArray[np.floating]]
 """Task vectors of one tensor, (expert, *shape), or one array an expert."""
@@ -89,47 +87,6 @@ def stacked_memory(site: Site, experts: int, *, stack: int, tall: int) -> int:
     return max(each * experts * entries + 6 * entries, 36 * side * side + 8 * entries)
 
 
-def _everywhere(_: Any, __: Site) -> bool:
-    return True
-
-
-class Measure(NamedTuple):
-    """One look at the tensors a statistic is about.
-
-    Attributes:
-        name: What is measured, for progress and records.
-        tally: `tally(task_vectors, method, site)`, the share of the entries given; shares are
-            summed over all tensors, and over rows where the method is entry-wise. Entry-wise
-            methods take the task vectors by `delta_blocks`: they may be `DeltaBlocks`. int64, or
-            floating (then summed in the order of tensors and rows).
-        applies: Whether a tensor is looked at.
-        sample: Looks at about one row in so many, spread over all tensors: enough for a guess.
-        late: Whether it may be answered by None: the method merges all the same, telling in an
-            `Undecided` what of its result depends on it.
-    """
-
-    name: str
-    tally: Callable[[Any, Any, Site], Tensor]
-    applies: Callable[[Any, Site], bool] = _everywhere
-    sample: int = 1
-    late: bool = False
-
-
-Gathering = Generator[Measure, Any, Statistics]
-"""Yields what to measure, is sent the sum over all tensors, returns the statistics."""
-
-
-def gathered(gathering: Gathering, answer: Callable[[Measure], Tensor | None]) -> Statistics:
-    """The statistics, once `answer` has told the sum of each measure."""
-    told: Any = None
-    while True:
-        try:
-            measure = gathering.send(told)
-        except StopIteration as done:  # of the gathering alone: an answer's would be a fault
-            return done.value
-        told = answer(measure)
-
-
 class MergeMethod(Parameters, ABC):
     """A static method: a frozen object whose fields are its parameters; calling it merges.
 
@@ -153,15 +110,15 @@ class MergeMethod(Parameters, ABC):
     """How many of these it takes; None for any number."""
     degenerates: ClassVar[str] = ""
     """On difference vectors, what it amounts to; empty if to nothing simpler."""
-    looks: ClassVar[int] = 0
-    """How many looks it usually takes, without those that are answered late."""
+    usual_passes: ClassVar[int] = 0
+    """How many passes it usually takes, without those that are answered late."""
     model_wide: ClassVar[tuple[str, ...]] = ()
-    """Parameters that `gather` reads: while it looks at the whole model, they cannot differ from
+    """Parameters that `passes` reads: while these are over the whole model, they cannot differ from
     tensor to tensor."""
     default_scope: ClassVar[Scope] = "model"
-    """What its looks are at, unless a parameter `scope` says it."""
+    """What its passes are over, unless a parameter `scope` says it."""
     can_decide_late: ClassVar[bool] = False
-    """Whether it has a look that may be answered late, and takes `undecided`."""
+    """Whether it has a pass that may be answered late, and takes `undecided`."""
     whole_rows: ClassVar[bool] = False
     """Whether blocks that it is given hold whole rows (`Site.row_entries`), of any method that is
     given blocks."""
@@ -207,7 +164,7 @@ class MergeMethod(Parameters, ABC):
 
         Args:
             task_vectors: One an expert, in recipe order; fp32.
-            statistics: What the method's looks told.
+            statistics: What the method's passes found.
             site: Which tensor, and which rows.
             undecided: Where a method that `can_decide_late` tells of entries that it merged before
                 it knew the majority; not given to others.
@@ -217,8 +174,8 @@ class MergeMethod(Parameters, ABC):
         """
         ...
 
-    def gather(self, experts: int) -> Gathering:
-        """The looks it takes before it runs: over the whole model, or over each tensor alone.
+    def passes(self, experts: int) -> Passes:
+        """The passes it takes before it runs: over the whole model, or over each tensor alone.
 
         By default none.
         """
@@ -251,7 +208,7 @@ class MergeMethod(Parameters, ABC):
         return None
 
     def is_late(self) -> bool:
-        """Whether so few entries wait for its late looks that it is merged before them."""
+        """Whether so few entries wait for its late passes that it is merged before them."""
         return False
 
     @classmethod
@@ -260,13 +217,13 @@ class MergeMethod(Parameters, ABC):
         return cls.needs in ("models", "experts")
 
     @classmethod
-    def has_looks(cls) -> bool:
-        """Whether it takes looks."""
-        return cls.gather is not MergeMethod.gather
+    def has_passes(cls) -> bool:
+        """Whether it takes passes."""
+        return cls.passes is not MergeMethod.passes
 
     @property
-    def looks_at(self) -> Scope:
-        """Whether its looks are at the whole model, or at each tensor alone."""
+    def passes_over(self) -> Scope:
+        """Whether its passes are over the whole model, or over each tensor alone."""
         return getattr(self, "scope", self.default_scope)
 
     def memory(self, site: Site, experts: int) -> int:
@@ -295,7 +252,7 @@ class MergeMethod(Parameters, ABC):
         site: Site | None = None,
         undecided: Undecided | None = None,
     ) -> Float[Tensor, "*shape"]:
-        """`merge`, by default with a nameless tensor and what looks at it alone tell."""
+        """`merge`, by default with a nameless tensor and what passes over it alone find."""
         site = site or Site("", tuple(task_vectors.shape[1:]))
         if statistics is None:
             statistics = self.statistics([(site, task_vectors)])
@@ -340,20 +297,20 @@ class MergeMethod(Parameters, ABC):
         return Given(stack, replace(site, cores=cores), expand)
 
     def statistics(self, stacks: Iterable[tuple[Site, Float[Tensor, "expert ..."]]]) -> Statistics:
-        """What the method's looks tell of tensors that are all in memory."""
-        if not self.has_looks():
+        """What the method's passes find in tensors that are all in memory."""
+        if not self.has_passes():
             return {}
         model = list(stacks)
 
-        def answer(measure: Measure) -> Tensor:
-            shares = [
-                measure.tally(self.sampled(vectors, measure.sample), self, site)
+        def take(one: Pass) -> Tensor:
+            terms = [
+                one.term(self.sampled(vectors, one.sample), self, site)
                 for site, vectors in model
-                if measure.applies(self, site)
+                if one.applies(self, site)
             ]
-            return sum(shares[1:], shares[0]) if shares else torch.zeros(())
+            return sum(terms[1:], terms[0]) if terms else torch.zeros(())
 
-        return gathered(self.gather(len(model[0][1])), answer)
+        return statistics_of(self.passes(len(model[0][1])), take)
 
     def sampled(self, task_vectors: Tensor, sample: int) -> Tensor:
         """One row in so many; the first at least, and a vector whole if rows are."""
@@ -376,7 +333,7 @@ class Entrywise(MergeMethod):
 
         Args:
             blocks: The task vectors; the method may work in them.
-            statistics: What the method's looks told.
+            statistics: What the method's passes found.
             site: Which tensor, and where in it the first entry is.
             undecided: As for `merge`.
 

@@ -5,35 +5,36 @@ from typing import Any
 
 from torch import Tensor
 
-from personae.methods._merge import Gathering, Measure, MergeMethod
+from personae.methods._merge import MergeMethod
+from personae.methods._passes import Pass, Passes
 from personae.methods._site import Site
 
 View = Callable[[Tensor, Any, Site], tuple[Tensor, Site]]
 """`view(task_vectors, outer, site)`: what the inner method is given instead, and where."""
 
 
-def looks_through(inner: MergeMethod, experts: int, view: View | None = None) -> Gathering:
-    """The looks of an inner method, at what `view` makes of the task vectors, or at themselves."""
-    looks = inner.gather(experts)
+def passes_through(inner: MergeMethod, experts: int, view: View | None = None) -> Passes:
+    """The passes of an inner method, over what `view` makes of task vectors, or over themselves."""
+    passes = inner.passes(experts)
     try:
-        measure = next(looks)
+        one = next(passes)
         while True:
-            measure = looks.send((yield _through(inner, view, measure)))
+            one = passes.send((yield _through(inner, view, one)))
     except StopIteration as done:
         return done.value
 
 
-def _through(inner: MergeMethod, view: View | None, measure: Measure) -> Measure:
-    """The measure, with the inner method's parameters, of what is seen; nothing waits for it."""
+def _through(inner: MergeMethod, view: View | None, one: Pass) -> Pass:
+    """The pass, with the inner method's parameters, over what is seen; nothing waits for it."""
 
-    def tally(vectors: Tensor, outer: Any, site: Site) -> Tensor:
+    def term(vectors: Tensor, outer: Any, site: Site) -> Tensor:
         if view is not None:  # a sample is one of the rows seen: the view needs all there are
             vectors, site = view(vectors, outer, site)
-            vectors = inner.sampled(vectors, measure.sample)
-        return measure.tally(vectors, inner, site)
+            vectors = inner.sampled(vectors, one.sample)
+        return one.term(vectors, inner, site)
 
     def applies(_: Any, site: Site) -> bool:
-        return measure.applies(inner, site)
+        return one.applies(inner, site)
 
-    sample = measure.sample if view is None else 1
-    return measure._replace(tally=tally, applies=applies, sample=sample, late=False)
+    sample = one.sample if view is None else 1
+    return one._replace(term=term, applies=applies, sample=sample, late=False)

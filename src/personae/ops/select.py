@@ -1,10 +1,10 @@
 """Exact selection by magnitude over a stream, without sorting and (nearly) without counting.
 
 Without its sign bit an fp32 number, read as an integer, orders as its magnitude does: its pattern.
-A sample guesses a window of patterns that holds the k-th largest. One census then counts the
+A sample guesses a window of patterns that holds the k-th largest. One pass then counts the
 entries above the window and, of those few inside it, each pattern (each bin of patterns if it is
 wide). That gives the k-th exactly, or a narrower window, or tells that the guess was wrong and on
-which side to look again. Counts are integers: they can be gathered over tensors in any order.
+which side to look again. Counts are integers: they can be added over tensors in any order.
 All values must be finite.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 TOP = 0x7F80_0000
 """The pattern of infinity, above that of every finite magnitude."""
 MOST_PATTERNS = 1 << 17
-"""Patterns of a window that are counted one by one; in a wider one that waits for the next look,
+"""Patterns of a window that are counted one by one; in a wider one that waits for the next pass,
 and few bins are cheaper to add up."""
 SAMPLE_BINS = 1 << 14
 SLACK = 6.0
@@ -104,7 +104,9 @@ def guess(counts: Int64[Tensor, " bins"], density: float) -> Window:
     return Window(low, min(high, TOP))
 
 
-def census(entries: Float[Tensor, "..."], window: Window, bins: int) -> Int64[Tensor, " counts"]:
+def count_magnitudes(
+    entries: Float[Tensor, "..."], window: Window, bins: int
+) -> Int64[Tensor, " counts"]:
     """How many entries there are, how many lie above the window, and in each of its bins.
 
     Args:
@@ -125,7 +127,7 @@ def census(entries: Float[Tensor, "..."], window: Window, bins: int) -> Int64[Te
 
 
 def narrow(counts: Int64[Tensor, " counts"], window: Window, k: int) -> Window:
-    """The bin of a census that holds the k-th largest (from 1), or the side of it to look on."""
+    """The bin of counts that holds the k-th largest (from 1), or the side of it to look on."""
     above, inside = int(counts[1]), counts[2:]
     if above >= k:
         return _beside(window, above=True)
@@ -159,7 +161,7 @@ def kth_magnitude(tensor: Float[Tensor, "..."], k: int) -> tuple[float, int]:
         elif inside <= _MOST_HELD:
             break
         else:
-            window = narrow(census(entries, window, window.bins), window, k)
+            window = narrow(count_magnitudes(entries, window, window.bins), window, k)
     near = np.concatenate(found)
     place = above + len(near) - k
     near.partition(place)

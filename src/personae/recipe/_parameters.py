@@ -214,7 +214,7 @@ class GivenParameters:
                     )
 
     def _model_wide_faults(self) -> Iterator[Fault]:
-        """What differs from tensor to tensor although a look at the whole model needs it."""
+        """What differs from tensor to tensor although a pass over the whole model needs it."""
         scopes = {scalar for value in self.said_of("scope") for scalar in scalars_of(value)}
         covered = all(always(value) for value in self.said_of("scope"))
         if scopes == {"tensor"} and covered:

@@ -27,7 +27,7 @@ def delta_bytes(numel: int) -> int:
 
 
 def scanning_bytes(spec: TensorSpec) -> int:
-    """Of the first look at a tensor of an expert: as it is stored, then its delta."""
+    """Of the first pass over a tensor of an expert: as it is stored, then its delta."""
     return max(checking_bytes(spec), delta_bytes(spec.numel))
 
 

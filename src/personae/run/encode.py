@@ -19,9 +19,8 @@ from personae.family.finite import converging, is_finite
 from personae.methods import Block, Codec, Context, Treatment, decode_block, encode_block
 from personae.ops.sums import squared_norm
 from personae.packs.writer import CodedTensor
-from personae.run import pool
-from personae.run.codec_passes import Known, cut_out, whole
 from personae.run.costs import coding_bytes
+from personae.run.known import Known, cut_out, whole
 from personae.run.scan import TensorScan
 from personae.run.work import Work
 
@@ -38,7 +37,7 @@ def encode_expert(
     Args:
         deltas: The expert's deltas.
         codecs: One codec, or several that differ in their `free` parameters alone.
-        scan: What a first look found, by reference name.
+        scan: What a first pass found, by reference name.
         known: What is known of the expert beside its deltas.
         work: Workers, memory, the device decompositions run on.
 
@@ -47,17 +46,14 @@ def encode_expert(
     """
     names = [name for name in deltas.alignment.shared if scan[name].changed]
     coded: list[dict[str, CodedTensor]] = [{} for _ in codecs]
-    results = pool.run(
+    for name, tensors in work.map(
         names,
         partial(_encode_tensor, deltas, codecs, known, work.torch_device),
         cost=lambda name: coding_bytes(codecs, deltas.reference.specs[name]),
-        workers=work.threads,
-        memory=work.memory,
-    )
-    for done, (name, tensors) in enumerate(results, 1):
+        stage=f"packing {deltas.alignment.name}",
+    ):
         for place, tensor in zip(coded, tensors, strict=True):
             place[name] = tensor
-        work.progress(f"packing {deltas.alignment.name}", done, len(names))
     return [{name: place[name] for name in names} for place in coded]
 
 

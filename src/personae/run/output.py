@@ -16,7 +16,6 @@ from personae.checkpoints.naming import shown
 from personae.errors import OutputError
 from personae.packs.manifest import MANIFEST_NAME, REFERENCE, TASKS
 from personae.packs.writer import RESUME
-from personae.run import pool
 from personae.run.work import Work
 from personae.writers import (
     JOURNAL,
@@ -181,13 +180,6 @@ def write_model(
         ) as writer,
     ):
         write_auxiliary_files(auxiliary_files, partial)
-        work.progress(stage, 0, len(specs))
-        results = pool.run(
-            specs,
-            lambda spec: writer.write(spec.name, read(spec.name)),
-            cost=cost,
-            workers=work.threads,
-            memory=work.memory,
+        work.each(
+            specs, lambda spec: writer.write(spec.name, read(spec.name)), cost=cost, stage=stage
         )
-        for done, _ in enumerate(results, 1):
-            work.progress(stage, done, len(specs))

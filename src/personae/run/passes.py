@@ -1,34 +1,63 @@
-"""Takes a method's looks at a whole family, or at one tensor of it, before it merges."""
+"""Takes the passes of a merge method or codec: over a family, one expert, or one tensor."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import count
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
+from personae._safetensors import load_safetensors
 from personae.errors import CheckpointError, Faults
 from personae.family.chunks import Chunk
+from personae.family.deltas import Deltas
 from personae.family.finite import converging, is_finite
 from personae.family.stacks import Stacks
 from personae.methods import (
+    Codec,
     Entrywise,
-    Measure,
     MergeMethod,
     NotFinite,
+    Pass,
     Statistics,
-    gathered,
+    statistics_of,
 )
-from personae.run import pool
+from personae.run.costs import coding_bytes
 from personae.run.items import Item
+from personae.run.known import Known, cut_out, whole
+from personae.run.scan import ExpertScan
 from personae.run.work import Work
+from personae.writers import atomic_file
 
 MethodOf = Callable[[str], MergeMethod]
 """The method with its parameters for the tensor of this reference name."""
 
+Place = TypeVar("Place")
 
-def gather_model(
+
+def kept(path: Path | None, find: Callable[[], Statistics]) -> Statistics:
+    """Statistics as an earlier run has left them, or found and left for a later one.
+
+    Args:
+        path: Where, in the unfinished output, which belongs to runs that would find the same; None
+            where they are not kept.
+        find: Takes the passes.
+    """
+    if path is None:
+        return find()
+    if path.exists():
+        return load_safetensors(path)
+    found = find()
+    with atomic_file(path) as part:
+        safetensors.torch.save_file({name: each.contiguous() for name, each in found.items()}, part)
+    return found
+
+
+def passes_over_family(
     method_of: MethodOf,
     stacks: Stacks,
     items: Sequence[Item],
@@ -37,132 +66,172 @@ def gather_model(
     *,
     late: bool,
 ) -> Statistics:
-    """Look at the whole family; what is not finite is refused by the first full look.
+    """A merge method's passes over a family; the first full one refuses what is not finite.
 
     Args:
-        method_of: A method with looks.
+        method_of: A method with passes.
         stacks: The task vectors.
-        items: What to look at, in a fixed order.
+        items: What is read, in a fixed order.
         cost: Peak bytes of one item.
         work: Workers, memory bound, progress.
-        late: Takes no look whose answer may be late.
+        late: Takes no pass whose answer may be late.
 
     Raises:
         CheckpointError: naming every weight that is not finite.
     """
     numbers = count(1)
 
-    def answer(measure: Measure) -> Tensor | None:
-        if measure.late and late:
+    def take(one: Pass) -> Tensor | dict[str, Tensor] | None:
+        if one.late and late:
             return None
-        stage = f"measuring {measure.name}, look {next(numbers)}"
-        return _look(measure, method_of, stacks, items, cost, work, stage)
+        terms = partial(_term_of_item, one, method_of, stacks)
+        stage = f"pass {next(numbers)}: {one.name}"
+        return _fold(one, items, terms, cost, stage, work, in_order=True)
 
-    return gathered(method_of("").gather(stacks.experts), answer)
+    return statistics_of(method_of("").passes(stacks.experts), take)
 
 
-def gather_tensor(
-    method: MergeMethod,
-    stacks: Stacks,
-    chunks: Sequence[Chunk],
-    *,
-    late: bool,
+def passes_over_tensor(
+    method: MergeMethod, stacks: Stacks, chunks: Sequence[Chunk], *, late: bool
 ) -> Statistics:
-    """Look at one tensor alone, given as its chunks; `late` as for `gather_model`.
+    """The same over one tensor alone, given as its chunks, on the thread that asks.
 
     Raises:
         NotFinite: if it holds values that are not.
     """
 
-    def answer(measure: Measure) -> Tensor | None:
-        if measure.late and late:
+    def take(one: Pass) -> Tensor | None:
+        if one.late and late:
             return None
-        total = _share(measure, method, stacks, chunks[0]).clone()
-        for chunk in chunks[1:]:
-            total = _added(total, _share(measure, method, stacks, chunk))
-        return total
+        return _total(_term(one, method, stacks, chunk) for chunk in chunks)
 
-    return gathered(method.gather(stacks.experts), answer)
+    return statistics_of(method.passes(stacks.experts), take)
 
 
-def _look(
-    measure: Measure,
-    method_of: MethodOf,
-    stacks: Stacks,
-    items: Sequence[Item],
-    cost: Callable[[Item], int],
-    work: Work,
+def passes_over_expert(
+    codec: Codec, deltas: Deltas, scan: ExpertScan, known: Known, work: Work
+) -> Statistics:
+    """A codec's passes over all deltas of one expert that are coded and not zero."""
+    names = [
+        name
+        for name in deltas.alignment.shared
+        if scan.tensors[name].changed and codec.treats(deltas.reference.specs[name]) == "code"
+    ]
+    if not names:
+        return {}
+
+    def terms(one: Pass, name: str) -> tuple[list[Tensor], list[str]]:
+        delta, spec = deltas.read(name), deltas.reference.specs[name]
+        blocks = codec.blocks(spec) or (whole(spec),)
+        pairs = zip(blocks, known.of(spec, blocks), strict=True)
+        parts = ((cut_out(delta, block), context) for block, context in pairs)
+        return [one.term(part, context) for part, context in parts if part.any()], []
+
+    def cost(name: str) -> int:
+        return coding_bytes([codec], deltas.reference.specs[name])
+
+    def take(one: Pass) -> Tensor | dict[str, Tensor]:
+        stage = f"pass over {known.task}: {one.name}"
+        return _fold(one, names, partial(terms, one), cost, stage, work)
+
+    return statistics_of(codec.passes(), take)
+
+
+def _fold(
+    one: Pass,
+    items: Sequence[Place],
+    terms: Callable[[Place], tuple[list[Tensor], list[str]]],
+    cost: Callable[[Place], int],
     stage: str,
-) -> Tensor:
-    """The sum of one measure over all items; floating shares are summed in the items' order."""
+    work: Work,
+    *,
+    in_order: bool = False,
+) -> Tensor | dict[str, Tensor]:
+    """The sum of a pass's terms over all items, or each of them by item and number.
+
+    Integers are added as they come; floating terms wait, and are added in the items' order.
+
+    Args:
+        one: The pass.
+        items: What it reads.
+        terms: Terms of an item, and what is wrong with its weights.
+        cost: Peak bytes of one item.
+        stage: What progress calls it.
+        work: Workers, memory bound, progress.
+        in_order: Whether items are read in the order given.
+
+    Raises:
+        CheckpointError: naming every weight that is not finite.
+    """
     faults = Faults()
     total: Tensor | None = None
-    waiting: dict[int, Tensor] = {}
-    work.progress(stage, 0, len(items))
-    results = pool.run(
-        items,
-        partial(_share_of_item, measure, method_of, stacks),
-        cost=cost,
-        workers=work.threads,
-        memory=work.memory,
-        in_order=True,
-    )
-    for done, (item, (share, found)) in enumerate(results, 1):
-        for fault in found:
+    waiting: dict[int, list[Tensor]] = {}
+    for (number, _), (found, wrong) in work.map(
+        list(enumerate(items)),
+        lambda numbered: terms(numbered[1]),
+        cost=lambda numbered: cost(numbered[1]),
+        stage=stage,
+        in_order=in_order,
+    ):
+        for fault in wrong:
             faults.add(fault)
-        if share is not None and share.is_floating_point():
-            waiting[item.number] = share
-        elif share is not None:
-            total = share if total is None else _added(total, share)
-        work.progress(stage, done, len(items))
+        if one.apart or any(term.is_floating_point() for term in found):
+            waiting[number] = found
+        else:
+            total = _total(found, total)
     faults.raise_if_any(CheckpointError)
-    for _, share in sorted(waiting.items()):
-        total = share if total is None else total + share
+    if one.apart:
+        named = {
+            f"{items[number]}/{place:06}": term
+            for number, found in waiting.items()
+            for place, term in enumerate(found)
+        }
+        return dict(sorted(named.items()))
+    total = _total((term for _, found in sorted(waiting.items()) for term in found), total)
     return torch.zeros(()) if total is None else total
 
 
-def _added(total: Tensor, share: Tensor) -> Tensor:
-    """Add to a total, in place; on one thread, as others are at work."""
-    np.add(total.numpy(), share.numpy(), out=total.numpy())
+def _total(terms: Iterable[Tensor], total: Tensor | None = None) -> Tensor | None:
+    """Terms added to a total, in place and in order; on one thread, as others are at work."""
+    for term in terms:
+        if total is None:
+            total = term.clone()
+        else:
+            np.add(total.numpy(), term.numpy(), out=total.numpy())
     return total
 
 
-def _share_of_item(
-    measure: Measure,
-    method_of: MethodOf,
-    stacks: Stacks,
-    item: Item,
-) -> tuple[Tensor | None, list[str]]:
+def _term_of_item(
+    one: Pass, method_of: MethodOf, stacks: Stacks, item: Item
+) -> tuple[list[Tensor], list[str]]:
     total: Tensor | None = None
     faults: list[str] = []
     for chunk in item.chunks:
         method, site = method_of(chunk.spec.name), stacks.site(chunk)
         # Adapters consist of the tensors they train: the rest of the model fills no density.
-        if stacks.untouched(chunk.spec.name) or not measure.applies(method, site):
+        if stacks.untouched(chunk.spec.name) or not one.applies(method, site):
             continue
         try:
-            share = _share(measure, method, stacks, chunk, item.whole)
+            total = _total([_term(one, method, stacks, chunk, item.whole)], total)
         except NotFinite:
             faults += stacks.why_not_finite(chunk)
-        else:
-            total = share.clone() if total is None else _added(total, share)
-    return total, faults
+    return [] if total is None else [total], faults
 
 
-def _share(
-    measure: Measure, method: MergeMethod, stacks: Stacks, chunk: Chunk, whole: bool = False
+def _term(
+    one: Pass, method: MergeMethod, stacks: Stacks, chunk: Chunk, whole: bool = False
 ) -> Tensor:
-    """The share of one chunk.
+    """The term of one chunk.
 
     Raises:
         NotFinite: if it holds values that are not.
     """
     is_row = method.whole_rows and len(chunk.spec.shape) == 1
-    part = chunk if whole or is_row else _sampled(chunk, measure.sample)
+    part = chunk if whole or is_row else _sampled(chunk, one.sample)
     if isinstance(method, Entrywise) and not method.of_models():
         place = stacks.site(part)
         blocks = stacks.blocks(part).in_rows(method.row_entries(place))
-        return measure.tally(blocks, method, place)
+        return one.term(blocks, method, place)
     if method.of_models():
         stack, reference = stacks.read(part, reuse=True)
         finite, place = is_finite(stack), stacks.site(part)
@@ -173,7 +242,7 @@ def _share(
     if not finite:
         raise NotFinite
     with converging(chunk.spec.name):
-        return measure.tally(stack, method, place)
+        return one.term(stack, method, place)
 
 
 def _sampled(chunk: Chunk, sample: int) -> Chunk:

@@ -1,4 +1,4 @@
-"""A first look at every weight: is it finite, did it change, which zeros, whose model is it?"""
+"""A first pass over every weight: is it finite, did it change, which zeros, whose model is it?"""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +14,13 @@ from personae.family.finite import beyond_fp32, is_finite, not_finite
 from personae.family.opened import Family
 from personae.methods import has_matrices
 from personae.packs.fingerprint import combine, tensor_digest
-from personae.run import pool
 from personae.run.costs import checking_bytes, scanning_bytes
 from personae.run.work import Work
 
 
 @dataclass(frozen=True)
 class TensorScan:
-    """What a first look at one delta tells.
+    """What a first pass finds in one delta.
 
     Attributes:
         changed: Whether any entry is not zero.
@@ -38,7 +37,7 @@ class TensorScan:
 
 @dataclass(frozen=True)
 class ExpertScan:
-    """What a first look at all deltas of one expert tells.
+    """What a first pass finds in all deltas of one expert.
 
     Attributes:
         tensors: By reference name, for every shared tensor.
@@ -52,7 +51,7 @@ class ExpertScan:
 
 
 @dataclass
-class _Look:
+class _Seen:
     scan: TensorScan | None = None
     differs: bool = False
     digest: str = ""
@@ -60,7 +59,7 @@ class _Look:
 
 
 def scan(deltas: Deltas, work: Work, faults: Faults) -> ExpertScan:
-    """Look at every tensor of one expert once: finite? changed? which zeros? which weights?
+    """Read every tensor of one expert once: finite? changed? which zeros? which weights?
 
     Faults (NaN or Inf in a weight, an expert equal to the reference) are added to `faults`.
     """
@@ -69,12 +68,10 @@ def scan(deltas: Deltas, work: Work, faults: Faults) -> ExpertScan:
     digests: dict[str, str] = {}
     differing: list[str] = []
     taken = alignment.taken
-    results = pool.run(
+    results = work.map(
         list(taken),
-        partial(_look, deltas, taken),
+        partial(_see, deltas, taken),
         cost=lambda raw: scanning_bytes(alignment.checkpoint.specs[raw]),
-        workers=work.threads,
-        memory=work.memory,
     )
     for raw, seen in sorted(results, key=itemgetter(0)):  # faults in an order of their own
         digests[raw] = seen.digest
@@ -105,10 +102,10 @@ def _says_equal(deltas: Deltas, count: int) -> str:
     )
 
 
-def _look(deltas: Deltas, taken: Mapping[str, str | None], raw_name: str) -> _Look:
+def _see(deltas: Deltas, taken: Mapping[str, str | None], raw_name: str) -> _Seen:
     alignment, name = deltas.alignment, taken[raw_name]
     raw = alignment.checkpoint.read(raw_name)
-    seen = _Look(digest=tensor_digest(raw))
+    seen = _Seen(digest=tensor_digest(raw))
     if name is None:
         seen.faults = not_finite(f"Expert '{alignment.name}'", raw_name, raw)
         return seen
@@ -152,18 +149,16 @@ def fingerprint(
     NaN and Inf in them are added to `faults`, but for the tensors named in `unchecked`.
     """
 
-    def look(name: str) -> tuple[str, list[str]]:
+    def see(name: str) -> tuple[str, list[str]]:
         tensor = checkpoint.read(name)
         found = [] if name in unchecked else not_finite(label, name, tensor)
         return tensor_digest(tensor), found
 
     digests: dict[str, str] = {}
-    results = pool.run(
+    results = work.map(
         names or list(checkpoint.specs),
-        look,
+        see,
         cost=lambda n: checking_bytes(checkpoint.specs[n]),
-        workers=work.threads,
-        memory=work.memory,
     )
     for name, (digest, found) in sorted(results, key=itemgetter(0)):
         digests[name] = digest
@@ -186,7 +181,7 @@ def uncoded(family: Family) -> set[str]:
 
 @dataclass(frozen=True)
 class Scanned:
-    """The reference's fingerprint, and what a first look at each expert told."""
+    """The reference's fingerprint, and what a first pass over each expert found."""
 
     reference: str
     experts: dict[str, ExpertScan]
@@ -210,7 +205,7 @@ class Scanned:
 
     @classmethod
     def of_weights(cls, family: Family, work: Work) -> "Scanned":
-        """Look at the experts alone, where there is no base to compare them with yet.
+        """Read the experts alone, where there is no base to compare them with yet.
 
         Raises:
             CheckpointError: naming every weight that is not finite.

@@ -1,10 +1,10 @@
 """What a merge leaves open until all that votes has voted, kept beside its unfinished output.
 
 TIES and DARE-TIES give entries on which no sign wins the sign of the majority, of the model or of
-their tensor. To look at everything for that alone would cost as much as half the merge, so tensors
+their tensor. A pass for that alone would cost as much as half the merge, so tensors
 are written without it. What either sign would make of those entries waits, in files once it is
 much, and is put in place at the end. Of bf16 models that is one entry in some hundreds; where votes
-cancel often, the look is taken.
+cancel often, the pass is taken.
 """
 
 import shutil
@@ -20,7 +20,6 @@ from torch import Tensor
 from personae._safetensors import load_safetensors, open_safetensors
 from personae.family.chunks import Chunk
 from personae.methods import BLOCK, DeltaBlocks, Undecided
-from personae.run import pool
 from personae.run.items import Item
 from personae.run.work import Work
 from personae.writers import CheckpointWriter, output_errors
@@ -184,18 +183,7 @@ class UndecidedEntries:
             for path in self._files(item.number):
                 _replace(load_safetensors(path), votes, writer)
 
-        stage = "deciding by majority"
-        work.progress(stage, 0, len(items))
-        results = pool.run(
-            items,
-            write,
-            cost=waiting_bytes,
-            workers=work.threads,
-            memory=work.memory,
-            in_order=True,
-        )
-        for done, _ in enumerate(results, 1):
-            work.progress(stage, done, len(items))
+        work.each(items, write, cost=waiting_bytes, stage="deciding by majority", in_order=True)
 
     def has(self, number: int) -> bool:
         """Whether what the item of this number leaves open is here, whole."""

@@ -1,20 +1,28 @@
-"""How to work: workers, memory, device, progress.
+"""How to work: workers, memory, device, progress; and the work itself, item by item.
 
 Workers and memory never change a byte. A device sums in an order of its own, so that the last bits
 of what it computes may differ from the CPU's.
 """
 
-from collections.abc import Callable
+import heapq
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from personae.errors import RecipeError
-from personae.run.pool import default_workers
+from personae.errors import BudgetError, RecipeError
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
+
+_KEPT = 11 << 20
+_MOST_KEPT = 208 << 20
 
 
 def silent(_stage: str, _done: int, _total: int) -> None:
@@ -74,3 +82,111 @@ class Work:
         if not available or (index and int(index) >= torch.cuda.device_count()):
             raise RecipeError(f"There is no device '{self.device}' here. Give auto or cpu.")
         return torch.device(self.device)
+
+    def map(
+        self,
+        items: Sequence[Item],
+        function: Callable[[Item], Result],
+        *,
+        cost: Callable[[Item], int],
+        stage: str = "",
+        done: int = 0,
+        in_order: bool = False,
+    ) -> Iterator[tuple[Item, Result]]:
+        """Apply a function to every item, and yield items and results as they finish.
+
+        Each worker computes on one thread of its own, so that neither the number of workers nor
+        the order in which they finish changes a byte of what is computed (sums split over threads
+        would).
+
+        Args:
+            items: What to work on; independent of each other.
+            function: Pure function of one item.
+            cost: Peak bytes one item needs while it is worked on.
+            stage: What progress calls it; progress is not told where this is empty.
+            done: Items that an earlier run has done, for progress.
+            in_order: Begins items in the order given, as reading a disk wants; else largest
+                first, so that all workers end at about the same time.
+
+        Raises:
+            BudgetError: if one item alone exceeds the memory bound.
+        """
+        order = list(items) if in_order else sorted(items, key=cost, reverse=True)  # stable
+        check_memory(max(map(cost, order), default=0), self.memory, "The largest tensor")
+        waiting = iter(order)
+        held = next(waiting, None)
+        under_way: dict[Future[Result], Item] = {}
+        used, total, progress = 0, done + len(order), self.progress if stage else silent
+        progress(stage, done, total)
+        with _single_threaded(self.threads) as pool:
+            while held is not None or under_way:
+                while held is not None and len(under_way) < self.threads:
+                    if under_way and self.memory is not None and used + cost(held) > self.memory:
+                        break
+                    used += cost(held)
+                    under_way[pool.submit(function, held)] = held
+                    held = next(waiting, None)
+                finished, _ = wait(under_way, return_when=FIRST_COMPLETED)
+                while finished:  # emptied, so that no result outlives the caller's use of it
+                    future = finished.pop()
+                    item = under_way.pop(future)
+                    yield item, future.result()
+                    used -= cost(item)
+                    del future
+                    done += 1
+                    progress(stage, done, total)
+
+    def each(
+        self,
+        items: Sequence[Item],
+        function: Callable[[Item], object],
+        *,
+        cost: Callable[[Item], int],
+        stage: str = "",
+        in_order: bool = False,
+    ) -> None:
+        """The same, where the function does all there is to do."""
+        for _ in self.map(items, function, cost=cost, stage=stage, in_order=in_order):
+            pass
+
+
+def default_workers() -> int:
+    """As many workers as this process may use cores."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def held_at_once(costs: Iterable[int], workers: int, memory: int | None) -> int:
+    """Peak memory of the largest items that workers can have under way within the bound.
+
+    The C library keeps some of what is freed, and BLAS some for itself: an eighth, as measured
+    (`benchmarks/memory.py`), up to a limit; that is in no bound.
+    """
+    largest = heapq.nlargest(workers, costs)
+    kept = sum(_KEPT + min(cost // 8, _MOST_KEPT) for cost in largest)
+    return kept + (sum(largest) if memory is None else min(sum(largest), memory))
+
+
+def check_memory(largest: int, memory: int | None, what: str) -> None:
+    """Refuse a memory bound below the largest item.
+
+    Raises:
+        BudgetError: naming the item and the bytes it needs.
+    """
+    if memory is not None and largest > memory:
+        raise BudgetError(
+            f"{what} needs {largest:,} bytes of memory, the bound is {memory:,}. "
+            f"Give --memory {-(-largest // 2**20)}MiB or more."
+        )
+
+
+@contextmanager
+def _single_threaded(workers: int) -> Generator[ThreadPoolExecutor]:
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        workers, thread_name_prefix="personae", initializer=torch.set_num_threads, initargs=(1,)
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)  # the setting is per thread and per process at once

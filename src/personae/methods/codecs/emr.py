@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from personae._types import SVD, Layout, Parts, PartSpec
-from personae.methods._codec import Bits, Codec, Context, Look, Looks
+from personae.methods._codec import Bits, Codec, Context
+from personae.methods._passes import Pass, Passes, scalars
 from personae.methods._registry import codec
 from personae.ops.bits import packed_size
 from personae.ops.chunks import by_chunks, chunks
@@ -53,13 +54,13 @@ class EMR(Codec):
         """The unified vector: the elected sign with the largest magnitude that has it."""
         return by_chunks(_unified, torch.float32, *deltas).reshape(deltas[0].shape)
 
-    def gather(self) -> Looks:
+    def passes(self) -> Passes:
         """Both sums of the rescaler."""
-        told = yield Look("rescaler", self._sizes, each=True)
+        told = yield Pass("rescaler", self._sizes, apart=True)
         whole, masked = (
             torch.stack(list(told.values())).sum(dim=0).cpu().tolist() if told else (0, 0)
         )
-        return {"scale": whole / masked if masked else 1.0}
+        return scalars({"scale": whole / masked if masked else 1.0})
 
     def encode(
         self, delta: Float[Tensor, "..."], svd: SVD | None = None, context: Context | None = None
@@ -69,7 +70,7 @@ class EMR(Codec):
         if context.shared is None:
             return {}
         mask = encode_mask(_agree(delta, context.shared))
-        scale = (context.facts or {})["scale"]
+        scale = context.numbers["scale"]
         return mask | {"scale": delta.new_full((1,), scale)} if mask else {}
 
     def decode(

@@ -5,6 +5,7 @@ of each sign (it keeps 30 % for RoBERTa). `scope` "model" is the form the DTS pa
 one threshold for each sign and one scale over the whole flattened vector, there with 35 or 30 %.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -14,13 +15,14 @@ from pydantic import Field
 from torch import Tensor
 
 from personae._types import SVD, Density, Layout, Parts, PartSpec, TensorSpec
-from personae.methods._codec import Bits, Codec, Context, Facts, Look, Looks, Treatment
+from personae.methods._codec import Bits, Codec, Context, Treatment
+from personae.methods._passes import Pass, Passes, scalars
 from personae.methods._registry import codec
 from personae.ops.bits import pack, packed_size, unpack
 from personae.ops.chunks import by_chunks, chosen, chunks, put
 from personae.ops.masks import decode_mask, encode_mask, mask_layout, mask_size
 from personae.ops.parts import cut, part
-from personae.ops.select import TOP, Window, census, kth_magnitude, narrow
+from personae.ops.select import TOP, Window, count_magnitudes, kth_magnitude, narrow
 
 _SIGNS = {"positive": 1.0, "negative": -1.0}
 _NOTHING = Window(TOP, TOP + 1)
@@ -56,25 +58,23 @@ class TSwitch(Codec):
         """Everything but scalars is coded."""
         return "code" if spec.shape else "exact"
 
-    def gather(self) -> Looks:
+    def passes(self) -> Passes:
         """With `scope` "model": both thresholds by counting, then the scale of what they keep."""
         if self.scope == "tensor":
             return {}
         windows = [Window(0, TOP)] * len(_SIGNS)
         while not all(window.found for window in windows):
-            counts = yield Look("thresholds", partial(_censuses, windows))
+            counts = yield Pass("thresholds", partial(_counts, windows))
             windows = [
                 narrow(of_sign, window, kept or count) if count else _NOTHING
                 for of_sign, window in zip(counts, windows, strict=True)
                 for count in [int(of_sign[0])]
                 for kept in [_kept(count, self.density)]
             ]
-        facts: Facts = {
-            name: window.magnitude for name, window in zip(_SIGNS, windows, strict=True)
-        }
-        energies = yield Look("scale", lambda delta, _: _energy(delta, facts), each=True)
+        thresholds = {name: window.magnitude for name, window in zip(_SIGNS, windows, strict=True)}
+        energies = yield Pass("scale", lambda delta, _: _energy(delta, thresholds), apart=True)
         total = torch.stack(list(energies.values())).sum(dim=0) if energies else torch.zeros(2)
-        return {**facts, "scale": _root_mean(*total.cpu().tolist())}
+        return scalars({**thresholds, "scale": _root_mean(*total.cpu().tolist())})
 
     def encode(
         self, delta: Float[Tensor, "..."], svd: SVD | None = None, context: Context | None = None
@@ -85,8 +85,8 @@ class TSwitch(Codec):
             kept = _largest(flat, self.density)
             scale = _root_mean(*_energy_of(flat, kept).tolist())
         else:
-            facts = (context or self.alone(delta)).facts or {}
-            kept, scale = _above(flat, facts), facts.get("scale", 0.0)
+            found = (context or self.alone(delta)).numbers
+            kept, scale = _above(flat, found), found.get("scale", 0.0)
         if not kept.any():
             return {}
         return encode_mask(kept) | {
@@ -145,15 +145,16 @@ def _largest(flat: Float[Tensor, " entry"], density: float) -> Bool[Tensor, " en
     return marked
 
 
-def _above(delta: Float[Tensor, "..."], facts: Facts) -> Bool[Tensor, " entry"]:
+def _above(delta: Float[Tensor, "..."], thresholds: Mapping[str, float]) -> Bool[Tensor, " entry"]:
     """Mark what reaches the threshold of its sign; all that tie with it."""
-    positive, negative = facts.get("positive", torch.inf), -facts.get("negative", torch.inf)
+    positive = thresholds.get("positive", torch.inf)
+    negative = -thresholds.get("negative", torch.inf)
     return by_chunks(lambda part: (part >= positive) | (part <= negative), torch.bool, delta)
 
 
-def _energy(delta: Float[Tensor, "..."], facts: Facts) -> Float[Tensor, "2"]:
+def _energy(delta: Float[Tensor, "..."], thresholds: Mapping[str, float]) -> Float[Tensor, "2"]:
     """Sum of squares of the entries kept, and their number; fp64."""
-    return _energy_of(delta, _above(delta, facts))
+    return _energy_of(delta, _above(delta, thresholds))
 
 
 def _energy_of(delta: Float[Tensor, "..."], kept: Bool[Tensor, " entry"]) -> Float[Tensor, "2"]:
@@ -166,12 +167,12 @@ def _root_mean(energy: float, count: float) -> float:
     return (energy / count) ** 0.5 if count else 0.0
 
 
-def _censuses(windows: list[Window], delta: Float[Tensor, "..."], _: Context) -> Tensor:
-    """A census of the magnitudes of each sign."""
+def _counts(windows: list[Window], delta: Float[Tensor, "..."], _: Context) -> Tensor:
+    """Magnitudes of each sign, counted by window."""
     bins = max(window.bins for window in windows)
     counts = torch.zeros(len(windows), 2 + bins, dtype=torch.int64)
     for (some,) in chunks(delta):
         for total, sign, window in zip(counts, _SIGNS.values(), windows, strict=True):
             own = sign * some
-            total += census(own[own > 0], window, bins)
+            total += count_magnitudes(own[own > 0], window, bins)
     return counts

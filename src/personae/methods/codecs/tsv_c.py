@@ -12,13 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from personae._types import SVD, Layout, Parts, TensorSpec
-from personae.methods._codec import Bits, Codec, Context, Facts, Rest, Treatment
+from personae.methods._codec import Bits, Codec, Context, Rest, Treatment
 from personae.methods._low_rank import (
     decode_low_rank,
     encode_low_rank,
     low_rank_layout,
     stored_triplets,
 )
+from personae.methods._passes import Statistics
 from personae.methods._registry import codec
 from personae.methods._site import has_matrices
 
@@ -43,9 +44,9 @@ class TSVCompress(Codec):
         """Matrices are coded."""
         return "code" if has_matrices(spec.name, spec.shape) else self.rest
 
-    def for_family(self, facts: Sequence[Facts]) -> "TSVCompress":
+    def for_family(self, statistics: Sequence[Statistics]) -> "TSVCompress":
         """Count the tasks."""
-        return self if self.tasks else self.model_copy(update={"tasks": len(facts)})
+        return self if self.tasks else self.model_copy(update={"tasks": len(statistics)})
 
     def rank(self, shape: tuple[int, ...]) -> int:
         """⌊min(m, d) / N⌋; a single task keeps all."""

@@ -6,7 +6,7 @@ level next to zero is not; here exact zeros of the delta are those pruned, and s
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import ClassVar, Literal
 
@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from personae._types import SVD, Density, Layout, Parts, PartSpec, TensorSpec
-from personae.methods._codec import Bits, Codec, Context, Facts, Look, Looks, Rest, Treatment
+from personae.methods._codec import Bits, Codec, Context, Rest, Treatment
+from personae.methods._passes import Pass, Passes, Statistics, scalars
 from personae.methods._registry import codec
 from personae.methods._site import is_projection
 from personae.ops.bits import pack_planes, planes_size, unpack_planes
@@ -92,18 +93,18 @@ class UltraDelta(Codec):
             return "code"
         return self.rest
 
-    def gather(self) -> Looks:
+    def passes(self) -> Passes:
         """Standard deviations, by which tensors are kept; then the trace norm of what is kept."""
-        told = yield Look("deviations", lambda delta, _: _deviation(delta), each=True)
-        facts = self._thirds([tuple(pair.cpu().tolist()) for pair in told.values()])
+        found = yield Pass("deviations", lambda delta, _: _deviation(delta), apart=True)
+        thirds = self._thirds([tuple(pair.cpu().tolist()) for pair in found.values()])
         if self.rescale == "none":
-            return facts
-        norms = yield Look("trace norms", lambda d, c: self._trace_norm(d, c, facts), each=True)
-        return {**facts, "trace_norm": float(sum(norms.values()))}
+            return scalars(thirds)
+        norms = yield Pass("trace norms", lambda d, c: self._trace_norm(d, c, thirds), apart=True)
+        return scalars({**thirds, "trace_norm": float(sum(norms.values()))})
 
-    def for_family(self, facts: Sequence[Facts]) -> "UltraDelta":
+    def for_family(self, statistics: Sequence[Statistics]) -> "UltraDelta":
         """Find the smallest trace norm."""
-        norms = [one["trace_norm"] for one in facts if one.get("trace_norm")]
+        norms = [float(one["trace_norm"]) for one in statistics if one.get("trace_norm")]
         if self.smallest_trace_norm is not None or not norms:
             return self
         return self.model_copy(update={"smallest_trace_norm": min(norms)})
@@ -120,10 +121,10 @@ class UltraDelta(Codec):
     ) -> Parts:
         """Quantise, draw what is kept of each level, and scale it."""
         context = context or self.alone(delta)
-        facts = context.facts or {}
-        own = facts.get("trace_norm", 0.0)
+        thirds = context.numbers
+        own = thirds.get("trace_norm", 0.0)
         smallest = own if self.smallest_trace_norm is None else self.smallest_trace_norm
-        return self._encode(delta, context, facts, smallest / own if own else 1.0)
+        return self._encode(delta, context, thirds, smallest / own if own else 1.0)
 
     def decode(
         self, parts: Parts, shape: tuple[int, ...], shared: Tensor | None = None
@@ -156,12 +157,14 @@ class UltraDelta(Codec):
         stored = 8 * (mask_size(count, kept) + planes_size(kept, _WIDTH) + 8) if kept else 0
         return Bits(stored, stored, stored)
 
-    def _encode(self, delta: Tensor, context: Context, facts: Facts, factor: float) -> Parts:
+    def _encode(
+        self, delta: Tensor, context: Context, thirds: Mapping[str, float], factor: float
+    ) -> Parts:
         flat = delta.flatten()
         changed = flat != 0
         if not changed.any():
             return {}
-        dropped = self._dropped(delta, facts)
+        dropped = self._dropped(delta, thirds)
         least, most = (value.double() for value in flat.aminmax())
         step = (most - least) / ((1 << _WIDTH) - 1)
         levels = torch.zeros_like(flat, dtype=torch.uint8)
@@ -178,7 +181,7 @@ class UltraDelta(Codec):
             "levels": torch.stack([gain * least, gain * step]).float(),
         }
 
-    def _thirds(self, tensors: Sequence[tuple[float, float]]) -> Facts:
+    def _thirds(self, tensors: Sequence[tuple[float, float]]) -> dict[str, float]:
         """Deviations up to which tensors belong to a third, and the share the last one drops.
 
         Args:
@@ -200,20 +203,22 @@ class UltraDelta(Codec):
         left = rate * whole - rate * second - (rate + self.step) * first
         return {**limits, "last": min(max(left / last, 0.0), _DENSEST_RATE) if last else rate}
 
-    def _dropped(self, delta: Float[Tensor, "..."], facts: Facts) -> float:
+    def _dropped(self, delta: Float[Tensor, "..."], thirds: Mapping[str, float]) -> float:
         """Share of this tensor's entries that is dropped."""
         deviation = float(_deviation(delta)[0])
-        if deviation <= facts.get("first", -1.0):
+        if deviation <= thirds.get("first", -1.0):
             return 1 - self.density + self.step
-        if deviation <= facts.get("second", -1.0):
+        if deviation <= thirds.get("second", -1.0):
             return 1 - self.density
-        return facts.get("last", 1 - self.density)
+        return thirds.get("last", 1 - self.density)
 
-    def _trace_norm(self, delta: Tensor, context: Context, facts: Facts) -> Float[Tensor, ""]:
+    def _trace_norm(
+        self, delta: Tensor, context: Context, thirds: Mapping[str, float]
+    ) -> Float[Tensor, ""]:
         """Sum of singular values of a matrix after pruning; 0 for other tensors."""
         if delta.ndim != 2:
             return delta.new_zeros((), dtype=torch.float64)
-        pruned = self.decode(self._encode(delta, context, facts, 1.0), tuple(delta.shape))
+        pruned = self.decode(self._encode(delta, context, thirds, 1.0), tuple(delta.shape))
         return torch.linalg.svdvals(pruned).sum(dtype=torch.float64)
 
     def _generator(self, context: Context) -> torch.Generator:

@@ -15,7 +15,8 @@ from torch import Tensor
 from personae._types import RankFraction
 from personae.methods._entries import mean
 from personae.methods._matrices import Tensors, is_matrix
-from personae.methods._merge import MatrixWise, Statistics, as_function
+from personae.methods._merge import MatrixWise, as_function
+from personae.methods._passes import Statistics
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided

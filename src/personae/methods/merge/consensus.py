@@ -17,10 +17,11 @@ from pydantic import Field
 from personae import kernels
 from personae._types import Density
 from personae.methods._deltas import DeltaBlocks
-from personae.methods._merge import Gathering, RowWise, Statistics, as_function
+from personae.methods._merge import RowWise, as_function
 from personae.methods._parameters import one_each
+from personae.methods._passes import Passes, Statistics
 from personae.methods._registry import merge_method
-from personae.methods._rules import looks_through
+from personae.methods._rules import passes_through
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
 from personae.methods.merge.ties import TIES
@@ -70,11 +71,11 @@ class Consensus(RowWise):
         ),
     )
 
-    def gather(self, experts: int) -> Gathering:
-        """What TIES looks for, if the multi-task vector is that of TIES."""
+    def passes(self, experts: int) -> Passes:
+        """Those of TIES, if the multi-task vector is that of TIES."""
         if self.multi_task == "sum":
             return {}
-        return (yield from looks_through(self._ties, experts))
+        return (yield from passes_through(self._ties, experts))
 
     @property
     def _ties(self) -> TIES:

@@ -19,7 +19,8 @@ from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
-from personae.methods._merge import MatrixWise, MergeMethod, Statistics, as_function, matrix_memory
+from personae.methods._merge import MatrixWise, MergeMethod, as_function, matrix_memory
+from personae.methods._passes import Statistics
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided

@@ -17,7 +17,8 @@ from personae._types import Density
 from personae.methods._dropping import dropper
 from personae.methods._electing import Electing
 from personae.methods._entries import Fill, PerExpert, find_thresholds, trimmer
-from personae.methods._merge import Gathering, Statistics, as_function
+from personae.methods._merge import as_function
+from personae.methods._passes import Passes, Statistics
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 
@@ -61,8 +62,8 @@ class DARETIES(Electing):
     )
     seed: int = Field(default=0, description="Seed of the random masks: same seed, same model.")
 
-    def find(self, experts: int) -> Gathering:
-        """Looks for the thresholds of trimming, if there is any."""
+    def find(self, experts: int) -> Passes:
+        """Those for the thresholds of trimming, if there is any."""
 
         def kept(own: Any, site: Site) -> Fill:
             return own.dropper(site, experts, weight=1.0)

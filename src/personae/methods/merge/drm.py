@@ -18,16 +18,9 @@ from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
-from personae.methods._merge import (
-    Gathering,
-    MatrixWise,
-    Measure,
-    Side,
-    Statistics,
-    as_function,
-    stacked_memory,
-)
+from personae.methods._merge import MatrixWise, Side, as_function, stacked_memory
 from personae.methods._parameters import one_each
+from personae.methods._passes import Pass, Passes, Statistics
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
@@ -53,7 +46,7 @@ class DRM(MatrixWise):
     """
 
     degenerates: ClassVar = "averaging if prune, elect and disjoint are all off and weight is 1"
-    looks: ClassVar = 1
+    usual_passes: ClassVar = 1
     model_wide: ClassVar = ("others", "elect")
 
     direction: Direction = Field(
@@ -118,15 +111,15 @@ class DRM(MatrixWise):
         description=("Whether fused Q, K, V weights are one matrix, or three merged apart."),
     )
 
-    def gather(self, experts: int) -> Gathering:
-        """One look at all but linear layers: the sign that most of their entries elect."""
+    def passes(self, experts: int) -> Passes:
+        """One pass over all but linear layers: the sign that most of their entries elect."""
         if self.others == "paper" or not self.elect:
             return {}
 
         def vote(vectors: Tensor, _: Any, __: Site) -> Int64[Tensor, ""]:
             return elected(vectors).sum().long()
 
-        majority = yield Measure("majority", vote, applies=_is_not_linear)
+        majority = yield Pass("majority", vote, applies=_is_not_linear)
         return {"majority": majority.sign()}
 
     def equivariant(self, site: Site) -> Side:

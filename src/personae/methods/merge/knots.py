@@ -17,17 +17,10 @@ from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
-from personae.methods._merge import (
-    Gathering,
-    MatrixWise,
-    MergeMethod,
-    Side,
-    Statistics,
-    as_function,
-    stacked_memory,
-)
+from personae.methods._merge import MatrixWise, MergeMethod, Side, as_function, stacked_memory
+from personae.methods._passes import Passes, Statistics
 from personae.methods._registry import merge_method
-from personae.methods._rules import looks_through
+from personae.methods._rules import passes_through
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
 from personae.methods.merge.dare_ties import DARETIES
@@ -44,11 +37,11 @@ RuleName = Literal["ties", "dare_ties"]
 class KnOTS(MatrixWise):
     """Align the task vectors of each layer by one SVD, merge their coordinates by TIES.
 
-    Each of TIES' looks at the model decomposes every layer again, as nothing keeps what it finds.
+    Each pass of TIES over the model decomposes every layer again, as nothing keeps what it finds.
     With DARE's draws in place of trimming, the order of experts matters.
     """
 
-    looks: ClassVar = 2
+    usual_passes: ClassVar = 2
     model_wide: ClassVar = ("rule", "density", "scope")
 
     rule: RuleName = Field(
@@ -76,8 +69,8 @@ class KnOTS(MatrixWise):
     )
     seed: int = Field(default=0, description="Seed of the random masks of `dare_ties`.")
 
-    def gather(self, experts: int) -> Gathering:
-        """The looks of the rule, each at coordinates computed anew."""
+    def passes(self, experts: int) -> Passes:
+        """The passes of the rule, each over coordinates computed anew."""
 
         def view(task_vectors: Tensor, own: Any, site: Site) -> tuple[Tensor, Site]:
             if site.kind != "linear":
@@ -85,7 +78,7 @@ class KnOTS(MatrixWise):
             coordinates = _align(_horizontal(task_vectors, site), own.singular_cutoff).coordinates
             return coordinates, _place(coordinates, site)
 
-        return (yield from looks_through(self._rule, experts, view))
+        return (yield from passes_through(self._rule, experts, view))
 
     @property
     def _rule(self) -> MergeMethod:

@@ -14,8 +14,9 @@ from pydantic import Field
 
 from personae.methods._deltas import DeltaBlocks
 from personae.methods._entries import weighted_sums
-from personae.methods._merge import Linear, Statistics, as_function
+from personae.methods._merge import Linear, as_function
 from personae.methods._parameters import one_each
+from personae.methods._passes import Statistics
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided

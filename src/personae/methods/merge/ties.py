@@ -17,7 +17,8 @@ from pydantic import Field
 from personae._types import Density
 from personae.methods._electing import Electing
 from personae.methods._entries import Fill, find_thresholds, trimmer
-from personae.methods._merge import Gathering, Statistics, as_function
+from personae.methods._merge import as_function
+from personae.methods._passes import Passes, Statistics
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 
@@ -33,7 +34,7 @@ class TIES(Electing):
         The merged task vector, fp32; entries that no expert keeps are 0.
     """
 
-    looks: ClassVar = 1
+    usual_passes: ClassVar = 1
     model_wide: ClassVar = ("density", "scope")
 
     density: Density | tuple[Density, ...] = Field(
@@ -47,8 +48,8 @@ class TIES(Electing):
         ),
     )
 
-    def find(self, experts: int) -> Gathering:
-        """Looks that find each expert's threshold."""
+    def find(self, experts: int) -> Passes:
+        """Those that find each expert's threshold."""
         return {"thresholds": (yield from find_thresholds(self.density, experts))}
 
     def fill(self, site: Site, experts: int, statistics: Statistics) -> Fill:

@@ -16,7 +16,8 @@ from personae.methods._deltas import DeltaBlocks, delta_blocks
 from personae.methods._dropping import dropper
 from personae.methods._electing import Ballot
 from personae.methods._entries import Fill, PerExpert
-from personae.methods._merge import Gathering, Measure, RowWise
+from personae.methods._merge import RowWise
+from personae.methods._passes import Pass, Passes
 from personae.methods._site import Site
 from personae.ops.sums import SUM_BINS, total
 
@@ -45,7 +46,7 @@ class Dropping(RowWise):
 
     order_free: ClassVar = False
     default_scope: ClassVar = "tensor"
-    looks: ClassVar = 1
+    usual_passes: ClassVar = 1
 
     weight: float | tuple[float, ...] = Field(description="Coefficient of each expert.")
     density: Density | tuple[Density, ...] = Field(
@@ -61,15 +62,15 @@ class Dropping(RowWise):
     lambda_: float = Field(default=1.0, alias="lambda", description="Multiplier on the result.")
     seed: int = Field(default=0, description="Of the masks.")
 
-    def gather(self, experts: int) -> Gathering:
-        """One look, for the norms of what is kept, if they are restored."""
+    def passes(self, experts: int) -> Passes:
+        """One pass, for the norms of what is kept, if they are restored."""
         if not self.rescale:
             return {}
 
         def norms(vectors: Tensor | DeltaBlocks, own: "Dropping", site: Site) -> Tensor:
             return l1_share(delta_blocks(vectors), own.fill(site, experts, 1.0))
 
-        return {"norms": (yield Measure("norms", norms))}
+        return {"norms": (yield Pass("norms", norms))}
 
     def fill(self, site: Site, experts: int, weight: PerExpert) -> Fill:
         """Drops at random, as in `dare`, and weighs what is kept."""

@@ -2,7 +2,7 @@
 
 mergekit sorts and takes k, which of the tied entries its sort leaves open. Differences of bf16
 weights are round numbers, so that a twentieth of a tensor may tie. Where the last one kept lies is
-found by looks that count ties by position, as thresholds are by looks that count magnitudes.
+found by passes that count ties by position, as thresholds are by passes that count magnitudes.
 """
 
 import math
@@ -19,8 +19,8 @@ from personae import kernels
 from personae.methods._deltas import DeltaBlocks, delta_blocks
 from personae.methods._entries import Fill, PerExpert
 from personae.methods._entries import trimmer as trimmer_of_ties
-from personae.methods._merge import Measure
 from personae.methods._parameters import one_each
+from personae.methods._passes import Pass
 from personae.methods._site import Site
 from personae.ops.select import kept_count
 
@@ -33,17 +33,17 @@ class _Span(NamedTuple):
     """Where a cut lies: in one of so many bins of `width` positions from `start` on."""
 
     start: int = 0
-    width: int = 0  # not known before the first look: that of the whole tensor
+    width: int = 0  # not known before the first pass: that of the whole tensor
     before: int = 0
-    """Tied entries that may be kept from `start` on; not known before the first look either."""
+    """Tied entries that may be kept from `start` on; not known before the first pass either."""
 
 
 def find_cuts(
     density: PerExpert, thresholds: Float[Tensor, " expert"], experts: int
-) -> Generator[Measure, Tensor, Int64[Tensor, " expert"]]:
-    """Look for the position from which on entries that equal the threshold are dropped.
+) -> Generator[Pass, Tensor, Int64[Tensor, " expert"]]:
+    """Find the position from which on entries that equal the threshold are dropped.
 
-    Looks at one tensor alone: positions are those in the tensor.
+    Passes are over one tensor alone: positions are those in the tensor.
 
     Args:
         density: Fraction of entries kept.
@@ -65,7 +65,7 @@ def find_cuts(
         return torch.from_numpy(counts)
 
     while open_spans:
-        counted = yield Measure("ties", count)
+        counted = yield Pass("ties", count)
         for (n, span), counts in zip(sorted(open_spans.items()), counted, strict=True):
             entries, above, ties = int(counts[0]), int(counts[1]), counts[2:].cumsum(0)
             kept = span.before if span.width else kept_count(entries, densities[n]) - above

@@ -11,8 +11,9 @@ from numpy import ndarray
 
 from personae.methods._deltas import DeltaBlocks
 from personae.methods._dropping import dropped_sums
-from personae.methods._merge import Statistics, as_function
+from personae.methods._merge import as_function
 from personae.methods._parameters import one_each
+from personae.methods._passes import Statistics
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided

@@ -15,8 +15,9 @@ from torch import Tensor
 from personae._types import Density
 from personae.methods._deltas import DeltaBlocks, delta_blocks
 from personae.methods._entries import find_thresholds
-from personae.methods._merge import Gathering, Measure, RowWise, Statistics, as_function
+from personae.methods._merge import RowWise, as_function
 from personae.methods._parameters import one_each
+from personae.methods._passes import Pass, Passes, Statistics
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 from personae.methods._undecided import Undecided
@@ -29,7 +30,7 @@ class TIES(RowWise):
     """Trim each tensor, weight it, elect the sign of the sum, average by weight what agrees."""
 
     default_scope: ClassVar = "tensor"
-    looks: ClassVar = 3
+    usual_passes: ClassVar = 3
 
     weight: float | tuple[float, ...] = Field(
         description="Coefficient of each expert, applied before signs are elected."
@@ -49,8 +50,8 @@ class TIES(RowWise):
         description="Multiplier on the result.",
     )
 
-    def gather(self, experts: int) -> Gathering:
-        """Looks for each expert's threshold and ties, and for the norms if they are restored."""
+    def passes(self, experts: int) -> Passes:
+        """Those for each expert's threshold and ties, and for the norms if they are restored."""
         thresholds = yield from find_thresholds(self.density, experts)
         cuts = yield from find_cuts(self.density, thresholds, experts)
         found = {"thresholds": thresholds, "cuts": cuts}
@@ -61,7 +62,7 @@ class TIES(RowWise):
                     delta_blocks(vectors), trimmer(thresholds, cuts, (1.0,) * experts, site)
                 )
 
-            found["norms"] = yield Measure("norms", norms)
+            found["norms"] = yield Pass("norms", norms)
         return found
 
     def merge_blocks(

@@ -1,4 +1,4 @@
-"""The pool: largest first, within workers and memory, and torch's threads as they were."""
+"""Mapping over items: largest first, within workers and memory, torch's threads as they were."""
 
 import threading
 import time
@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from personae.errors import BudgetError
-from personae.run import pool
+from personae.run.work import Work
 
 
 def test_every_item_once_and_largest_first():
     seen: list[int] = []
     items = [3, 1, 4, 1, 5]
-    results = list(pool.run(items, lambda n: seen.append(n) or n * n, cost=lambda n: n, workers=1))
+    results = list(Work(workers=1).map(items, lambda n: seen.append(n) or n * n, cost=lambda n: n))
     assert seen == [5, 4, 3, 1, 1]
     assert sorted(results) == [(1, 1), (1, 1), (3, 9), (4, 16), (5, 25)]
 
@@ -30,14 +30,14 @@ def test_no_more_at_once_than_workers_and_memory_allow(workers, memory, most):
         with lock:
             now[0] -= 1
 
-    list(pool.run(range(12), work, cost=lambda _: 10, workers=workers, memory=memory))
+    list(Work(workers=workers, memory=memory).map(range(12), work, cost=lambda _: 10))
     assert peak[0] <= most
 
 
 def test_an_item_above_the_bound_is_refused_before_any_work():
     seen: list[int] = []
     with pytest.raises(BudgetError, match="The largest tensor needs 30 bytes of memory"):
-        list(pool.run([10, 30], seen.append, cost=lambda n: n, workers=1, memory=20))
+        Work(workers=1, memory=20).each([10, 30], seen.append, cost=lambda n: n)
     assert seen == []
 
 
@@ -46,7 +46,7 @@ def test_an_error_in_the_work_comes_through():
         return 1 / n
 
     with pytest.raises(ZeroDivisionError):
-        list(pool.run([2, 1, 0], work, cost=lambda n: n, workers=2))
+        Work(workers=2).each([2, 1, 0], work, cost=lambda n: n)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -60,7 +60,7 @@ def test_work_is_single_threaded_and_the_setting_comes_back(fails):
             raise ValueError
 
     try:
-        list(pool.run([1, 2, 3], work, cost=lambda _: 1, workers=1))
+        Work(workers=1).each([1, 2, 3], work, cost=lambda _: 1)
     except ValueError:
         assert fails
     assert set(inside) == {1}
@@ -68,4 +68,13 @@ def test_work_is_single_threaded_and_the_setting_comes_back(fails):
 
 
 def test_nothing_to_do():
-    assert list(pool.run([], str, cost=lambda _: 1, workers=2, memory=1)) == []
+    assert list(Work(workers=2, memory=1).map([], str, cost=lambda _: 1)) == []
+
+
+def test_progress_goes_on_from_what_an_earlier_run_has_done():
+    steps: list[tuple[str, int, int]] = []
+    work = Work(workers=1, progress=lambda *step: steps.append(step))
+    assert len(list(work.map([7, 8], str, cost=lambda _: 1, stage="counting", done=3))) == 2
+    assert steps == [("counting", 3, 5), ("counting", 4, 5), ("counting", 5, 5)]
+    work.each([7], str, cost=lambda _: 1)
+    assert len(steps) == 3
