@@ -9,8 +9,7 @@ import torch
 from families import State, saved
 from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.tied import as_stored, each_once, same_bytes
-from personae.family.align import align
-from personae.family.misfits import trained_apart
+from personae.family.align import align, trained_apart
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIED, UNTIED = '{"tie_word_embeddings": true}', '{"tie_word_embeddings": false}'

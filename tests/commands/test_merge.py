@@ -9,10 +9,9 @@ import torch
 from families import State, as_many, listing, saved, small_base, tuned
 from personae.commands.merge import merge
 from personae.errors import BudgetError, CheckpointError, MethodError, OutputError, PersonaeError
-from personae.family import chunks, stacks
+from personae.family import chunks, deltas
 from personae.methods import MERGE_METHODS, Site, build, lookup
 from personae.recipe import MergeSettings
-from personae.run import items
 from personae.run.work import Work
 from toys import load
 
@@ -27,7 +26,7 @@ runnable = pytest.mark.parametrize(
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts even tiny tensors: blocks of 50 entries, items of 90."""
     monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 50)
-    monkeypatch.setattr(items, "ITEM_ENTRIES", 90)
+    monkeypatch.setattr(chunks, "ITEM_ENTRIES", 90)
 
 
 def family(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[str, dict[str, str]]:
@@ -292,9 +291,9 @@ def test_an_average_in_16_bits_needs_no_base_and_keeps_what_did_not_change(
         state["layer.weight"] = same["layer.weight"]
         experts[name] = str(saved(state, tmp_path / f"again-{name}"))
     asked: list[str] = []
-    read = stacks.Stacks.read
+    read = deltas.Stacks.read
     monkeypatch.setattr(
-        stacks.Stacks, "read", lambda self, chunk, **how: asked.append("") or read(self, chunk)
+        deltas.Stacks, "read", lambda self, chunk, **how: asked.append("") or read(self, chunk)
     )
     merge(base, experts, tmp_path / "out")
     found = load(tmp_path / "out")

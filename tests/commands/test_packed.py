@@ -31,8 +31,8 @@ def test_tasks_tell_what_inspect_tells(packed: Pack):
         percent = told[name]["amr_percent"]
         assert task.amr.on_disk == percent["on_disk_native"] > 0
         assert task.amr.on_disk_fp32 == percent["on_disk_fp32"] == task.amr.on_disk / 2
-        assert task.amr.paper == percent["counted"] >= task.amr.paper_lean
-        assert task.amr.paper_lean == percent["counted_lean"] > 0
+        assert task.amr.paper == percent["amr_paper"] >= task.amr.paper_lean
+        assert task.amr.paper_lean == percent["amr_paper_lean"] > 0
         assert task.relative_error == told[name]["relative_error"] > 0
         assert task.bytes == (packed.directory / "tasks" / f"{name}.safetensors").stat().st_size
         assert task.parameters["rank_fraction"] == 0.5

@@ -19,13 +19,13 @@ TASKS = (
 INDIVIDUAL = {task: 0.911 + 0.01 * number for number, task in enumerate(TASKS)}
 RECORDS = [
     record(
-        "individual models", INDIVIDUAL, individual=INDIVIDUAL, amr_counted=100.0, amr_on_disk=100.0
+        "individual models", INDIVIDUAL, individual=INDIVIDUAL, amr_paper=100.0, amr_on_disk=100.0
     ),
     record(
         "DTS-T, budget of 1 %",
         {task: score - 0.1 for task, score in INDIVIDUAL.items()},
         individual=INDIVIDUAL,
-        amr_counted=1.49,
+        amr_paper=1.49,
         amr_on_disk=0.98,
     ),
 ]
@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_continued_below():
 
 def test_a_score_of_one_and_a_negative_score_fit():
     scores = {"a": 1.0, "b": -0.123}
-    one = record("x", scores, individual={"a": 1.0, "b": 0.0}, amr_counted=0.0, amr_on_disk=0.0)
+    one = record("x", scores, individual={"a": 1.0, "b": 0.0}, amr_paper=0.0, amr_on_disk=0.0)
     row = next(line for line in lines([one], 80) if line.startswith("x"))
     # average (1 - 0.123) / 2 = 0.4385; ADR 100 * (0.5 - 0.4385) / 0.5 = 12.3
     assert row.split() == ["x", "100", "-12", "43.85", "12.30", "0.00", "0.00"]
@@ -76,7 +76,7 @@ def test_a_score_of_one_and_a_negative_score_fit():
 
 def test_no_loss_has_no_sign():
     scores, better = {"a": 0.80002}, {"a": 0.8}  # ADR -0.0025
-    one = record("x", scores, individual=better, amr_counted=0.0, amr_on_disk=0.0)
+    one = record("x", scores, individual=better, amr_paper=0.0, amr_on_disk=0.0)
     assert markdown([one]).splitlines()[-1] == "| x | 80.0 | 80.00 | 0.00 | 0.00 | 0.00 |"
 
 

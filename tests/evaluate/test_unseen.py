@@ -79,7 +79,7 @@ def test_rows_and_tasks(found):
         "EMR, same weighting",
     ]
     assert all(set(one.scores) == {"u", "v"} for one in found.records)
-    rates = {one.method: one.amr_counted for one in found.records}
+    rates = {one.method: one.amr_paper for one in found.records}
     assert rates["individual"] == 100 and rates["weight averaging"] == 0
     assert 0 < rates["DTS-T r=0.5"] < 100
 

@@ -14,7 +14,6 @@ from personae.commands.pack import pack
 from personae.commands.unpack import unpack
 from personae.family import chunks
 from personae.recipe import MergeSettings, PackSettings
-from personae.run import items
 from personae.run.work import Work
 from toys import load
 
@@ -171,7 +170,7 @@ def test_a_run_that_goes_on_tells_the_same(
 ) -> None:
     """Killed after each item: what earlier runs saw is told by the last."""
     monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 2000)
-    monkeypatch.setattr(items, "ITEM_ENTRIES", 2000)
+    monkeypatch.setattr(chunks, "ITEM_ENTRIES", 2000)
     base, up, down = opposed(dtype)
     paths = {name: saved(s, tmp_path / name) for name, s in (("b", base), ("u", up), ("d", down))}
     experts = {name: str(paths[name]) for name in "ud"}

@@ -48,7 +48,7 @@ def test_bands_and_what_follows_them():
     assert list(codec._runs(5)) == [(8, 0, 1), (3, 1, 3), (2, 3, 5)]
     assert list(codec._runs(2)) == [(8, 0, 1), (3, 1, 2)]
     bits = codec.bits((12, 12))
-    assert bits.counted == 18 * 24 + 5 * 32
+    assert bits.paper == 18 * 24 + 5 * 32
     # planes of each factor: 8 of 13 codes (12 and a zero point), 3 of 26 and 2 of 26; a scale for
     # 5 · 2 vectors
     assert bits.stored == 8 * 2 * (8 * 2 + 3 * 4 + 2 * 4) + 5 * 32 + 16 * 10

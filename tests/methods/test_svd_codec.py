@@ -28,7 +28,7 @@ def test_what_is_no_matrix_is_exact(shape: tuple[int, ...]):
     delta = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     parts = SVD().encode(delta)
     assert torch.equal(SVD().decode(parts, shape), delta)
-    assert SVD().bits(shape).counted == 32 * delta.numel()
+    assert SVD().bits(shape).paper == 32 * delta.numel()
 
 
 def test_best_approximation_of_its_rank():

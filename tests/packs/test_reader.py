@@ -16,6 +16,7 @@ from personae.packs.manifest import checksum as _checksum
 from personae.packs.reader import Pack
 from personae.packs.soundness import parse_manifest
 from personae.packs.task_file import TaskFile
+from personae.recipe import PackSettings
 
 HEAD = {"classifier.weight": torch.arange(12.0).reshape(3, 4), "classifier.bias": torch.ones(3)}
 
@@ -250,3 +251,13 @@ def test_a_task_is_not_added_to_another_base(made, copied, tmp_path):
 def test_a_task_that_is_not_there_is_not_removed(copied):
     with pytest.raises(PackError, match=r"no task 'low'. Did you mean 'law'\?"):
         remove_task(copied, "low")
+
+
+def test_rules_of_budgets_keep_their_names_on_disk(made, tmp_path):
+    base, news = str(made / "base"), str(made / "news")
+    settings = PackSettings(budget="90%", counting="amr_paper")
+    opened = pack(base, {"news": news}, tmp_path / "p", settings=settings)
+    assert opened.manifest.counting == "amr_paper"
+    assert json.loads((tmp_path / "p/pack.json").read_text())["counting"] == "counted"
+    assert Pack(tmp_path / "p").manifest == opened.manifest
+    assert PackSettings.model_validate({"counting": "counted_lean"}).counting == "amr_paper_lean"

@@ -22,7 +22,7 @@ models:
 parameters:
   qkv: split
 budget: 1%
-counting: counted
+counting: amr_paper
 vector: difference
 reference:
   merge_method: ties
@@ -54,7 +54,7 @@ def test_everything_a_recipe_can_say(tmp_path):
         method="dts",
         parameters={"qkv": "split"},
         budget="1%",
-        counting="counted",
+        counting="amr_paper",
         vector="difference",
         reference="ties",
         reference_parameters={"density": 0.3},
@@ -93,7 +93,7 @@ reference: {merge_methd: ties}
         "line 4: Unknown key 'models.0.modle'. Did you mean 'model'?",
         "line 5: vector = 'sideways': Input should be 'task' or 'difference'",
         "line 6: budget = 'lots': 'lots' is no size of a byte or more. Write '1%', '900KB' or",
-        "line 7: counting = 'bytes': Input should be 'counted'",
+        "line 7: counting = 'bytes': Input should be 'amr_paper'",
         "line 8: Unknown key 'reference.merge_methd'. Did you mean 'merge_method'?",
     ):
         assert fault in message

@@ -17,7 +17,7 @@ from personae.errors import OutputError
 from personae.family import chunks
 from personae.methods import MERGE_METHODS, DeltaBlocks, Site, Undecided, build, lookup
 from personae.recipe import MergeSettings
-from personae.run import items, undecided
+from personae.run import undecided
 from personae.run.work import Work
 from toys import load
 
@@ -36,7 +36,7 @@ BASE: State = {
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks to a tensor, several tensors to an item, several files to what it leaves."""
     monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 20)
-    monkeypatch.setattr(items, "ITEM_ENTRIES", 50)
+    monkeypatch.setattr(chunks, "ITEM_ENTRIES", 50)
     monkeypatch.setattr(undecided, "FILE_ENTRIES", 3)
 
 
@@ -243,7 +243,7 @@ def test_what_the_other_sign_would_make_need_not_fit_the_dtype(tmp_path: Path):
 def test_what_is_left_open_goes_to_files_as_it_grows(tmp_path: Path):
     # 20 entries a chunk, all undecided, with 3 to a file: each chunk goes to a file of its own.
     spec = TensorSpec("w", (3, 20), torch.float32)
-    item = items.Item(0, tuple(chunks.Chunk(spec, row, row + 1) for row in range(3)), whole=False)
+    item = chunks.Item(0, tuple(chunks.Chunk(spec, row, row + 1) for row in range(3)), whole=False)
     left_open = undecided.UndecidedEntries(tmp_path).of(item)
     for chunk in item.chunks:
         reference = torch.full((1, 20), 10.0 * chunk.start)

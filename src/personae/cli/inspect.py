@@ -164,7 +164,7 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False, uncoded: boo
             console.size(task["private_bytes"]),
             console.size(task["auxiliary_bytes"]),
             console.percent(task["amr_percent"]["on_disk_native"]),
-            console.percent(task["amr_percent"]["counted"]),
+            console.percent(task["amr_percent"]["amr_paper"]),
             "-" if task["rank_fraction"] is None else f"{task['rank_fraction']:.3f}",
             f"{task['relative_error']:.4f}",
         ]
@@ -176,7 +176,7 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False, uncoded: boo
         "private",
         "beside",
         "AMR %",
-        "counted",
+        "paper",
         "rank",
         "error",
     ]

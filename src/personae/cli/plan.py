@@ -191,12 +191,12 @@ def _print_plan(planned: PackPlan) -> None:
             console.size(task.coded.bytes),
             console.size(task.private_bytes),
             console.percent(task.coded.amr_percent["on_disk_native"]),
-            console.percent(task.coded.amr_percent["counted"]),
+            console.percent(task.coded.amr_percent["amr_paper"]),
             "-" if task.coded.rank_fraction is None else f"{task.coded.rank_fraction:.4f}",
         ]
         for name, task in planned.tasks.items()
     ]
-    columns = ["task", "coded", "private", "AMR % disk", "AMR % counted", "rank fraction"]
+    columns = ["task", "coded", "private", "AMR % disk", "AMR % paper", "rank fraction"]
     console.table("", columns, rows)
     console.out.print(
         f"reads {console.size(planned.bytes_in)}, writes at most {console.size(planned.bytes_out)},"

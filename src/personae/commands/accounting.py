@@ -35,7 +35,7 @@ class Denominator:
 class Share(NamedTuple):
     """A task's share of what all tasks share, in bits: by the papers' rule, and as stored."""
 
-    counted: float = 0.0
+    paper: float = 0.0
     stored: float = 0.0
 
 
@@ -46,15 +46,15 @@ def amr_percent(bits: Bits, whole: Denominator, share: Share = _NO_SHARE) -> dic
     """AMR by every rule, in percent (methods.md 1.2, 3.1), the share included.
 
     Returns:
-        `counted`: the papers' rule, over 32 bits a parameter. `counted_lean`: the same with the
+        `amr_paper`: the papers' rule, over 32 bits a parameter. `amr_paper_lean`: the same with the
         fewest bits that carry the code. `on_disk_fp32`: bits stored, over 32 bits a parameter.
         `on_disk_native`: bits stored, over the reference's own bytes.
     """
     fp32, native = 32 * whole.parameters, 8 * whole.bytes
     stored = bits.stored + share.stored
     return {
-        "counted": 100 * (bits.counted + share.counted) / fp32 if fp32 else 0.0,
-        "counted_lean": 100 * (bits.counted_lean + share.counted) / fp32 if fp32 else 0.0,
+        "amr_paper": 100 * (bits.paper + share.paper) / fp32 if fp32 else 0.0,
+        "amr_paper_lean": 100 * (bits.paper_lean + share.paper) / fp32 if fp32 else 0.0,
         "on_disk_fp32": 100 * stored / fp32 if fp32 else 0.0,
         "on_disk_native": 100 * stored / native if native else 0.0,
     }
@@ -71,15 +71,15 @@ def cost(
         facts: What a scan found. Stored bits then leave out unchanged tensors and include masks
             for exact zeros; without facts every tensor is taken as changed everywhere.
     """
-    counted = lean = stored = 0
+    paper = lean = stored = 0
     for (treatment, block_shape), times in _block_shapes(codec, specs).items():
         bits = block_bits(codec, treatment, block_shape)
-        counted += times * bits.counted
-        lean += times * bits.counted_lean
+        paper += times * bits.paper
+        lean += times * bits.paper_lean
         stored += times * bits.stored
     if facts is not None:
         stored = sum(_stored(codec, spec, facts[spec.name]) for spec in specs if spec.is_floating)
-    return Bits(counted, lean, stored)
+    return Bits(paper, lean, stored)
 
 
 def mask_bytes(codec: Codec, specs: Iterable[TensorSpec]) -> int:
@@ -98,7 +98,7 @@ def shared_bytes(codec: Codec, specs: Iterable[TensorSpec]) -> int:
     return sum(4 * s.numel for s in specs if s.is_floating and codec.treats(s) == "code")
 
 
-def counted_bits(
+def paper_bits(
     codec: Codec, specs: Iterable[TensorSpec], ranks: Mapping[str, Sequence[int | None]]
 ) -> tuple[int, int]:
     """Bits by the papers' rule, and by its lean form, of one expert as it was coded.
@@ -108,14 +108,14 @@ def counted_bits(
         specs: Shared tensors of the reference. The rule charges for unchanged ones too.
         ranks: Rank stored of each block of the tensors coded; None where nothing was decomposed.
     """
-    counted = lean = 0
+    paper = lean = 0
     for spec in specs:
         shapes, treatment = block_shapes(codec, spec), codec.treats(spec)
         for shape, rank in zip(shapes, ranks.get(spec.name) or [None] * len(shapes), strict=True):
             bits = block_bits(codec, treatment, shape, rank)
-            counted += bits.counted
-            lean += bits.counted_lean
-    return counted, lean
+            paper += bits.paper
+            lean += bits.paper_lean
+    return paper, lean
 
 
 def task_amr_percent(record: TaskRecord, manifest: Manifest) -> dict[str, float]:
@@ -185,7 +185,7 @@ def _size(bits: Bits, whole: Denominator, budget: float | int, counting: Countin
         bits = bits._replace(stored=bits.stored + 8 * HEADER_BYTES)
     if is_fraction(budget):
         return amr_percent(bits, whole)[counting] / 100
-    return {"counted": bits.counted, "counted_lean": bits.counted_lean}.get(
+    return {"amr_paper": bits.paper, "amr_paper_lean": bits.paper_lean}.get(
         counting, bits.stored
     ) / 8
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from personae.checkpoints.naming import shown
-from personae.commands.accounting import cost, counted_bits, largest_rank_fraction
+from personae.commands.accounting import cost, largest_rank_fraction, paper_bits
 from personae.commands.describe import class_names
 from personae.errors import BudgetError
 from personae.family.align import Alignment
@@ -240,9 +240,9 @@ def _write_task(
     rule = expert.renaming
     reference = family.base.specs
     shared = family.shared_specs(expert.name)
-    counted, lean = counted_bits(codec, shared, {name: t.ranks for name, t in coded.items()})
+    paper, lean = paper_bits(codec, shared, {name: t.ranks for name, t in coded.items()})
     if codec.counts_stored:
-        counted = lean = 8 * sum(tensor.nbytes for tensor in coded.values())
+        paper = lean = 8 * sum(tensor.nbytes for tensor in coded.values())
     writer.add_task(
         expert.name,
         coded,
@@ -265,7 +265,7 @@ def _write_task(
         tied=dict(expert.tied),
         base_parameters=sum(spec.numel for spec in shared),
         base_bytes=sum(spec.nbytes for spec in shared),
-        counted_bits=counted,
+        counted_bits=paper,
         counted_lean_bits=lean,
         characteristics=characteristics,
     )

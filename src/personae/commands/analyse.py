@@ -7,8 +7,8 @@ from typing import Any
 from personae.checkpoints.naming import matches
 from personae.errors import CheckpointError, Faults, MethodError, RecipeError, nearest
 from personae.family.chunks import Chunk, whole_or_matrices
+from personae.family.deltas import Stacks
 from personae.family.opened import open_family
-from personae.family.stacks import Stacks
 from personae.methods import Parameters, build
 from personae.methods.analyses import ANALYSES, Analysis, Findings
 from personae.run.work import Work

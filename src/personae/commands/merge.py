@@ -4,6 +4,7 @@ import hashlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from personae._version import __version__
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.modules import weight_layout
 from personae.checkpoints.naming import shown
-from personae.commands.merge_card import merge_card
 from personae.commands.merge_plan import MergeJob, open_to_merge, plan_job, prepare, settings_for
 from personae.commands.merge_rows import Rows, merge_rows
 from personae.errors import CheckpointError, Faults
-from personae.family.chunks import Chunk
+from personae.family.chunks import Chunk, Item
 from personae.family.effects import (
     Effect,
     any_entry,
@@ -27,10 +28,9 @@ from personae.family.effects import (
 )
 from personae.family.finite import converging, is_finite
 from personae.family.opened import Family
-from personae.family.vocabulary_files import merged_auxiliary_files
+from personae.family.vocabularies import merged_auxiliary_files
 from personae.methods import MergeMethod, NotFinite, Statistics
-from personae.recipe import MergeSettings
-from personae.run.items import Item
+from personae.recipe import MergeSettings, merge_recipe_text
 from personae.run.output import check_output
 from personae.run.passes import kept, passes_over_family, passes_over_tensor
 from personae.run.undecided import UndecidedEntries
@@ -47,6 +47,7 @@ from personae.writers import (
     require_space,
     write_auxiliary_files,
 )
+from personae.writers.model_card import CardFacts, Source, model_card
 
 _STATISTICS = "statistics.safetensors"
 
@@ -345,3 +346,48 @@ def _stamp(file: Path) -> tuple[str, int, int, int, int]:
     """Name, size, times and place of a file: a copy that keeps its time has another place."""
     status = file.stat()
     return file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def merge_card(family: Family, settings: MergeSettings, recipe: str | None = None) -> str:
+    """The README of a merged model.
+
+    It depends on what is merged and how alone, so that a merge done again writes the same bytes.
+
+    Args:
+        family: Base and experts.
+        settings: How they are merged.
+        recipe: The recipe's text; by default one is written from the settings.
+    """
+    method = settings.merge_method()
+    base = Source("base", family.base.source, family.base.revision) if family.has_base else None
+    owns = settings.expert_parameters or ({},) * len(family.experts)
+    experts = [
+        Source(name, expert.checkpoint.source, expert.checkpoint.revision, own)
+        for (name, expert), own in zip(family.experts.items(), owns, strict=True)
+    ]
+    places = {expert.name: expert.place for expert in experts}
+    facts = CardFacts(
+        title=f"{', '.join(places)}: merged by {method.name}",
+        method=method.name,
+        summary=method.summary,
+        paper=method.paper,
+        conventions=method.conventions,
+        parameters=_parameters(settings),
+        base=base,
+        experts=experts,
+        recipe=recipe or merge_recipe_text(base.place if base else None, places, settings),
+        versions={"personae": __version__, "torch": version("torch")},
+        dtype=settings.dtype or "",
+        tokenizer=settings.tokenizer_source or "",
+    )
+    return model_card(facts)
+
+
+def _parameters(settings: MergeSettings) -> dict[str, Any]:
+    """Every parameter that is not each expert's own, with its default where nothing is said."""
+    own = {name for expert in settings.expert_parameters for name in expert}
+    return {
+        name: settings.parameters.get(name, field.default)
+        for name, field in settings.merge_method().fields().items()
+        if name in settings.parameters or name not in own
+    }

@@ -152,8 +152,8 @@ class Pack(reader.Pack):
         record = self.manifest.tasks[name]
         percent = task_amr_percent(record, self.manifest)
         amr = AMR(
-            paper=percent["counted"],
-            paper_lean=percent["counted_lean"],
+            paper=percent["amr_paper"],
+            paper_lean=percent["amr_paper_lean"],
             on_disk=percent["on_disk_native"],
             on_disk_fp32=percent["on_disk_fp32"],
         )

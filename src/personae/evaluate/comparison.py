@@ -159,9 +159,9 @@ def compare(
     individual = {task.name: evaluate_checkpoint(experts[task.name], task) for task in tasks}
     records: list[Record] = []
 
-    def add(method: str, scores: Mapping[str, float], counted: float, on_disk: float) -> None:
+    def add(method: str, scores: Mapping[str, float], paper: float, on_disk: float) -> None:
         records.append(
-            record(method, scores, individual=individual, amr_counted=counted, amr_on_disk=on_disk)
+            record(method, scores, individual=individual, amr_paper=paper, amr_on_disk=on_disk)
         )
         report(records[-1])
 
@@ -180,7 +180,7 @@ def compare(
             add(
                 name,
                 _scores(pack, base, tasks, work),
-                fmean(one["counted"] for one in amr),
+                fmean(one["amr_paper"] for one in amr),
                 fmean(one["on_disk_native"] for one in amr),
             )
     return records

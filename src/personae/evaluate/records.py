@@ -15,7 +15,7 @@ class Record:
         scores: Task name to score, as a fraction.
         average: Mean of the scores.
         adr: Accuracy drop rate against the individual models, in percent.
-        amr_counted: Additional memory rate per task by the papers' rule, in percent.
+        amr_paper: Additional memory rate per task by the papers' rule, in percent.
         amr_on_disk: Bytes of one task's file over the bytes of the reference, in percent.
     """
 
@@ -23,7 +23,7 @@ class Record:
     scores: dict[str, float]
     average: float
     adr: float
-    amr_counted: float
+    amr_paper: float
     amr_on_disk: float
 
 
@@ -32,7 +32,7 @@ def record(
     scores: Mapping[str, float],
     *,
     individual: Mapping[str, float],
-    amr_counted: float,
+    amr_paper: float,
     amr_on_disk: float,
 ) -> Record:
     """Compute average and ADR and return the record.
@@ -44,7 +44,7 @@ def record(
         method: What the line is called.
         scores: Task name to score, as a fraction.
         individual: The same of the individual experts, on the same tasks.
-        amr_counted: See `Record`.
+        amr_paper: See `Record`.
         amr_on_disk: See `Record`.
 
     Raises:
@@ -61,7 +61,7 @@ def record(
         scores=dict(scores),
         average=average,
         adr=100 * (best - average) / best,
-        amr_counted=amr_counted,
+        amr_paper=amr_paper,
         amr_on_disk=amr_on_disk,
     )
 

@@ -106,8 +106,8 @@ def compare_unseen(
     individual = {task.name: evaluate_checkpoint(experts[task.name], task) for task in unseen}
     records: list[Record] = []
 
-    def add(method: str, scores: Mapping[str, float], counted: float, on_disk: float) -> None:
-        rates = {"amr_counted": counted, "amr_on_disk": on_disk}
+    def add(method: str, scores: Mapping[str, float], paper: float, on_disk: float) -> None:
+        rates = {"amr_paper": paper, "amr_on_disk": on_disk}
         records.append(record(method, scores, individual=individual, **rates))
         report(records[-1])
 
@@ -118,7 +118,7 @@ def compare_unseen(
     weightings: dict[str, Weighting] = {}
     for name, pack in held.packed(packs).items():
         amr = [task_amr_percent(task, pack.manifest) for task in pack.manifest.tasks.values()]
-        rates = fmean(one["counted"] for one in amr), fmean(one["on_disk_native"] for one in amr)
+        rates = fmean(one["amr_paper"] for one in amr), fmean(one["on_disk_native"] for one in amr)
         if pack.manifest.method == "emr":
             add("EMR (unified, no mask)", held.scores_of(held.unified(name, pack)), *rates)
         # Every pack has the same tasks, and they are about the same.

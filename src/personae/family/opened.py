@@ -16,9 +16,8 @@ from personae.checkpoints.quantised import quantisation_of
 from personae.checkpoints.tied import as_stored, each_once
 from personae.checkpoints.vocabulary import is_input_embedding
 from personae.errors import CheckpointError, Faults, RecipeError
-from personae.family.align import Alignment, align, lacked_by_some
+from personae.family.align import Alignment, align, lacked_by_some, lacking
 from personae.family.mean import MeanOf
-from personae.family.misfits import lacking
 from personae.family.small_files import small_files
 from personae.family.vocabularies import MergedVocabulary
 

@@ -9,7 +9,7 @@ from personae.checkpoints import Checkpoint
 from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.configuration import CONFIG, fit_config
 from personae.family.alignment import Alignment
-from personae.family.vocabulary_files import read_object
+from personae.family.vocabularies import read_object
 
 
 def small_files(

@@ -15,14 +15,24 @@ from personae.methods._deltas import (
     as_stored,
     stored_bytes,
 )
+from personae.methods._entries import Undecided
 from personae.methods._merge import (
     Entrywise,
     Factors,
     Given,
     MergeMethod,
 )
-from personae.methods._parameters import Parameters, flag_fault, percent_hint
-from personae.methods._passes import Pass, Passes, Statistics, numbers, scalars, statistics_of
+from personae.methods._method import (
+    Parameters,
+    Pass,
+    Passes,
+    Statistics,
+    flag_fault,
+    numbers,
+    percent_hint,
+    scalars,
+    statistics_of,
+)
 from personae.methods._registry import (
     ALIASES,
     CODECS,
@@ -34,7 +44,6 @@ from personae.methods._registry import (
     lookup,
 )
 from personae.methods._site import Block, Site, has_matrices, stacked_matrices
-from personae.methods._undecided import Undecided
 
 for _package in (codecs, merge, mergekit):
     for _module in pkgutil.iter_modules(_package.__path__):

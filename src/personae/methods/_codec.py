@@ -21,8 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personae._types import SVD, Layout, Parts, TensorSpec
-from personae.methods._parameters import Parameters
-from personae.methods._passes import Pass, Passes, Statistics, numbers, statistics_of
+from personae.methods._method import Parameters, Pass, Passes, Statistics, numbers, statistics_of
 from personae.methods._site import Block, Site, stacked_matrices
 from personae.ops.chunks import chunk_bytes
 from personae.ops.rows import restore_rows, touched_rows
@@ -41,14 +40,14 @@ BYTES_PER_NUMBER = 14
 class Bits(NamedTuple):
     """What one tensor costs in a task file, before looking at its values.
 
-    counted: bits by the papers' rule (methods.md 3.1: DTS masks at 3 bits an element).
-    counted_lean: the same rule with the fewest bits that carry the code (2 for DTS).
+    paper: bits by the papers' rule (methods.md 3.1: DTS masks at 3 bits an element).
+    paper_lean: the same rule with the fewest bits that carry the code (2 for DTS).
     stored: bits this tool writes: codes with their padding, scales and singular values. Where
         that depends on the values, the most that a delta without exact zeros takes.
     """
 
-    counted: int
-    counted_lean: int
+    paper: int
+    paper_lean: int
     stored: int
 
 

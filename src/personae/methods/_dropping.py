@@ -9,7 +9,7 @@ from numpy import ndarray
 from personae import kernels
 from personae.methods._deltas import DeltaBlocks
 from personae.methods._entries import Fill, PerExpert
-from personae.methods._parameters import one_each
+from personae.methods._method import one_each
 from personae.methods._site import Site
 from personae.ops.draws import DRAW_VALUES, Draws, kept_values
 

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from personae import kernels
 from personae.methods._deltas import DeltaBlocks, delta_blocks
-from personae.methods._entries import Fill
+from personae.methods._entries import Fill, Undecided
 from personae.methods._merge import RowWise
-from personae.methods._passes import Pass, Passes, Statistics
+from personae.methods._method import Pass, Passes, Statistics
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 
 Elect = Literal["mass", "count"]
 Reduce = Literal["mean", "sum", "max"]

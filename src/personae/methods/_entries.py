@@ -1,18 +1,17 @@
-"""What entry-wise methods share: sums, and thresholds of trimming."""
+"""What entry-wise methods share: sums, thresholds of trimming, and what stays undecided."""
 
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy import ndarray
 from torch import Tensor
 
 from personae import kernels
 from personae.methods._deltas import DeltaBlocks, delta_blocks, joined
-from personae.methods._parameters import one_each
-from personae.methods._passes import Pass
+from personae.methods._method import Pass, one_each
 from personae.methods._site import Site
 from personae.ops.select import (
     SAMPLE_BINS,
@@ -23,6 +22,46 @@ from personae.ops.select import (
     kept_count,
     narrow,
 )
+
+
+class Undecided:
+    """Entries on which experts vote and none wins, which are merged as if neither sign did: to 0.
+
+    Attributes:
+        votes: Entries that elect + minus entries that elect -, of all that were merged.
+        count: Undecided entries that were told of.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has been merged."""
+        self.votes = self.count = 0
+        self._told: list[tuple[ndarray, ndarray, ndarray]] = []
+
+    def add(
+        self,
+        places: Int64[ndarray, " some"],
+        positive: Float[ndarray, " some"],
+        negative: Float[ndarray, " some"],
+    ) -> None:
+        """Tell which entries are undecided, at least one, and what each sign would make of them."""
+        self.count += len(places)
+        self._told.append((places, positive, negative))
+
+    @property
+    def places(self) -> Int64[ndarray, " some"]:
+        """Flat indices of the undecided entries in what was merged, ascending."""
+        return np.concatenate([np.empty(0, np.int64), *(told[0] for told in self._told)])
+
+    @property
+    def positive(self) -> Float[ndarray, " some"]:
+        """What is to be merged there if + has the majority."""
+        return np.concatenate([np.empty(0, np.float32), *(told[1] for told in self._told)])
+
+    @property
+    def negative(self) -> Float[ndarray, " some"]:
+        """What is to be merged there if - has the majority."""
+        return np.concatenate([np.empty(0, np.float32), *(told[2] for told in self._told)])
+
 
 PerExpert = float | tuple[float, ...]
 Fill = Callable[[int, Float[ndarray, "expert entry"]], None]

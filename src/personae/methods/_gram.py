@@ -11,11 +11,10 @@ from numpy import ndarray
 from torch import Tensor
 
 from personae.methods._deltas import DeltaBlocks, delta_blocks
-from personae.methods._entries import weighted_sums
+from personae.methods._entries import Undecided, weighted_sums
 from personae.methods._merge import Linear, Scope
-from personae.methods._passes import Pass, Passes, Statistics
+from personae.methods._method import Pass, Passes, Statistics
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 
 
 class FromGram(Linear):

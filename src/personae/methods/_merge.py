@@ -24,11 +24,10 @@ from torch import Tensor
 
 from personae.errors import Faults, MethodError
 from personae.methods._deltas import DeltaBlocks, delta_blocks, joined
+from personae.methods._entries import Undecided
 from personae.methods._matrices import is_matrix
-from personae.methods._parameters import Parameters
-from personae.methods._passes import Pass, Passes, Statistics, statistics_of
+from personae.methods._method import Parameters, Pass, Passes, Statistics, statistics_of
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 from personae.ops.bases import joint_basis
 
 Stack = Tensor | NDArray[np.floating] | Sequence[Tensor | NDArray[np.floating]]

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from personae.errors import Faults, MethodError, nearest
 from personae.methods._codec import Codec
 from personae.methods._merge import Conventions, MergeMethod
-from personae.methods._parameters import Parameters, flag_fault, percent_hint
+from personae.methods._method import Parameters, flag_fault, percent_hint
 
 MERGE_METHODS: dict[str, type[MergeMethod]] = {}
 MERGEKIT_METHODS: dict[str, type[MergeMethod]] = {}

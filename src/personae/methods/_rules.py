@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from personae.methods._merge import MergeMethod
-from personae.methods._passes import Pass, Passes
+from personae.methods._method import Pass, Passes
 from personae.methods._site import Site
 
 View = Callable[[Tensor, Any, Site], tuple[Tensor, Site]]

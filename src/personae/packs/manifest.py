@@ -5,7 +5,7 @@ import json
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_serializer
 
 from personae._types import dtype_name
 from personae._version import __version__
@@ -25,8 +25,19 @@ _MOST_SHOWN = 60
 _CODECS_OF_VERSION_1 = {"dts", "svd"}
 
 
-Counting = Literal["counted", "counted_lean", "on_disk_fp32", "on_disk_native"]
+Rule = Literal["amr_paper", "amr_paper_lean", "on_disk_fp32", "on_disk_native"]
 """Rules that sizes are counted by."""
+_STORED: dict[str, str] = {"amr_paper": "counted", "amr_paper_lean": "counted_lean"}
+"""What pack.json calls them, where that is another name."""
+_READ = {stored: rule for rule, stored in _STORED.items()}
+
+
+def _as_rule(name: Any) -> Any:
+    return _READ.get(name, name) if isinstance(name, str) else name
+
+
+Counting = Annotated[Rule, BeforeValidator(_as_rule)]
+"""A rule, by its name or that of pack.json."""
 
 
 def _task_name(name: str) -> str:
@@ -259,6 +270,10 @@ class Manifest(Record):
         """What was asked for, as keywords of `recipe.PackSettings`."""
         keys = ("method", "parameters", "budget", "counting", "vector", "skip", "private")
         return {key: getattr(self, key) for key in keys}
+
+    @field_serializer("counting")
+    def _stored_counting(self, rule: Rule) -> str:
+        return _STORED.get(rule, rule)
 
     def to_json(self) -> str:
         """Serialise with a checksum over everything else, so that a flipped byte is noticed."""

@@ -7,12 +7,12 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from personae.errors import Faults, MethodError, RecipeError
 from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, build, lookup
-from personae.packs.manifest import Counting
+from personae.packs.manifest import Counting, Rule
 from personae.recipe._base import Strict, Vector
 from personae.recipe._faults import faults_in
 from personae.recipe._sizes import parse_size
 
-COUNTING: tuple[Counting, ...] = get_args(Counting)
+COUNTING: tuple[Rule, ...] = get_args(Rule)
 
 
 def _budget_reads(value: object) -> str | None:

@@ -61,7 +61,7 @@ def accuracy_size_table(records: Sequence[Record], width: int) -> RenderableType
 def markdown(records: Sequence[Record]) -> str:
     """Return the same table in Markdown, with full names, ending in a newline."""
     tasks = list(records[0].scores)
-    header = ["method", *tasks, "average", "ADR %", "AMR % counted", "AMR % on disk"]
+    header = ["method", *tasks, "average", "ADR %", "AMR % paper", "AMR % on disk"]
     rows = [
         [one.method, *(_score(one.scores[task]) for task in tasks), *_costs(one)] for one in records
     ]
@@ -106,7 +106,7 @@ def _score(fraction: float) -> str:
 
 def _costs(one: Record) -> list[str]:
     """Average, ADR and both AMR, in percent."""
-    return [f"{100 * one.average:.2f}", *map(_rate, (one.adr, one.amr_counted, one.amr_on_disk))]
+    return [f"{100 * one.average:.2f}", *map(_rate, (one.adr, one.amr_paper, one.amr_on_disk))]
 
 
 def _rate(percent: float) -> str:

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from personae._safetensors import load_safetensors
 from personae.errors import CheckpointError, Faults
-from personae.family.chunks import Chunk
-from personae.family.deltas import Deltas
+from personae.family.chunks import Chunk, Item
+from personae.family.deltas import Deltas, Stacks
 from personae.family.finite import converging, is_finite
-from personae.family.stacks import Stacks
 from personae.methods import (
     Codec,
     Entrywise,
@@ -27,7 +26,6 @@ from personae.methods import (
     statistics_of,
 )
 from personae.run.costs import coding_bytes
-from personae.run.items import Item
 from personae.run.known import Known, cut_out, whole
 from personae.run.scan import ExpertScan
 from personae.run.work import Work

@@ -18,9 +18,8 @@ from numpy import ndarray
 from torch import Tensor
 
 from personae._safetensors import load_safetensors, open_safetensors
-from personae.family.chunks import Chunk
+from personae.family.chunks import Chunk, Item
 from personae.methods import BLOCK, DeltaBlocks, Undecided
-from personae.run.items import Item
 from personae.run.work import Work
 from personae.writers import CheckpointWriter, output_errors
 

@@ -14,8 +14,13 @@ from personae.writers.atomic import (
     require_place,
     require_space,
 )
-from personae.writers.auxiliary_files import write_auxiliary_files
-from personae.writers.checkpoint import SHARD_BYTES, CheckpointWriter, cast, with_copies
+from personae.writers.checkpoint import (
+    SHARD_BYTES,
+    CheckpointWriter,
+    cast,
+    with_copies,
+    write_auxiliary_files,
+)
 from personae.writers.journal import JOURNAL, Journal, identity_text
 
 __all__ = [

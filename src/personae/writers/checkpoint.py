@@ -7,6 +7,7 @@ place on disk from any thread, and none is held. The bytes depend only on the sp
 import json
 import math
 import os
+import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -391,3 +392,14 @@ def _write_at(file: BinaryIO, data: bytes | bytearray | memoryview, offset: int)
     while view:
         count = os.pwrite(file.fileno(), view[:_MOST_AT_ONCE], offset)
         view, offset = view[count:], offset + count
+
+
+def write_auxiliary_files(files: Mapping[str, Path | bytes], directory: Path) -> None:
+    """Write small files, given by relative name as a file to copy or as content."""
+    for relative, content in files.items():
+        target = directory / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        else:
+            shutil.copyfile(content, target)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, create_model
 
-from personae.methods._parameters import Parameters
+from personae.methods._method import Parameters
 from personae.methods._registry import summary_of
 from personae.methods.analyses._findings import Findings
 from personae.methods.analyses.dropped_percentage import dropped_percentage

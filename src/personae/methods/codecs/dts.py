@@ -211,8 +211,8 @@ class DTS(Codec):
         code_bytes = sum(packed_size(vectors * width, self._width) for vectors, width in factors)
         value_bits = 8 * getattr(torch, self.singular_value_dtype).itemsize
         return Bits(
-            counted=(3 if self.thresholding else 2) * elements + 32 * rank,
-            counted_lean=self._width * elements + 32 * rank,
+            paper=(3 if self.thresholding else 2) * elements + 32 * rank,
+            paper_lean=self._width * elements + 32 * rank,
             stored=8 * code_bytes + 32 * scales + value_bits * rank,
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from personae._types import SVD, Layout, Parts, PartSpec
 from personae.methods._codec import Bits, Codec, Context
-from personae.methods._passes import Pass, Passes, scalars
+from personae.methods._method import Pass, Passes, scalars
 from personae.methods._registry import codec
 from personae.ops.bits import packed_size
 from personae.ops.chunks import by_chunks, chunks

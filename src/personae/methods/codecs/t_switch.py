@@ -16,7 +16,7 @@ from torch import Tensor
 
 from personae._types import SVD, Density, Layout, Parts, PartSpec, TensorSpec
 from personae.methods._codec import Bits, Codec, Context, Treatment
-from personae.methods._passes import Pass, Passes, scalars
+from personae.methods._method import Pass, Passes, scalars
 from personae.methods._registry import codec
 from personae.ops.bits import pack, packed_size, unpack
 from personae.ops.chunks import by_chunks, chosen, chunks, put

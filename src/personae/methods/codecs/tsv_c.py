@@ -19,7 +19,7 @@ from personae.methods._low_rank import (
     low_rank_layout,
     stored_triplets,
 )
-from personae.methods._passes import Statistics
+from personae.methods._method import Statistics
 from personae.methods._registry import codec
 from personae.methods._site import has_matrices
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from personae._types import SVD, Density, Layout, Parts, PartSpec, TensorSpec
 from personae.methods._codec import Bits, Codec, Context, Rest, Treatment
-from personae.methods._passes import Pass, Passes, Statistics, scalars
+from personae.methods._method import Pass, Passes, Statistics, scalars
 from personae.methods._registry import codec
 from personae.methods._site import is_projection
 from personae.ops.bits import pack_planes, planes_size, unpack_planes

@@ -13,13 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from personae._types import RankFraction
-from personae.methods._entries import mean
+from personae.methods._entries import Undecided, mean
 from personae.methods._matrices import Tensors, is_matrix
 from personae.methods._merge import MatrixWise, as_function
-from personae.methods._passes import Statistics
+from personae.methods._method import Statistics
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 from personae.ops.svd import exact_svd
 
 _TUNED = ((0.12, 2.0), (0.16, 1.5), (0.32, 1.9))

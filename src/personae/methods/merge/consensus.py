@@ -17,13 +17,12 @@ from pydantic import Field
 from personae import kernels
 from personae._types import Density
 from personae.methods._deltas import DeltaBlocks
+from personae.methods._entries import Undecided
 from personae.methods._merge import RowWise, as_function
-from personae.methods._parameters import one_each
-from personae.methods._passes import Passes, Statistics
+from personae.methods._method import Passes, Statistics, one_each
 from personae.methods._registry import merge_method
 from personae.methods._rules import passes_through
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 from personae.methods.merge.ties import TIES
 
 Threshold = Annotated[float, Field(ge=0)]

@@ -19,11 +19,11 @@ from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
+from personae.methods._entries import Undecided
 from personae.methods._merge import MatrixWise, MergeMethod, as_function, matrix_memory
-from personae.methods._passes import Statistics
+from personae.methods._method import Statistics
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 from personae.methods.merge.iso_c import IsoC, flat_value
 from personae.methods.merge.task_arithmetic import TaskArithmetic
 from personae.methods.merge.ties import TIES

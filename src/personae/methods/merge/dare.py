@@ -16,11 +16,11 @@ from pydantic import Field
 from personae._types import Density
 from personae.methods._deltas import DeltaBlocks
 from personae.methods._dropping import dropped_sums, dropper
+from personae.methods._entries import Undecided
 from personae.methods._merge import RowWise, as_function
-from personae.methods._passes import Statistics
+from personae.methods._method import Statistics
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 
 
 @merge_method(paper="arXiv:2311.03099", aliases=("dare_linear",))

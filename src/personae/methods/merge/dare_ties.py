@@ -18,7 +18,7 @@ from personae.methods._dropping import dropper
 from personae.methods._electing import Electing
 from personae.methods._entries import Fill, PerExpert, find_thresholds, trimmer
 from personae.methods._merge import as_function
-from personae.methods._passes import Passes, Statistics
+from personae.methods._method import Passes, Statistics
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
 

@@ -18,12 +18,11 @@ from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
+from personae.methods._entries import Undecided
 from personae.methods._merge import MatrixWise, Side, as_function, stacked_memory
-from personae.methods._parameters import one_each
-from personae.methods._passes import Pass, Passes, Statistics
+from personae.methods._method import Pass, Passes, Statistics, one_each
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 from personae.ops.select import largest
 from personae.ops.stacks import StackedSVD, stacked_rank, stacked_svd
 

@@ -13,13 +13,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from personae.methods._entries import mean
+from personae.methods._entries import Undecided, mean
 from personae.methods._matrices import Tensors, is_matrix
 from personae.methods._merge import MatrixWise, as_function, matrix_memory
-from personae.methods._passes import Statistics
+from personae.methods._method import Statistics
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 from personae.methods.merge.iso_c import AverageOver, flat_value
 from personae.ops.bases import joint_basis
 from personae.ops.polar import WHITENING_TOLERANCE, polar_factor, sum_tolerance

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from personae.methods._gram import FromGram, cosines, lengths
 from personae.methods._merge import as_function
-from personae.methods._parameters import one_each
+from personae.methods._method import one_each
 from personae.methods._registry import merge_method
 
 

@@ -17,12 +17,12 @@ from pydantic import Field
 from torch import Tensor
 
 from personae._types import Density
+from personae.methods._entries import Undecided
 from personae.methods._merge import MatrixWise, MergeMethod, Side, as_function, stacked_memory
-from personae.methods._passes import Passes, Statistics
+from personae.methods._method import Passes, Statistics
 from personae.methods._registry import merge_method
 from personae.methods._rules import passes_through
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 from personae.methods.merge.dare_ties import DARETIES
 from personae.methods.merge.ties import TIES
 from personae.ops.polar import sum_tolerance

@@ -17,7 +17,7 @@ from personae.methods._dropping import dropper
 from personae.methods._electing import Ballot
 from personae.methods._entries import Fill, PerExpert
 from personae.methods._merge import RowWise
-from personae.methods._passes import Pass, Passes
+from personae.methods._method import Pass, Passes
 from personae.methods._site import Site
 from personae.ops.sums import SUM_BINS, total
 

@@ -19,8 +19,7 @@ from personae import kernels
 from personae.methods._deltas import DeltaBlocks, delta_blocks
 from personae.methods._entries import Fill, PerExpert
 from personae.methods._entries import trimmer as trimmer_of_ties
-from personae.methods._parameters import one_each
-from personae.methods._passes import Pass
+from personae.methods._method import Pass, one_each
 from personae.methods._site import Site
 from personae.ops.select import kept_count
 

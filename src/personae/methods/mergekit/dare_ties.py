@@ -11,12 +11,11 @@ from numpy import ndarray
 from pydantic import Field
 
 from personae.methods._deltas import DeltaBlocks
+from personae.methods._entries import Undecided
 from personae.methods._merge import as_function
-from personae.methods._parameters import one_each
-from personae.methods._passes import Statistics
+from personae.methods._method import Statistics, one_each
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 from personae.methods.mergekit._consensus import Dropping, consensus, rescaled
 
 

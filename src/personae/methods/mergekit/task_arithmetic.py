@@ -8,13 +8,11 @@ from numpy import ndarray
 from pydantic import Field
 
 from personae.methods._deltas import DeltaBlocks
-from personae.methods._entries import weighted_sums
+from personae.methods._entries import Undecided, weighted_sums
 from personae.methods._merge import RowWise, as_function
-from personae.methods._parameters import one_each
-from personae.methods._passes import Statistics
+from personae.methods._method import Statistics, one_each
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 
 _SMALLEST_DIVISOR = 1e-8
 

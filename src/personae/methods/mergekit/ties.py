@@ -14,13 +14,11 @@ from torch import Tensor
 
 from personae._types import Density
 from personae.methods._deltas import DeltaBlocks, delta_blocks
-from personae.methods._entries import find_thresholds
+from personae.methods._entries import Undecided, find_thresholds
 from personae.methods._merge import RowWise, as_function
-from personae.methods._parameters import one_each
-from personae.methods._passes import Pass, Passes, Statistics
+from personae.methods._method import Pass, Passes, Statistics, one_each
 from personae.methods._registry import merge_method
 from personae.methods._site import Site
-from personae.methods._undecided import Undecided
 from personae.methods.mergekit._consensus import consensus, l1_share, rescaled
 from personae.methods.mergekit._cuts import find_cuts, trimmer
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from personae.family.vocabulary_files import merged_auxiliary_files
+from personae.family.vocabularies import merged_auxiliary_files
 from toy_vocabularies import merged, model, tokenizer
 
 
