@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personae.ops.svd import largest_magnitude
+from personae.ops.svd import exact_spectrum
 
 WHITENING_TOLERANCE = 1e-6
 """For singular vectors in fp64 side by side. As many as fill a matrix of m rows have a smallest
@@ -29,8 +29,7 @@ def polar_factor(
     the orthogonal Procrustes problem). Otherwise it is a partial isometry: directions that the
     matrix has not got stay 0, where a full decomposition would fill them with arbitrary ones.
 
-    Computed in fp64 from the Gram matrix of the smaller side, whose squares lose singular values
-    beneath about 1e-7 of the largest: no less than what fp32 entries leave uncertain.
+    Computed in fp64 from the Gram matrix of the smaller side (`exact_spectrum`).
 
     Args:
         matrix: Any floating dtype, finite.
@@ -39,15 +38,12 @@ def polar_factor(
     Returns:
         The factor and the singular values kept, descending; fp64.
     """
-    small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    peak = largest_magnitude(matrix) if matrix.numel() else 0.0
-    if peak == 0:
+    found = exact_spectrum(matrix)
+    if found is None:
         return torch.zeros_like(matrix, dtype=torch.float64), matrix.new_zeros(0).double()
-    small = small.to(torch.float64, copy=True).div_(peak)  # squares of tiny entries would vanish
-    energies, vectors = torch.linalg.eigh(small @ small.T)
-    values = energies.clamp(min=0).sqrt()
+    side, vectors, values, peak = found
     kept = values * peak > tolerance
     values, vectors = values[kept], vectors[:, kept]
-    factor = (vectors / values) @ (vectors.T @ small)
+    factor = (vectors / values) @ (vectors.T @ side)
     factor = factor if matrix.shape[0] <= matrix.shape[1] else factor.T
     return factor, (values * peak).flip(0)

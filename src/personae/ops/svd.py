@@ -12,10 +12,10 @@ not let it, `gram` takes over. Both find a subspace of the small side; their fac
 orthonormal to fp32 whatever the conditioning.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from personae._types import SVD
@@ -90,6 +90,37 @@ def truncated_svd(
     return _finish(SVD(u, values * peak, vh), matrix.shape, rank_tolerance, signs)
 
 
+class Spectrum(NamedTuple):
+    """The smaller side of a matrix, decomposed in fp64 by its Gram matrix.
+
+    Attributes:
+        side: The matrix over `peak`, transposed if it is taller than wide; fp64.
+        vectors: Left singular vectors of `side`.
+        values: Its singular values, ascending.
+        peak: The matrix's largest magnitude: squares of tiny entries would vanish.
+    """
+
+    side: Float64[Tensor, "small large"]
+    vectors: Float64[Tensor, "small small"]
+    values: Float64[Tensor, " small"]
+    peak: float
+
+
+def exact_spectrum(matrix: Float[Tensor, "out in"]) -> Spectrum | None:
+    """All singular values and the vectors of the smaller side; None of a matrix of zeros.
+
+    Squares lose singular values beneath about 1e-7 of the largest: no less than what fp32 entries
+    leave uncertain.
+    """
+    peak = largest_magnitude(matrix) if matrix.numel() else 0.0
+    if peak == 0:
+        return None
+    exact = matrix.to(torch.float64, copy=True).div_(peak)
+    side = exact if matrix.shape[0] <= matrix.shape[1] else exact.T
+    energies, vectors = torch.linalg.eigh(side @ side.T)
+    return Spectrum(side, vectors, energies.clamp(min=0).sqrt(), peak)
+
+
 def exact_svd(matrix: Float[Tensor, "out in"], rank: int) -> SVD:
     """The `rank` leading singular triplets in fp64, for work in which single directions count.
 
@@ -107,18 +138,15 @@ def exact_svd(matrix: Float[Tensor, "out in"], rank: int) -> SVD:
         as they come; u and vh belong together.
     """
     rows, columns = matrix.shape
-    peak = largest_magnitude(matrix) if rank and matrix.numel() else 0.0
-    if peak == 0:
+    found = exact_spectrum(matrix) if rank else None
+    if found is None:
         nothing = matrix.new_zeros(0, dtype=torch.float64)
         return SVD(nothing.view(rows, 0), nothing, nothing.view(0, columns))
-    exact = matrix.to(torch.float64, copy=True).div_(peak)  # squares of tiny entries would vanish
-    wide = exact if rows <= columns else exact.T
-    energies, vectors = torch.linalg.eigh(wide @ wide.T)
-    values = energies.clamp(min=0).sqrt().flip(0)
+    values = found.values.flip(0)
     kept = min(rank, int((values > max(rows, columns) * EPS * values[0]).sum()))
-    values, vectors = values[:kept], vectors.flip(1)[:, :kept]
-    others = (vectors.T @ wide) / values[:, None]
-    values = values * peak
+    values, vectors = values[:kept], found.vectors.flip(1)[:, :kept]
+    others = (vectors.T @ found.side) / values[:, None]
+    values = values * found.peak
     return SVD(vectors, values, others) if rows <= columns else SVD(others.T, values, vectors.T)
 
 
