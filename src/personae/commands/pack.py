@@ -23,12 +23,13 @@ from personae.family.opened import Family, open_family
 from personae.methods import Codec
 from personae.packs.manifest import MANIFEST_NAME, REFERENCE, TASKS, Manifest
 from personae.packs.soundness import own_path
-from personae.packs.writer import RESUME, PackWriter, resume
+from personae.packs.writer import PackWriter, begun
 from personae.recipe import PackSettings, settings_from
 from personae.run.output import check_output
 from personae.run.scan import Scanned
 from personae.run.work import Work
 from personae.writers import (
+    JOURNAL,
     finish,
     identity_text,
     locked,
@@ -114,7 +115,7 @@ def pack_many(
     variants = {Path(out).absolute(): settings for out, settings in outs.items()}
     _check_alike(list(variants.values()))
     described = checked(characteristics or {}, experts)
-    ended = any((out / RESUME).is_file() for out in variants)
+    ended = any((out / JOURNAL).is_file() for out in variants)
     for out in variants:
         check_output(out, overwrite or ended, inputs=[base, *experts.values()])
     first = next(iter(variants.values()))
@@ -138,10 +139,10 @@ def pack_many(
                     codec_for(settings, family, name, scan)
         runs = {out: _identity(one, scanned, described) for out, one in variants.items()}
         together = json.dumps([str(out) for out in variants])
-        if finish({out: f"{text}\n{together}\n" for out, text in runs.items()}, RESUME):
+        if finish({out: f"{text}\n{together}\n" for out, text in runs.items()}, JOURNAL):
             work.note("an earlier run of this command had finished every pack")
             return [Pack(out) for out in variants]
-        with output_directories(list(variants), overwrite=overwrite, note=RESUME) as partials:
+        with output_directories(list(variants), overwrite=overwrite, note=JOURNAL) as partials:
             started = dict(zip(partials, runs.values(), strict=True))
             _fill(family, scanned, started, together, list(variants.values()), described, work)
     return [Pack(out) for out in variants]
@@ -293,7 +294,7 @@ def _fill(
     """
     writers: list[PackWriter] = []
     for (directory, identity), setting in zip(directories.items(), settings, strict=True):
-        manifest = resume(directory, identity, together)
+        manifest = begun(directory, identity, together)
         if manifest is None:
             record = make_reference(family, scanned.reference, setting, directory, work)
             asked = setting.model_dump(exclude={"reference", "reference_parameters"})

@@ -29,14 +29,12 @@ from personae.packs.task_file import write_task_file
 from personae.writers import (
     CheckpointWriter,
     atomic_file,
-    begins,
     clear,
+    note,
     require_place,
+    resume,
     write_auxiliary_files,
 )
-
-RESUME = "resume.json"
-"""Name of the note in an unfinished pack: what run it is of."""
 
 
 @dataclass(frozen=True)
@@ -246,8 +244,8 @@ def _digest(content: Path | bytes) -> str:
     return sha256_file(content)
 
 
-def resume(directory: Path, identity: str, together: str) -> Manifest | None:
-    """Keep what an interrupted run with the same inputs and settings left here, else clear it.
+def begun(directory: Path, identity: str, together: str) -> Manifest | None:
+    """What an interrupted run with the same inputs and settings left here, else clear it.
 
     Args:
         directory: The partial directory of a pack.
@@ -257,18 +255,10 @@ def resume(directory: Path, identity: str, together: str) -> Manifest | None:
     Returns:
         The manifest so far, or None to begin anew.
     """
-    note = directory / RESUME
-    if begins(note, f"{identity}\n"):
-        note.write_text(f"{identity}\n{together}\n", encoding="utf-8")
-        return parse_manifest(directory / MANIFEST_NAME) if _begun(directory) else None
-    for child in directory.iterdir():
-        shutil.rmtree(child) if child.is_dir() else child.unlink()
-    note.write_text(f"{identity}\n{together}\n", encoding="utf-8")
-    return None
-
-
-def _begun(directory: Path) -> bool:
-    return (directory / MANIFEST_NAME).exists()
+    goes_on = resume(directory, identity) is not None
+    note(directory, identity, together)
+    path = directory / MANIFEST_NAME
+    return parse_manifest(path) if goes_on and path.exists() else None
 
 
 def _private_record(tensor: Tensor) -> PrivateRecord:

@@ -15,7 +15,6 @@ from personae.checkpoints.modules import weight_layout
 from personae.checkpoints.naming import shown
 from personae.errors import OutputError
 from personae.packs.manifest import MANIFEST_NAME, REFERENCE, TASKS
-from personae.packs.writer import RESUME
 from personae.run.work import Work
 from personae.writers import (
     JOURNAL,
@@ -35,7 +34,6 @@ _OURS = re.compile(
     r"|[^/]+\.(jinja|model|tiktoken|bpe|vocab|spm|codes)|additional_chat_templates/[^/]+\.jinja"
 )
 """The files a command may have written at the top of a model or pack."""
-_NOTES = (JOURNAL, RESUME)
 
 
 def foreign_files(out: Path) -> list[str]:
@@ -63,7 +61,7 @@ def foreign_files(out: Path) -> list[str]:
             if any(place.iterdir()):
                 continue  # its files tell
             foreign.append(f"{name}/")
-        elif not (_OURS.fullmatch(inner) or name in _NOTES or _is_code(inner, code)):
+        elif not (_OURS.fullmatch(inner) or name == JOURNAL or _is_code(inner, code)):
             foreign.append(name)
     return foreign
 
@@ -108,7 +106,7 @@ def check_output(out: Path, overwrite: bool, inputs: Sequence[Any] = ()) -> None
             )
     require_place(out)
     # With a note of its run it is complete: the same command ends it, another is refused then.
-    ended = any((out / note).is_file() for note in _NOTES)
+    ended = (out / JOURNAL).is_file()
     if out.is_dir() and any(out.iterdir()) and not overwrite and not ended:
         raise OutputError(
             f"'{out}' exists and is not empty. Choose another name, or give --overwrite."

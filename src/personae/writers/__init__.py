@@ -2,7 +2,6 @@
 
 from personae.writers.atomic import (
     atomic_file,
-    begins,
     clear,
     finish,
     free_space,
@@ -21,7 +20,7 @@ from personae.writers.checkpoint import (
     with_copies,
     write_auxiliary_files,
 )
-from personae.writers.journal import JOURNAL, Journal, identity_text
+from personae.writers.journal import JOURNAL, Journal, identity_text, note, resume
 
 __all__ = [
     "JOURNAL",
@@ -29,19 +28,20 @@ __all__ = [
     "CheckpointWriter",
     "Journal",
     "atomic_file",
-    "begins",
     "cast",
     "clear",
     "finish",
     "free_space",
     "identity_text",
     "locked",
+    "note",
     "output_directories",
     "output_directory",
     "output_errors",
     "require_folder",
     "require_place",
     "require_space",
+    "resume",
     "with_copies",
     "write_auxiliary_files",
 ]

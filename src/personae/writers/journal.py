@@ -1,7 +1,9 @@
-"""Which steps of a run are done: kept in its unfinished output, so that a killed run goes on.
+"""How a killed run goes on: a note in its unfinished output says whose work lies there.
 
-Steps are numbered by what is to be done, so the note also says what the numbers mean: the
-*identity* of inputs, settings and tool. Another identity begins anew.
+Its first line is the *identity* of the run: inputs, settings and tool. A run of another identity
+begins anew. What is done already, a merge tells by the numbers of its steps (`Journal`), and a pack
+by the tasks in its pack.json. What moves finished work to its place removes the note
+(`output_directories`), and does so for a run that was killed just then (`finish`).
 """
 
 import json
@@ -13,7 +15,7 @@ from typing import Any
 
 from personae._version import __version__
 from personae.errors import OutputError, PersonaeError
-from personae.writers.atomic import output_errors
+from personae.writers.atomic import begins, output_errors
 
 JOURNAL = ".journal"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -22,6 +24,34 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 def identity_text(identity: Mapping[str, Any]) -> str:
     """The one line that tells a run from every other: tool, inputs and settings, in order."""
     return json.dumps({"tool_version": __version__, **identity})
+
+
+def resume(directory: Path, identity: str) -> str | None:
+    """Keep what an earlier run of this identity left in its unfinished output, else clear it.
+
+    Returns:
+        What its note says below the identity; None if the run begins anew.
+
+    Raises:
+        OutputError: if the disk refuses.
+    """
+    path = directory / JOURNAL
+    with output_errors(path):
+        if begins(path, f"{identity}\n"):
+            return path.read_text("utf-8").removeprefix(f"{identity}\n")
+        _clear(directory)
+    return None
+
+
+def note(directory: Path, *lines: str) -> None:
+    """Write the note of a run: its identity, and what else it says.
+
+    Raises:
+        OutputError: if the disk refuses.
+    """
+    path = directory / JOURNAL
+    with output_errors(path):
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 class Journal:
@@ -39,22 +69,16 @@ class Journal:
             OutputError: if the disk refuses.
         """
         self.directory = directory
-        self.done: dict[int, str] = {}
-        path = directory / JOURNAL
-        # What was written but not yet on disk is lost with a machine, not with a process.
+        # What was written but not yet on disk is lost with a machine, not with a process: the boot
+        # is part of the identity.
         boot = _BOOT.read_text("ascii").strip() if _BOOT.exists() else ""
-        found, _, rest = _read(path).partition("\n")
-        booted, _, steps = rest.partition("\n")
-        with output_errors(path):
-            if (found, booted) == (identity, boot):
-                whole, _, _ = steps.rpartition("\n")  # a line cut short was never finished
-                steps = (line.partition(" ") for line in whole.splitlines())
-                self.done = {int(number): told for number, _, told in steps}
-            else:
-                _clear(directory)
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            lines = [identity, boot, *(_line(*step) for step in sorted(self.done.items()))]
-            os.write(self._file, ("\n".join(lines) + "\n").encode())
+        steps = resume(directory, f"{identity}\n{boot}") or ""
+        whole, _, _ = steps.rpartition("\n")  # a line cut short was never finished
+        lines = (line.partition(" ") for line in whole.splitlines())
+        self.done = {int(number): told for number, _, told in lines}
+        note(directory, identity, boot, *(_line(*step) for step in sorted(self.done.items())))
+        with output_errors(directory / JOURNAL):
+            self._file = os.open(directory / JOURNAL, os.O_WRONLY | os.O_APPEND)
 
     def add(self, step: int, told: str = "") -> None:
         """Note a step as done, with a line to remember: all it wrote has been handed over."""
@@ -78,10 +102,6 @@ class Journal:
 
 def _line(step: int, told: str) -> str:
     return f"{step} {told}".rstrip()
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _clear(directory: Path) -> None:
