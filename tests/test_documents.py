@@ -26,7 +26,7 @@ PAGES = {
 }
 RUN = [
     ROOT / "README.md",
-    *(DOCS / f"{n}.md" for n in ("recipes", "packing", "command-line", "python")),
+    *(DOCS / f"{n}.md" for n in ("recipes", "packing", "command-line", "python", "serving")),
 ]
 """Pages whose examples are run, each page on what those before it have made."""
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "write_docs.py"))
@@ -109,7 +109,9 @@ def test_every_example_runs_in_its_order(workplace: Path, monkeypatch: pytest.Mo
             result = CliRunner().invoke(app, words[1:])
             assert result.exit_code == 0, f"{shlex.join(words)}\n{result.output}"
             ran.add(words[1])
-    assert ran == {"python", "merge", "pack", "verify", "unpack", "plan", "inspect", "compose"}
+    assert ran == {
+        *("python", "merge", "pack", "verify", "unpack", "plan", "inspect", "compose", "export")
+    }
     merged = load_file(workplace / "merged" / "gpt2" / "model.safetensors")
     assert merged.keys() == load_file(workplace / "toys" / "base" / "model.safetensors").keys()
     config = (workplace / "models" / "cola" / "config.json").read_text("utf-8")

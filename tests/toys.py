@@ -41,6 +41,40 @@ def toy_bert(
     )
 
 
+def toy_roberta(directory: Path, seed: int = 0, num_labels: int = 3) -> Path:
+    """RoBERTa, whose head has two layers: two layers of width 16, vocabulary 40."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    config = RobertaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=14,
+    )
+    config.num_labels = num_labels
+    return _save(
+        lambda: RobertaForSequenceClassification(config), directory, seed, torch.float32, "1GB"
+    )
+
+
+def toy_clip_vision(directory: Path, seed: int = 0) -> Path:
+    """The image encoder of CLIP: two layers of width 16, four 4x4 patches."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=8,
+    )
+    return _save(lambda: CLIPVisionModel(config), directory, seed, torch.float32, "1GB")
+
+
 def toy_vit(
     directory: Path,
     seed: int = 0,

@@ -16,6 +16,7 @@ _HOMES = {
     "compose": "commands.compose",
     "open_composed": "commands.compose",
     "describe": "commands.describe",
+    "export": "commands.export",
     "inspect": "commands.inspect",
     "merge": "commands.merge",
     "plan_merge": "commands.merge_plan",

@@ -17,10 +17,11 @@ CONFIG = "config.json"
 TIED = "tie_word_embeddings"
 """Whether the output layer is the embedding; where a configuration is silent, it is."""
 
-_HEAD = re.compile(
+_HEADS = (
     r"(?:^|\.)(?P<head>(?:\w*_)?classifier|score|qa_outputs|classification_head|logits_proj"
-    r"|sequence_summary)\.(?:(?P<part>\w+)\.)?weight$"
+    r"|sequence_summary)\."
 )
+_HEAD = re.compile(_HEADS + r"(?:(?P<part>\w+)\.)?weight$")
 _LAST_PARTS = (None, "out_proj", "linear_out", "linear", "summary", "1", "dense")
 """What a head calls its last layer, the one with a row a label; the likeliest first."""
 
@@ -33,6 +34,15 @@ _CLASSES = {
     "qa_outputs": "ForQuestionAnswering",
 }
 """How classes end, by PEFT's task type and by the name of a head that leaves no doubt."""
+
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+"""PEFT's types of tasks, by how classes end."""
 
 _ENDING = re.compile(r"(For[A-Z]\w*|(With)?LMHeadModel|DoubleHeadsModel|Model)$")
 _EMBEDDING = re.compile(r"embed|wte|wpe|lm_head|shared\.weight|decoder\.(weight|bias)|predictions")
@@ -48,6 +58,26 @@ class _Head(NamedTuple):
     name: str
     kind: str
     labels: int
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is by its name part of what answers a task, or of an output layer."""
+    outside = not any(part.isdigit() for part in name.split("."))
+    return outside and (re.search(_HEADS, name) is not None or is_output_layer(name))
+
+
+def task_type_of(config: Mapping[str, Any]) -> str | None:
+    """PEFT's type of a model's task, by its class; None where it is none of PEFT's, or unknown."""
+    found = class_of(config) or ""
+    if found.endswith("ForConditionalGeneration"):  # models of vision and language are such, too
+        return "SEQ_2_SEQ_LM" if config.get("is_encoder_decoder") else "CAUSAL_LM"
+    return next((task for ending, task in _TASKS.items() if found.endswith(ending)), None)
+
+
+def class_of(config: Mapping[str, Any]) -> str | None:
+    """The class that a configuration names; None if it names none, or several."""
+    classes = config.get("architectures")
+    return str(classes[0]) if isinstance(classes, list) and len(classes) == 1 else None
 
 
 def fit_config(

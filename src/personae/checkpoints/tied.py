@@ -13,6 +13,7 @@ where names, shapes and dtypes allow it, in chunks, and up to the first that dif
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -124,7 +125,16 @@ def says_tied(model: Checkpoint) -> bool | None:
     if path is None:
         return None
     config = read_json(path)
-    config = config if isinstance(config, dict) else {}
+    return ties_embedding(config if isinstance(config, dict) else {})
+
+
+def ties_embedding(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration ties the output layer to the embedding; silence means that it does.
+
+    Examples:
+        >>> ties_embedding({}), ties_embedding({"text_config": {"tie_word_embeddings": False}})
+        (True, False)
+    """
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     said = [part[TIED] for part in parts if isinstance(part.get(TIED), bool)]
     return not said or any(said)

@@ -12,7 +12,18 @@ import typer
 from typer.core import TyperCommand
 
 from personae import __version__, kernels
-from personae.cli import compose, demo, inspect, merge, methods, pack, plan, unpack, verify
+from personae.cli import (
+    compose,
+    demo,
+    export,
+    inspect,
+    merge,
+    methods,
+    pack,
+    plan,
+    unpack,
+    verify,
+)
 from personae.cli.allocator import keep_freed_memory
 from personae.cli.console import err
 from personae.errors import PersonaeError
@@ -131,6 +142,7 @@ for _command in (
     pack.pack,
     unpack.unpack,
     compose.compose,
+    export.export,
     plan.plan,
     inspect.inspect,
     verify.verify,

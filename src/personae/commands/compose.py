@@ -25,13 +25,10 @@ from personae.commands.weighting import Weighting, given
 from personae.packs.fingerprint import sha256_file
 from personae.packs.manifest import MANIFEST_NAME
 from personae.packs.reader import Pack
-from personae.run.output import check_output, write_model
+from personae.run.output import RECORD_NAME, check_output, write_model
 from personae.run.rebuilt import Rebuilt, held
 from personae.run.work import Work
 from personae.writers import SHARD_BYTES
-
-RECORD_NAME = "personae.json"
-"""What a composed checkpoint was made of, beside its weights."""
 
 
 class Composed(Mapping):

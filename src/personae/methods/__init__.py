@@ -5,7 +5,7 @@ import pkgutil
 
 from personae.methods import codecs, merge, mergekit
 from personae.methods._blocks import block_bits, block_layout, decode_block, encode_block, misfits
-from personae.methods._codec import Bits, Codec, Context, Treatment
+from personae.methods._codec import Bits, Codec, Context, Treatment, decompose_touched
 from personae.methods._deltas import (
     BLOCK,
     INFINITY,
@@ -81,6 +81,7 @@ __all__ = [
     "block_layout",
     "build",
     "decode_block",
+    "decompose_touched",
     "encode_block",
     "flag_fault",
     "has_matrices",

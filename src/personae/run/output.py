@@ -35,6 +35,9 @@ _OURS = re.compile(
 )
 """The files a command may have written at the top of a model or pack."""
 
+RECORD_NAME = "personae.json"
+"""What an output was made of, beside its weights, where it can be made again from that."""
+
 
 def foreign_files(out: Path) -> list[str]:
     """Names in a directory that no command of this package writes, folders with a '/' at the end.
@@ -46,6 +49,7 @@ def foreign_files(out: Path) -> list[str]:
     folders = {str(m["path"]) for m in modules if isinstance(m, dict) and m.get("path")}
     folders |= {*_read_small(out / "router_config.json", dict).get("types", ())}
     is_pack = (out / MANIFEST_NAME).is_file()
+    exported = _read_small(out / RECORD_NAME, dict).get("kind") == "adapter"
     code = json.dumps([_read_small(out / name, dict) for name in _WITH_CODE])
     foreign: list[str] = []
     for place in sorted(out.rglob("*")):
@@ -61,6 +65,8 @@ def foreign_files(out: Path) -> list[str]:
             if any(place.iterdir()):
                 continue  # its files tell
             foreign.append(f"{name}/")
+        elif exported and name == "adapter_model.safetensors":
+            continue  # one that was trained has no record of how it was made
         elif not (_OURS.fullmatch(inner) or name == JOURNAL or _is_code(inner, code)):
             foreign.append(name)
     return foreign

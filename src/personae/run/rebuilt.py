@@ -12,6 +12,7 @@ from personae.checkpoints.tied import as_stored
 from personae.errors import PackError
 from personae.family.finite import is_finite
 from personae.methods import Block, Codec, decode_block
+from personae.ops.factors import balanced
 from personae.packs.manifest import TaskRecord, dtype_of
 from personae.packs.reader import Pack
 from personae.packs.shared_file import SharedFile
@@ -120,6 +121,23 @@ class Rebuilt:
                 "The pack was damaged or changed: fetch it again."
             )
         return delta
+
+    def factors(self, ref_name: str) -> tuple[Tensor, Tensor] | None:
+        """The decoded delta as a product of two factors, if its code holds such; fp32."""
+        record = self.record.tensors.get(ref_name)
+        if record is None or len(record.shape) != 2:
+            return None
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for block, parts in self._file.blocks(ref_name):
+            cut = Block(block.axis, block.start, block.stop).shape_in(record.shape)
+            found = self._codec.triplets(parts, cut)
+            if found is None:
+                return None
+            pairs.append(balanced(found))
+        lefts, rights = zip(*pairs, strict=True)
+        if record.blocks[0].axis == 0:
+            return torch.block_diag(*lefts), torch.cat(rights)
+        return torch.cat(lefts, dim=1), torch.block_diag(*rights)
 
 
 def decode(

@@ -304,6 +304,11 @@ class CheckpointWriter:
                 file.close()
 
 
+def file_bytes(specs: Iterable[TensorSpec]) -> int:
+    """Bytes of one file of these tensors, its header included."""
+    return _layout(list(specs), {}, "")[2]
+
+
 def with_copies(specs: Iterable[TensorSpec], copies: Mapping[str, str]) -> list[TensorSpec]:
     """Specs, and those of copies: name of a copy to that of the tensor it is written from."""
     written = list(specs)

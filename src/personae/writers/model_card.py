@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from personae.writers.markdown import code, fenced, inline, plain_value, table
+
 
 @dataclass(frozen=True)
 class Source:
@@ -77,10 +79,10 @@ def model_card(facts: CardFacts) -> str:
         _method(facts),
         "## Recipe",
         f"Written to a file, `personae merge FILE.yaml OUT` runs it again.\n\n"
-        f"{_fenced(facts.recipe.strip(), 'yaml')}",
+        f"{fenced(facts.recipe.strip(), 'yaml')}",
     ]
     if facts.notes:
-        parts += ["## Notes", "\n".join(f"* {_inline(note)}" for note in facts.notes)]
+        parts += ["## Notes", "\n".join(f"* {inline(note)}" for note in facts.notes)]
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     return "\n\n".join([*parts, f"Made with {versions}."]) + "\n"
 
@@ -97,59 +99,33 @@ def _front_matter(facts: CardFacts) -> str:
 def _what_it_is(facts: CardFacts) -> str:
     count = len(facts.experts)
     experts = f"{count} models" if count > 1 else "one model"
-    base = f"their base {_code(facts.base.place)}" if facts.base else "their average"
+    base = f"their base {code(facts.base.place)}" if facts.base else "their average"
     text = f"A merge of {experts} by **{facts.method}**, relative to {base}."
     if facts.dtype:
         text += f" Weights are {facts.dtype}."
     if facts.tokenizer:
-        text += f" The tokenizer is that of {_inline(facts.tokenizer)}."
+        text += f" The tokenizer is that of {inline(facts.tokenizer)}."
     return text
 
 
 def _models(facts: CardFacts) -> str:
     rows = [["model", "from", "revision", "parameters"]]
     for model in [*([facts.base] if facts.base else []), *facts.experts]:
-        own = ", ".join(f"{name} = {_value(value)}" for name, value in model.parameters.items())
-        revision = _code(model.revision) if model.revision else "local"
-        rows.append([_inline(model.name), _code(model.place), revision, own])
-    return _table(rows)
+        own = ", ".join(
+            f"{name} = {plain_value(value)}" for name, value in model.parameters.items()
+        )
+        revision = code(model.revision) if model.revision else "local"
+        rows.append([inline(model.name), code(model.place), revision, own])
+    return table(rows)
 
 
 def _method(facts: CardFacts) -> str:
     found = re.fullmatch(r"(arXiv|doi):(\S+)", facts.paper)
     at = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}
-    paper = f"[{facts.paper}]({at[found[1]]}{found[2]})" if found else _inline(facts.paper)
+    paper = f"[{facts.paper}]({at[found[1]]}{found[2]})" if found else inline(facts.paper)
     of = "" if facts.conventions == "papers" else f" (as {facts.conventions} means it)"
-    text = f"{facts.method}{of}: {_inline(facts.summary)} {paper}"
+    text = f"{facts.method}{of}: {inline(facts.summary)} {paper}"
     if not facts.parameters:
         return text
-    rows = [[_code(name), _value(value)] for name, value in facts.parameters.items()]
-    return f"{text}\n\n{_table([['parameter', 'value'], *rows])}"
-
-
-def _table(rows: list[list[str]]) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
-
-
-def _value(value: Any) -> str:
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    return _code(text)
-
-
-def _code(text: str) -> str:
-    """Text in backticks, more of them than it has; in a table a bar would end the cell."""
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    pad = " " if text.startswith("`") or text.endswith("`") else ""
-    line = " ".join(text.split()).replace("|", "\\|")
-    return f"{fence}{pad}{line}{pad}{fence}"
-
-
-def _fenced(text: str, language: str) -> str:
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _inline(text: str) -> str:
-    """Text in which nothing is markup."""
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(text.split()))
+    rows = [[code(name), plain_value(value)] for name, value in facts.parameters.items()]
+    return f"{text}\n\n{table([['parameter', 'value'], *rows])}"
