@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from personae import export
+from personae.run.work import Work
 from toys import (
     load,
     perturb,
@@ -147,3 +148,81 @@ def test_at_low_rank_it_is_what_lapack_gives(tmp_path: Path, family: Family) -> 
     stored = load_file(out / "adapter_model.safetensors")
     ranks = {t.shape[0] for name, t in stored.items() if ".lora_A." in name}
     assert ranks == {3} and config_of(out)["r"] == config_of(out)["lora_alpha"] == 3
+
+
+def saved_adapter(family: Family, base: Path, directory: Path, **settings: Any) -> Tensor:
+    """Save an adapter with random factors, and return what PEFT computes with it."""
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(7)
+        model = get_peft_model(model_of(family, base), LoraConfig(**settings)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        model.save_pretrained(str(directory))
+        return output(family, model)
+
+
+def test_an_adapter_is_written_again_without_patterns_and_scaling(tmp_path: Path) -> None:
+    """Its own factors, at the largest of its ranks; rsLoRA's scaling is in them."""
+    family, base = FAMILIES["llama"], toy_llama(tmp_path / "base")
+    wanted = saved_adapter(
+        family,
+        base,
+        tmp_path / "adapter",
+        target_modules=["q_proj", "down_proj"],
+        r=3,
+        lora_alpha=5,
+        use_rslora=True,
+        rank_pattern={"down_proj": 4},
+        task_type="CAUSAL_LM",
+    )
+    out = export(tmp_path / "adapter", tmp_path / "out", base=base)
+    torch.testing.assert_close(adapted(family, base, out), wanted, rtol=1e-5, atol=1e-5)
+    config = config_of(out)
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
+    assert config["rank_pattern"] == {} and config["target_modules"] == ["down_proj", "q_proj"]
+    before, after = (
+        load_file(d / "adapter_model.safetensors") for d in (tmp_path / "adapter", out)
+    )
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    assert torch.equal(after[name][:3], before[name]) and not after[name][3:].any()
+
+
+def test_ranks_of_each_module_are_read_by_peft(tmp_path: Path) -> None:
+    """GPT-2, whose modules differ in rank; energies are those of LAPACK's singular values."""
+    family, base = FAMILIES["gpt2"], toy_gpt2(tmp_path / "base")
+    expert = perturb(base, tmp_path / "expert", 3, scale=0.1)
+    out = export(expert, tmp_path / "out", base=base, energy=0.7, rank_pattern=True)
+    before, after = load(base), load(expert)
+    wanted: dict[str, int] = {}
+    model, state = model_of(family, base), load(base)
+    for module in layers(model):
+        name = f"{module}.weight"
+        delta = after[name].double() - before[name].double()
+        sums = torch.linalg.svdvals(delta).square().cumsum(0)
+        wanted[module] = next(k + 1 for k, s in enumerate(sums) if s >= 0.7 * sums[-1])
+        state[name] = (before[name].double() + truncated(delta, wanted[module])).float()
+    assert config_of(out)["rank_pattern"] == config_of(out)["alpha_pattern"] == wanted
+    assert len({*wanted.values()}) > 1 and config_of(out)["r"] == max(wanted.values())
+    model.load_state_dict(state, strict=False)
+    torch.testing.assert_close(
+        adapted(family, base, out), output(family, model), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_names_of_files_stand_where_transformers_cannot_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tied embedding is left out then: under which name it is to be saved, too, nobody says."""
+    monkeypatch.setattr("personae.commands.export_sources.build", lambda *_: None)
+    family, base = FAMILIES["gpt2"], toy_gpt2(tmp_path / "base")
+    expert = perturb(base, tmp_path / "expert", 1, scale=0.1)
+    notes: list[str] = []
+    work = Work(note=notes.append)
+    out = export(expert, tmp_path / "out", base=base, rank=16, save_modules=["all"], work=work)
+    assert "transformer.wte.weight" in told(out)["left"]
+    assert any("tied to an output layer" in note for note in notes)
+    assert config_of(out)["target_modules"] == ["c_attn", "c_fc", "c_proj"]
+    adapted(family, base, out)

@@ -204,6 +204,7 @@ def _check_source(
     source: Any, pack: Pack | None, task: str | None, base: Any, to: str, faults: Faults
 ) -> None:
     """Add faults of a source, a task and a base that do not go together."""
+    source = source if isinstance(source, str | Path) else "The model"
     if to not in ("peft", "hf"):
         faults.add(f"There is no format '{to}'. {nearest(to, ('peft', 'hf'))}")
     if pack is not None and task is None:

@@ -96,6 +96,12 @@ def notes(source: Source, carried: Carried, spec: AdapterSpec) -> list[str]:
             f"left out, as it is tied to an output layer whose name only transformers can tell: "
             f"{shown(tied)}; to save it, install transformers"
         )
+    strange = [m for m in source.model.strange if m in carried.factors.values()]
+    if strange:
+        found.append(
+            f"{source.model_class} of the transformers installed here has no modules of these "
+            f"names, so that PEFT may not find them: {shown(strange)}"
+        )
     return found + _of_engines(max(spec.ranks.values()), carried, len({*spec.ranks.values()}) > 1)
 
 

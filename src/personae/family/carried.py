@@ -43,6 +43,7 @@ class Model:
         modules: Names of all modules in memory.
         aliases: Further names in memory of tensors that are tied.
         tied_unknown: Embeddings that are tied to an output layer whose name is not known.
+        strange: Modules of linear layers that the class, where it is known, does not have.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -51,6 +52,7 @@ class Model:
     modules: frozenset[str]
     aliases: Mapping[str, Sequence[str]]
     tied_unknown: frozenset[str]
+    strange: tuple[str, ...] = ()
 
     def module(self, name: str) -> str:
         """The module in memory that a tensor belongs to; '' if it is the model itself."""
@@ -115,6 +117,7 @@ def describe(
         for name in specs
         if says_tied and built is None and is_input_embedding(name) and not aliases[name]
     }
+    linear = [_module(places[name]) for name, kind in sorted(kinds.items()) if kind == "linear"]
     has_output = any(kind == "head" for kind in kinds.values())
     return Model(
         specs,
@@ -123,6 +126,7 @@ def describe(
         frozenset(paths | known.modules),
         aliases,
         frozenset() if has_output else frozenset(unknown),
+        tuple(module for module in linear if built and module not in built.modules),
     )
 
 
@@ -152,10 +156,11 @@ def carry(
     }
     wanted: set[str] = set()
     for name in taken:
-        if model.kinds[name] in save and name not in model.tied_unknown:
-            wanted |= {_module(place) for place in (model.places[name], *model.aliases[name])}
-    alone = {module for module in wanted if _is_saveable(model, module, factors.values())}
-    outer = {module for module in alone if not _inside(module, (alone | forced) - {module})}
+        modules = {_module(place) for place in (model.places[name], *model.aliases[name])}
+        asked = model.kinds[name] in save and name not in model.tied_unknown
+        if asked and all(_is_saveable(model, module, factors.values()) for module in modules):
+            wanted |= modules
+    outer = {module for module in wanted if not _inside(module, (wanted | forced) - {module})}
     saved = forced | outer
     stored = {
         place: name

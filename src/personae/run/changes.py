@@ -84,5 +84,13 @@ def of_task(rebuilt: Rebuilt) -> Changes:
         delta=lambda name: rebuilt.delta(names[name]),
         factors=lambda name: rebuilt.factors(names[name]),
         value=rebuilt.read,
-        cost=lambda name: rebuilt.cost(names.get(name, "")),
+        cost=lambda name: rebuilt.cost(names.get(name, "")) + _factors_bytes(rebuilt, name),
     )
+
+
+def _factors_bytes(rebuilt: Rebuilt, name: str) -> int:
+    """Peak memory of the factors of a decoded delta, and of their orthonormal bases in fp64."""
+    record = rebuilt.record.tensors.get(rebuilt.reference_names.get(name, ""))
+    if record is None:
+        return 0
+    return sum(block.rank or 0 for block in record.blocks) * 40 * sum(record.shape)
