@@ -9,6 +9,7 @@ from personae.commands.analyse import analyse as analyse
 from personae.commands.compose import compose as compose
 from personae.commands.compose import open_composed as open_composed
 from personae.commands.describe import describe as describe
+from personae.commands.export import export as export
 from personae.commands.inspect import inspect as inspect
 from personae.commands.merge import merge as merge
 from personae.commands.merge_plan import plan_merge as plan_merge

@@ -52,5 +52,10 @@ def test_no_more_memory_than_asked_for(tmp_path: Path, dtype: torch.dtype) -> No
 
         for run in (look, write):
             needed = asked(run)
-            peak_bytes(lambda run=run: run(Work(workers=1, memory=needed + 1)))  # imports, caches
-            assert peak_bytes(lambda run=run: run(Work(workers=1, memory=needed))) <= needed
+            peak_bytes(
+                lambda run=run, needed=needed: run(Work(workers=1, memory=needed + 1))
+            )  # imports, caches
+            assert (
+                peak_bytes(lambda run=run, needed=needed: run(Work(workers=1, memory=needed)))
+                <= needed
+            )

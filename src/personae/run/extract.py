@@ -19,7 +19,6 @@ from personae.ops.factors import (
 )
 from personae.ops.sums import squared_norm
 from personae.ops.svd import svd_bytes
-from personae.run import pool
 from personae.run.changes import Changes, Factors
 from personae.run.work import Work
 from personae.writers.adapter import AdapterWriter
@@ -79,14 +78,12 @@ def measure(
         return changes.cost(name) + (energies_bytes((shape[0], shape[1])) if wanted else 0)
 
     found: dict[str, Measured] = {}
-    results = pool.run(names, look, cost=cost, workers=work.threads, memory=work.memory)
-    for done, (name, seen) in enumerate(results, 1):
+    for name, seen in work.map(names, look, cost=cost, stage="measuring"):
         if isinstance(seen, Measured):
             found[name] = seen
         else:
             for fault in seen:
                 faults.add(fault)
-        work.progress("measuring", done, len(names))
     faults.raise_if_any(CheckpointError)
     return {name: found[name] for name in sorted(found) if found[name].energy}
 
@@ -138,20 +135,8 @@ def write_adapter(
         return changes.cost(name) + extracting_bytes(changes.compared[name].shape, ranks[name])
 
     jobs = [*((factors, name) for name in carried.factors), *((whole, n) for n in carried.whole)]
-    work.progress("extracting", 0, len(jobs))
-    results = pool.run(
-        jobs,
-        lambda job: job[0](job[1]),
-        cost=cost,
-        workers=work.threads,
-        memory=work.memory,
-    )
-    lost: dict[str, float] = {}
-    for done, ((do, name), missed) in enumerate(results, 1):
-        if do is factors:
-            lost[name] = missed
-        work.progress("extracting", done, len(jobs))
-    return lost
+    results = work.map(jobs, lambda job: job[0](job[1]), cost=cost, stage="extracting")
+    return {name: missed for (do, name), missed in results if do is factors}
 
 
 def extracting_bytes(shape: tuple[int, ...], rank: int) -> int:
