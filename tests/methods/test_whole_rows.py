@@ -15,8 +15,8 @@ from personae import MergeSettings, merge, plan_merge
 from personae.family import chunks
 from personae.methods import MERGE_METHODS, DeltaBlocks, Site, Statistics, Undecided, _deltas
 from personae.methods._entries import find_thresholds
-from personae.methods._merge import Gathering, RowWise
-from personae.run import items
+from personae.methods._merge import RowWise
+from personae.methods._method import Passes
 from toys import load
 
 SEEN: list[tuple[str, int, int]] = []
@@ -36,8 +36,8 @@ class LargestOfRow(RowWise):
     default_scope = "tensor"
     name = "largest_of_row"
 
-    def gather(self, experts: int) -> Gathering:
-        """A look that every method with thresholds takes: it is given whole rows too."""
+    def passes(self, experts: int) -> Passes:
+        """A pass that every method with thresholds takes: it is given whole rows too."""
 
         def seen(_: "LargestOfRow", site: Site):
             def fill(start: int, deltas: Float[ndarray, "expert entry"]) -> None:
@@ -88,7 +88,7 @@ def test_rows_are_whole_however_tensors_are_cut(
     """Rows are longer than blocks and chunks, or some to a block; a vector is one row."""
     monkeypatch.setattr(_deltas, "BLOCK", block)
     monkeypatch.setattr(chunks, "CHUNK_ENTRIES", chunk)
-    monkeypatch.setattr(items, "ITEM_ENTRIES", 4 * chunk)
+    monkeypatch.setattr(chunks, "ITEM_ENTRIES", 4 * chunk)
     base, experts = family()
     paths = {name: saved(state, tmp_path / name) for name, state in experts.items()}
     merge(saved(base, tmp_path / "base"), paths, tmp_path / "out", LargestOfRow())
