@@ -58,8 +58,8 @@ def choose_thresholds(
             made = pack(base, experts, Path(folder) / "pack", settings=settings, work=work)
             scores[threshold] = {}
             for task in tasks:
-                rebuilt = Path(folder) / "rebuilt"
-                unpack(made.directory, task.name, rebuilt, base=base, overwrite=True, work=work)
+                rebuilt = Path(folder) / task.name
+                unpack(made.directory, task.name, rebuilt, base=base, work=work)
                 assert task.validation is not None
                 examined = replace(task, test=task.validation)
                 scores[threshold][task.name] = evaluate_checkpoint(rebuilt, examined)
