@@ -37,16 +37,13 @@ MethodOf = Callable[[str], MergeMethod]
 Place = TypeVar("Place")
 
 
-def kept(path: Path | None, find: Callable[[], Statistics]) -> Statistics:
+def kept(path: Path, find: Callable[[], Statistics]) -> Statistics:
     """Statistics as an earlier run has left them, or found and left for a later one.
 
     Args:
-        path: Where, in the unfinished output, which belongs to runs that would find the same; None
-            where they are not kept.
+        path: Where, in the unfinished output, which belongs to runs that would find the same.
         find: Takes the passes.
     """
-    if path is None:
-        return find()
     if path.exists():
         return load_safetensors(path)
     found = find()
