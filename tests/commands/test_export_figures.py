@@ -164,7 +164,7 @@ def test_a_difference_pack_is_for_its_merged_model(work: Path) -> None:
         "base",
         {"x": "expert", "y": "other"},
         "p",
-        settings=PackSettings(vector="difference", method="svd"),
+        settings=PackSettings.of(SVD(rank_fraction=0.5), vector="difference"),
     )
     exported(source="p", task="x", base=None)
     config = json.loads((work / "out/adapter_config.json").read_text())

@@ -21,7 +21,7 @@ from personae.family.opened import open_family
 from personae.family.small_files import small_files
 from personae.packs.reader import Pack
 from personae.run.changes import Changes, of_expert, of_task
-from personae.run.rebuilt import Rebuilt
+from personae.run.rebuilt import Rebuilt, left_in_words
 from personae.run.work import Work
 
 _TASK_TYPES = (
@@ -74,7 +74,8 @@ def open_task(pack: Pack, task: str, base: Any, work: Work) -> Generator[Source]
         files = auxiliary_files_of(pack, task, reference)
         changes = of_task(rebuilt)
         merged = pack.manifest.reference.kind == "merged"
-        note = "the adapter is for the merged model in the pack, not for the experts' base"
+        notes = ["the adapter is for the merged model in the pack, not for the experts' base"]
+        left = left_in_words(rebuilt.record)
         yield _described(
             task,
             str(pack.directory),
@@ -82,7 +83,7 @@ def open_task(pack: Pack, task: str, base: Any, work: Work) -> Generator[Source]
             reference,
             _config(files),
             base=str(pack.reference_source(base)) if merged else reference.source,
-            notes=[note] if merged else [],
+            notes=[*(notes if merged else ()), *([f"{task}: {left}"] if left else ())],
         )
 
 

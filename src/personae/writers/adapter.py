@@ -64,13 +64,12 @@ class AdapterWriter:
     def __init__(self, directory: Path, spec: AdapterSpec) -> None:
         """Write the header; see `CheckpointWriter`."""
         self._spec = spec
-        specs = spec.specs
         self._writer = CheckpointWriter(
             directory,
-            specs,
+            spec.specs,
             shard_bytes=sys.maxsize,
             stem=STEM,
-            computed=[one.name for one in specs],
+            computed=[key for module in spec.shapes for key in _keys(module)],
         )
 
     def write_factors(
