@@ -220,8 +220,8 @@ def _check_source(
         faults.add(f"{source} is no pack: give the base that it was fine-tuned from (--base).")
     if pack is None and to == "hf":
         faults.add(
-            f"'hf' rebuilds a task of a pack, and {source} is none. An adapter is merged into its "
-            "base by 'personae merge' with task_arithmetic."
+            f"'hf' rebuilds a task of a pack, and {source} is none: it is a model already, or an "
+            "adapter. Leave the format out to write an adapter."
         )
 
 
