@@ -74,8 +74,8 @@ def _methods(kind: str, classes: dict[str, str]) -> Iterator[str]:
     yield from ("| name | in Python | paper | what it does |", "|---|---|---|---|")
     for one in described:
         name, (kind_of, _, number) = one["name"], one["paper"].partition(":")
-        at = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}[kind_of]
-        paper = f"[{number}]({at}{number})"
+        at = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}.get(kind_of)
+        paper = f"[{number}]({at}{number})" if at else f"[source]({one['paper']})"
         yield f"| [`{name}`](#{name}) | `{classes[name]}` | {paper} | {_cell(one['summary'])} |"
     for one in described:
         yield from ("", f"### `{one['name']}`", "", one["summary"], "")

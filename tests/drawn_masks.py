@@ -11,9 +11,14 @@ def keep_mask(
     kept: int, start: int, count: int, *, seed: int, name: str, expert: int
 ) -> np.ndarray:
     """Keep entries `start` to `start + count` whose 16-bit number is below `kept`."""
+    return drawn_numbers(start, count, seed=seed, name=name, expert=expert) < kept
+
+
+def drawn_numbers(start: int, count: int, *, seed: int, name: str, expert: int) -> np.ndarray:
+    """The 16-bit numbers of entries `start` to `start + count`."""
     digest = hashlib.sha256(f"{seed}/{expert}/{name}".encode()).digest()
     words = np.random.PCG64(int.from_bytes(digest, "little")).random_raw((start + count + 3) // 4)
-    return words.astype("<u8").view("<u2")[start : start + count] < kept
+    return words.astype("<u8").view("<u2")[start : start + count]
 
 
 def give_masks(monkeypatch: pytest.MonkeyPatch, masks: list[list[int]]) -> None:

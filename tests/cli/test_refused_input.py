@@ -120,7 +120,8 @@ def test_an_expert_without_a_name(work):
 
 def test_a_method_of_mergekit_alone(work):
     refused(
-        "methods nuslerp", "'nuslerp' is a method of mergekit that personae does not have. Known:"
+        "methods ramplus_tl",
+        "'ramplus_tl' is a method of mergekit that personae does not have. Known:",
     )
 
 

@@ -8,7 +8,19 @@ import torch
 from scipy.optimize import minimize
 
 from families import saved
-from personae import SLERP, Karcher, ModelStock, karcher, merge_state_dicts, model_stock, slerp
+from personae import (
+    SLERP,
+    Karcher,
+    ModelStock,
+    MultiSLERP,
+    NuSLERP,
+    karcher,
+    merge_state_dicts,
+    model_stock,
+    multislerp,
+    nuslerp,
+    slerp,
+)
 from personae.commands.merge import merge
 from personae.errors import MethodError, PersonaeError
 from toys import load
@@ -105,6 +117,62 @@ def test_model_stock_by_the_angle(angle: float, share: float):
     cosine = math.cos(math.radians(angle))
     gram = np.full((3, 3), cosine) + (1 - cosine) * np.eye(3)
     np.testing.assert_allclose(ModelStock().solve(gram), np.full(3, share / 3), atol=1e-12)
+
+
+def test_model_stock_of_rows():
+    # Rows at 60° and at 90°: 2 · 0.5 / 1.5 of their mean, and none.
+    half = math.sqrt(0.75)
+    stack = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[0.5, half], [3.0, 0.0]]])
+    merged = model_stock(stack, filter_wise=True)
+    torch.testing.assert_close(merged[0], (stack[0, 0] + stack[1, 0]) / 3)
+    torch.testing.assert_close(merged[1], torch.zeros(2), rtol=0, atol=1e-6)
+
+
+def test_nuslerp_by_hand():
+    # At 90°, of weights 1 and 3: t = 3/4, sin 22.5° and sin 67.5° of each.
+    first, second = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    near, far = math.sin(math.pi / 8), math.sin(3 * math.pi / 8)
+    for settings in ({}, {"nuslerp_flatten": False}):
+        merged = nuslerp([first, second], weight=(1.0, 3.0), **settings)
+        torch.testing.assert_close(merged, near * first + far * second)
+    # Rows of one model are alike: the first is parallel to the other's, the second at 90° to it.
+    first, second = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 3.0]])
+    half = math.sqrt(0.5)
+    merged = nuslerp([first, second], nuslerp_flatten=False)
+    torch.testing.assert_close(merged, torch.tensor([[2.0, 0.0], [half, 3 * half]]))
+    # So are columns of the transposed ones.
+    columns = [first.T.contiguous(), second.T.contiguous()]
+    merged_columns = nuslerp(columns, nuslerp_flatten=False, nuslerp_row_wise=True)
+    torch.testing.assert_close(merged_columns, merged.T)
+
+
+def test_multislerp_by_hand():
+    # Directions (1, 0) and (0, 1) of weights 1/4 and 3/4: (1, 3) / √10 at length (4 + 3 · 2) / 4.
+    stack = torch.tensor([[4.0, 0.0], [0.0, 2.0]])
+    merged = multislerp(stack, weight=(1.0, 3.0))
+    torch.testing.assert_close(merged, 2.5 / math.sqrt(10) * torch.tensor([1.0, 3.0]))
+    # Opposite directions cancel: what they add up to.
+    opposite = torch.tensor([[4.0, 0.0], [-2.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(multislerp(opposite, weight=3.0), torch.tensor([2 / 3, 0.0]))
+    with pytest.raises(MethodError, match="sum of the weights, which is 0"):
+        multislerp(stack, weight=(1.0, -1.0))
+
+
+@pytest.mark.parametrize("method", [NuSLERP(), NuSLERP(nuslerp_flatten=False), MultiSLERP()])
+def test_they_turn_around_the_base_if_there_is_one(method: NuSLERP | MultiSLERP, tmp_path):
+    """Of a base, task vectors; without one the models. In memory and through files."""
+    base, one, other = family(torch.float32)
+    paths = [saved(state, tmp_path / str(n)) for n, state in enumerate((base, one, other))]
+    named = dict(zip("ab", paths[1:], strict=True))
+    for start in (base, None):
+        merge(paths[0] if start else None, named, tmp_path / f"out-{start is None}", method)
+        written = load(tmp_path / f"out-{start is None}")
+        held = merge_state_dicts(start, [one, other], method)
+        for name in base:
+            origin = start[name] if start else torch.zeros(base[name].shape)
+            wanted = origin + method(torch.stack([one[name] - origin, other[name] - origin]))
+            torch.testing.assert_close(written[name], wanted)
+            torch.testing.assert_close(held[name], wanted)
 
 
 def family(dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:

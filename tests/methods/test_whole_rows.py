@@ -40,11 +40,12 @@ class LargestOfRow(RowWise):
         """A pass that every method with thresholds takes: it is given whole rows too."""
 
         def seen(_: "LargestOfRow", site: Site):
-            def fill(start: int, deltas: Float[ndarray, "expert entry"]) -> None:
+            def look(start: int, deltas: Float[ndarray, "expert entry"]) -> ndarray:
                 assert deltas.shape[1] % site.row_entries == 0
                 assert (site.start + start) % site.row_entries == 0
+                return deltas
 
-            return fill
+            return look
 
         return {"thresholds": (yield from find_thresholds(0.5, experts, seen))}
 

@@ -149,8 +149,8 @@ def test_faults_beside_the_parameters():
         MergeSettings(vector="difference", tokenizer_source="base").check(["a"])
     with pytest.raises(RecipeError, match=r"Unknown method 'avrage'. Did you mean 'average'\?"):
         MergeSettings(method="avrage").check(["a"])
-    with pytest.raises(RecipeError, match="'della' is a method of mergekit that personae does not"):
-        MergeSettings(method="della", conventions="mergekit").check(["a"])
+    with pytest.raises(RecipeError, match="'ram' is a method of mergekit that personae does not"):
+        MergeSettings(method="ram", conventions="mergekit").check(["a"])
     with pytest.raises(MethodError, match="'dts' is a codec, not a merge method"):
         MergeSettings(method="dts").merge_method()
 

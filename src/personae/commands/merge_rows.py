@@ -115,7 +115,8 @@ def _form(
             raise NotFinite
         changed = any_entry(stack)  # before the method, which may work in place
         if method.of_models():
-            value = method.apply(stacks.models(method, stack, reference), statistics, site)
+            models, added = stacks.models(method, stack, reference)
+            value = method.apply(models, statistics, site).add_(added)
             return _Formed(value, False, lambda: changed)
         return _Formed(method.apply(stack, statistics, site) + reference, False, lambda: changed)
     value = torch.empty(chunk.shape, dtype=dtype if dtype in ROUNDS_TO_INFINITY else torch.float32)

@@ -65,7 +65,7 @@ def merge_state_dicts(
         faults.raise_if_any(CheckpointError)
         if method.of_models():
             read = [
-                (chunk, job.stacks.models(method, stack, reference), torch.zeros(()))
+                (chunk, *job.stacks.models(method, stack, reference))
                 for chunk, stack, reference in read
             ]
         statistics = None

@@ -150,12 +150,18 @@ class Stacks:
         method: MergeMethod,
         stack: Float[Tensor, "expert ..."],
         reference: Float[Tensor, "..."],
-    ) -> Float[Tensor, "model ..."]:
-        """The models that a method needs, of deltas (which are overwritten) and reference; fp32."""
+    ) -> tuple[Float[Tensor, "model ..."], Float[Tensor, "..."]]:
+        """The models that a method needs, of deltas (which are overwritten) and reference; fp32.
+
+        And what is to be added to its answer.
+        """
+        if method.needs == "either" and self._family.has_base:
+            return stack, reference
+        nothing = torch.zeros(())
         stack += reference
         if method.needs == "models" and self._family.has_base:
-            return torch.cat([reference[None], stack])
-        return stack
+            return torch.cat([reference[None], stack]), nothing
+        return stack, nothing
 
     def blocks(self, chunk: Chunk) -> DeltaBlocks:
         """The deltas of a chunk, and the reference's values, a block of entries at a time.

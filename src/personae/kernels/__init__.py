@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         sum_magnitudes,
         trim,
     )
+    from personae.kernels.ranks import drop_by_rank
     from personae.kernels.signs import (
         elect_by_count,
         elect_by_mass,
@@ -47,6 +48,7 @@ _HOMES = {
         "sum_magnitudes",
         "trim",
     ),
+    "ranks": ("drop_by_rank",),
     "signs": (
         "elect_by_count",
         "elect_by_mass",
@@ -65,6 +67,7 @@ __all__ = [
     "count_magnitudes",
     "count_ties",
     "drop",
+    "drop_by_rank",
     "drop_ties",
     "elect_by_count",
     "elect_by_mass",

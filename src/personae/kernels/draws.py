@@ -22,13 +22,19 @@ def drop(row: ndarray, state: ndarray, skipped: int, kept: int, factor: Number) 
         kept: An entry is kept if its number, of 16 bits, is below this.
         factor: fp32.
     """
-    words = np.empty((skipped + row.size + 3) // 4, np.uint64)
+    numbers = numbers_of(state, skipped, row.size)
+    for i in range(row.size):
+        row[i] = F32(1 if numbers[i] < kept else 0) * row[i] * factor
+
+
+@kernel
+def numbers_of(state: ndarray, skipped: int, count: int) -> ndarray:
+    """So many numbers of 16 bits, uint16; see `drop`."""
+    words = np.empty((skipped + count + 3) // 4, np.uint64)
     high, low, increment = state[0], state[1], (state[2], state[3])
     for word in range(words.size):
         high, low = multiply_add(high, low, _MULTIPLIER, increment)
         mixed, turn = high ^ low, high >> U64(58)
         words[word] = (mixed >> turn) | (mixed << ((U64(64) - turn) & U64(63)))
     state[0], state[1] = high, low
-    numbers = words.view(np.uint16)[skipped : skipped + row.size]
-    for i in range(row.size):
-        row[i] = F32(1 if numbers[i] < kept else 0) * row[i] * factor
+    return words.view(np.uint16)[skipped : skipped + count]

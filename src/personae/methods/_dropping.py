@@ -1,9 +1,9 @@
-"""What the DARE methods share: entries dropped at random, and what is left made up for it."""
+"""What the DARE and DELLA methods share: entries dropped at random, the rest making up for them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from numpy import ndarray
 
 from personae import kernels
@@ -41,6 +41,58 @@ def dropper(
                 row *= np.float32(factor)
 
     return fill
+
+
+def rank_dropper(
+    site: Site,
+    *,
+    density: PerExpert,
+    spread: PerExpert,
+    weight: PerExpert,
+    rescale: bool,
+    seed: int,
+    experts: int,
+) -> Fill:
+    """Keeps entries at random, the large ones of a row rather than the small ones.
+
+    In a row of n entries that of rank r, from 0 for the smallest magnitude to n - 1, is kept with
+    probability density + spread · (r / (n - 1) - 1/2), to the nearest 1/65536; what is kept is
+    rescaled and weighted as by `dropper`. At density 1 nothing is dropped.
+    """
+    length = site.row_entries
+    per_expert = [one_each(each, experts) for each in (density, spread, weight)]
+    draws = [Draws(seed=seed, name=site.name, expert=n) for n in range(experts)]
+    tables = [_by_rank(length, *each, rescale=rescale) for each in zip(*per_expert, strict=True)]
+
+    def fill(start: int, deltas: Float[ndarray, "expert entry"]) -> None:
+        for row, (kept, factors), numbers in zip(deltas, tables, draws, strict=True):
+            state, skipped = numbers.at(site.start + start, row.size)
+            kernels.drop_by_rank(row, state, skipped, kept, factors)
+
+    return fill
+
+
+def _by_rank(
+    length: int, density: float, spread: float, weight: float, *, rescale: bool
+) -> tuple[Int32[ndarray, " places"], Float[ndarray, " places"]]:
+    """Values that keep an entry, and factors, for each mean rank that there can be, twice it."""
+    place = np.linspace(-0.5, 0.5, 2 * length - 1) if length > 1 else np.zeros(1)
+    kept = np.maximum(1, np.rint((density + spread * place) * DRAW_VALUES)).astype(np.int32)
+    if density == 1:
+        kept[:] = DRAW_VALUES
+    factors = weight * DRAW_VALUES / kept if rescale else np.full(len(kept), weight)
+    return kept, factors.astype(np.float32)
+
+
+def beyond_certainty(method: str, ranges: Iterable[tuple[float, float]]) -> str:
+    """What is wrong with probabilities density ± half of a width; empty if nothing."""
+    for density, half in ranges:
+        if density < 1 and not half < density <= 1 - half:
+            return (
+                f"{method}: entries would be kept with probabilities from {density - half:g} to "
+                f"{density + half:g}, which is not between 0 and 1. Give a smaller epsilon."
+            )
+    return ""
 
 
 def dropped_sums(

@@ -74,7 +74,6 @@ class Electing(RowWise):
     """
 
     can_decide_late: ClassVar = True
-    model_wide: ClassVar = ("scope",)
 
     weight: float | tuple[float, ...] = Field(
         default=1.0,
@@ -83,10 +82,6 @@ class Electing(RowWise):
             "mean divides by the number of experts that agree, not by the sum of their weights: "
             "if all weights are 2, the result doubles. A negative weight negates."
         ),
-    )
-    scope: Literal["model", "tensor"] = Field(
-        default="model",
-        description="Whether the majority sign is that of the whole model or of each tensor.",
     )
     reduce: Reduce = Field(
         default="mean", description="Mean, sum or largest magnitude of the entries that agree."

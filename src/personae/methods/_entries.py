@@ -1,7 +1,8 @@
 """What entry-wise methods share: sums, thresholds of trimming, and what stays undecided."""
 
-from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from personae import kernels
 from personae.methods._deltas import DeltaBlocks, delta_blocks, joined
-from personae.methods._method import Pass, one_each
+from personae.methods._method import Pass, Statistics, one_each
 from personae.methods._site import Site
 from personae.ops.select import (
     SAMPLE_BINS,
     SAMPLE_FLOOR,
     SAMPLE_SHIFT,
+    TOP,
     Window,
     guess,
     kept_count,
@@ -110,12 +112,81 @@ def limits_of(thresholds: Float[Tensor, " expert"]) -> Float[ndarray, " expert"]
     return torch.nextafter(thresholds, torch.zeros_like(thresholds)).numpy()
 
 
+def between(statistics: Statistics, weight: PerExpert) -> Fill:
+    """Keeps the entries whose magnitude lies within the bounds, times the weight."""
+    highest = statistics["highest"].numpy()
+    trim = trimmer(statistics["lowest"], weight)
+
+    def fill(start: int, deltas: Float[ndarray, "expert entry"]) -> None:
+        for row, high in zip(deltas, highest, strict=True):
+            if high < np.inf:
+                row[np.abs(row) > high] = 0
+        trim(start, deltas)
+
+    return fill
+
+
+def find_bounds(
+    density: PerExpert, gamma: PerExpert, experts: int, least: int = 1
+) -> Generator[Pass, Tensor, dict[str, Tensor]]:
+    """Find the bounds between which each expert's entries are kept, ties included.
+
+    Of so many entries the fraction gamma, the largest, is left out; the next ones are kept, the
+    fraction density. Fewer are left out where density needs them; at density 1 none is.
+
+    Args:
+        density: Fraction of entries kept.
+        gamma: Fraction of entries that are too large.
+        experts: How many there are.
+        least: Entries that are kept at least.
+    """
+
+    def counts(density: float, gamma: float, entries: int) -> tuple[int, int]:
+        kept = min(max(int(density * entries), least), entries)
+        return min(int(gamma * entries), entries - kept), kept
+
+    def lowest(density: float, gamma: float, entries: int) -> int:
+        dropped, kept = counts(density, gamma, entries)
+        return dropped + kept if kept else 0
+
+    def highest(density: float, gamma: float, entries: int) -> int:
+        return counts(density, gamma, entries)[0] + 1
+
+    shares = list(zip(one_each(density, experts), one_each(gamma, experts), strict=True))
+    cut = [n for n, (kept, _) in enumerate(shares) if kept < 1]
+    ranks = [Rank(n, min(sum(shares[n]), 1.0), partial(lowest, *shares[n])) for n in cut]
+    ranks += [Rank(n, shares[n][1], partial(highest, *shares[n])) for n in cut]
+    found = yield from find_magnitudes(ranks)
+    bounds = {"lowest": torch.zeros(experts), "highest": torch.full((experts,), torch.inf)}
+    bounds["lowest"][cut], bounds["highest"][cut] = found[: len(cut)], found[len(cut) :]
+    return bounds
+
+
+class Rank(NamedTuple):
+    """Which of the magnitudes of a row of entries is wanted, from the largest.
+
+    Attributes:
+        row: Of the rows that are counted: the experts, unless something else is.
+        fraction: About which fraction of the entries it is from the top.
+        place: Which of so many entries it is, from 1; for 0 infinity is found.
+    """
+
+    row: int
+    fraction: float
+    place: Callable[[int], int]
+
+
+Rows = Float[ndarray, "row entry"] | Sequence[Float[ndarray, " entry"]]
+Seen = Callable[[int, Float[ndarray, "expert entry"]], Rows]
+"""`seen(start, deltas)` makes the rows that are counted; it may work in the deltas."""
+
+
 def find_thresholds(
     density: PerExpert,
     experts: int,
-    seen: Callable[[Any, Site], Fill] | None = None,
+    seen: Callable[[Any, Site], Seen] | None = None,
 ) -> Generator[Pass, Tensor, Float[Tensor, " expert"]]:
-    """Find the smallest magnitude that each expert keeps: a pass over a sample, then one or more.
+    """Find the smallest magnitude that each expert keeps.
 
     An expert of density 1 has threshold 0 and is not counted.
 
@@ -124,43 +195,57 @@ def find_thresholds(
         experts: How many there are.
         seen: `seen(parameters, site)` makes, of the task vectors, what is trimmed.
     """
-    densities = one_each(density, experts)
-    windows = [Window(0, 1) for _ in densities]
-    trimming = [n for n, each in enumerate(densities) if each < 1]
+    thresholds = torch.zeros(experts)
+    ranks = [
+        Rank(n, each, partial(kept_count, density=each))
+        for n, each in enumerate(one_each(density, experts))
+        if each < 1
+    ]
+    thresholds[[rank.row for rank in ranks]] = yield from find_magnitudes(ranks, seen)
+    return thresholds
 
-    def blocks(
-        vectors: Tensor | DeltaBlocks, own: Any, site: Site
-    ) -> Iterator[Float[ndarray, "expert entry"]]:
-        fill = None if seen is None else seen(own, site)
+
+def find_magnitudes(
+    ranks: Sequence[Rank], seen: Callable[[Any, Site], Seen] | None = None
+) -> Generator[Pass, Tensor, Float[Tensor, " rank"]]:
+    """Find magnitudes by their rank: a pass over a sample, then one or more.
+
+    Args:
+        ranks: Which.
+        seen: `seen(parameters, site)` makes what is counted, where that is not the task vectors.
+    """
+    windows = [Window(0, 1) for _ in ranks]
+
+    def rows(vectors: Tensor | DeltaBlocks, own: Any, site: Site) -> Iterator[Rows]:
+        make = None if seen is None else seen(own, site)
         for start, deltas in delta_blocks(vectors, own.row_entries(site)):
-            if fill is not None:
-                fill(start, deltas)
-            yield deltas
+            yield deltas if make is None else make(start, deltas)
 
     def sample(vectors: Tensor | DeltaBlocks, own: Any, site: Site) -> Tensor:
-        counts = np.zeros((len(trimming), SAMPLE_BINS), np.int64)
-        for deltas in blocks(vectors, own, site):
-            for n, counted in zip(trimming, counts, strict=True):
-                kernels.sample(deltas[n], SAMPLE_FLOOR, SAMPLE_SHIFT, counted)
+        counts = np.zeros((len(ranks), SAMPLE_BINS), np.int64)
+        for found in rows(vectors, own, site):
+            for rank, counted in zip(ranks, counts, strict=True):
+                kernels.sample(found[rank.row], SAMPLE_FLOOR, SAMPLE_SHIFT, counted)
         return torch.from_numpy(counts)
 
     def count(vectors: Tensor | DeltaBlocks, own: Any, site: Site) -> Tensor:
-        bins = max(windows[n].bins for n in trimming)
-        counts = np.zeros((len(trimming), 2 + bins), np.int64)
-        for deltas in blocks(vectors, own, site):
-            for n, counted in zip(trimming, counts, strict=True):
-                low, high = windows[n]
-                kernels.count_magnitudes(deltas[n], low, high, windows[n].shift, counted)
+        bins = max(window.bins for window in windows)
+        counts = np.zeros((len(ranks), 2 + bins), np.int64)
+        for found in rows(vectors, own, site):
+            for rank, window, counted in zip(ranks, windows, counts, strict=True):
+                low, high = window
+                kernels.count_magnitudes(found[rank.row], low, high, window.shift, counted)
         return torch.from_numpy(counts)
 
-    if trimming:
+    if ranks:
         sampled = yield Pass("sample", sample, sample=64)
-        for n, counts in zip(trimming, sampled, strict=True):
-            windows[n] = guess(counts, densities[n])
+        for n, (rank, counts) in enumerate(zip(ranks, sampled, strict=True)):
+            windows[n] = guess(counts, rank.fraction)
     while not all(window.found for window in windows):
         counted = yield Pass("thresholds", count)
-        for n, counts in zip(trimming, counted, strict=True):
+        for n, (rank, counts) in enumerate(zip(ranks, counted, strict=True)):
             entries = int(counts[0])
-            k = kept_count(entries, densities[n])
-            windows[n] = narrow(counts, windows[n], k) if entries else Window(0, 1)
+            place = rank.place(entries)
+            none = Window(TOP, TOP + 1) if entries else Window(0, 1)
+            windows[n] = narrow(counts, windows[n], place) if place else none
     return torch.tensor([window.magnitude for window in windows])

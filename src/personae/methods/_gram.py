@@ -1,12 +1,16 @@
-"""Linear methods that find their coefficients in the models: a tensor's Gram matrix tells them."""
+"""Linear methods whose coefficients follow from the models: the Gram matrix of a tensor tells them.
+
+Or those of its rows, or of its columns, each with coefficients of its own.
+"""
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from math import prod
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from numpy import ndarray
 from torch import Tensor
 
@@ -16,20 +20,31 @@ from personae.methods._merge import Linear, Scope
 from personae.methods._method import Pass, Passes, Statistics
 from personae.methods._site import Site
 
+Span = Literal["tensor", "row", "column"]
+
 
 class FromGram(Linear):
     """Σ c_n x_n of what it is given, models or task vectors; c from all inner products ⟨x_n, x_m⟩.
 
-    Lengths and angles are all that is needed of a tensor: one pass in fp64, and a second to sum.
+    Lengths and angles are all that is needed: one pass in fp64, and a second to sum. Those of rows
+    are at hand when the row is.
     """
 
     rows: ClassVar[tuple[int, int]] = (0, 16)
     usual_passes: ClassVar[int] = 1
     default_scope: ClassVar[Scope] = "tensor"
 
+    @property
+    def span(self) -> Span:
+        """What has coefficients of its own: a tensor, a row along its last axis, or a column."""
+        return "tensor"
+
     @abstractmethod
-    def solve(self, gram: Float64[ndarray, "model model"]) -> Float64[ndarray, " model"]:
-        """The coefficients, from the inner products of one tensor of each model."""
+    def solve(self, gram: Float64[ndarray, "*vector model model"]) -> Float64[ndarray, "..."]:
+        """The coefficients, (*vector, model), from the inner products of one vector of each model.
+
+        Many vectors at once where the span is not the tensor.
+        """
         ...
 
     def coefficients(self, experts: int) -> None:
@@ -37,7 +52,9 @@ class FromGram(Linear):
         return None
 
     def passes(self, experts: int) -> Passes:
-        """One pass: the inner products."""
+        """One pass, for the inner products, unless each row has its own."""
+        if self.span == "row":
+            return {}
         gram = yield Pass("inner products", _inner_products)
         return {"coefficients": torch.from_numpy(self.solve(gram.numpy()))}
 
@@ -49,25 +66,68 @@ class FromGram(Linear):
         undecided: Undecided | None = None,
     ) -> Iterator[Float[ndarray, " entry"]]:
         """See `Entrywise.merge_blocks`."""
+        if self.span == "row":
+            return self._by_rows(blocks, site)
+        if self.span == "column":
+            return _by_columns(blocks, statistics["coefficients"].numpy(), site)
         return weighted_sums(blocks, tuple(statistics["coefficients"].tolist()))
 
-
-def _inner_products(vectors: Tensor | DeltaBlocks, _: Any, __: Site) -> Tensor:
-    blocks = delta_blocks(vectors)
-    gram = torch.zeros(blocks.experts, blocks.experts, dtype=torch.float64)
-    for _, block in blocks:
-        exact = torch.from_numpy(block).double()
-        gram += exact @ exact.T
-    return gram
+    def _by_rows(self, blocks: DeltaBlocks, site: Site) -> Iterator[Float[ndarray, " entry"]]:
+        for _, deltas in blocks:
+            rows = deltas.reshape(len(deltas), -1, site.row_entries)
+            exact = rows.swapaxes(0, 1).astype(np.float64)
+            found = self.solve(exact @ exact.swapaxes(1, 2)).astype(np.float32)
+            yield (rows * found.T[:, :, None]).sum(axis=0).reshape(-1)
 
 
-def lengths(gram: Float64[ndarray, "model model"]) -> Float64[ndarray, " model"]:
-    """The models' Euclidean norms."""
-    return np.sqrt(np.diagonal(gram))
+def _by_columns(
+    blocks: DeltaBlocks, coefficients: Float64[ndarray, "column model"], site: Site
+) -> Iterator[Float[ndarray, " entry"]]:
+    factors = coefficients.T.astype(np.float32)
+    for start, deltas in blocks:
+        yield (deltas * factors[:, _columns(site, start, deltas)]).sum(axis=0)
 
 
-def cosines(gram: Float64[ndarray, "model model"]) -> Float64[ndarray, "model model"]:
+def _inner_products(vectors: Tensor | DeltaBlocks, own: FromGram, site: Site) -> Tensor:
+    blocks = delta_blocks(vectors, own.row_entries(site))
+    experts = blocks.experts
+    if own.span == "tensor":
+        gram = torch.zeros(experts, experts, dtype=torch.float64)
+        for _, block in blocks:
+            exact = torch.from_numpy(block).double()
+            gram += exact @ exact.T
+        return gram
+    columns = np.zeros((prod(site.shape[1:]), experts, experts))
+    for start, block in blocks:
+        exact, place = block.astype(np.float64), _columns(site, start, block)
+        for n, m in zip(*np.triu_indices(experts), strict=True):
+            columns[:, n, m] += np.bincount(place, exact[n] * exact[m], len(columns))
+            columns[:, m, n] = columns[:, n, m]
+    return torch.from_numpy(columns)
+
+
+def _columns(
+    site: Site, start: int, block: Float[ndarray, "model entry"]
+) -> Int64[ndarray, " entry"]:
+    """Which column each entry of a block is in: its place along all axes but the first."""
+    first = site.start + start
+    return np.arange(first, first + block.shape[1]) % prod(site.shape[1:])
+
+
+def lengths(gram: Float64[ndarray, "*vector model model"]) -> Float64[ndarray, "..."]:
+    """The models' Euclidean norms, (*vector, model)."""
+    return np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))
+
+
+def cosines(
+    gram: Float64[ndarray, "*vector model model"],
+) -> Float64[ndarray, "*vector model model"]:
     """Cosines of the angles between models; 0 with one that is all zeros."""
     norms = lengths(gram)
     norms[norms == 0] = np.inf
-    return np.clip(gram / np.outer(norms, norms), -1, 1)
+    return np.clip(gram / (norms[..., :, None] * norms[..., None, :]), -1, 1)
+
+
+def pairs_of(experts: int) -> tuple[Int64[ndarray, " pair"], Int64[ndarray, " pair"]]:
+    """The pairs of two experts, as indices of a Gram matrix."""
+    return np.triu_indices(experts, 1)

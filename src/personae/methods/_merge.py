@@ -101,10 +101,11 @@ class MergeMethod(Parameters, ABC):
     """Whose algorithm it is."""
     order_free: ClassVar[bool] = True
     """Whether the order of experts does not matter (beyond rounding)."""
-    needs: ClassVar[Literal["deltas", "base", "adapters", "models", "experts"]] = "deltas"
+    needs: ClassVar[Literal["deltas", "base", "adapters", "models", "experts", "either"]] = "deltas"
     """`deltas`: task vectors, or difference vectors where there is no base. `base`: task vectors
     alone. `adapters`: task vectors of LoRA adapters. `models`: the models themselves, the base
-    first where there is one, and a model comes out. `experts`: the same without the base."""
+    first where there is one, and a model comes out. `experts`: the same without the base. `either`:
+    task vectors where there is a base, and the models where there is none."""
     takes: ClassVar[int | None] = None
     """How many of these it takes; None for any number."""
     degenerates: ClassVar[str] = ""
@@ -212,8 +213,8 @@ class MergeMethod(Parameters, ABC):
 
     @classmethod
     def of_models(cls) -> bool:
-        """Whether it is given models, and not task vectors."""
-        return cls.needs in ("models", "experts")
+        """Whether it is given models, and not difference vectors."""
+        return cls.needs in ("models", "experts", "either")
 
     @classmethod
     def has_passes(cls) -> bool:

@@ -41,19 +41,7 @@ _PARAMETERS: Mapping[str, tuple[str, ...]] = {
 _OF_A_MODEL = ("weight", "density", "gamma", "epsilon", "scale")
 """Parameters that it reads under a model; all others are one for all models."""
 
-_INSTEAD: Mapping[str, str] = {
-    "arcee_fusion": "ties",
-    "breadcrumbs": "task_arithmetic",
-    "breadcrumbs_ties": "ties",
-    "della": "dare_ties",
-    "della_linear": "dare_linear",
-    "multislerp": "karcher",
-    "nearswap": "slerp",
-    "nuslerp": "slerp",
-    "ram": "ties",
-    "ramplus_tl": "ties",
-    "sce": "ties",
-}
+_INSTEAD: Mapping[str, str] = {"ram": "ties", "ramplus_tl": "ties"}
 """What is nearest to its methods that are not here."""
 
 _ONE_MODEL_EACH = ("models", "sources")

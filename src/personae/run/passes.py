@@ -230,7 +230,7 @@ def _term(
     if method.of_models():
         stack, reference = stacks.read(part, reuse=True)
         finite, place = is_finite(stack), stacks.site(part)
-        stack = stacks.models(method, stack, reference)
+        stack, _ = stacks.models(method, stack, reference)
     else:
         stack, place, *_ = stacks.given(method, part, whole)
         finite = is_finite(stack)

@@ -16,7 +16,7 @@ from pydantic import Field
 from personae._types import Density
 from personae.methods._dropping import dropper
 from personae.methods._electing import Electing
-from personae.methods._entries import Fill, PerExpert, find_thresholds, trimmer
+from personae.methods._entries import Fill, PerExpert, Seen, find_thresholds, trimmer
 from personae.methods._merge import as_function
 from personae.methods._method import Passes, Statistics
 from personae.methods._registry import merge_method
@@ -65,8 +65,14 @@ class DARETIES(Electing):
     def find(self, experts: int) -> Passes:
         """Those for the thresholds of trimming, if there is any."""
 
-        def kept(own: Any, site: Site) -> Fill:
-            return own.dropper(site, experts, weight=1.0)
+        def kept(own: Any, site: Site) -> Seen:
+            drop = own.dropper(site, experts, weight=1.0)
+
+            def seen(start: int, deltas: Float[ndarray, "expert entry"]) -> ndarray:
+                drop(start, deltas)
+                return deltas
+
+            return seen
 
         if self.trim == 1:
             return {}

@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
+from pydantic import Field
 
-from personae.methods._gram import FromGram, cosines
+from personae.methods._gram import FromGram, Span, cosines, pairs_of
 from personae.methods._merge import as_function
 from personae.methods._registry import merge_method
 
@@ -27,6 +28,16 @@ class ModelStock(FromGram):
     """
 
     needs: ClassVar = "base"
+    whole_rows: ClassVar = True
+
+    filter_wise: bool = Field(
+        default=False, description="Whether each row has an angle of its own, not each tensor."
+    )
+
+    @property
+    def span(self) -> Span:
+        """See `FromGram.span`."""
+        return "row" if self.filter_wise else "tensor"
 
     def check(self, experts: int, has_base: bool) -> str:
         """Fewer than two experts have no angle."""
@@ -34,15 +45,15 @@ class ModelStock(FromGram):
             return ""
         return "model_stock takes angles between experts, and there is one. Give at least two."
 
-    def solve(self, gram: Float64[ndarray, "model model"]) -> Float64[ndarray, " model"]:
+    def solve(self, gram: Float64[ndarray, "*vector model model"]) -> Float64[ndarray, "..."]:
         """See `FromGram.solve`."""
-        experts = len(gram)
+        experts = gram.shape[-1]
         if experts == 1:
-            return np.ones(1)
-        off_diagonal = ~np.eye(experts, dtype=bool)
-        cosine = max(float(cosines(gram)[off_diagonal].mean()), 0.0)
+            return np.ones(gram.shape[:-1])
+        first, second = pairs_of(experts)
+        cosine = np.maximum(cosines(gram)[..., first, second].mean(axis=-1), 0.0)
         t = experts * cosine / (1 + (experts - 1) * cosine)
-        return np.full(experts, t / experts)
+        return np.repeat(t[..., None] / experts, experts, axis=-1)
 
 
 model_stock = as_function(ModelStock)

@@ -46,13 +46,7 @@ class SLERP(FromGram):
 
     def check(self, experts: int, has_base: bool) -> str:
         """More or fewer models than two."""
-        if experts + has_base == 2:
-            return ""
-        of = "the base and " if has_base else ""
-        return (
-            f"slerp is between two models, and here are {of}{experts} expert(s). Give a base and "
-            "one expert, or two experts without a base; of more, karcher is the mean."
-        )
+        return between_two(self.name, experts, has_base)
 
     def solve(self, gram: Float64[ndarray, "model model"]) -> Float64[ndarray, " model"]:
         """See `FromGram.solve`; a tensor of zeros has no direction, and the line is taken."""
@@ -64,3 +58,14 @@ class SLERP(FromGram):
 
 
 slerp = as_function(SLERP)
+
+
+def between_two(method: str, experts: int, has_base: bool) -> str:
+    """What is wrong with more or fewer models than two; empty if nothing."""
+    if experts + has_base == 2:
+        return ""
+    of = "the base and " if has_base else ""
+    return (
+        f"{method} is between two models, and here are {of}{experts} expert(s). Give a base and "
+        "one expert, or two experts without a base; of more, karcher is the mean."
+    )

@@ -1,0 +1,110 @@
+"""SCE (Wan et al. 2024): select where experts differ, weight by squares, erase minorities.
+
+As in the authors' code, what is left is divided by the weights of the experts that agree; their
+report adds it up.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from pydantic import Field
+from torch import Tensor
+
+from personae import kernels
+from personae.methods._deltas import DeltaBlocks, delta_blocks
+from personae.methods._electing import Ballot
+from personae.methods._entries import Rank, Seen, Undecided, find_magnitudes
+from personae.methods._merge import RowWise, as_function
+from personae.methods._method import Pass, Passes, Statistics
+from personae.methods._registry import merge_method
+from personae.methods._site import Site
+
+
+@merge_method(paper="arXiv:2408.07990")
+class SCE(RowWise):
+    """Keep the entries on which experts vary most, elect signs, average by squares what agrees.
+
+    Select, of each tensor: the fraction `select_topk` of the entries whose variance over experts is
+    not 0. Calculate: w_n = Σ τ_n² of these over the sum of all experts'. Erase what disagrees with
+    the sign of Σ_n τ_n (0 counts as +): Σ w_n τ_n / Σ w_n of the rest.
+
+    Returns:
+        The merged task vector, fp32.
+    """
+
+    default_scope: ClassVar = "tensor"
+    usual_passes: ClassVar = 3
+    least_squares: ClassVar[float] = 0.0
+    """Sum of the experts' mean squares at which all weigh the same."""
+
+    select_topk: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=1.0, description="Fraction of entries kept, those of largest variance (τ)."
+    )
+
+    def passes(self, experts: int) -> Passes:
+        """Those for the smallest deviation that is selected, and one for the sums of squares."""
+        threshold = torch.zeros(1)
+        if self.select_topk < 1:
+            rank = Rank(0, self.select_topk, lambda entries: int(entries * self.select_topk))
+            threshold = yield from find_magnitudes([rank], _deviations)
+
+        def squares(vectors: Tensor | DeltaBlocks, _: Any, __: Site) -> Tensor:
+            total = np.zeros(experts)
+            for _, deltas in delta_blocks(vectors):
+                select(deltas, float(threshold))
+                total += np.square(deltas, dtype=np.float64).sum(axis=1)
+            return torch.from_numpy(total)
+
+        return {"threshold": threshold, "squares": (yield Pass("squares", squares))}
+
+    def merge_blocks(
+        self,
+        blocks: DeltaBlocks,
+        statistics: Statistics,
+        site: Site,
+        undecided: Undecided | None = None,
+    ) -> Iterator[Float[ndarray, " entry"]]:
+        """See `Entrywise.merge_blocks`."""
+        threshold, weights = float(statistics["threshold"]), self._weights(statistics, site)
+        for _, deltas in blocks:
+            select(deltas, threshold)
+            ballot = Ballot(deltas, "mass")
+            ballot.give_undecided(1)
+            merged = np.empty(deltas.shape[1], np.float32)
+            deltas *= weights[:, None]
+            kernels.weighted_mean_agreeing(deltas, ballot.signs, weights, merged)
+            yield merged
+
+    def _weights(self, statistics: Statistics, site: Site) -> Float[ndarray, " expert"]:
+        squares = statistics["squares"].numpy()
+        total = squares.sum()
+        if total <= self.least_squares * prod(site.shape):
+            return np.full(len(squares), 1 / len(squares), np.float32)
+        return (squares / total).astype(np.float32)
+
+
+def select(deltas: Float[ndarray, "expert entry"], threshold: float) -> None:
+    """Leave the entries whose deviation reaches the threshold; 0 elsewhere."""
+    if threshold:
+        deltas[:, deviation(deltas) < threshold] = 0
+
+
+def deviation(deltas: Float[ndarray, "expert entry"]) -> Float[ndarray, " entry"]:
+    """The standard deviation over experts: as the variance orders, in more even magnitudes."""
+    return deltas.std(axis=0, dtype=np.float64).astype(np.float32)
+
+
+def _deviations(_: Any, __: Site) -> Seen:
+    def seen(_: int, deltas: Float[ndarray, "expert entry"]) -> Sequence[ndarray]:
+        found = deviation(deltas)
+        return [found[found > 0]]
+
+    return seen
+
+
+sce = as_function(SCE)

@@ -1,0 +1,21 @@
+"""`breadcrumbs` of mergekit 0.1.5: the largest and smallest entries of each tensor dropped.
+
+As there, density 1 keeps all, and fewer of the largest are dropped where density asks for them. Of
+entries that tie with the last one kept, all are, where there a sort picks.
+"""
+
+from typing import ClassVar
+
+from personae.methods._merge import as_function
+from personae.methods._registry import merge_method
+from personae.methods.mergekit._sparsified import BetweenOutliers
+
+
+@merge_method(paper="arXiv:2312.06795", conventions="mergekit")
+class Breadcrumbs(BetweenOutliers):
+    """Drop the largest and the smallest entries of each tensor, add up the weighted rest."""
+
+    elects: ClassVar = False
+
+
+breadcrumbs = as_function(Breadcrumbs)
