@@ -1,6 +1,7 @@
 """Tokenizers of a few letters, models with them, and their vocabularies as one."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from families import saved
 from personae.checkpoints import open_checkpoint
-from personae.family.vocabularies import MergedVocabulary, merge_vocabularies
+from personae.family.vocabularies import (
+    MergedVocabulary,
+    VocabularyChoice,
+    merge_vocabularies,
+)
 
 WORDS = ("<unk>", "a", "b", "ab")
 
@@ -43,8 +48,9 @@ def model(
 
 
 def merged(
-    base: Path | None, source: str | None, **experts: Path
+    base: Path | None, source: str | None, more: Mapping[str, Any] = {}, **experts: Path
 ) -> tuple[MergedVocabulary | None, Any]:
     opened = {name: open_checkpoint(str(path)) for name, path in experts.items()}
     reference = open_checkpoint(str(base)) if base else None
-    return merge_vocabularies(reference, opened, source), (reference, opened)
+    choice = VocabularyChoice(source, **more)
+    return merge_vocabularies(reference, opened, choice), (reference, opened)

@@ -7,7 +7,7 @@ import torch
 
 from families import saved
 from personae.errors import CheckpointError
-from personae.family.vocabularies import MergedVocabulary
+from personae.family.vocabularies import MergedVocabulary, TokenRow
 from toy_vocabularies import WORDS, merged, model, tokenizer
 
 
@@ -152,3 +152,66 @@ def test_what_a_union_cannot_hold_is_refused(tmp_path):
     (gaps / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="rows without tokens between its tokens"):
         merged(gaps, "union", o=gaps)
+
+
+# -- rows cut, added and taken from somewhere else ----------------------------------------------
+
+
+def embedding(found: MergedVocabulary, opened, name: str | None) -> list[float]:
+    """The first column of a model's input embedding under the vocabulary that comes out."""
+    base, experts = found.seen(*opened)
+    seen = base if name is None else experts[name]
+    assert seen is not None
+    rows = seen.read("model.embed_tokens.weight")
+    assert torch.equal(seen.read_rows("model.embed_tokens.weight", 1, len(rows)), rows[1:])
+    return rows[:, 0].tolist()
+
+
+def test_padding_is_kept_or_cut(tmp_path):
+    base = model(tmp_path / "base", 8, tokenizer("<x>"))
+    a = model(tmp_path / "a", 9, tokenizer("<x>"))
+    found, opened = merged(base, "base", a=a)
+    assert found is not None and found.size == 8
+    found, opened = merged(base, "base", {"cut": True}, a=a)
+    assert found is not None and found.size == 5
+    assert embedding(found, opened, "a") == [100, 101, 102, 103, 104]
+
+
+def test_rows_are_padded_with_the_mean_of_a_model_s_own(tmp_path):
+    base = model(tmp_path / "base", 4, tokenizer())
+    a = model(tmp_path / "a", 5, tokenizer("<x>"))
+    found, opened = merged(base, "union", {"pad_to_multiple_of": 4}, a=a)
+    assert found is not None and found.size == 8
+    # (100 + 101 + 102 + 103) / 4 of the base, which has no <x>; 102 of five
+    assert embedding(found, opened, None) == [100, 101, 102, 103, 0, 101.5, 101.5, 101.5]
+    assert embedding(found, opened, "a") == [100, 101, 102, 103, 104, 102, 102, 102]
+    assert found.base is not None
+    assert found.base.present(0, 8).tolist() == [True] * 4 + [False] + [True] * 3
+    assert merged(base, "base", {"pad_to_multiple_of": 2}, a=base)[0] is None
+
+
+def test_rows_of_tokens_from_somewhere_else(tmp_path):
+    base = model(tmp_path / "base", 6, tokenizer("<x>"))  # <x> is row 4, row 5 padding
+    a = model(tmp_path / "a", 6, tokenizer("<y>", "<x>"))
+    tokens = {
+        "<x>": TokenRow("a", force=True),
+        "<y>": TokenRow("base", token="b"),
+        "<blank>": TokenRow(),
+        "<third>": TokenRow("a", token_id=3),
+    }
+    found, opened = merged(base, "union", {"tokens": tokens, "cut": True}, a=a)
+    assert found is not None
+    assert [*found.appended] == ["<y>", "<blank>", "<third>"]
+    # <x> is a's row 5 in both; <y> of the base, which has none, is its own b; a keeps its own
+    assert embedding(found, opened, None) == [100, 101, 102, 103, 105, 102, 0, 103]
+    assert embedding(found, opened, "a") == [100, 101, 102, 103, 105, 104, 0, 103]
+    assert found.base is not None and bool(found.base.present(0, 8).all())
+
+
+def test_a_row_that_is_not_there_is_named(tmp_path):
+    base = model(tmp_path / "base", 4, tokenizer())
+    tokens = {"<p>": TokenRow("a", token="zz"), "<q>": TokenRow("base", token_id=4)}
+    with pytest.raises(CheckpointError) as caught:
+        merged(base, "base", {"tokens": tokens}, a=base)
+    assert "'<p>' shall be token 'zz' of expert 'a', which has none" in str(caught.value)
+    assert "'<q>' shall be row 4 of the base, which has none" in str(caught.value)

@@ -288,6 +288,26 @@ def test_papers_refuse_mergekit_s_parameters_and_say_whose_they_are(tmp_path):
     assert "mergekit's ties has it: conventions: mergekit." in told
 
 
+def test_what_is_said_of_one_model_alone_is_the_default_of_others(tmp_path):
+    text = TIES.replace("model: x", "model: x, parameters: {density: 0.5}")
+    recipe = read(tmp_path, text + "parameters: {weight: 1}")
+    assert recipe.settings.for_tensor("w", 1, 2).model_dump()["density"] == (0.5, 1.0)
+    told = refused(tmp_path, f"{text}conventions: papers")
+    assert "density is given for 1 of 2 experts, not for 'y'." in told
+
+
+def test_task_arithmetic_does_not_read_what_it_does_not_use(tmp_path):
+    text = TIES.replace("ties", "task_arithmetic") + "parameters: {weight: 1, density: 0.5}"
+    recipe = read(tmp_path, text)
+    assert recipe.settings.parameters == {"weight": 1}
+    assert recipe.notes[1].endswith("does not read it. Its task_arithmetic has none.")
+
+
+def test_several_documents_are_refused_with_a_way_out(tmp_path):
+    told = refused(tmp_path, f"{THEIRS}---\n{THEIRS}")
+    assert "has several documents, the second from line 5 on: give each a file of its own" in told
+
+
 def test_a_filter_is_text_for_mergekit_and_not_a_pattern(tmp_path):
     text = (
         TIES

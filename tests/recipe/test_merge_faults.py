@@ -25,8 +25,8 @@ dtype: float61
 dtype: float16
 out_dtype: float16
 slices: [1]
-chat_template: auto
-tokenizer: {source: unoin, tokens: {}}
+chat_template: outo
+tokenizer: {source: unoin, tokens: {x: {source: {kind: model_token, model: y}}}}
 random: 1
 """,
     )
@@ -40,9 +40,9 @@ random: 1
         "line 8: 'layer_range' takes some layers of a model.",
         "line 10: 'dtype' is there twice, in line 9 too. Keep one.",
         "line 12: 'slices' builds a model of parts of others.",
-        "line 13: A chat template is not set by a merge",
-        "line 14: Rows of single tokens cannot be chosen.",
+        "line 13: chat_template = 'outo': expected one of auto, alpaca, chatml, exaone, llama3,",
         "line 14: There is no vocabulary 'unoin'. Did you mean 'union'?",
+        "line 14: tokenizer.tokens.x.source = {'kind': 'model_token', 'model': 'y'}: a model_token",
         "line 15: Unknown key 'random'.",
     ]
     assert len(lines) == len(wanted)

@@ -4,6 +4,7 @@ import pytest
 from merge_recipes import LINEAR, read, refused
 
 from personae.errors import RecipeError
+from personae.family.vocabularies import TokenRow
 from personae.recipe import MergeSettings, merge_recipe_text, read_merge_recipe, recipe_kind
 
 
@@ -129,6 +130,17 @@ def test_which_kind_a_recipe_is(tmp_path):
         MergeSettings(expert_parameters=({"weight": 1.5}, {"weight": [0.0, 1.0]})),
         MergeSettings(method="ties", conventions="mergekit", parameters={"weight": 1.0}),
         MergeSettings(method="slerp", vector="difference"),
+        MergeSettings(
+            tokenizer_source="x",
+            tokens={
+                "<p>": TokenRow("y", force=True),
+                "<q>": TokenRow("base", token="a"),
+                "<r>": TokenRow("y", token_id=3),
+                "<s>": TokenRow(),
+            },
+            pad_to_multiple_of=8,
+            chat_template="chatml",
+        ),
     ],
 )
 def test_settings_as_a_recipe_read_back_the_same(tmp_path, settings):
@@ -157,3 +169,50 @@ tokenizer:
     recipe = read(tmp_path, text)
     assert recipe.settings == MergeSettings()
     assert recipe.experts == {"x": "a/x"}
+
+
+def test_a_tokenizer_with_tokens_padding_and_a_template(tmp_path):
+    recipe = read(
+        tmp_path,
+        """
+merge_method: average
+base_model: a/base
+models: [{model: a/x}]
+chat_template: auto
+tokenizer:
+  pad_to_multiple_of: 64
+  tokens:
+    "<p>": {source: a/x, force: true}
+    "<q>": {source: {kind: model_token, model: a/base, token: hi}}
+    "<r>": {source: {kind: model_token, model: x, token_id: 7}}
+    "<s>": {source: {kind: zero}}
+""",
+    )
+    assert recipe.settings == MergeSettings(
+        tokenizer_source="union",
+        tokens={
+            "<p>": TokenRow("x", force=True),
+            "<q>": TokenRow("base", token="hi"),
+            "<r>": TokenRow("x", token_id=7),
+            "<s>": TokenRow(),
+        },
+        pad_to_multiple_of=64,
+        chat_template="auto",
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("pad_to_multiple_of: 0", "tokenizer.pad_to_multiple_of = 0: Input should be greater"),
+        ("tokens: {x: {source: no}}", "There is no model 'no'. Known: base, x."),
+        ("tokens: {x: {}}", "'tokenizer.tokens.x.source' is missing."),
+        (
+            "tokens: {x: {source: {kind: model_token, model: x}}}",
+            "a model_token needs a model, and a token or a token_id.",
+        ),
+    ],
+)
+def test_a_tokenizer_that_cannot_be(tmp_path, said, wanted):
+    text = f"merge_method: average\nbase_model: b\nmodels: [{{model: a/x}}]\ntokenizer: {{{said}}}"
+    assert wanted in refused(tmp_path, text.replace("source: no", 'source: "no"'))

@@ -1,8 +1,9 @@
 """Rows of embedding matrices under the vocabulary that comes out of a merge."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -13,6 +14,21 @@ from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.specs import check_rows
 from personae.checkpoints.vocabulary import has_vocabulary_axis
 
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Lent:
+    """A row that a model is given.
+
+    Attributes:
+        model: Of which model it is a row; `zero`: of zeros; `mean`: the mean of all others.
+        row: Which of that model's own rows.
+    """
+
+    model: Checkpoint | Literal["zero", "mean"]
+    row: int = 0
+
 
 @dataclass(frozen=True)
 class ModelRows:
@@ -22,10 +38,12 @@ class ModelRows:
         rows: Rows of the model's own embedding matrix.
         index: For each row that comes out the model's own, -1 where it has none; int64. None if
             they are the same rows.
+        lent: Rows that come out and are not the model's own, though it has some.
     """
 
     rows: int
     index: Int64[Tensor, " row"] | None
+    lent: Mapping[int, Lent] = field(default_factory=dict)
 
     def has_axis(self, spec: TensorSpec) -> bool:
         """Whether a tensor of this model has these rows along its first axis."""
@@ -35,7 +53,9 @@ class ModelRows:
         """Which of the rows `start:stop` that come out the model has."""
         if self.index is None:
             return torch.ones(stop - start, dtype=torch.bool)
-        return self.index[start:stop] >= 0
+        own = self.index[start:stop] >= 0
+        own[[row - start for row in self.lent if start <= row < stop]] = True
+        return own
 
 
 class WithRows:
@@ -56,6 +76,7 @@ class WithRows:
         self.tied: Mapping[str, str] = model.tied
         self.copies = model.copies
         self.auxiliary_files: Mapping[str, Path] = model.auxiliary_files
+        self._means: dict[str, Tensor] = {}
         size = rows.rows if rows.index is None else len(rows.index)
         self.specs: Mapping[str, TensorSpec] = {
             name: replace(spec, shape=(size, *spec.shape[1:])) if rows.has_axis(spec) else spec
@@ -80,7 +101,32 @@ class WithRows:
                 parts.append(torch.zeros(count, *spec.shape[1:], dtype=spec.dtype))
             else:
                 parts.append(self.model.read_rows(name, first, first + count))
-        return torch.cat(parts)
+        found = torch.cat(parts)
+        for row, lent in self._rows.lent.items():
+            if start <= row < stop:
+                found[row - start] = self._lent(name, lent)
+        return found
+
+    def _lent(self, name: str, lent: Lent) -> Tensor:
+        """A row that is not the model's own, of the tensor that it is a row of."""
+        if lent.model == "zero":
+            return torch.zeros(self.specs[name].shape[1:])
+        if lent.model == "mean":
+            return self._mean(name)
+        there = name if name in lent.model.specs else lent.model.tied.get(name, name)
+        return lent.model.read_rows(there, lent.row, lent.row + 1)[0]
+
+    def _mean(self, name: str) -> Tensor:
+        """The mean of the rows that a model has before the first that is a mean, fp32."""
+        if name not in self._means:
+            rows = min(row for row, lent in self._rows.lent.items() if lent.model == "mean")
+            total = torch.zeros(self.specs[name].shape[1:], dtype=torch.float64)
+            had = int(self._rows.present(0, rows).sum())
+            for start in range(0, rows, _ROWS_AT_ONCE):
+                part = self.read_rows(name, start, min(start + _ROWS_AT_ONCE, rows))
+                total += part.sum(dim=0, dtype=torch.float64)
+            self._means[name] = (total / max(had, 1)).float()
+        return self._means[name]
 
     def factors(
         self, name: str

@@ -19,6 +19,7 @@ from personae.checkpoints.naming import shown
 from personae.commands.merge_plan import MergeJob, open_to_merge, plan_job, prepare, settings_for
 from personae.commands.merge_rows import Rows, merge_rows
 from personae.errors import CheckpointError, Faults
+from personae.family.chat_templates import with_template
 from personae.family.chunks import Chunk, Item
 from personae.family.effects import (
     Effect,
@@ -93,7 +94,14 @@ def merge(
         plan = plan_job(job, settings, work)
         for text in plan.notes:
             work.note(text)
-        auxiliary_files = merged_auxiliary_files(family.base, family.vocabulary, settings.dtype)
+        auxiliary_files = with_template(
+            merged_auxiliary_files(family.base, family.vocabulary, settings.dtype),
+            settings.chat_template,
+            [
+                *([family.base] if family.has_base else []),
+                *(e.checkpoint for e in family.experts.values()),
+            ],
+        )
         require_space(out, plan.bytes_out)
         if free_space(out) < plan.bytes_out + plan.undecided_bytes:
             work.note(

@@ -233,7 +233,7 @@ def open_to_merge(base: Any, experts: Mapping[str, Any], settings: MergeSettings
     def vocabulary(
         reference: Checkpoint | None, opened: Mapping[str, Checkpoint]
     ) -> MergedVocabulary | None:
-        return merge_vocabularies(reference, opened, settings.tokenizer_source, is_merged)
+        return merge_vocabularies(reference, opened, settings.vocabulary(), is_merged)
 
     def check(family: Family, faults: Faults) -> None:
         check_family(family, settings, faults)

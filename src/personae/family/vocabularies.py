@@ -24,7 +24,7 @@ from personae.checkpoints.vocabulary import (
     read_vocabulary,
     same_token_files,
 )
-from personae.checkpoints.vocabulary_rows import ModelRows, WithRows
+from personae.checkpoints.vocabulary_rows import Lent, ModelRows, WithRows
 from personae.errors import CheckpointError, Faults
 
 BASE, UNION = "base", "union"
@@ -32,6 +32,40 @@ _HINT = (
     "Choose the vocabulary of the output with tokenizer_source: 'base', 'union' or an "
     "expert's name."
 )
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Where the row of one token comes from, for models that have none.
+
+    Attributes:
+        model: 'base' or an expert's name; None: a row of zeros.
+        token: The token whose row it is there; by default the same one.
+        token_id: The row itself, in place of a token.
+        force: Whether models get it that have a row of their own.
+    """
+
+    model: str | None = None
+    token: str | None = None
+    token_id: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class VocabularyChoice:
+    """The vocabulary that shall come out.
+
+    Attributes:
+        source: 'base', 'union' or an expert's name. None: all models must have the same.
+        tokens: Tokens whose rows come from somewhere else; added where the source lacks them.
+        pad_to_multiple_of: What the number of rows is made a multiple of, with rows of the mean.
+        cut: Whether rows after the last token are left out.
+    """
+
+    source: str | None = None
+    tokens: Mapping[str, TokenRow] = field(default_factory=dict)
+    pad_to_multiple_of: int | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +102,7 @@ class MergedVocabulary:
 def merge_vocabularies(
     base: Checkpoint | None,
     experts: Mapping[str, Checkpoint],
-    source: str | None,
+    choice: VocabularyChoice,
     is_merged: Callable[[str], bool] = lambda _: True,
 ) -> MergedVocabulary | None:
     """Work out the vocabulary that comes out.
@@ -76,7 +110,7 @@ def merge_vocabularies(
     Args:
         base: The base, if there is one.
         experts: Name to expert.
-        source: 'base', 'union' or an expert's name. None: all models must have the same.
+        choice: What is wanted.
         is_merged: Whether a tensor is merged; where no embedding is, vocabularies do not matter.
 
     Returns:
@@ -88,6 +122,7 @@ def merge_vocabularies(
             is not known, and tokens that cannot be added to another tokenizer.
     """
     models = ({} if base is None else {None: base}) | dict(experts)
+    source = choice.source
     if source is None:
         _check_same(models, is_merged)
         return None
@@ -98,13 +133,20 @@ def merge_vocabularies(
         return None
     out, appended = vocabularies[chosen], {}
     if source == UNION:
-        out, appended = _union(vocabularies, chosen, {_label(n): m for n, m in models.items()})
-    rows = _rows(out, vocabularies, chosen)
+        out, appended = _union(vocabularies, chosen)
+    out, appended = _with_new(out, appended, choice.tokens)
+    _check_can_append(models[chosen], appended)
+    out = _cut(out, appended) if choice.cut else out
+    rows = _rows(out, vocabularies, models, chosen, choice.tokens)
+    size = out.rows
+    if choice.pad_to_multiple_of:
+        size += -size % choice.pad_to_multiple_of
+        rows = {name: _padded(own, out.rows, size) for name, own in rows.items()}
     if chosen == first and all(model.index is None for model in rows.values()):
         return None
     return MergedVocabulary(
         source=models[chosen],
-        size=out.rows,
+        size=size,
         base=rows.pop(None, None),
         experts={str(name): found for name, found in rows.items()},
         appended=appended,
@@ -184,7 +226,6 @@ def _read_all(
 def _union(
     vocabularies: Mapping[str | None, Vocabulary],
     chosen: str | None,
-    models: Mapping[str, Checkpoint],
 ) -> tuple[Vocabulary, dict[str, Mapping[str, object]]]:
     """The chosen vocabulary, and after it the tokens that others have added to theirs.
 
@@ -216,23 +257,98 @@ def _union(
             tokens[token] = row
             appended[token] = {**own.added[token], "id": row}
             row += 1
-    if appended and "tokenizer.json" not in models[_label(chosen)].auxiliary_files:
-        faults.add(
-            f"{start.source} has no tokenizer.json, to which tokens could be added. Load it with "
-            "AutoTokenizer and save it, which writes one."
-        )
     faults.raise_if_any(CheckpointError)
     size = max(start.rows, row if appended else 0)
     return replace(start, tokens=tokens, rows=size), appended
 
 
+def _with_new(
+    out: Vocabulary,
+    appended: Mapping[str, Mapping[str, object]],
+    tokens: Mapping[str, TokenRow],
+) -> tuple[Vocabulary, dict[str, Mapping[str, object]]]:
+    """A vocabulary with tokens after its last one, and all that are added to it."""
+    after, rows = dict(appended), dict(out.tokens)
+    row = max(out.next_row, 1 + max(out.tokens.values(), default=-1))
+    for token in tokens:
+        if token not in rows:
+            rows[token] = row
+            after[token] = {"content": token, "id": row}
+            row += 1
+    size = max(out.rows, row) if len(rows) > len(out.tokens) else out.rows
+    return replace(out, tokens=rows, rows=size), after
+
+
+def _check_can_append(source: Checkpoint, appended: Mapping[str, object]) -> None:
+    """Refuse tokens for a tokenizer without a file to which they could be added.
+
+    Raises:
+        CheckpointError: saying what to do.
+    """
+    if appended and "tokenizer.json" not in source.auxiliary_files:
+        raise CheckpointError(
+            f"{source.source} has no tokenizer.json, to which tokens could be added. Load it with "
+            "AutoTokenizer and save it, which writes one."
+        )
+
+
+def _cut(out: Vocabulary, appended: Mapping[str, object]) -> Vocabulary:
+    """A vocabulary without the rows after its last token."""
+    rows = (row for token, row in out.tokens.items() if row < out.rows or token in appended)
+    return replace(out, rows=1 + max(rows, default=-1))
+
+
+def _padded(own: ModelRows, rows: int, size: int) -> ModelRows:
+    """A model's rows with more of them, which are the mean of the others."""
+    if size == rows:
+        return own
+    index = torch.arange(rows) if own.index is None else own.index
+    lent = {**own.lent, **dict.fromkeys(range(rows, size), Lent("mean"))}
+    return ModelRows(own.rows, torch.cat([index, torch.full((size - rows,), -1)]), lent)
+
+
+def _donors(
+    vocabularies: Mapping[str | None, Vocabulary],
+    models: Mapping[str | None, Checkpoint],
+    wanted: Mapping[str, TokenRow],
+) -> dict[str, Lent]:
+    """The row that each of these tokens shall have.
+
+    Raises:
+        CheckpointError: naming every token that the model it should be of lacks.
+    """
+    faults = Faults()
+    found: dict[str, Lent] = {}
+    for token, how in wanted.items():
+        if how.model is None:
+            found[token] = Lent("zero")
+            continue
+        name = how.model if how.model in models else None
+        own = vocabularies[name]
+        known = own.tokens.get(how.token or token, own.rows)
+        row = known if how.token_id is None else how.token_id
+        if not 0 <= row < own.rows:
+            which = f"row {row}" if how.token_id is not None else f"token '{how.token or token}'"
+            faults.add(
+                f"tokenizer: tokens: '{token}' shall be {which} of {_label(name)}, which has none. "
+                "Name another token or model."
+            )
+        found[token] = Lent(models[name], row)
+    faults.raise_if_any(CheckpointError)
+    return found
+
+
 def _rows(
-    out: Vocabulary, vocabularies: Mapping[str | None, Vocabulary], chosen: str | None
+    out: Vocabulary,
+    vocabularies: Mapping[str | None, Vocabulary],
+    models: Mapping[str | None, Checkpoint],
+    chosen: str | None,
+    wanted: Mapping[str, TokenRow],
 ) -> dict[str | None, ModelRows]:
     """For each model, which of its rows stands for each row that comes out.
 
     Raises:
-        CheckpointError: if no model has a row for some token.
+        CheckpointError: if no model has a row for some token, or not the one that is wanted.
     """
     tokens = [(token, row) for token, row in out.tokens.items() if row < out.rows]
     named = torch.zeros(out.rows, dtype=torch.bool)
@@ -244,6 +360,7 @@ def _rows(
         blank[[row for row in own.tokens.values() if row < min(own.rows, out.rows)]] = False
         padding &= blank
     positions = torch.arange(out.rows)
+    donors = _donors(vocabularies, models, wanted)
     found: dict[str | None, ModelRows] = {}
     for name, own in vocabularies.items():
         index = torch.where(padding, positions, -1)
@@ -256,8 +373,14 @@ def _rows(
             own_rows = positions[: own.rows]
             blank = (index[: own.rows] < 0) & ~named[: own.rows]
             index[: own.rows] = torch.where(blank, own_rows, index[: own.rows])
+        lent = {
+            out.tokens[token]: donor
+            for token, donor in donors.items()
+            if index[out.tokens[token]] < 0 or wanted[token].force
+        }
+        index[[*lent]] = -1
         same = own.rows == out.rows and torch.equal(index, positions)
-        found[name] = ModelRows(own.rows, None if same else index)
+        found[name] = ModelRows(own.rows, None if same else index, lent)
     nowhere = torch.stack([m.present(0, out.rows) for m in found.values()]).any(dim=0).logical_not()
     if nowhere.any():
         raise CheckpointError(

@@ -21,7 +21,8 @@ def _or(empty: Any) -> BeforeValidator:
     return BeforeValidator(lambda value: empty if value is None else value)
 
 
-Given = Annotated[dict[str, Any], _or({})]
+EMPTY = _or({})
+Given = Annotated[dict[str, Any], EMPTY]
 Patterns = Annotated[list[str], _or([])]
 
 

@@ -78,16 +78,18 @@ def validated(
         nested: Of what lies under these keys of it.
         faults: What is wrong already; every fault of keys, types and choices is added.
     """
-    content = deepcopy(dict(content))
-    for _ in range(2):  # again without what was wrong, so that what is left can be looked at
+    content, taken = deepcopy(dict(content)), set[Place]()
+    for _ in range(3):  # again without what was wrong, so that what is left can be looked at
         try:
             return model.model_validate(content)
         except ValidationError as error:
             found = faults_in(error, model, nested)
-            named = {fault.place for fault in faults}  # missing only as it was taken out
-            faults += [fault for fault in found if fault.place not in named]
-            for fault in found:
-                _mend(content, fault.place)
+            taken |= {fault.place for fault in faults}  # missing only as it was taken out
+            faults += [fault for fault in found if fault.place not in taken]
+            for place in (fault.place for fault in found):
+                again = place in taken  # then what it is a part of cannot be without it
+                _mend(content, place[:-1] if again else place)
+                taken |= {place[:-1]} if again else set()
     return None
 
 
@@ -110,6 +112,8 @@ def file_name_faults(names: Iterable[tuple[Place, str]]) -> Iterator[Fault]:
 
 def _mend(content: Any, place: Place) -> None:
     """Take out what is wrong; a model that is not said gets a name that stands for it."""
+    if not place:
+        return
     *outer, last = place
     for key in outer:
         content = content[key] if _has(content, key) else None

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from personae.checkpoints.naming import labels
+from personae.family.vocabularies import TokenRow
 from personae.methods import Conventions
 from personae.recipe._faults import Fault
 from personae.recipe._merge_file import MergeFile, Model
@@ -126,13 +127,7 @@ def _counted_base(file: MergeFile, conventions: Conventions, remarks: list[str])
 
 def tokenizer_of(file: MergeFile, family: Family, faults: list[Fault]) -> str | None:
     """Whose vocabulary comes out: 'base', 'union', or a name where the file says a model."""
-    names = {model: name for name, model in family.experts.items()}
-    pairs = zip(family.entries, family.experts, strict=True)
-    names |= {entry.model: name for (_, entry), name in pairs}
-    if family.base is not None:
-        names[family.base] = "base"
-    elif file.base_model in names:
-        names.setdefault("base", names[file.base_model])
+    names = _called(file, family)
     given = (file.tokenizer_source, file.tokenizer.source if file.tokenizer else None)
     plain = [source.removeprefix("model:") for source in given if source]
     found = [names.get(source, source) for source in plain]
@@ -140,3 +135,27 @@ def tokenizer_of(file: MergeFile, family: Family, faults: list[Fault]) -> str | 
         text = f"tokenizer_source is '{plain[0]}' and tokenizer.source '{plain[1]}'. Keep one."
         faults.append(Fault(("tokenizer", "source"), text))
     return found[-1] if found else None
+
+
+def tokens_of(file: MergeFile, family: Family) -> dict[str, TokenRow]:
+    """The tokens whose rows come from somewhere else, by what models are called."""
+    names = _called(file, family)
+    found: dict[str, TokenRow] = {}
+    for token, said in (file.tokenizer.tokens if file.tokenizer else {}).items():
+        source = said.source
+        model = (source.model or "").removeprefix("model:")
+        model = None if source.kind == "zero" else names.get(model, model)
+        found[token] = TokenRow(model, source.token, source.token_id, said.force)
+    return found
+
+
+def _called(file: MergeFile, family: Family) -> dict[str, str]:
+    """What the models of a file are called, by how it writes them."""
+    names = {model: name for name, model in family.experts.items()}
+    pairs = zip(family.entries, family.experts, strict=True)
+    names |= {entry.model: name for (_, entry), name in pairs}
+    if family.base is not None:
+        names[family.base] = "base"
+    elif file.base_model in names:
+        names.setdefault("base", names[file.base_model])
+    return names

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from personae.recipe._base import Convention, Dtype, Patterns, Strict, Vector
+from personae.recipe._base import EMPTY, Convention, Dtype, Patterns, Strict, Vector
 from personae.recipe._faults import Fault, validated
 from personae.recipe._values import Values
 
@@ -19,8 +19,40 @@ class Model(Strict):
     parameters: Values = Field(default={})
 
 
-class _Tokenizer(Strict):
-    source: str
+class TokenSource(Strict):
+    """A row under `tokens`: a model's for this token or for another, or one of zeros."""
+
+    kind: Literal["model", "model_token", "zero"]
+    model: str | None = None
+    token: str | None = None
+    token_id: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "TokenSource":
+        one = (self.token is None) != (self.token_id is None)
+        if self.kind == "model_token" and (self.model is None or not one):
+            raise ValueError("a model_token needs a model, and a token or a token_id")
+        return self
+
+
+def _model_alone(value: Any) -> Any:
+    """Read a model's name as the row that it has for the token."""
+    return {"kind": "model", "model": value} if isinstance(value, str) else value
+
+
+class Token(Strict):
+    """An entry of `tokens`."""
+
+    source: Annotated[TokenSource, BeforeValidator(_model_alone)]
+    force: bool = False
+
+
+class Tokenizer(Strict):
+    """What `tokenizer` says."""
+
+    source: str = "union"
+    tokens: Annotated[dict[str, Token], EMPTY] = Field(default={})
+    pad_to_multiple_of: Annotated[int, Field(gt=0)] | None = None
 
 
 class MergeFile(Strict):
@@ -33,7 +65,8 @@ class MergeFile(Strict):
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
-    tokenizer: _Tokenizer | None = None
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
     conventions: Convention | None = None
     vector: Vector | None = None
     skip: Patterns = Field(default=[])
@@ -45,27 +78,16 @@ _REFUSED: dict[str, str] = {
     "list them under 'models', and set values by layer with a list of numbers.",
     "modules": "'modules' merges parts of models by recipes of their own. Merge each model by "
     "one recipe: list them under 'models'.",
-    "chat_template": "A chat template is not set by a merge: the output has that of its "
-    "tokenizer's source. Leave the key out, and put yours into chat_template.jinja of the output.",
 }
 _REFUSED_INSIDE: dict[tuple[str, str], str] = {
     ("models", "layer_range"): "'layer_range' takes some layers of a model. Here whole models are "
     "merged: leave it out.",
-    ("tokenizer", "tokens"): "Rows of single tokens cannot be chosen. Leave 'tokens' out.",
-    ("tokenizer", "pad_to_multiple_of"): "The vocabulary is not padded. Leave "
-    "'pad_to_multiple_of' out.",
 }
-_NESTED: dict[str, type[Strict]] = {"models": Model, "tokenizer": _Tokenizer}
+_NESTED: dict[str, type[Strict]] = {"models": Model, "tokenizer": Tokenizer}
 
 KEYS: Mapping[str, Sequence[str]] = {
     "": (*MergeFile.model_fields, *_REFUSED, "pack_method"),
-    **{
-        key: (
-            *nested.model_fields,
-            *(i for outer, i in _REFUSED_INSIDE if outer == key != "models"),
-        )
-        for key, nested in _NESTED.items()
-    },
+    **{key: [*nested.model_fields] for key, nested in _NESTED.items()},
 }
 """The keys that are read or refused, at the top (under '') and in what lies under these."""
 
@@ -89,8 +111,7 @@ def _refuse(content: dict[str, Any]) -> Iterator[Fault]:
     for key, text in _REFUSED.items():
         if content.pop(key, None) is not None:
             yield Fault((key,), text)
-            if key != "chat_template":
-                content.setdefault("models", [])
+            content.setdefault("models", [])
     for (outer, inner), text in _REFUSED_INSIDE.items():
         within = content.get(outer)
         for n, part in enumerate(within) if isinstance(within, list) else [(None, within)]:

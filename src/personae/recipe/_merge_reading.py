@@ -8,7 +8,13 @@ from typing import Any, Literal
 from personae.errors import MethodError
 from personae.methods import Conventions, MergeMethod
 from personae.recipe._faults import Fault, Place
-from personae.recipe._merge_family import NEEDS_NO_REFERENCE, Family, family_of, tokenizer_of
+from personae.recipe._merge_family import (
+    NEEDS_NO_REFERENCE,
+    Family,
+    family_of,
+    tokenizer_of,
+    tokens_of,
+)
 from personae.recipe._merge_file import KEYS, MergeFile, read_file
 from personae.recipe._places import placed
 from personae.recipe._yaml import read_document
@@ -92,6 +98,7 @@ def _read(file: MergeFile, family: Family, conventions: Conventions) -> _Reading
     places: dict[Place, Place] = {("method",): ("merge_method",), ("experts",): ("models",)}
     if file.tokenizer:
         places["tokenizer_source",] = ("tokenizer", "source")
+        places["tokens",] = ("tokenizer", "tokens")
     given: dict[Place, tuple[Place, dict[str, Any]]] = {
         ("parameters",): (("parameters",), file.parameters)
     }
@@ -108,6 +115,9 @@ def _read(file: MergeFile, family: Family, conventions: Conventions) -> _Reading
         expert_parameters=tuple(owns) if any(owns) else (),
         dtype=file.out_dtype or file.dtype,
         tokenizer_source=tokenizer_of(file, family, reading.faults),
+        tokens=tokens_of(file, family),
+        pad_to_multiple_of=file.tokenizer.pad_to_multiple_of if file.tokenizer else None,
+        chat_template=file.chat_template,
         skip=tuple(file.skip),
         only=tuple(file.only),
         vector=_vector(file, family, method),

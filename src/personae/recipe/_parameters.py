@@ -160,7 +160,9 @@ class GivenParameters:
             if not having:
                 continue
             place = ("expert_parameters", having[0], name)
-            if name not in self.common and len(having) < len(experts):
+            # mergekit's method takes its default for the others.
+            everywhere = self.method.conventions == "papers" or self._is_required(name)
+            if everywhere and name not in self.common and len(having) < len(experts):
                 without = next(expert for n, expert in enumerate(experts) if n not in having)
                 yield Fault(
                     place,

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from personae.checkpoints.naming import matches
 from personae.errors import Faults, MethodError, RecipeError, nearest
+from personae.family.chat_templates import template_fault
+from personae.family.vocabularies import TokenRow, VocabularyChoice
 from personae.methods import (
     CODECS,
     METHODS_BY_CONVENTIONS,
@@ -44,6 +46,15 @@ class MergeSettings(Strict):
     )
     tokenizer_source: str | None = Field(
         default=None, description="Vocabulary of the output: 'base', 'union' or an expert's name"
+    )
+    tokens: dict[str, TokenRow] = Field(
+        default={}, description="Tokens whose rows come from somewhere else than their own models"
+    )
+    pad_to_multiple_of: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="What the rows of the vocabulary are made a multiple of"
+    )
+    chat_template: str | None = Field(
+        default=None, description="'auto', the name of a chat template, or its text"
     )
     skip: tuple[str, ...] = Field(default=(), description="Patterns of tensors left as in the base")
     only: tuple[str, ...] = Field(default=(), description="Patterns of tensors merged, if not all")
@@ -84,6 +95,15 @@ class MergeSettings(Strict):
             MethodError: if there is none; the text suggests the nearest.
         """
         return find_method(self.method, self.conventions)
+
+    def vocabulary(self) -> VocabularyChoice:
+        """The vocabulary that shall come out; mergekit leaves out rows after the last token."""
+        return VocabularyChoice(
+            self.tokenizer_source,
+            self.tokens,
+            self.pad_to_multiple_of,
+            cut=self.conventions == "mergekit",
+        )
 
     def for_tensor(self, name: str, layers: int, experts: int) -> MergeMethod:
         """The method with its parameters at one tensor; the same object wherever they are the same.
@@ -126,6 +146,14 @@ class MergeSettings(Strict):
             text = f"There is no vocabulary '{self.tokenizer_source}'. "
             hint = nearest(self.tokenizer_source, known)
             faults.append(Fault(("tokenizer_source",), text + hint))
+        for token, row in self.tokens.items():
+            models = ("base", *experts)
+            if row.model is not None and row.model not in models:
+                text = f"There is no model '{row.model}'. {nearest(row.model, models)}"
+                faults.append(Fault(("tokens", token), text))
+        wrong = template_fault(self.chat_template) if self.chat_template else ""
+        if wrong:
+            faults.append(Fault(("chat_template",), wrong))
         try:
             method = self.merge_method()
         except MethodError as error:

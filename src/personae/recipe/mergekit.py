@@ -33,7 +33,7 @@ _PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "ramplus_tl": ("epsilon", "r", "alpha"),
     "sce": ("int8_mask", "select_topk"),
     "slerp": ("t",),
-    "task_arithmetic": _ARITHMETIC,
+    "task_arithmetic": ("weight", "normalize", "lambda", "int8_mask"),
     "ties": _ARITHMETIC,
 }
 """Its methods, each with all that it reads under `parameters`."""
