@@ -178,10 +178,9 @@ def test_a_method_of_our_own_is_ours(tmp_path, method):
     assert "line 4: Unknown key 'int8_mask'." in told and "line 5: Unknown key 'random_s" in told
 
 
-@pytest.mark.parametrize("method", ["slerp", "karcher", "model_stock"])
+@pytest.mark.parametrize("method", ["arcee_fusion", "karcher"])
 def test_nothing_is_said_where_both_mean_one_algorithm(tmp_path, method):
     text = f"merge_method: {method}\nbase_model: b\nmodels: [{{model: b}}, {{model: x}}]"
-    text = text if method == "slerp" else text.replace("}]", "}, {model: y}]")
     assert not any("conventions" in note for note in read(tmp_path, text).notes)
 
 

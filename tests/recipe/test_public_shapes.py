@@ -35,11 +35,6 @@ SHAPES = sorted((Path(__file__).parent / "public_shapes").glob("*.yaml"))
 EMBEDDING = "model.embed_tokens.weight"
 
 PENDING: dict[str, tuple[str, ...]] = {
-    "is a method of mergekit that personae does not have": (
-        *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "della", "della-density-one"),
-        *("della_linear", "della_linear-density-one", "multislerp", "nearswap", "nuslerp"),
-        *("nuslerp-base-row-wise", "passthrough-one-lora", "sce", "sce-base-listed"),
-    ),
     "Here whole models are merged: list them under 'models'": (
         *("dare_ties-slices", "passthrough-drop", "passthrough-repeat", "passthrough-scale"),
         *("passthrough-stack", "slerp-several-slices", "slerp-slices-base-second"),
@@ -48,9 +43,6 @@ PENDING: dict[str, tuple[str, ...]] = {
         "ties-slices",
     ),
     "Merge each model by one recipe: list them under 'models'": ("modules",),
-    "model_stock has no parameter 'filter_wise'": (
-        *("model_stock-filter-wise", "model_stock-tokenizer"),
-    ),
     "give each a file of its own": ("documents",),
 }
 """What refusals of features that are not there yet say, and the recipes that have these.
