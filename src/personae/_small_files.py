@@ -120,6 +120,18 @@ def parse_json(
 def parse_yaml(text: str) -> yaml.Node | None:
     """YAML within bounds, as nodes with their lines; None if there is nothing in it.
 
+    Raises:
+        Unfit: as `parse_documents`, or if it has several documents.
+    """
+    nodes = parse_documents(text)
+    if len(nodes) > 1:
+        raise Unfit(f"holds {len(nodes)} documents (parted by ---), and not one")
+    return nodes[0] if nodes else None
+
+
+def parse_documents(text: str) -> list[yaml.Node]:
+    """The documents of a YAML file within bounds, without empty ones.
+
     Aliases are refused: few lines of them stand for more nodes than a machine can hold.
 
     Raises:
@@ -141,9 +153,13 @@ def parse_yaml(text: str) -> yaml.Node | None:
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
                 raise Unfit(f"is nested deeper than {_DEEPEST} levels")
-        return yaml.compose(text, Loader=_Loader)
+        return [node for node in yaml.compose_all(text, Loader=_Loader) if not _is_empty(node)]
     except yaml.YAMLError as error:
         raise Unfit(f"is no valid YAML: {_without_place(error)}") from error
+
+
+def _is_empty(node: yaml.Node | None) -> bool:
+    return node is None or (isinstance(node, yaml.ScalarNode) and not node.value)
 
 
 def value_of(node: yaml.Node) -> Any:

@@ -11,7 +11,7 @@ from families import State, as_many, saved
 from memory_count import peak_bytes
 from personae._types import TensorSpec
 from personae.commands import merge as merging
-from personae.commands.merge_plan import open_to_merge, prepare
+from personae.commands.merge_job import open_to_merge, prepare
 from personae.family.deltas import Deltas
 from personae.family.opened import open_family
 from personae.methods import CODECS, MERGE_METHODS, Codec

@@ -21,6 +21,7 @@ from personae.checkpoints.adapter_files import (
 from personae.checkpoints.adapter_fit import NAMES_DIFFER, find_rename, is_transposed
 from personae.checkpoints.adapter_ties import check_same, check_saved, tied_names, without_same
 from personae.checkpoints.folders import AuxiliaryFiles
+from personae.checkpoints.layers import WithLayers
 from personae.checkpoints.modules import WithModules
 from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.specs import by_name, check_rows, empty_fault, no_such_tensor
@@ -262,6 +263,6 @@ def _replacement_fault(
 def adapter_of(checkpoint: Checkpoint) -> Adapter | None:
     """The checkpoint if it is an adapter, whatever it is seen through; else None."""
     model: Checkpoint | None = checkpoint
-    while isinstance(model, WithRows | WithModules | WithCopies):
+    while isinstance(model, WithRows | WithModules | WithCopies | WithLayers):
         model = model.model
     return model if isinstance(model, Adapter) else None

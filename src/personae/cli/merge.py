@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from personae.cli import console, options
-from personae.commands.merge import merge as run_merge
-from personae.recipe import read_merge_recipe
+from personae.commands.merge_documents import merge_recipes
+from personae.recipe import read_merge_recipes
 
 
 def merge(
@@ -22,27 +22,25 @@ def merge(
     json: options.Json = False,
 ) -> None:
     """Merge experts into one ordinary checkpoint, tensor by tensor in bounded memory."""
-    read = read_merge_recipe(recipe)
-    for text in read.notes:
-        console.note(text)
+    recipes = read_merge_recipes(recipe)
+    for read in recipes:
+        for text in read.notes:
+            console.note(f"{read.name}: {text}" if read.name else text)
     found: dict[str, Any] = {}
     shard_bytes = options.bytes_of("--shard-size", shard_size)
     with options.working(workers, memory, device) as work:
-        written = run_merge(
-            read.base,
-            read.experts,
+        written = merge_recipes(
+            recipes,
             out,
-            settings=read.settings,
             overwrite=overwrite,
             shard_bytes=shard_bytes,
-            recipe=read.text,
             work=replace(work, fact=found.__setitem__),
         )
     files = [path for path in sorted(written.rglob("*")) if path.is_file()]
     nbytes = sum(path.stat().st_size for path in files)
     if json:
         names = [path.relative_to(written).as_posix() for path in files]
-        facts = {"path": str(written), "method": read.settings.method, "bytes": nbytes}
+        facts = {"path": str(written), "method": recipes[-1].settings.method, "bytes": nbytes}
         console.facts(facts | {"files": names} | found)
     else:
         console.out.print(f"{out}: {console.size(nbytes)} in {len(files)} files", markup=False)

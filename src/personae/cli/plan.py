@@ -8,11 +8,19 @@ import typer
 
 from personae._small_files import read_json
 from personae.cli import console, options
-from personae.commands.merge_plan import plan_merge
+from personae.commands.merge_documents import plan_recipes
+from personae.commands.merge_parts import LayersPlan
+from personae.commands.merge_plan import MergePlan
 from personae.commands.pack_plan import PackPlan, ShapesPlan, plan_pack, plan_shapes
 from personae.errors import RecipeError
 from personae.family.architecture import specs_of_architecture, specs_of_shapes
-from personae.recipe import PackRecipe, PackSettings, read_merge_recipe, recipe_kind
+from personae.recipe import (
+    MergeRecipe,
+    PackRecipe,
+    PackSettings,
+    read_merge_recipes,
+    recipe_kind,
+)
 from personae.run.work import Work
 
 _NOT_OF_MERGES = (
@@ -156,12 +164,20 @@ def _plan_pack(recipe: PackRecipe, workers: int | None, memory: str | None, json
 
 
 def _plan_merge(recipe: Path, workers: int | None, memory: str | None, json: bool) -> None:
-    read = read_merge_recipe(recipe)
+    recipes = read_merge_recipes(recipe)
     work = Work(workers=workers, memory=options.memory_from(memory))
-    planned = plan_merge(read.base, read.experts, read.settings, work)
+    plans = plan_recipes(recipes, work)
     if json:
-        console.facts(planned.to_json())
+        facts = {name: planned.to_json() for name, planned in plans.items()}
+        console.facts(facts if len(recipes) > 1 else next(iter(facts.values())))
         return
+    for read, (name, planned) in zip(recipes, plans.items(), strict=True):
+        if len(recipes) > 1:
+            console.out.print(f"{name}:", markup=False)
+        _print_merge(read, planned)
+
+
+def _print_merge(read: MergeRecipe, planned: MergePlan) -> None:
     size = console.size
     passes = f", usually including {planned.passes} earlier pass(es)" if planned.passes else ""
     waiting = ""
@@ -180,8 +196,22 @@ def _plan_merge(recipe: Path, workers: int | None, memory: str | None, json: boo
         f"{planned.items} items, the largest {size(planned.largest)}",
         markup=False,
     )
+    if planned.layers:
+        columns = ["layers", "of the models' layers", "method"]
+        console.table("", columns, [_layers_row(layers) for layers in planned.layers])
     for text in (*read.notes, *planned.notes):
         console.note(text)
+
+
+def _layers_row(plan: LayersPlan) -> list[str]:
+    """Layers of the output, what they are merged of, and how; spans without their last number."""
+    of = f"{plan.module} " if plan.module else ""
+    sources = [f"{name} {_span(span)}" for name, span in plan.sources.items()]
+    return [of + _span(plan.span), ", ".join(sources), plan.method]
+
+
+def _span(span: tuple[int, int]) -> str:
+    return f"{span[0]}–{span[1] - 1}"
 
 
 def _print_plan(planned: PackPlan) -> None:

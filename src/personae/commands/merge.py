@@ -3,6 +3,7 @@
 import hashlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from itertools import groupby
@@ -16,10 +17,11 @@ from personae._version import __version__
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.modules import weight_layout
 from personae.checkpoints.naming import shown
-from personae.commands.merge_plan import MergeJob, open_to_merge, plan_job, prepare, settings_for
+from personae.commands.merge_job import MergeJob, settings_for
+from personae.commands.merge_parts import LayersPlan, OpenedParts, open_parts
+from personae.commands.merge_plan import plan_parts
 from personae.commands.merge_rows import Rows, merge_rows
 from personae.errors import CheckpointError, Faults
-from personae.family.chat_templates import with_template
 from personae.family.chunks import Chunk, Item
 from personae.family.effects import (
     Effect,
@@ -29,9 +31,8 @@ from personae.family.effects import (
 )
 from personae.family.finite import converging, is_finite
 from personae.family.opened import Family
-from personae.family.vocabularies import merged_auxiliary_files
 from personae.methods import MergeMethod, NotFinite, Statistics
-from personae.recipe import MergeSettings, merge_recipe_text
+from personae.recipe import MergePart, MergeSettings, merge_recipe_text
 from personae.run.output import check_output
 from personae.run.passes import kept, passes_over_family, passes_over_tensor
 from personae.run.undecided import UndecidedEntries
@@ -49,8 +50,6 @@ from personae.writers import (
     write_auxiliary_files,
 )
 from personae.writers.model_card import CardFacts, Source, model_card
-
-_STATISTICS = "statistics.safetensors"
 
 
 def merge(
@@ -86,22 +85,51 @@ def merge(
         PersonaeError: for anything wrong with the input, all faults at once, before work starts
             (but for values that are not finite, which only reading finds).
     """
-    work, out = work or Work(), Path(out).absolute()
     settings = settings_for(base, settings, method, len(experts))
-    check_output(out, overwrite, inputs=[base, *experts.values()])
-    with open_to_merge(base, experts, settings) as family:
-        job = prepare(family, settings)
-        plan = plan_job(job, settings, work)
+    part = MergePart(base=base, experts=experts, settings=settings)
+    return merge_parts(
+        [part], out, overwrite=overwrite, shard_bytes=shard_bytes, recipe=recipe, work=work
+    )
+
+
+def merge_parts(
+    parts: Sequence[MergePart],
+    out: str | Path,
+    *,
+    small_files: str | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    recipe: str | None = None,
+    work: Work | None = None,
+    called: Mapping[str, str] | None = None,
+) -> Path:
+    """Merge a family, or slices that are stacked on each other, into one checkpoint directory.
+
+    Args:
+        parts: What is merged, and how.
+        out: As for `merge`.
+        small_files: The model whose configuration and tokenizer the output has; by default the
+            first part's base, or its first expert.
+        overwrite: As for `merge`.
+        shard_bytes: As for `merge`.
+        recipe: As for `merge`.
+        work: As for `merge`.
+        called: Path of a model to what the model card calls it, where that is another name.
+
+    Returns:
+        The directory written.
+
+    Raises:
+        PersonaeError: as for `merge`.
+    """
+    work, out = work or Work(), Path(out).absolute()
+    models = [model for part in parts for model in (part.base, *part.experts.values())]
+    check_output(out, overwrite, inputs=[*models, small_files])
+    with open_parts(parts, small_files) as opened:
+        plan = plan_parts(opened, work)
         for text in plan.notes:
             work.note(text)
-        auxiliary_files = with_template(
-            merged_auxiliary_files(family.base, family.vocabulary, settings.dtype),
-            settings.chat_template,
-            [
-                *([family.base] if family.has_base else []),
-                *(e.checkpoint for e in family.experts.values()),
-            ],
-        )
+        auxiliary_files = opened.auxiliary_files()
         require_space(out, plan.bytes_out)
         if free_space(out) < plan.bytes_out + plan.undecided_bytes:
             work.note(
@@ -109,14 +137,7 @@ def merge(
                 f"{plan.undecided_bytes:,} bytes more while they wait (usually one in some "
                 "hundreds is such); if it does, free some and run the same command, it goes on"
             )
-        identity = identity_text(
-            {
-                "settings": settings.model_dump(mode="json"),
-                "shard_bytes": shard_bytes,
-                "base": _weights_of(family.base) if family.has_base else None,
-                "experts": [_weights_of(e.checkpoint) for e in family.experts.values()],
-            }
-        )
+        identity = _identity(opened, shard_bytes)
         if finish({out: f"{identity}\n"}, JOURNAL):
             work.note(f"an earlier run of this command had finished '{out}'")
             return out
@@ -127,22 +148,42 @@ def merge(
                     work.note(
                         f"going on with an interrupted run: {done} of {plan.items} items are done"
                     )
-                lost = run(job, directory, work, shard_bytes, journal)
-                _tell(lost, family, work)
+                lost = run(opened.jobs, directory, work, shard_bytes, journal)
+                _tell(lost, opened.families[0], work)
                 write_auxiliary_files(auxiliary_files, directory)
-                card = merge_card(family, settings, recipe)
+                card = merge_card(opened, recipe, called or {})
                 (directory / "README.md").write_text(card, encoding="utf-8")
     return out
 
 
+def _identity(opened: OpenedParts, shard_bytes: int) -> str:
+    """What tells this merge from every other."""
+    parts = [
+        {
+            "settings": part.settings.model_dump(mode="json"),
+            "base": _weights_of(family.base) if family.has_base else None,
+            "experts": [_weights_of(e.checkpoint) for e in family.experts.values()],
+        }
+        for part, family in zip(opened.parts, opened.families, strict=True)
+    ]
+    return identity_text({"parts": parts, "shard_bytes": shard_bytes})
+
+
 def run(
-    job: MergeJob,
+    jobs: Sequence[MergeJob],
     directory: Path,
     work: Work,
     shard_bytes: int = SHARD_BYTES,
     journal: Journal | None = None,
 ) -> dict[str, str]:
     """Write the weights of a merge into a directory, but for items that the journal has as done.
+
+    Args:
+        jobs: What is done, one after the other; together they have each tensor once.
+        directory: Where.
+        work: Workers, memory bound, device, progress.
+        shard_bytes: Most bytes in one weight file.
+        journal: What is done already.
 
     Returns:
         The tensors that came out as the base's although an expert has them otherwise and nobody
@@ -152,49 +193,68 @@ def run(
         CheckpointError: naming every weight that is not finite.
         OutputError: if the disk refuses.
     """
-    statistics = _statistics(job, directory, work)
-    undecided = UndecidedEntries(directory)
-    faults = Faults()
+    bases = [job.family.base for job in jobs]
+    lost: dict[str, str] = {}
     with CheckpointWriter(
         directory,
-        job.specs,
+        [spec for job in jobs for spec in job.specs],
         shard_bytes=shard_bytes,
-        tied=job.family.base.tied,
-        copies=job.family.base.copies,
+        tied={dropped: kept for base in bases for dropped, kept in base.tied.items()},
+        copies=frozenset[str]().union(*(base.copies for base in bases)),
         again=True,
-        computed=job.merged,
-        **weight_layout(job.family.base.auxiliary_files)._asdict(),
+        computed=frozenset[str]().union(*(job.merged for job in jobs)),
+        **weight_layout(bases[0].auxiliary_files)._asdict(),
     ) as writer:
-        before = set(journal.done) if journal else set[int]()
-        decided = len(job.items)  # the step after the last item
-        if job.decides_at_the_end and decided not in before:
-            before = {number for number in before if undecided.has(number)}
-        due = [item for item in job.items if item.number not in before]
-        told = {number: journal.done[number] if journal else "" for number in before}
-        seen = {name for name, effect in _by_name(job.items, told) if effect == "+"}
-        for item in job.items:
-            for chunk in item.chunks if item.number in before else ():
-                writer.mark(chunk.spec.name, chunk.start, chunk.stop)
-        for item, (found, effects) in work.map(
-            due,
-            partial(_merge_item, job, statistics, writer, undecided, work.torch_device, seen),
-            cost=job.cost,
-            stage=f"merging ({job.method.name})",
-            done=len(job.items) - len(due),
-            in_order=True,
-        ):
-            for fault in found:
-                faults.add(fault)
-            told[item.number] = effects
-            if journal and not found:
-                journal.add(item.number, effects)
-        faults.raise_if_any(CheckpointError)
-        if job.decides_at_the_end and decided not in before:
-            undecided.decide(job.items, writer, work)
-            if journal:
-                journal.add(decided)
+        for job in jobs:
+            lost |= _run_job(job, directory, writer, work, journal)
+    return lost
+
+
+def _run_job(
+    job: MergeJob,
+    directory: Path,
+    writer: CheckpointWriter,
+    work: Work,
+    journal: Journal | None,
+) -> dict[str, str]:
+    """Write the tensors of one job; see `run`.
+
+    Raises:
+        CheckpointError: naming every weight that is not finite.
+        OutputError: if the disk refuses.
+    """
+    undecided = UndecidedEntries(directory)
+    faults = Faults()
+    before = set(journal.done) if journal else set[int]()
+    if job.decides_at_the_end and job.last_step not in before:
+        before = {number for number in before if undecided.has(number)}
+    due = [item for item in job.items if item.number not in before]
+    told = {number: journal.done[number] if journal else "" for number in before}
+    seen = {name for name, effect in _by_name(job.items, told) if effect == "+"}
+    for item in job.items:
+        for chunk in item.chunks if item.number in before else ():
+            writer.mark(chunk.spec.name, chunk.start, chunk.stop)
+    statistics = _statistics(job, directory, work) if due else None
+    for item, (found, effects) in work.map(
+        due,
+        partial(_merge_item, job, statistics, writer, undecided, work.torch_device, seen),
+        cost=job.cost,
+        stage=f"merging ({job.method.name})",
+        done=len(job.items) - len(due),
+        in_order=True,
+    ):
+        for fault in found:
+            faults.add(fault)
+        told[item.number] = effects
+        if journal and not found:
+            journal.add(item.number, effects)
+    faults.raise_if_any(CheckpointError)
+    if job.decides_at_the_end and job.last_step not in before:
+        undecided.decide(job.items, writer, work)
+        if journal:
+            journal.add(job.last_step)
     undecided.clear()
-    (directory / _STATISTICS).unlink(missing_ok=True)
+    _statistics_file(job, directory).unlink(missing_ok=True)
     return without_effect(_by_name(job.items, told), job.method.name)
 
 
@@ -224,7 +284,11 @@ def _statistics(job: MergeJob, directory: Path, work: Work) -> Statistics | None
         late = job.decides_late
         return passes_over_family(job.method_of, stacks, items, job.cost, work, late=late)
 
-    return kept(directory / _STATISTICS, find)
+    return kept(_statistics_file(job, directory), find)
+
+
+def _statistics_file(job: MergeJob, directory: Path) -> Path:
+    return directory / f"statistics-{job.first}.safetensors"
 
 
 def _merge_item(
@@ -356,17 +420,20 @@ def _stamp(file: Path) -> tuple[str, int, int, int, int]:
     return file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def merge_card(family: Family, settings: MergeSettings, recipe: str | None = None) -> str:
+def merge_card(
+    opened: OpenedParts, recipe: str | None = None, called: Mapping[str, str] | None = None
+) -> str:
     """The README of a merged model.
 
     It depends on what is merged and how alone, so that a merge done again writes the same bytes.
 
     Args:
-        family: Base and experts.
-        settings: How they are merged.
+        opened: What is merged, and how.
         recipe: The recipe's text; by default one is written from the settings.
+        called: Path of a model to its name, where that is no path.
     """
-    method = settings.merge_method()
+    (part, *others), family = opened.parts, opened.families[0]
+    settings, method = part.settings, part.settings.merge_method()
     base = Source("base", family.base.source, family.base.revision) if family.has_base else None
     owns = settings.expert_parameters or ({},) * len(family.experts)
     experts = [
@@ -374,21 +441,50 @@ def merge_card(family: Family, settings: MergeSettings, recipe: str | None = Non
         for (name, expert), own in zip(family.experts.items(), owns, strict=True)
     ]
     places = {expert.name: expert.place for expert in experts}
+    text = recipe or merge_recipe_text(base.place if base else None, places, settings)
+    if others:
+        experts, base = _sources(opened), None
+    experts = [_renamed(expert, called or {}) for expert in experts]
+    base = base and _renamed(base, called or {})
     facts = CardFacts(
-        title=f"{', '.join(places)}: merged by {method.name}",
+        title=f"{', '.join(dict.fromkeys(one.name for one in experts))}: merged by {method.name}",
         method=method.name,
         summary=method.summary,
         paper=method.paper,
         conventions=method.conventions,
-        parameters=_parameters(settings),
+        parameters={} if others else _parameters(settings),
         base=base,
         experts=experts,
-        recipe=recipe or merge_recipe_text(base.place if base else None, places, settings),
+        recipe=text,
         versions={"personae": __version__, "torch": version("torch")},
         dtype=settings.dtype or "",
         tokenizer=settings.tokenizer_source or "",
+        layers=[_layers(one) for one in opened.layers()],
     )
     return model_card(facts)
+
+
+def _renamed(source: Source, called: Mapping[str, str]) -> Source:
+    return replace(source, place=called.get(source.place, source.place))
+
+
+def _sources(opened: OpenedParts) -> list[Source]:
+    """Every model of all parts, each once."""
+    found: dict[str, Source] = {}
+    for family in opened.families:
+        models = {"base": family.base} if family.has_base else {}
+        models |= {name: expert.checkpoint for name, expert in family.experts.items()}
+        for name, model in models.items():
+            found.setdefault(model.source, Source(name, model.source, model.revision))
+    return list(found.values())
+
+
+def _layers(plan: LayersPlan) -> tuple[str, str, str]:
+    """Layers of the output, what they are merged of, and how."""
+    start, stop = plan.span
+    of = f"{plan.module}: " if plan.module else ""
+    sources = ", ".join(f"{name} {a} to {b - 1}" for name, (a, b) in plan.sources.items())
+    return f"{of}{start} to {stop - 1}", sources, plan.method
 
 
 def _parameters(settings: MergeSettings) -> dict[str, Any]:

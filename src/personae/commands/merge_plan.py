@@ -1,133 +1,20 @@
-"""What a merge will do, from headers alone: which tensors, cut how, and every fault they tell."""
+"""What a merge will do, from headers alone: which tensors, bytes and memory, and what to know."""
 
-import heapq
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
-from personae._types import TensorSpec
-from personae.checkpoints import Checkpoint
-from personae.checkpoints.adapter import adapter_of
-from personae.checkpoints.naming import left_out, matches, patterns, shown
-from personae.errors import CheckpointError, Faults, RecipeError
-from personae.family.align import reference_name, trained_apart
-from personae.family.alignment import Alignment
-from personae.family.chunks import Chunk, Item, items, whole_or_matrices
-from personae.family.deltas import Stacks
-from personae.family.mean import MeanOf
-from personae.family.opened import Family, open_family
-from personae.family.vocabularies import MergedVocabulary, merge_vocabularies
-from personae.methods import Entrywise, MergeMethod, stored_bytes
-from personae.recipe import MergeSettings, count_layers
-from personae.run.passes import MethodOf
-from personae.run.undecided import disk_bytes, waiting_bytes
+from personae.checkpoints.naming import patterns, shown
+from personae.commands.merge_job import MergeJob, all_names, settings_for
+from personae.commands.merge_parts import LayersPlan, OpenedParts, open_parts
+from personae.methods import MergeMethod
+from personae.recipe import MergePart, MergeSettings
 from personae.run.work import Work, check_memory, held_at_once
 from personae.writers import with_copies
 
 # Each answers the question of its task; a language model's lm_head is none of them.
 _HEAD = re.compile(r"(^|\.)(classifier|score|qa_outputs|classification_head)\.")
-
-
-@dataclass(frozen=True)
-class MergeJob:
-    """A merge, ready to run.
-
-    Attributes:
-        family: Base and experts.
-        method: What is done: the class.
-        method_of: The method with its parameters, by tensor.
-        merged: Names of the tensors merged; all others are the reference's own.
-        specs: Every tensor of the result, sorted by name, in its own dtype.
-        stacks: The task vectors.
-        items: The work, in order.
-        per_tensor: Whether the method's passes are over each tensor alone.
-    """
-
-    family: Family
-    method: type[MergeMethod]
-    method_of: MethodOf
-    merged: frozenset[str]
-    specs: Sequence[TensorSpec]
-    stacks: Stacks
-    items: Sequence[Item]
-    per_tensor: bool
-
-    @cached_property
-    def decides_late(self) -> bool:
-        """Whether tensors are merged before it is known what becomes of undecided entries.
-
-        Only where these are few: two difference vectors cancel everywhere.
-        """
-        few = self.family.has_base and self.stacks.experts > 1
-        return few and all(self.method_of(name).is_late() for name in self.merged)
-
-    @property
-    def decides_at_the_end(self) -> bool:
-        """Whether that is known only once all of the model is merged, not at a tensor's end."""
-        return self.decides_late and not self.per_tensor
-
-    @property
-    def merged_items(self) -> list[Item]:
-        """The items of merged tensors, for passes over the whole model."""
-        kept = [
-            replace(item, chunks=tuple(p for p in item.chunks if p.spec.name in self.merged))
-            for item in self.items
-        ]
-        return [item for item in kept if item.chunks]
-
-    def is_narrow(self, name: str) -> bool:
-        """Whether a tensor comes out in 16 bits, so that no rounding of fp32 is seen in it."""
-        return self.dtype_of(name).itemsize <= 2
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        """What a tensor comes out in."""
-        return self._dtypes[name]
-
-    @cached_property
-    def _dtypes(self) -> Mapping[str, torch.dtype]:
-        return {spec.name: spec.dtype for spec in self.specs}
-
-    def cost(self, item: Item) -> int:
-        """Peak bytes of one item."""
-        most = max(self._chunk_cost(chunk, item.whole) for chunk in item.chunks)
-        return most + waiting_bytes(item) if self.decides_late else most
-
-    def undecided_bytes(self, workers: int) -> int:
-        """Bytes of files that entries without a winner take while they wait, at most.
-
-        They wait until all of the model is merged, or all of a tensor.
-        """
-        if not self.decides_late:
-            return 0
-        tensors: dict[str, int] = {}
-        for item in self.merged_items:
-            for chunk in item.chunks:
-                tensors[chunk.spec.name] = tensors.get(chunk.spec.name, 0) + disk_bytes([chunk])
-        at_once = workers if self.per_tensor else len(tensors)
-        return sum(heapq.nlargest(at_once, tensors.values()))
-
-    def _chunk_cost(self, chunk: Chunk, undivided: bool) -> int:
-        if chunk.spec.name not in self.merged:
-            return 8 * chunk.numel
-        experts = self.stacks.experts
-        in_blocks = issubclass(self.method, Entrywise) and not self.method.of_models()
-        if not undivided and in_blocks:
-            name = chunk.spec.name
-            narrow = self.method_of(name).coefficients(experts) if self.is_narrow(name) else None
-            dtype = self.dtype_of(name)
-            cast = 0 if stored_bytes(dtype) == dtype.itemsize else dtype.itemsize
-            written = (stored_bytes(dtype) + cast) * chunk.numel
-            row = self.method_of(name).row_entries(self.stacks.site(chunk))
-            return self.stacks.blocks_bytes(chunk, narrow, row) + written
-        if not undivided:
-            return self.method.row_bytes(chunk.numel, experts)
-        method = self.method_of(chunk.spec.name)
-        return method.whole_bytes(self.stacks.site(chunk), experts)
 
 
 @dataclass(frozen=True)
@@ -151,6 +38,7 @@ class MergePlan:
         workers: Number of workers.
         items: Number of work items.
         notes: What a person should know.
+        layers: The layers of the output, where slices choose them.
     """
 
     method: str
@@ -168,6 +56,7 @@ class MergePlan:
     workers: int
     items: int
     notes: list[str] = field(default_factory=list[str])
+    layers: list[LayersPlan] = field(default_factory=list[LayersPlan])
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -195,124 +84,41 @@ def plan_merge(
         PersonaeError: for anything wrong that headers tell, all faults at once.
     """
     settings = settings_for(base, settings, method, len(experts))
-    with open_to_merge(base, experts, settings) as family:
-        return plan_job(prepare(family, settings), settings, work or Work())
+    with open_parts([MergePart(base=base, experts=experts, settings=settings)]) as opened:
+        return plan_parts(opened, work or Work())
 
 
-def settings_for(
-    base: Any,
-    settings: MergeSettings | None,
-    method: MergeMethod | None = None,
-    experts: int = 0,
-) -> MergeSettings:
-    """The settings, or those of a method; without a base they are about difference vectors.
+def plan_parts(opened: OpenedParts, work: Work) -> MergePlan:
+    """What a merge takes, all parts together: they are done one after the other.
 
     Raises:
-        RecipeError: if both are given, or the method's parameters are not one an expert.
+        BudgetError: if the memory bound is below the largest item.
     """
-    if method is not None and settings is not None:
-        raise RecipeError("Both 'method' and 'settings' say how to merge. Give one of them.")
-    if settings is None:
-        settings = MergeSettings() if method is None else MergeSettings.of(method, experts)
-    return settings if base is not None else settings.model_copy(update={"vector": "difference"})
-
-
-def open_to_merge(base: Any, experts: Mapping[str, Any], settings: MergeSettings) -> Family:
-    """Open and align a family under the one vocabulary that comes out.
-
-    Raises:
-        MethodError: for a method or parameter that cannot be.
-        PersonaeError: as `open_family` does, for vocabularies that differ, and for everything in
-            the headers that keeps the experts from being merged.
-    """
-    settings.check(list(experts))
-
-    def is_merged(name: str) -> bool:
-        return not left_out([name], settings.skip, settings.only)
-
-    def vocabulary(
-        reference: Checkpoint | None, opened: Mapping[str, Checkpoint]
-    ) -> MergedVocabulary | None:
-        return merge_vocabularies(reference, opened, settings.vocabulary(), is_merged)
-
-    def check(family: Family, faults: Faults) -> None:
-        check_family(family, settings, faults)
-
-    return open_family(
-        base,
-        experts,
-        skip=settings.skip,
-        only=settings.only,
-        vocabulary=vocabulary,
-        check=check,
+    plans = [
+        _plan_job(job, part.settings, work)
+        for job, part in zip(opened.jobs, opened.parts, strict=True)
+    ]
+    return MergePlan(
+        method=", ".join(dict.fromkeys(plan.method for plan in plans)),
+        vector=plans[0].vector,
+        merged=sum(plan.merged for plan in plans),
+        copied=tuple(name for plan in plans for name in plan.copied),
+        parameters=sum(plan.parameters for plan in plans),
+        passes=max(plan.passes for plan in plans),
+        bytes_in=sum(plan.bytes_in for plan in plans),
+        bytes_read=sum(plan.bytes_read for plan in plans),
+        bytes_out=sum(plan.bytes_out for plan in plans),
+        undecided_bytes=max(plan.undecided_bytes for plan in plans),
+        peak_memory=max(plan.peak_memory for plan in plans),
+        largest=max(plan.largest for plan in plans),
+        workers=work.threads,
+        items=sum(plan.items for plan in plans),
+        notes=list(dict.fromkeys(note for plan in plans for note in plan.notes)),
+        layers=opened.layers(),
     )
 
 
-def prepare(family: Family, settings: MergeSettings) -> MergeJob:
-    """Work out a merge from headers.
-
-    Args:
-        family: Base and experts, opened and aligned.
-        settings: What to do.
-
-    Raises:
-        CheckpointError: if there is nothing to merge.
-    """
-    layers = count_layers(family.base.specs)
-    experts = len(family.experts)
-
-    def method_of(name: str) -> MergeMethod:
-        return settings.for_tensor(name, layers=layers, experts=experts)
-
-    dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    job = job_of(family, method_of, dtype)
-    if not job.merged:
-        raise CheckpointError(
-            f"There is no tensor to merge: none of the {len(family.base.specs)} is in 'only' "
-            f"({', '.join(settings.only)}) and not in 'skip'. '*' matches any text."
-        )
-    return job
-
-
-def job_of(
-    family: Family,
-    method_of: MethodOf,
-    dtype: torch.dtype | None = None,
-) -> MergeJob:
-    """A merge of a family that is known to fit; see `MergeJob`."""
-    stacks = Stacks(family)
-    specs = list(family.base.specs.values())
-    merged = frozenset(name for name in stacks.names if family.base.specs[name].numel)
-    merged |= {n for n in stacks.statistics if _is_mean(method_of(n), stacks.experts)}
-    method = method_of("")
-    per_tensor = method.has_passes() and method.passes_over == "tensor"
-
-    def undivided(spec: TensorSpec) -> bool:
-        site = stacks.site(whole_or_matrices(spec)[0])
-        return spec.name in merged and not method_of(spec.name).entrywise(site)
-
-    return MergeJob(
-        family=family,
-        method=type(method),
-        method_of=method_of,
-        merged=merged,
-        specs=[
-            replace(spec, dtype=dtype) if dtype is not None and spec.is_floating else spec
-            for spec in specs
-        ],
-        stacks=stacks,
-        items=items(specs, undivided, together=per_tensor, whole_vectors=method.whole_rows),
-        per_tensor=per_tensor,
-    )
-
-
-def _is_mean(method: MergeMethod, experts: int) -> bool:
-    """Whether a result is a weighted mean of base and experts: a variance stays one."""
-    found = method.coefficients(experts)
-    return found is not None and min(found) >= 0.0 and math.fsum(found) <= 1.0 + 1e-6
-
-
-def plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
+def _plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
     """What a job takes, from headers.
 
     Raises:
@@ -377,109 +183,3 @@ def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
     if files and "config.json" not in files:
         notes.append(f"{whose} has no config.json, so the result has none: transformers needs one")
     return notes
-
-
-def check_family(family: Family, settings: MergeSettings, faults: Faults) -> None:
-    """Add everything in the headers that keeps the experts from being merged as settings say."""
-    for name, expert in family.experts.items():
-        _check_shapes(name, expert, family, faults)
-        _check_dtypes(name, expert, family, settings, faults)
-        _check_ties(name, expert, family, faults)
-    if not family.has_base:
-        _check_average(family, settings, faults)
-    _check_adapters(family, settings.merge_method(), faults)
-    if faults.messages:  # such as shapes that a mistyped 'skip' does not leave out
-        for pattern in settings.unmatched(all_names(family)):
-            faults.add(f"{pattern} matches no tensor; '*' matches any text.")
-
-
-def all_names(family: Family) -> set[str]:
-    """Every tensor name in the family, as the reference and as the experts' files have it."""
-    checkpoints = (one.checkpoint for one in family.experts.values())
-    names = family.base.specs.keys() | family.base.copies
-    return names.union(*(checkpoint.specs for checkpoint in checkpoints))
-
-
-def _check_shapes(name: str, expert: Alignment, family: Family, faults: Faults) -> None:
-    if not family.has_base:
-        return
-    specs = family.base.specs
-    odd = [(own, reference_name(own, expert, family.base)) for own in expert.private]
-    for own, known in odd:
-        has = expert.private_spec(own)
-        if known and has.numel and specs[known].numel:  # empty ones are told of already
-            wanted = specs[known]
-            alike = has.shape == wanted.shape  # then one holds numbers and the other integers
-            faults.add(
-                f"Expert '{name}': tensor '{own}' is {has.dtype_name if alike else has.shape}, "
-                f"the base's {wanted.dtype_name if alike else wanted.shape}. Tensors of different "
-                f"{'kinds' if alike else 'shapes'} cannot be merged: leave it as in the base with "
-                f"skip: ['{known}']."
-            )
-    for grown in expert.grown:
-        faults.add(
-            f"Expert '{name}': '{grown}' has {expert.spec(grown).shape[0]} rows, the base "
-            f"{specs[grown].shape[0]}. Choose the vocabulary of the output: tokenizer_source."
-        )
-
-
-def _check_ties(name: str, expert: Alignment, family: Family, faults: Faults) -> None:
-    """An output layer of its own beside a tied one has no place in the result, nor the reverse."""
-    base, whose = family.base, "base" if family.has_base else "first expert"
-    for own, kept in trained_apart(expert, base).items():
-        faults.add(
-            f"Expert '{name}': '{own}' was trained separately from '{kept}', to which the {whose} "
-            "ties it: merged into one tensor, one training of the two would be lost. Give a "
-            f"{whose} that is untied (tie_word_embeddings: false, '{own}' stored), and experts "
-            "likewise."
-        )
-    for lacking in expert.absent:
-        own = expert.renaming.expert_name(lacking)
-        if own in expert.tied and base.specs[lacking].is_floating:
-            faults.add(
-                f"Expert '{name}' ties '{own}' to '{expert.tied[own]}', and the {whose} has both "
-                "apart: its training of the two would not be merged. Save the expert untied "
-                "(tie_word_embeddings: false, both stored)."
-            )
-
-
-def _check_dtypes(
-    name: str, expert: Alignment, family: Family, settings: MergeSettings, faults: Faults
-) -> None:
-    """Experts of another dtype can be merged, once it is said what shall come out."""
-    if settings.dtype is not None or adapter_of(expert.checkpoint):
-        return
-    whose = "the base's" if family.has_base else "the first expert's"
-    for shared in expert.shared:
-        found, wanted = expert.spec(shared).dtype_name, family.base.specs[shared].dtype_name
-        if found != wanted:
-            faults.add(
-                f"Expert '{name}': '{shared}' is {found}, {whose} is {wanted}. Set the dtype of "
-                f"the output: dtype: {wanted}."
-            )
-            return
-
-
-def _check_average(family: Family, settings: MergeSettings, faults: Faults) -> None:
-    """Without a base, what the experts do not share in one shape has nothing to stay as."""
-    assert isinstance(family.base, MeanOf)
-    for name, expert in family.experts.items():
-        apart = trained_apart(expert, family.base)
-        odd = [n for n in expert.private if not matches(n, settings.skip) and n not in apart]
-        if odd:
-            faults.add(
-                f"Expert '{name}': {len(odd)} tensor(s) are missing from another expert, or have "
-                f"another shape there: {shown(odd)}. Leave them as in the first with skip: "
-                f"{patterns(odd, set(expert.own_specs) - {*odd})}, or give a base."
-            )
-
-
-def _check_adapters(family: Family, method: type[MergeMethod], faults: Faults) -> None:
-    if method.needs != "adapters":
-        return
-    for name, expert in family.experts.items():
-        if adapter_of(expert.checkpoint) is None:
-            faults.add(
-                f"Expert '{name}' is not a LoRA adapter, and {method.name} merges only those. "
-                "Give its adapter directory, or another method (knots, tsv_m)."
-            )

@@ -15,7 +15,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from personae import kernels
-from personae.commands.merge_plan import MergeJob
+from personae.commands.merge_job import MergeJob
 from personae.family.chunks import Chunk
 from personae.family.effects import PROBED, Effect, any_entry, differs, effect_of
 from personae.family.finite import is_finite

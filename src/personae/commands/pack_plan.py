@@ -15,7 +15,7 @@ from personae.commands.accounting import (
     mask_bytes,
     shared_bytes,
 )
-from personae.commands.merge_plan import job_of
+from personae.commands.merge_job import job_of
 from personae.errors import BudgetError, RecipeError
 from personae.family.opened import Family, open_family
 from personae.methods import Codec

@@ -6,7 +6,7 @@ from typing import Any
 from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.tied import each_once
 from personae.commands.merge import run
-from personae.commands.merge_plan import job_of
+from personae.commands.merge_job import job_of
 from personae.errors import CheckpointError, Faults, PackError
 from personae.family.align import align
 from personae.family.opened import Family
@@ -32,7 +32,7 @@ def write_merged_reference(
     """
     job = job_of(family, lambda _: method)
     with output_directory(directory, overwrite=True) as partial:
-        run(job, partial, work)
+        run([job], partial, work)
         write_auxiliary_files(family.base.auxiliary_files, partial)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from personae.commands.merge_plan import open_to_merge, prepare, settings_for
+from personae.commands.merge_job import open_to_merge, prepare, settings_for
 from personae.errors import CheckpointError, Faults
 from personae.family.chunks import whole, whole_or_matrices
 from personae.methods import MergeMethod

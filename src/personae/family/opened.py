@@ -17,6 +17,7 @@ from personae.checkpoints.tied import as_stored, each_once
 from personae.checkpoints.vocabulary import is_input_embedding
 from personae.errors import CheckpointError, Faults, RecipeError
 from personae.family.align import Alignment, align, lacked_by_some, lacking
+from personae.family.layers import Layers, choose
 from personae.family.mean import MeanOf
 from personae.family.small_files import small_files
 from personae.family.vocabularies import MergedVocabulary
@@ -134,6 +135,7 @@ def open_family(
     for_pack: bool = False,
     spared: Collection[str] = (),
     vocabulary: OneVocabulary | None = None,
+    layers: Layers | None = None,
     check: Callable[[Family, Faults], None] | None = None,
 ) -> Family:
     """Open every checkpoint (headers only) and align it with the base.
@@ -150,6 +152,7 @@ def open_family(
             such as a language model's head.
         spared: Reference names that tasks packed before lack, or were spared.
         vocabulary: Works out the vocabulary under which all are seen; by default each has its own.
+        layers: Which layers of the models are seen, and under which numbers; by default all.
         check: Adds what else the headers tell against the family.
 
     Raises:
@@ -177,6 +180,8 @@ def open_family(
         chosen = None if vocabulary is None else vocabulary(reference, opened)
         if chosen is not None:
             reference, opened = chosen.seen(reference, opened)
+        if layers is not None and len(opened) == len(experts):
+            reference, opened = choose(reference, opened, layers)
         if reference is None:
             reference = _average(opened, skip, only)
     except CheckpointError as error:

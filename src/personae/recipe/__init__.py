@@ -1,12 +1,16 @@
 """Recipes: YAML to frozen, validated settings. Opens no checkpoint."""
 
 from personae.recipe._base import Vector
-from personae.recipe._merge_reading import read_merge_recipe, recipe_kind
+from personae.recipe._merge_reading import (
+    read_merge_recipe,
+    read_merge_recipes,
+    recipe_kind,
+)
 from personae.recipe._merge_text import merge_recipe_text
 from personae.recipe._pack_reading import read_recipe
 from personae.recipe._sizes import parse_size
 from personae.recipe._values import count_layers
-from personae.recipe.merge_recipe import MergeRecipe, MergeSettings
+from personae.recipe.merge_recipe import MergePart, MergeRecipe, MergeSettings
 from personae.recipe.mergekit import refuse_mergekit_alone
 from personae.recipe.pack_recipe import (
     COUNTING,
@@ -19,6 +23,7 @@ from personae.recipe.pack_recipe import (
 __all__ = [
     "COUNTING",
     "Counting",
+    "MergePart",
     "MergeRecipe",
     "MergeSettings",
     "PackRecipe",
@@ -28,6 +33,7 @@ __all__ = [
     "merge_recipe_text",
     "parse_size",
     "read_merge_recipe",
+    "read_merge_recipes",
     "read_recipe",
     "recipe_kind",
     "refuse_mergekit_alone",

@@ -34,21 +34,22 @@ class Fault(NamedTuple):
 
 
 def faults_in(
-    error: ValidationError, model: type[BaseModel], nested: Mapping[str, type[BaseModel]]
+    error: ValidationError, model: type[BaseModel], nested: Mapping[Any, type[BaseModel]]
 ) -> list[Fault]:
     """Every fault of a validation, a sentence each, with the nearest name for unknown keys.
 
     Args:
         error: What pydantic raised.
         model: Of the whole.
-        nested: Of what lies under these keys of it.
+        nested: Of what lies under these keys of it, or of one inside.
     """
     faults: list[Fault] = []
     for fault in error.errors()[:_MOST]:
         place: Place = fault["loc"]
         shown = ".".join(str(p) for p in place)
         if fault["type"] == "extra_forbidden":
-            known = nested.get(str(place[0]), model) if len(place) > 1 else model
+            inside = (nested[key] for key in reversed(place[:-1]) if key in nested)
+            known = next(inside, model)
             hint = nearest(str([*place][-1]), known.model_fields)
             text = f"Unknown key '{shown}'. {hint}"
         elif fault["type"] in _FORMS:
@@ -67,7 +68,7 @@ def faults_in(
 def validated(
     content: Mapping[str, Any],
     model: type[Model],
-    nested: Mapping[str, type[BaseModel]],
+    nested: Mapping[Any, type[BaseModel]],
     faults: list[Fault],
 ) -> Model | None:
     """The content without what is wrong in it; None if nothing is left to look at.

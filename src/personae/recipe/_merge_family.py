@@ -49,7 +49,8 @@ def family_of(file: MergeFile, conventions: Conventions, faults: list[Fault]) ->
     """
     remarks: list[str] = []
     models = [(n, entry) for n, entry in enumerate(file.models) if entry.model != file.base_model]
-    averaged = _averaged_base(file, conventions, remarks) if models else []
+    alone = bool(models) or _averages_models(file, conventions)
+    averaged = _averaged_base(file, conventions, remarks) if alone else []
     faults += _counted_base(file, conventions, remarks)
     entries = averaged + models
     given = {entry.name for _, entry in entries if entry.name}
@@ -66,6 +67,12 @@ def family_of(file: MergeFile, conventions: Conventions, faults: list[Fault]) ->
         experts[name] = _place(file, entry)
         said.append((n, entry))
     return Family(None if averaged else file.base_model, experts, said, remarks)
+
+
+def without_idle_base(file: MergeFile, conventions: Conventions) -> MergeFile:
+    """The file without a base that no slice lists, where the method makes nothing of it."""
+    idle = file.merge_method in NEEDS_NO_REFERENCE or _averages_models(file, conventions)
+    return file.model_copy(update={"base_model": None}) if idle and not _listed_base(file) else file
 
 
 def _place(file: MergeFile, entry: Model) -> str:
@@ -95,7 +102,7 @@ def _averaged_base(file: MergeFile, conventions: Conventions, remarks: list[str]
     if not listed and conventions == "mergekit":
         listed = [(len(file.models), Model(model=file.base_model))]
     if _averages_models(file, conventions):
-        if listed:
+        if listed and len(file.models) > 1:
             remarks.append(
                 "The base is averaged as the other models are, as it is under 'models'."
                 if _listed_base(file)

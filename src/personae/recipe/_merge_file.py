@@ -73,20 +73,14 @@ class MergeFile(Strict):
     only: Patterns = Field(default=[])
 
 
-_REFUSED: dict[str, str] = {
-    "slices": "'slices' builds a model of parts of others. Here whole models are merged: "
-    "list them under 'models', and set values by layer with a list of numbers.",
-    "modules": "'modules' merges parts of models by recipes of their own. Merge each model by "
-    "one recipe: list them under 'models'.",
-}
 _REFUSED_INSIDE: dict[tuple[str, str], str] = {
-    ("models", "layer_range"): "'layer_range' takes some layers of a model. Here whole models are "
-    "merged: leave it out.",
+    ("models", "layer_range"): "'layer_range' takes some layers of a model, and models are merged "
+    "whole. Leave it out, or write 'slices' with 'sources' in place of 'models'.",
 }
 _NESTED: dict[str, type[Strict]] = {"models": Model, "tokenizer": Tokenizer}
 
 KEYS: Mapping[str, Sequence[str]] = {
-    "": (*MergeFile.model_fields, *_REFUSED, "pack_method"),
+    "": (*MergeFile.model_fields, "pack_method", "slices", "modules"),
     **{key: [*nested.model_fields] for key, nested in _NESTED.items()},
 }
 """The keys that are read or refused, at the top (under '') and in what lies under these."""
@@ -108,10 +102,6 @@ def _refuse(content: dict[str, Any]) -> Iterator[Fault]:
     if "pack_method" in content:
         del content["pack_method"]
         yield Fault(("pack_method",), "A recipe merges or packs: keep merge_method or pack_method.")
-    for key, text in _REFUSED.items():
-        if content.pop(key, None) is not None:
-            yield Fault((key,), text)
-            content.setdefault("models", [])
     for (outer, inner), text in _REFUSED_INSIDE.items():
         within = content.get(outer)
         for n, part in enumerate(within) if isinstance(within, list) else [(None, within)]:

@@ -1,12 +1,14 @@
 """From a file to a merge recipe: all faults at once, each with its line."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from personae.errors import MethodError
 from personae.methods import Conventions, MergeMethod
+from personae.recipe._documents import in_order, names_of
 from personae.recipe._faults import Fault, Place
 from personae.recipe._merge_family import (
     NEEDS_NO_REFERENCE,
@@ -14,12 +16,17 @@ from personae.recipe._merge_family import (
     family_of,
     tokenizer_of,
     tokens_of,
+    without_idle_base,
 )
 from personae.recipe._merge_file import KEYS, MergeFile, read_file
 from personae.recipe._places import placed
-from personae.recipe._yaml import read_document
-from personae.recipe.merge_recipe import MergeRecipe, MergeSettings, find_method
+from personae.recipe._slices import SLICE_KEYS, Part, is_sliced, parts_of, without_slices
+from personae.recipe._yaml import Document, read_document, read_documents
+from personae.recipe.merge_recipe import MergePart, MergeRecipe, MergeSettings, find_method
 from personae.recipe.mergekit import hint_for, understood
+
+PlaceOf = Callable[[str, Place, list[Fault]], str]
+"""From what a recipe says of a model, and where, to where it is opened."""
 
 
 @dataclass
@@ -37,11 +44,11 @@ def recipe_kind(path: str | Path) -> Literal["merge", "pack"]:
     Raises:
         RecipeError: if the file cannot be read, or says both.
     """
-    document = read_document(Path(path))
+    document, *others = read_documents(Path(path))
     if "merge_method" in document.content and "pack_method" in document.content:
         fault = Fault(("pack_method",), "A recipe merges or packs: keep one of both methods.")
         raise document.refusal([fault])
-    return "merge" if "merge_method" in document.content else "pack"
+    return "merge" if others or "merge_method" in document.content else "pack"
 
 
 def read_merge_recipe(path: str | Path) -> MergeRecipe:
@@ -53,38 +60,133 @@ def read_merge_recipe(path: str | Path) -> MergeRecipe:
         RecipeError: listing every fault of the file, each with its line.
     """
     document = read_document(Path(path))
+    faults: list[Fault] = []
+    recipe = _read_document(document, faults, frozenset())
+    if faults or recipe is None:
+        raise document.refusal(faults)
+    return recipe
+
+
+def read_merge_recipes(path: str | Path) -> list[MergeRecipe]:
+    """Read the merge recipes of a file, one a document; a recipe may name others as its models.
+
+    Returns:
+        The recipes in the order in which they can be merged: the last is that of the output.
+
+    Raises:
+        RecipeError: listing every fault of every document, each with its line.
+    """
+    documents = read_documents(Path(path))
+    if len(documents) == 1:
+        return [read_merge_recipe(path)]
+    found: list[list[Fault]] = [[] for _ in documents]
+    names = names_of(documents, found)
+    read: list[MergeRecipe | None] = []
+    for document, name, faults in zip(documents, names, found, strict=True):
+        content = {key: value for key, value in document.content.items() if key != "name"}
+        recipe = _read_document(replace(document, content=content), faults, {*names} - {None})
+        read.append(recipe and recipe.model_copy(update={"name": name}))
+    if any(found):
+        raise documents[0].refusal(found[0], [*zip(documents, found, strict=True)][1:])
+    recipes = [recipe for recipe in read if recipe is not None]
+    order = in_order(recipes, found)
+    if any(found):
+        raise documents[0].refusal(found[0], [*zip(documents, found, strict=True)][1:])
+    return order
+
+
+def _read_document(
+    document: Document, faults: list[Fault], names: Collection[str]
+) -> MergeRecipe | None:
+    """What a document says; None if it is wrong.
+
+    Args:
+        document: The document.
+        faults: Gets what is wrong.
+        names: Names of models that are merged before; they are no paths.
+    """
     if "pack_method" in document.content and "merge_method" not in document.content:
         text = "This is a pack recipe. Run personae pack with it, or write merge_method."
-        raise document.refusal([Fault(("pack_method",), text)])
-    meant = understood(document.content, KEYS, document.line)
-    conventions = meant.choice.conventions
-    file, faults = read_file(meant.content)
+        faults.append(Fault(("pack_method",), text))
+        return None
+    meant = understood(document.content, {**KEYS, **SLICE_KEYS}, document.line)
+    place = partial(_place, document.path, names)
     faults += document.faults
-    if file is None:
-        raise document.refusal(faults + meant.slips)
-    family = family_of(file, conventions, faults)
-    base, experts = _places(family, document.path, faults)
-    reading = _read(file, family, conventions)
-    if faults or reading.faults or reading.settings is None:
-        if not file.models and faults:  # said already: the models are elsewhere, or wrong
-            reading.faults = [f for f in reading.faults if f.place != ("models",)]
-        raise document.refusal(faults + reading.faults + meant.slips)
+    remarks = list(meant.remarks)
+    parts = parts_of(meant.content, faults, remarks)
+    if not parts:  # look at all else that is said
+        _, others = read_file({**without_slices(meant.content), "models": []})
+        faults += others
+    conventions = meant.choice.conventions
+    read = [_read_part(part, conventions, place, faults, remarks) for part in parts]
+    small_files = _small_files(meant.content, read[0], place, faults) if read else None
+    if faults:
+        faults += meant.slips
+        return None
     return MergeRecipe(
-        base=base,
-        experts=experts,
-        settings=reading.settings,
+        parts=tuple(part for part in read if part is not None),
         text=document.text,
-        remarks=(*meant.remarks, *family.remarks, *reading.remarks),
+        remarks=tuple(dict.fromkeys(remarks)),
+        small_files=small_files,
     )
 
 
-def _places(family: Family, recipe: Path, faults: list[Fault]) -> tuple[str | None, dict[str, str]]:
+def _place(
+    recipe: Path, names: Collection[str], model: str, place: Place, faults: list[Fault]
+) -> str:
+    """Where a model is opened; the name of one that is merged before stays as it is."""
+    is_named = model.partition("+")[0] in names
+    return model if is_named else placed(model, place, recipe, faults)
+
+
+def _read_part(
+    part: Part,
+    conventions: Conventions,
+    place: PlaceOf,
+    faults: list[Fault],
+    remarks: list[str],
+) -> MergePart | None:
+    """What a part of a recipe says; None if it is wrong."""
+    file, wrong = read_file(part.content)
+    if file is None:
+        faults += map(part.in_file, wrong)
+        return None
+    if part.layers:
+        file = without_idle_base(file, conventions)
+    family = family_of(file, conventions, wrong)
+    base, experts = _places(family, place, wrong)
+    reading = _read(file, family, conventions)
+    if reading.faults and not file.models and wrong:  # said already: the models are wrong
+        reading.faults = [f for f in reading.faults if f.place != ("models",)]
+    layers = part.layers_of(family, wrong)
+    found = [part.in_file(fault) for fault in wrong + reading.faults]
+    faults += found
+    remarks += [*family.remarks, *reading.remarks]
+    if found or reading.settings is None:
+        return None
+    settings = reading.settings.model_copy(update={"layers": layers})
+    return MergePart(base=base, experts=experts, settings=settings)
+
+
+def _small_files(
+    content: Mapping[str, Any], first: MergePart | None, place: PlaceOf, faults: list[Fault]
+) -> str | None:
+    """The base of a recipe with slices, where it is not the base of the first one."""
+    base = content.get("base_model")
+    if not is_sliced(content) or not isinstance(base, str) or first is None:
+        return None
+    found = place(base, ("base_model",), faults)
+    return None if found == first.base else found
+
+
+def _places(
+    family: Family, place: PlaceOf, faults: list[Fault]
+) -> tuple[str | None, dict[str, str]]:
     """Base and experts of a family where they are opened; see `placed`."""
-    base = family.base and placed(family.base, ("base_model",), recipe, faults)
+    base = family.base and place(family.base, ("base_model",), faults)
     pairs = zip(family.experts.items(), family.entries, strict=True)
     return base, {
-        name: placed(model, ("models", n, "model"), recipe, faults)
-        for (name, model), (n, _) in pairs
+        name: place(model, ("models", n, "model"), faults) for (name, model), (n, _) in pairs
     }
 
 

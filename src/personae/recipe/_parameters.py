@@ -57,15 +57,16 @@ class GivenParameters:
         sources = (self.common, *self.own)
         return [source[name] for source in sources if name in source]
 
-    def at(self, name: str, layers: int, experts: int) -> dict[str, Any]:
+    def at(self, name: str, layers: int, experts: int, first: int | None = None) -> dict[str, Any]:
         """The scalar each parameter has at one tensor, or a tuple of one an expert.
 
-        What no filter fits is not in it; there the method's default holds.
+        What no filter fits is not in it; there the method's default holds. Gradients begin at the
+        layer `first`, as `position` says.
 
         Raises:
             MethodError: if no filter of a parameter fits and the method has no default.
         """
-        t = position(name, layers)
+        t = position(name, layers, first)
         found: dict[str, Any] = {}
         for parameter in self.names:
             common = evaluate(self.common.get(parameter, MISSING), name, t)

@@ -52,10 +52,20 @@ def count_layers(names: Iterable[str]) -> int:
     return 1 + max((layer for layer in map(layer_of, names) if layer is not None), default=0)
 
 
-def position(name: str, layers: int) -> float:
-    """Where a tensor is on a gradient: 0 in the first layer and outside layers, 1 in the last."""
+def position(name: str, layers: int, first: int | None = None) -> float:
+    """Where a tensor is on a gradient: 0 in the first layer and outside layers, 1 in the last.
+
+    Args:
+        name: The tensor's.
+        layers: How many layers there are.
+        first: The number of the first one of a slice; the one layer of a slice is its last.
+    """
     layer = layer_of(name)
-    return min(layer / (layers - 1), 1.0) if layer and layers > 1 else 0.0
+    if layer is None:
+        return 0.0
+    if layers == 1:
+        return 0.0 if first is None else 1.0
+    return min((layer - (first or 0)) / (layers - 1), 1.0)
 
 
 def evaluate(value: Any, name: str, t: float) -> Any:

@@ -1,13 +1,13 @@
 """YAML with line numbers: what a recipe says, and where it says it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from personae._small_files import MOST_YAML, Unfit, parse_yaml, read_text, value_of
+from personae._small_files import MOST_YAML, Unfit, parse_documents, read_text, value_of
 from personae.errors import RecipeError, numbered
 from personae.recipe._faults import Fault, Place
 
@@ -36,9 +36,19 @@ class Document:
             place = place[:-1]
         return self.lines.get(place)
 
-    def refusal(self, faults: list[Fault]) -> RecipeError:
-        """One error that lists faults in the order of the file, each with its line."""
-        by_line = sorted(((self.line(f.place) or 0), f.text) for f in faults)
+    def refusal(
+        self,
+        faults: Sequence[Fault],
+        others: Sequence[tuple["Document", Sequence[Fault]]] = (),
+    ) -> RecipeError:
+        """One error that lists faults in the order of the file, each with its line.
+
+        Args:
+            faults: Of this document.
+            others: Other documents of the file, with theirs.
+        """
+        found = [(self, faults), *others]
+        by_line = sorted(((d.line(f.place) or 0), f.text) for d, own in found for f in own)
         texts = [f"line {line}: {text}" if line else text for line, text in by_line]
         texts = list(dict.fromkeys(texts))
         if len(texts) == 1:
@@ -51,18 +61,39 @@ def read_document(path: Path) -> Document:
     """Read a YAML mapping.
 
     Raises:
+        RecipeError: if the file cannot be read, is no YAML, or holds something else, or several.
+    """
+    documents = read_documents(path)
+    if len(documents) > 1:
+        raise RecipeError(
+            f"The recipe {path} holds {len(documents)} documents (parted by ---). Only personae "
+            "merge and plan take several: give a file with one."
+        )
+    return documents[0]
+
+
+def read_documents(path: Path) -> list[Document]:
+    """Read the YAML mappings of a file, parted by `---`; at least one.
+
+    Raises:
         RecipeError: if the file cannot be read, is no YAML, or holds something else.
     """
     try:
         text = read_text(path, MOST_YAML)
-        node = parse_yaml(text)
-        content = None if node is None else value_of(node)
+        nodes = parse_documents(text)
+        contents = [value_of(node) for node in nodes]
     except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
     except Unfit as error:
         raise RecipeError(f"The recipe {path} {error}.") from error
-    if not isinstance(content, dict) or node is None:
+    if not contents or not all(isinstance(content, dict) for content in contents):
         raise RecipeError(f"The recipe {path} holds no settings; see recipes/ for examples.")
+    return [
+        _document(path, text, node, content) for node, content in zip(nodes, contents, strict=True)
+    ]
+
+
+def _document(path: Path, text: str, node: yaml.Node, content: dict[str, Any]) -> Document:
     lines: dict[Place, int] = {}
     faults: list[Fault] = []
     _walk(node, (), lines, faults)

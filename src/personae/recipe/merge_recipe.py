@@ -9,6 +9,7 @@ from pydantic import Field
 from personae.checkpoints.naming import matches
 from personae.errors import Faults, MethodError, RecipeError, nearest
 from personae.family.chat_templates import template_fault
+from personae.family.layers import Layers
 from personae.family.vocabularies import TokenRow, VocabularyChoice
 from personae.methods import (
     CODECS,
@@ -59,6 +60,9 @@ class MergeSettings(Strict):
     skip: tuple[str, ...] = Field(default=(), description="Patterns of tensors left as in the base")
     only: tuple[str, ...] = Field(default=(), description="Patterns of tensors merged, if not all")
     vector: Vector = "task"
+    layers: Layers | None = Field(
+        default=None, description="Which layers are merged, as a slice says; by default all"
+    )
 
     @classmethod
     def of(cls, method: MergeMethod, experts: int, **rest: Any) -> "MergeSettings":
@@ -110,7 +114,7 @@ class MergeSettings(Strict):
 
         Args:
             name: The tensor's.
-            layers: How many layers the model has, as `count_layers` tells.
+            layers: How many layers are merged, as `count_layers` tells.
             experts: How many experts are merged.
 
         Raises:
@@ -118,7 +122,8 @@ class MergeSettings(Strict):
         """
         values = self.parameters
         if self.expert_parameters or not all(map(is_scalar, values.values())):
-            values = self._parameters().at(name, layers, experts)
+            first = self.layers.first if self.layers else None
+            values = self._parameters().at(name, layers, experts, first)
         has_base = self.vector == "task"
         return _build(self.method, self.conventions, experts, has_base, tuple(values.items()))
 
@@ -204,27 +209,65 @@ class MergeSettings(Strict):
         )
 
 
-class MergeRecipe(Strict):
-    """A family and how to merge it, as read from YAML.
+class MergePart(Strict):
+    """A family and how to merge it: all of a merge, or one slice of its layers.
 
     Attributes:
-        base: Where the base is, from the working directory; None for difference vectors.
-        experts: Name to where it is, in order.
+        base: Path, hub id, module or state dict of the base; None for difference vectors.
+        experts: Name to the same of the expert, in order.
         settings: How to merge them.
-        text: The file as it was read.
-        remarks: What was read otherwise than it stands there, a line each.
     """
 
-    base: str | None
-    experts: dict[str, str]
+    base: Any
+    experts: Mapping[str, Any]
     settings: MergeSettings
+
+
+class MergeRecipe(Strict):
+    """Families and how to merge them, as read from YAML.
+
+    Attributes:
+        parts: What is merged: the slices of a model in their order, or one family. Models are as
+            they are opened from the working directory.
+        text: The file as it was read.
+        remarks: What was read otherwise than it stands there, a line each.
+        small_files: The model whose configuration and tokenizer the output has; by default the
+            first part's base, or its first expert.
+        name: What other documents of the file call what it gives; None for the output.
+    """
+
+    parts: tuple[MergePart, ...]
     text: str
     remarks: tuple[str, ...] = ()
+    small_files: str | None = None
+    name: str | None = None
+
+    @property
+    def models(self) -> list[str]:
+        """Every model it is merged from, and that of the small files."""
+        found = [model for part in self.parts for model in (part.base, *part.experts.values())]
+        return [model for model in (*found, self.small_files) if isinstance(model, str)]
+
+    @property
+    def base(self) -> str | None:
+        """The base of the one part, or the first."""
+        return self.parts[0].base
+
+    @property
+    def experts(self) -> Mapping[str, str]:
+        """The experts of the one part, or the first."""
+        return self.parts[0].experts
+
+    @property
+    def settings(self) -> MergeSettings:
+        """How the one part is merged, or the first."""
+        return self.parts[0].settings
 
     @property
     def notes(self) -> list[str]:
         """What a person should be told, a line each."""
-        return [*self.remarks, *self.settings.notes]
+        notes = [note for part in self.parts for note in part.settings.notes]
+        return list(dict.fromkeys([*self.remarks, *notes]))
 
 
 def methods_under(conventions: Conventions) -> Mapping[str, type[MergeMethod]]:

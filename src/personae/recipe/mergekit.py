@@ -158,10 +158,12 @@ def _own_keys(content: Mapping[str, Any]) -> Iterator[Place]:
     for key in _OWN_KEYS:
         if content.get(key) is not None:
             yield (key,)
-    models = content.get("models")
-    for n, entry in enumerate(models if isinstance(models, list) else []):
-        if isinstance(entry, dict) and entry.get("name") is not None:
-            yield "models", n, "name"
+    for place, entry in _listed_in(content, (), _ONE_MODEL_EACH):
+        if entry.get("name") is not None:
+            yield *place, "name"
+    for place, entry in _listed_in(content, (), ("slices",)):
+        if entry.get("merge_method") is not None:
+            yield *place, "merge_method"
     method = content.get("merge_method")
     ours = _under("papers", method) if isinstance(method, str) else None
     theirs = {*_read_by(method), *_ARITHMETIC} if isinstance(method, str) else set[str]()
@@ -187,6 +189,20 @@ def _parameters_in(part: Any, place: Place) -> Iterator[tuple[Place, dict[str, A
             yield (*place, key), value
         elif key != "parameters":
             yield from _parameters_in(value, (*place, str(key)))
+
+
+def _listed_in(
+    part: Any, place: Place, keys: Sequence[str]
+) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Every mapping in a list under one of these keys, with its place."""
+    if isinstance(part, list):
+        for n, item in enumerate(part):
+            if isinstance(item, dict) and place[-1:] and place[-1] in keys:
+                yield (*place, n), item
+            yield from _listed_in(item, (*place, n), keys)
+    for key, value in part.items() if isinstance(part, dict) else ():
+        if key != "parameters":
+            yield from _listed_in(value, (*place, str(key)), keys)
 
 
 def _who(method: str, choice: Choice, line: Callable[[Place], int | None]) -> Iterator[str]:
@@ -215,6 +231,9 @@ class _Passing:
 
     def __init__(self, found: Understood, method: str, line: Callable[[Place], int | None]) -> None:
         self._found, self._method, self._line = found, method, line
+        slices = (part for _, part in _listed_in(found.content, (), ("slices",)))
+        own = {str(part["merge_method"]) for part in slices if "merge_method" in part}
+        self._read = {name for one in (method, *own) for name in _read_by(one)}
 
     def over(self, keys: Mapping[str, Sequence[str]]) -> None:
         """Take out all that is not read."""
@@ -222,9 +241,10 @@ class _Passing:
         self._keys(content, (), keys[""])
         for key, known in keys.items():
             inner = content.get(key) if key else None
-            for n, part in enumerate(inner) if isinstance(inner, list) else [(None, inner)]:
-                if isinstance(part, dict):
-                    self._keys(part, (key,) if n is None else (key, n), known)
+            if isinstance(inner, dict):
+                self._keys(inner, (key,), known)
+            for place, part in list(_listed_in(content, (), (key,))):
+                self._keys(part, place, known)
         if self._method in _PARAMETERS:
             for place, parameters in _parameters_in(content, ()):
                 self._parameters(parameters, place)
@@ -239,7 +259,7 @@ class _Passing:
                 self._say((*place, key), *_near(key, known))
 
     def _parameters(self, parameters: dict[str, Any], place: Place) -> None:
-        read = _read_by(self._method)
+        read = self._read
         for name in list(parameters):
             if name == "int8_mask":
                 del parameters[name]

@@ -17,6 +17,7 @@ from personae.writers.checkpoint import (
     SHARD_BYTES,
     CheckpointWriter,
     cast,
+    hollow_checkpoint,
     with_copies,
     write_auxiliary_files,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "clear",
     "finish",
     "free_space",
+    "hollow_checkpoint",
     "identity_text",
     "locked",
     "note",

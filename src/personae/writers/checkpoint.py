@@ -352,6 +352,35 @@ def _file_name(number: int, count: int, stem: str) -> str:
     )
 
 
+def hollow_checkpoint(
+    directory: Path,
+    specs: Iterable[TensorSpec],
+    *,
+    tied: Mapping[str, str],
+    copies: Collection[str],
+) -> None:
+    """A weight file with its header and no values: of its full length, which takes no room.
+
+    Args:
+        directory: An existing directory.
+        specs: As for `CheckpointWriter`.
+        tied: As for it.
+        copies: As for it.
+
+    Raises:
+        OutputError: if the disk refuses.
+    """
+    ordered = sorted(
+        with_copies(specs, {copy: tied[copy] for copy in copies}), key=lambda spec: spec.name
+    )
+    noted = {dropped: kept for dropped, kept in tied.items() if dropped not in copies}
+    header, _, size = _layout(ordered, noted, "")
+    path = directory / "model.safetensors"
+    with output_errors(path), path.open("xb") as file:
+        file.write(header)
+        file.truncate(size)
+
+
 def _layout(
     specs: list[TensorSpec], tied: Mapping[str, str], prefix: str
 ) -> tuple[bytes, dict[str, int], int]:

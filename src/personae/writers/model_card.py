@@ -50,6 +50,7 @@ class CardFacts:
         dtype: Of the weights.
         tokenizer: Whose tokenizer it has.
         notes: What a user of the model should know.
+        layers: Of layers that slices choose: their numbers, what they are of, and the method.
     """
 
     title: str
@@ -65,6 +66,7 @@ class CardFacts:
     dtype: str = ""
     tokenizer: str = ""
     notes: Sequence[str] = ()
+    layers: Sequence[tuple[str, str, str]] = ()
 
 
 def model_card(facts: CardFacts) -> str:
@@ -77,6 +79,7 @@ def model_card(facts: CardFacts) -> str:
         _models(facts),
         "## Method",
         _method(facts),
+        *_layers(facts),
         "## Recipe",
         f"Written to a file, `personae merge FILE.yaml OUT` runs it again.\n\n"
         f"{fenced(facts.recipe.strip(), 'yaml')}",
@@ -101,6 +104,8 @@ def _what_it_is(facts: CardFacts) -> str:
     experts = f"{count} models" if count > 1 else "one model"
     base = f"their base {code(facts.base.place)}" if facts.base else "their average"
     text = f"A merge of {experts} by **{facts.method}**, relative to {base}."
+    if len({method for *_, method in facts.layers}) > 1 or len(facts.layers) > 1:
+        text = f"A model made of layers of {experts}."
     if facts.dtype:
         text += f" Weights are {facts.dtype}."
     if facts.tokenizer:
@@ -117,6 +122,14 @@ def _models(facts: CardFacts) -> str:
         revision = code(model.revision) if model.revision else "local"
         rows.append([inline(model.name), code(model.place), revision, own])
     return table(rows)
+
+
+def _layers(facts: CardFacts) -> list[str]:
+    if not facts.layers:
+        return []
+    rows = [["layers", "of the models' layers", "method"]]
+    rows += [[inline(text) for text in row] for row in facts.layers]
+    return ["## Layers", table(rows)]
 
 
 def _method(facts: CardFacts) -> str:
