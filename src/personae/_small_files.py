@@ -135,20 +135,14 @@ def parse_documents(text: str) -> list[yaml.Node]:
     Aliases are refused: few lines of them stand for more nodes than a machine can hold.
 
     Raises:
-        Unfit: if it is none or several, nests too deep, or has aliases.
+        Unfit: if it is none, nests too deep, or has aliases.
     """
     try:
-        depth = documents = 0
+        depth = 0
         for event in yaml.parse(text, Loader=_Loader):
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1
                 raise Unfit(f"has an alias in line {line} (*{event.anchor}): write its value out")
-            documents += isinstance(event, yaml.DocumentStartEvent)
-            if documents > 1:
-                raise Unfit(
-                    f"has several documents, the second from line {event.start_mark.line + 1} on: "
-                    "give each a file of its own, and name the output of one where another uses it"
-                )
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:

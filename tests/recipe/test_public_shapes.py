@@ -34,23 +34,6 @@ SHAPES = sorted((Path(__file__).parent / "public_shapes").glob("*.yaml"))
 
 EMBEDDING = "model.embed_tokens.weight"
 
-PENDING: dict[str, tuple[str, ...]] = {
-    "Here whole models are merged: list them under 'models'": (
-        *("dare_ties-slices", "passthrough-drop", "passthrough-repeat", "passthrough-scale"),
-        *("passthrough-stack", "slerp-several-slices", "slerp-slices-base-second"),
-        *("slerp-slices-embeddings", "slerp-slices-filters", "slerp-slices-number"),
-        *("slerp-slices-out-dtype", "slerp-slices-tokenizer-union", "slices-unlike-ranges"),
-        "ties-slices",
-    ),
-    "Merge each model by one recipe: list them under 'models'": ("modules",),
-    "give each a file of its own": ("documents",),
-}
-"""What refusals of features that are not there yet say, and the recipes that have these.
-
-Whoever adds one takes its recipes out.
-"""
-
-REFUSED = {name: said for said, names in PENDING.items() for name in names}
 RANDOM = {"dare_ties-base-listed", "dare_ties-gradients", "dare_ties-slices", "dare_linear"}
 RANDOM |= {"della", "della_linear"}
 """Entries are dropped at random: norms are compared."""
@@ -150,10 +133,6 @@ def merged(models: Path, name: str, text: str) -> tuple[int, str, Path]:
 @pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
 def test_a_public_recipe_runs_unchanged(path: Path, models: Path) -> None:
     code, said, out = merged(models, path.stem, path.read_text("utf-8"))
-    if path.stem in REFUSED:
-        assert code == 2, f"{path.stem} runs now: take it out of PENDING"
-        assert REFUSED[path.stem] in said, said
-        return
     assert code == 0, said
     state, last = load(out), [*yaml.safe_load_all(path.read_text("utf-8"))][-1]
     wanted = getattr(torch, last.get("out_dtype", last.get("dtype", "float32")))

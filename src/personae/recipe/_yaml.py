@@ -67,7 +67,7 @@ def read_document(path: Path) -> Document:
     if len(documents) > 1:
         raise RecipeError(
             f"The recipe {path} holds {len(documents)} documents (parted by ---). Only personae "
-            "merge and plan take several: give a file with one."
+            "merge and plan take several: give each a file of its own."
         )
     return documents[0]
 
