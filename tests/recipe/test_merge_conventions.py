@@ -304,7 +304,8 @@ def test_task_arithmetic_does_not_read_what_it_does_not_use(tmp_path):
 
 def test_several_documents_are_refused_with_a_way_out(tmp_path):
     told = refused(tmp_path, f"{THEIRS}---\n{THEIRS}")
-    assert "has several documents, the second from line 5 on: give each a file of its own" in told
+    assert "holds 2 documents (parted by ---)" in told
+    assert "give each a file of its own" in told
 
 
 def test_a_filter_is_text_for_mergekit_and_not_a_pattern(tmp_path):
