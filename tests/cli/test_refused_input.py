@@ -121,7 +121,7 @@ def test_an_expert_without_a_name(work):
 def test_a_method_of_mergekit_alone(work):
     refused(
         "methods ramplus_tl",
-        "'ramplus_tl' is a method of mergekit that personae does not have. Known:",
+        "'ramplus_tl' is a method of mergekit that personae does not have. Near to it is ties. Known:",
     )
 
 
@@ -296,7 +296,12 @@ def test_a_stale_pack_is_not_read_as_another(work):
     refused("verify pack", "news.safetensors is damaged: its SHA-256")
 
 
-MERGE = "merge_method: ties\nbase_model: base\nmodels: [{model: news}, {model: law}]\n"
+MERGE = """\
+merge_method: ties
+base_model: base
+models: [{model: news}, {model: law}]
+conventions: papers
+"""
 
 
 def test_a_recipe_of_the_other_kind(work):

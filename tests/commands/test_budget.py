@@ -67,7 +67,7 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_that_can():
         largest_rank_fraction(DTS(), SPECS, 0.01, "amr_paper")
     assert str(caught.value) == (
         f"The budget of 1 % cannot be met: the smallest pack of this family costs "
-        f"{math.ceil(1000 * least) / 1000:g} % counted as 'counted'. Give that much or more, "
+        f"{math.ceil(1000 * least) / 1000:g} % counted as 'amr_paper'. Give that much or more, "
         "or keep fewer tensors with 'skip'."
     )
     with pytest.raises(BudgetError, match=r"budget of 13 bytes cannot be met.* costs 14 bytes"):

@@ -51,7 +51,7 @@ def expected(base: State, experts: list[State], method: str, **settings: Any) ->
     statistics = None
     if entry.has_passes() and built.passes_over == "model":
         statistics = built.statistics([(sites[n], stacks[n]) for n in FLOATING])
-    if entry.of_models():
+    if entry.of_models() and entry.needs != "either":
         first = [base] if entry.needs == "models" else []
         models = {n: torch.stack([m[n].float() for m in (*first, *experts)]) for n in FLOATING}
         return base | {name: built.apply(models[name], site=sites[name]) for name in FLOATING}

@@ -81,10 +81,11 @@ def read_merge_recipes(path: str | Path) -> list[MergeRecipe]:
         return [read_merge_recipe(path)]
     found: list[list[Fault]] = [[] for _ in documents]
     names = names_of(documents, found)
+    called = {name for name in names if name is not None}
     read: list[MergeRecipe | None] = []
     for document, name, faults in zip(documents, names, found, strict=True):
         content = {key: value for key, value in document.content.items() if key != "name"}
-        recipe = _read_document(replace(document, content=content), faults, {*names} - {None})
+        recipe = _read_document(replace(document, content=content), faults, called)
         read.append(recipe and recipe.model_copy(update={"name": name}))
     if any(found):
         raise documents[0].refusal(found[0], [*zip(documents, found, strict=True)][1:])

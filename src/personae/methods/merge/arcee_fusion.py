@@ -81,7 +81,8 @@ def importance(models: Float[ndarray, "2 entry"], row: int) -> Float[ndarray, " 
     base, expert = models.reshape(2, -1, row).astype(np.float64)
     q, p = _softmax(base) + _SMALLEST, _softmax(expert) + _SMALLEST
     divergence = (p * np.log(p / q)).sum(axis=1, keepdims=True)
-    return np.abs((expert - base) * divergence).reshape(-1).astype(np.float32)
+    found = np.abs((expert - base) * divergence).reshape(-1)
+    return np.minimum(found, np.finfo(np.float32).max).astype(np.float32)
 
 
 def _softmax(rows: Float[ndarray, "row entry"]) -> Float[ndarray, "row entry"]:
