@@ -82,7 +82,7 @@ def test_every_public_name_is_there():
     named = {*MERGE_METHODS, *(cls.__name__ for cls in methods)}
     assert named <= set(personae.__all__) == set(dir(personae))
     try:
-        personae.no_such_name  # noqa: B018
+        personae.no_such_name  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
     except AttributeError as error:
         assert str(error) == "module 'personae' has no attribute 'no_such_name'"
     else:

@@ -121,7 +121,8 @@ def test_an_expert_without_a_name(work):
 def test_a_method_of_mergekit_alone(work):
     refused(
         "methods ramplus_tl",
-        "'ramplus_tl' is a method of mergekit that personae does not have. Near to it is ties. Known:",
+        "'ramplus_tl' is a method of mergekit that personae does not have. Near to it is ties.",
+        "Known:",
     )
 
 

@@ -84,7 +84,9 @@ def test_ctrl_c_while_modules_load(work):
 
 
 def test_names_cannot_give_orders_to_a_terminal(work):
-    (work / "e.yaml").write_text('merge_method: ties\nconventions: papers\nmodels: [{model: a}]\n"\\e[2J\\u202e": 1\n')
+    (work / "e.yaml").write_text(
+        'merge_method: ties\nconventions: papers\nmodels: [{model: a}]\n"\\e[2J\\u202e": 1\n'
+    )
     done = _run(work, "personae merge e.yaml out")
     assert done.returncode == 2
     assert "Unknown key '\\x1b[2J\\u202e'" in done.stderr
@@ -100,7 +102,8 @@ def test_paths_that_are_no_text(work):
     """A folder named in Latin-1: merged, packed, verified and rebuilt, with undecided entries."""
     saved({k: -v + 2 * BASE[k] for k, v in tuned(BASE, 1).items()}, work / "law")  # votes cancel
     (work / "r.yaml").write_text(
-        "merge_method: ties\nconventions: papers\nbase_model: base\nmodels: [{model: news}, {model: law}]\n"
+        "merge_method: ties\nconventions: papers\nbase_model: base\n"
+        "models: [{model: news}, {model: law}]\n"
     )
     done = _run(
         work,

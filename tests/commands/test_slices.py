@@ -345,7 +345,8 @@ def test_what_is_written_loads(tied: bool, tmp_path: Path):
     toy_llama(tmp_path / "a", tied=tied)
     perturb(tmp_path / "a", tmp_path / "b", 1)
     merged(tmp_path, STACK.replace("[0, 3]", "[0, 2]").replace("[1, 4]", "[0, 2]"))
-    model, info = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    loaded: Any = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, info = loaded
     assert not any(info.values()), info
     assert model.config.num_hidden_layers == 4
     found, b = model.model.layers[3].mlp.up_proj.weight, load(tmp_path / "b")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from families import small_base, tuned
 from personae import MergeSettings
-from personae.commands.merge_plan import open_to_merge, prepare
+from personae.commands.merge_job import open_to_merge, prepare
 from personae.family import chunks
 from personae.methods import Pass, Passes, Site, statistics_of
 from personae.run.passes import kept, passes_over_family, passes_over_tensor
