@@ -39,11 +39,13 @@ def test_a_recipe_that_breaks_a_bound(tmp_path, text, message):
 
 
 def test_many_faults_are_counted_and_the_first_hundred_told(tmp_path):
-    (tmp_path / "r.yaml").write_text(_HEAD + "".join(f"k{n}: 1\n" for n in range(500)))
+    (tmp_path / "r.yaml").write_text(
+        _HEAD + "conventions: papers\n" + "".join(f"k{n}: 1\n" for n in range(500))
+    )
     with pytest.raises(RecipeError, match="is wrong in 500 places") as caught:
         read_merge_recipe(tmp_path / "r.yaml")
     lines = str(caught.value).splitlines()
-    assert lines[1].startswith("  1. line 4: Unknown key 'k0'.")
+    assert lines[1].startswith("  1. line 5: Unknown key 'k0'.")
     assert lines[-1] == "  … and 400 more"
     assert len(lines) == 102
 

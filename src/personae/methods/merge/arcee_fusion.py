@@ -42,7 +42,7 @@ class ArceeFusion(RowWise):
     whole_rows: ClassVar = True
     default_scope: ClassVar = "tensor"
     usual_passes: ClassVar = 2
-    rows: ClassVar = (4, 76)
+    rows: ClassVar = (4, 14)
 
     def check(self, experts: int, has_base: bool) -> str:
         """More or fewer models than two."""
