@@ -16,6 +16,8 @@ DATA = Path(os.environ.get("PERSONAE_DATA", REPOSITORY.parent / "shared" / "data
 RUNS = REPOSITORY / "runs" / "families"
 VALIDATION = 500
 """Examples that are chosen on: the last of the training split, in the order they are drawn in."""
+TESTED = 500
+"""Examples of a test split that are scored, drawn at random: a table's row costs half a minute."""
 
 
 def say(text: str) -> None:

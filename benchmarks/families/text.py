@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import typer
-from common import DATA, RUNS, VALIDATION, classes_of, say, train_experts
+from common import DATA, RUNS, TESTED, VALIDATION, classes_of, say, train_experts
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -53,9 +53,21 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, kept: slice) -
 
 
 def read_task(
-    name: str, tokenizer: PreTrainedTokenizerBase, data: Path = DATA, limit: int | None = None
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Path = DATA,
+    limit: int | None = None,
+    tested: int | None = TESTED,
 ) -> Task:
-    """Read one task; `limit` holds for the training examples, and validation takes the last."""
+    """Read one task.
+
+    Args:
+        name: The task's.
+        tokenizer: The encoder's.
+        data: Holds `text/NAME`.
+        limit: Training examples, drawn at random; validation takes the last of the same draw.
+        tested: Test examples, drawn at random; all of them where None.
+    """
     directory = data / "text" / name
     return Task(
         name=name,
@@ -63,7 +75,7 @@ def read_task(
         metric="matthews" if name == "cola" else "accuracy",
         classes=classes_of(directory),
         train=read_examples(directory / "train.jsonl.gz", tokenizer, slice(limit)),
-        test=read_examples(directory / "test.jsonl.gz", tokenizer, slice(None)),
+        test=read_examples(directory / "test.jsonl.gz", tokenizer, slice(tested)),
         validation=read_examples(directory / "train.jsonl.gz", tokenizer, slice(-VALIDATION, None)),
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import typer
-from common import DATA, RUNS, VALIDATION, classes_of, say, train_experts
+from common import DATA, RUNS, TESTED, VALIDATION, classes_of, say, train_experts
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
@@ -46,28 +46,38 @@ def examples(images: np.ndarray, labels: Tensor) -> Examples:
     return {"pixel_values": pixels(images), "labels": labels}
 
 
-def read_task(name: str, data: Path = DATA, limit: int | None = None) -> Task:
-    """Read one task; `limit` holds for the training examples, drawn at random.
+def read_task(
+    name: str, data: Path = DATA, limit: int | None = None, tested: int | None = TESTED
+) -> Task:
+    """Read one task.
 
-    Validation examples are the last of the same draw: of small tasks they were trained on.
+    Args:
+        name: The task's.
+        data: Holds `vision/NAME`.
+        limit: Training examples, drawn at random; validation takes the last of the same draw,
+            which of small tasks were trained on.
+        tested: Test examples, drawn at random; all of them where None.
     """
     directory = data / "vision" / name
     with np.load(directory / "data.npz") as arrays:
-        images, labels = arrays["train_images"], torch.from_numpy(arrays["train_labels"])
-        test = examples(arrays["test_images"], torch.from_numpy(arrays["test_labels"]))
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    train, validation = (
-        examples(images[kept.numpy()], labels[kept])
-        for kept in (order[:limit], order[-VALIDATION:])
-    )
+        splits = {
+            split: (arrays[f"{split}_images"], torch.from_numpy(arrays[f"{split}_labels"]))
+            for split in ("train", "test")
+        }
+
+    def drawn(split: str, kept: slice) -> Examples:
+        images, labels = splits[split]
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[kept]
+        return examples(images[order.numpy()], labels[order])
+
     return Task(
         name=name,
         model_class=MODEL_CLASS,
         metric="accuracy",
         classes=classes_of(directory),
-        train=train,
-        test=test,
-        validation=validation,
+        train=drawn("train", slice(limit)),
+        test=drawn("test", slice(tested)),
+        validation=drawn("train", slice(-VALIDATION, None)),
     )
 
 
