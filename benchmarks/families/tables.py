@@ -5,7 +5,6 @@
 ending. One that was not measured stays as it is. What is said about them is written by hand.
 """
 
-import json
 import re
 from pathlib import Path
 
