@@ -172,7 +172,7 @@ def test_the_same_task_vector(number: int, task_vectors: torch.Tensor, theirs: l
     torch.testing.assert_close(merged, theirs[number], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("place", "method"), enumerate(DRAWN))
+@pytest.mark.parametrize(("place", "method"), [*enumerate(DRAWN)])
 def test_dropping_restores_the_same_norm(
     place: int, method: str, task_vectors: torch.Tensor, theirs: list[Any]
 ):

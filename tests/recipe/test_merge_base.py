@@ -95,11 +95,14 @@ def test_a_base_whose_task_vector_makes_no_difference_is_left_out(
     assert recipe.notes == ["The base is left out of the models: its task vector is zero."]
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare", "dare_ties", "consensus"])
+NO_DIFFERENCE = sorted(n for n, method in MERGE_METHODS.items() if not method.counts_experts)
+
+
+@pytest.mark.parametrize("method", NO_DIFFERENCE)
 def test_zeros_make_no_difference(method: str):
     """What `personae` has of these; mergekit leaves the base out itself."""
     entry = METHODS_BY_CONVENTIONS["papers"][method]
-    settings = {"density": 1.0} if method.startswith("dare") else {}  # other places, other masks
+    settings = {"density": 1.0} if method.startswith(("dare", "della")) else {}  # nothing is drawn
     built = build(entry, settings)
     vectors = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(1))
     zeros = torch.zeros(1, 6, 5)
@@ -111,7 +114,7 @@ def test_zeros_make_no_difference(method: str):
 def test_methods_that_count_experts_refuse_parameters_of_the_base(tmp_path: Path):
     told = refused(tmp_path, f"merge_method: drm{LISTED}")
     assert told.endswith("line 5: The base is no expert, and drm counts experts: leave it out.")
-    zeros = {"consensus", "dare", "dare_ties", "task_arithmetic", "ties", "average"}
+    zeros = {*NO_DIFFERENCE, "average"}
     models = {name for name, method in MERGE_METHODS.items() if method.of_models()}
     for method in MERGE_METHODS.keys() - zeros - models:
         text = f"merge_method: {method}\nconventions: papers{LISTED}"

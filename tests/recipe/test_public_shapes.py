@@ -195,4 +195,5 @@ def test_a_public_recipe_is_what_mergekit_makes_of_it(
 
 def _norm(state: dict[str, Tensor], base: dict[str, Tensor]) -> float:
     """The L1 norm of what a model differs in from its base."""
-    return sum(float((state[n][: len(t)] - t).abs().sum()) for n, t in base.items())
+    rows = {name: min(len(state[name]), len(tensor)) for name, tensor in base.items()}
+    return sum(float((state[n][: rows[n]] - t[: rows[n]]).abs().sum()) for n, t in base.items())

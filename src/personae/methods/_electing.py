@@ -74,6 +74,7 @@ class Electing(RowWise):
     """
 
     can_decide_late: ClassVar = True
+    counts_experts: ClassVar = False
 
     weight: float | tuple[float, ...] = Field(
         default=1.0,

@@ -101,6 +101,8 @@ class MergeMethod(Parameters, ABC):
     """Whose algorithm it is."""
     order_free: ClassVar[bool] = True
     """Whether the order of experts does not matter (beyond rounding)."""
+    counts_experts: ClassVar[bool] = True
+    """Whether a further task vector of zeros changes the result."""
     needs: ClassVar[Literal["deltas", "base", "adapters", "models", "experts", "either"]] = "deltas"
     """`deltas`: task vectors, or difference vectors where there is no base. `base`: task vectors
     alone. `adapters`: task vectors of LoRA adapters. `models`: the models themselves, the base

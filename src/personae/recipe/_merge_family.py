@@ -5,16 +5,13 @@ from typing import NamedTuple
 
 from personae.checkpoints.naming import labels
 from personae.family.vocabularies import TokenRow
-from personae.methods import Conventions
+from personae.methods import ALIASES, Conventions
 from personae.recipe._faults import Fault
 from personae.recipe._merge_file import MergeFile, Model
 from personae.recipe.merge_recipe import methods_under
 
 NEEDS_NO_REFERENCE = ("average", "linear")
 """What they give does not depend on what the deltas are taken from."""
-
-_LEAVES_ZEROS_OUT = ("consensus", "dare", "dare_linear", "dare_ties", "task_arithmetic", "ties")
-"""To these a further task vector of zeros makes no difference."""
 
 Entry = tuple[int, Model]
 """A model, and its position under `models`."""
@@ -122,10 +119,12 @@ def _counted_base(file: MergeFile, conventions: Conventions, remarks: list[str])
     """What is wrong with parameters of the base where it is no expert."""
     if file.merge_method in NEEDS_NO_REFERENCE or _averages_models(file, conventions):
         return
+    known = methods_under(conventions)
+    method = known.get(ALIASES.get(file.merge_method, file.merge_method))
     for n, entry in _listed_base(file):
-        if not entry.parameters or file.merge_method not in methods_under(conventions):
+        if not entry.parameters or method is None:
             continue
-        if file.merge_method in _LEAVES_ZEROS_OUT or conventions == "mergekit":
+        if not method.counts_experts or conventions == "mergekit":
             remarks.append("The base is left out of the models: its task vector is zero.")
         else:
             text = f"The base is no expert, and {file.merge_method} counts experts: leave it out."

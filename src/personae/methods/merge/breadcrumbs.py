@@ -32,6 +32,7 @@ class Breadcrumbs(RowWise):
     """
 
     default_scope: ClassVar = "tensor"
+    counts_experts: ClassVar = False
     usual_passes: ClassVar = 2
 
     density: Density | tuple[Density, ...] = Field(

@@ -42,6 +42,7 @@ class Consensus(RowWise):
         The merged task vector, fp32; entries without consensus are 0.
     """
 
+    counts_experts: ClassVar = False
     degenerates: ClassVar = "weight averaging: the multi-task vector is the sum, which is 0 there"
     model_wide: ClassVar = ("multi_task", "density")
 

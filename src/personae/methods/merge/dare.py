@@ -28,6 +28,7 @@ class DARE(RowWise):
     """Drop entries at random, rescale the rest, add them up: scale · Σ w_n m_n τ_n / density_n."""
 
     order_free: ClassVar = False
+    counts_experts: ClassVar = False
 
     density: Density | tuple[Density, ...] = Field(
         default=0.4,

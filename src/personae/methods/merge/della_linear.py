@@ -27,6 +27,7 @@ class DELLALinear(RowWise):
     """Drop entries at random by the rank of their magnitude, rescale the rest, add them up."""
 
     order_free: ClassVar = False
+    counts_experts: ClassVar = False
     whole_rows: ClassVar = True
 
     density: Density | tuple[Density, ...] = Field(

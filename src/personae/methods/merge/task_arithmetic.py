@@ -24,6 +24,7 @@ from personae.methods._site import Site
 class TaskArithmetic(Linear):
     """Add up the task vectors: scale · Σ w_n τ_n."""
 
+    counts_experts: ClassVar = False
     degenerates: ClassVar = "the average whatever the scale, where all weights are the same"
 
     weight: float | tuple[float, ...] = Field(
