@@ -195,10 +195,28 @@ def test_defaults_are_mergekit_s(tmp_path):
 
 
 def test_what_mergekit_asks_for_is_asked_for_with_a_way_out(tmp_path):
-    assert refused(tmp_path, TIES).endswith(
+    assert refused(tmp_path, TIES + "conventions: mergekit").endswith(
         "line 1: ties needs 'weight'. Give it. mergekit asks for it; with conventions: papers it "
         "is 1.0 by default."
     )
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "task_arithmetic"])
+def test_a_recipe_that_mergekit_would_refuse_is_the_paper_s(tmp_path, method):
+    """mergekit has no default for a weight: without one anywhere it merges nothing."""
+    recipe = read(tmp_path, TIES.replace("ties", method))
+    assert recipe.settings.conventions == "papers"
+    assert recipe.notes == [
+        f"{method} is the paper's algorithm, as the recipe gives no 'weight', which mergekit asks "
+        "for; for mergekit's write it, and conventions: mergekit"
+    ]
+    some = read(tmp_path, TIES.replace("ties", method) + "parameters: {weight: 1}")
+    assert some.settings.conventions == "mergekit"
+
+
+def test_a_misspelt_weight_is_no_paper_s_default(tmp_path):
+    told = refused(tmp_path, TIES + "parameters: {wieght: 1}")
+    assert "ties has no parameter 'wieght'. Did you mean 'weight'?" in told
 
 
 def test_what_mergekit_does_not_read_is_left_out_with_a_note_each(tmp_path):

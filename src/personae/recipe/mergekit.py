@@ -1,7 +1,8 @@
 """What mergekit means by a recipe: whose algorithm a file means, and what is not read of it.
 
-A file without a key of personae's own is one of mergekit's: its methods are mergekit's, and what
-mergekit passes over in it is passed over, with a note each. Facts are those of mergekit 0.1.5.
+A file without a key of personae's own that mergekit could read is one of mergekit's: its methods
+are mergekit's, and what mergekit passes over in it is passed over, with a note each. Facts are
+those of mergekit 0.1.5.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,10 +57,13 @@ class Choice(NamedTuple):
     Attributes:
         conventions: Whose.
         place: Where the file says so; None if it does not.
+        lacking: What mergekit's method asks for and the file gives nowhere, so that it is not
+            mergekit's.
     """
 
     conventions: Conventions
     place: Place | None
+    lacking: str = ""
 
 
 @dataclass
@@ -101,7 +105,10 @@ def understood(
 
 
 def choice_of(content: Mapping[str, Any]) -> Choice:
-    """Whose algorithms a file means: as it says, or the papers' if it has a key of ours alone."""
+    """Whose algorithms a file means.
+
+    As it says; else the papers' if it has a key of ours alone, or lacks what mergekit asks for.
+    """
     said, method = content.get("conventions"), content.get("merge_method")
     if said is not None:
         return Choice("mergekit" if said == "mergekit" else "papers", ("conventions",))
@@ -109,7 +116,10 @@ def choice_of(content: Mapping[str, Any]) -> Choice:
     if known and method not in _PARAMETERS:
         return Choice("papers", ("merge_method",))
     own = next(_own_keys(content), None)
-    return Choice("mergekit" if own is None else "papers", own)
+    if own is not None:
+        return Choice("papers", own)
+    lacking = _lacking(content, method) if known else ""
+    return Choice("papers" if lacking else "mergekit", None, lacking)
 
 
 def is_one_method(name: str) -> bool:
@@ -173,6 +183,17 @@ def _own_keys(content: Mapping[str, Any]) -> Iterator[Place]:
                 yield *place, name
 
 
+def _lacking(content: Mapping[str, Any], method: str) -> str:
+    """A parameter that mergekit's method asks for and the paper's does not, if it is nowhere."""
+    theirs, ours = _under("mergekit", method), _under("papers", method)
+    given = {name for _, parameters in _parameters_in(content, ()) for name in parameters}
+    for name, field_ in theirs.fields().items() if ours is not None else ():
+        mine = ours.fields().get(name)
+        if field_.is_required() and name not in given and mine and not mine.is_required():
+            return name
+    return ""
+
+
 def _read_by(method: str) -> set[str]:
     """All that mergekit's method of this name reads, and the seed that ours of that name takes."""
     theirs = METHODS_BY_CONVENTIONS["mergekit"].get(method)
@@ -209,7 +230,12 @@ def _who(method: str, choice: Choice, line: Callable[[Place], int | None]) -> It
     """Whose algorithm it is, where two have one name and the file does not say it."""
     if choice.place == ("conventions",) or is_one_method(method):
         return
-    if choice.place is None:
+    if choice.lacking:
+        yield (
+            f"{method} is the paper's algorithm, as the recipe gives no '{choice.lacking}', which "
+            "mergekit asks for; for mergekit's write it, and conventions: mergekit"
+        )
+    elif choice.place is None:
         yield (
             f"{method} is merged as mergekit does it, as no key of the recipe is personae's own; "
             "for the paper's algorithm write conventions: papers"
