@@ -89,6 +89,7 @@ def test_methods_are_frozen_values():
         (torch.empty(0, 3), "one expert at least"),
         ([torch.ones(3), torch.ones(4)], "one shape"),
         ([], "one shape"),
+        (torch.tensor([[1.0], [torch.nan], [torch.inf]]), "vectors 1, 2 of 3 .* NaN or infinite"),
     ],
 )
 def test_what_is_no_stack_is_refused(given: object, told: str):

@@ -408,7 +408,7 @@ def _stacked(method: str, task_vectors: Stack) -> Tensor:
     """Task vectors of one tensor as one tensor.
 
     Raises:
-        MethodError: They are of several shapes, or are no floating task vectors.
+        MethodError: They are of several shapes, are no floating task vectors, or hold NaN or Inf.
     """
     if isinstance(task_vectors, Sequence):
         tensors = [torch.as_tensor(array) for array in task_vectors]
@@ -425,5 +425,11 @@ def _stacked(method: str, task_vectors: Stack) -> Tensor:
         raise MethodError(
             f"{method}: found a {stack.dtype} tensor of shape {tuple(stack.shape)}. Give "
             "floating task vectors of shape (expert, *shape), of one expert at least."
+        )
+    odd = [n for n, one in enumerate(stack) if not one.isfinite().all()]
+    if odd:
+        raise MethodError(
+            f"{method}: task vectors {', '.join(map(str, odd))} of {len(stack)} (counted from 0) "
+            "hold NaN or infinite values. Repair the models, or leave the tensor out."
         )
     return stack

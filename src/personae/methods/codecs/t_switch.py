@@ -45,7 +45,7 @@ class TSwitch(Codec):
     A delta of which no entry is kept has no parts.
     """
 
-    bytes_per_entry: ClassVar = 10
+    bytes_per_entry: ClassVar = 7
 
     density: Density = Field(default=0.4, description="Fraction of each sign's entries kept.")
     scope: Literal["tensor", "model"] = Field(
@@ -159,8 +159,12 @@ def _energy(delta: Float[Tensor, "..."], thresholds: Mapping[str, float]) -> Flo
 
 def _energy_of(delta: Float[Tensor, "..."], kept: Bool[Tensor, " entry"]) -> Float[Tensor, "2"]:
     """Sum of squares of these entries, and their number; fp64."""
-    exact = chosen(delta, kept, torch.float64)
-    return torch.stack([exact @ exact, exact.new_full((), len(exact))])
+    total = delta.new_zeros(2, dtype=torch.float64)
+    for some, here in chunks(delta, kept):
+        exact = some[here].double()
+        total[0] += exact @ exact
+        total[1] += len(exact)
+    return total
 
 
 def _root_mean(energy: float, count: float) -> float:
