@@ -112,6 +112,19 @@ def test_overwrite_replaces_all_that_a_model_may_come_with(family):
     assert sorted(p.name for p in out.iterdir()) == ["pack.json", "tasks"]
 
 
+def test_overwrite_replaces_a_pack_with_all_that_it_has_from_its_experts(family):
+    """Training scripts leave JSON files beside a model; pack.json says which ones are copies."""
+    note = family / "models/x/training.json"
+    note.write_text("{}")
+    _pack(family, "out")
+    copy = family / "out/tasks/x/training.json"
+    assert copy.read_text() == "{}"
+    _pack(family, "out", overwrite=True)
+    copy.write_text('{"mine": 1}')
+    with pytest.raises(OutputError, match=r"does not write, .*: tasks/x/training\.json"):
+        _pack(family, "out", overwrite=True)
+
+
 def test_a_pack_under_change_is_not_changed_by_another_run(family):
     _pack(family, "p")
     before = listing(family)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from personae._types import TensorSpec
 from personae.checkpoints.modules import weight_layout
 from personae.checkpoints.naming import shown
 from personae.errors import OutputError
+from personae.packs.fingerprint import sha256_file
 from personae.packs.manifest import MANIFEST_NAME, REFERENCE, TASKS
 from personae.run.work import Work
 from personae.writers import (
@@ -43,7 +45,8 @@ def foreign_files(out: Path) -> list[str]:
     """Names in a directory that no command of this package writes, folders with a '/' at the end.
 
     Small files that a model came with count as foreign where their names do not tell what they
-    are: whoever wrote `results.json` beside a model wants to keep it.
+    are: whoever wrote `results.json` beside a model wants to keep it. A pack records those that it
+    has from its experts.
     """
     modules = _read_small(out / "modules.json", list)
     folders = {str(m["path"]) for m in modules if isinstance(m, dict) and m.get("path")}
@@ -51,6 +54,7 @@ def foreign_files(out: Path) -> list[str]:
     is_pack = (out / MANIFEST_NAME).is_file()
     exported = _read_small(out / RECORD_NAME, dict).get("kind") == "adapter"
     code = json.dumps([_read_small(out / name, dict) for name in _WITH_CODE])
+    recorded = _recorded(_read_small(out / MANIFEST_NAME, dict))
     foreign: list[str] = []
     for place in sorted(out.rglob("*")):
         name = place.relative_to(out).as_posix()
@@ -67,9 +71,22 @@ def foreign_files(out: Path) -> list[str]:
             foreign.append(f"{name}/")
         elif exported and name == "adapter_model.safetensors":
             continue  # one that was trained has no record of how it was made
+        elif name in recorded and sha256_file(place) == recorded[name]:
+            continue
         elif not (_OURS.fullmatch(inner) or name == JOURNAL or _is_code(inner, code)):
             foreign.append(name)
     return foreign
+
+
+def _recorded(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the small files that a pack's manifest, maybe a damaged one, says it holds."""
+    found: dict[str, str] = {}
+    with suppress(AttributeError, KeyError, TypeError):
+        for task, record in manifest["tasks"].items():
+            for name, file in record["companions"].items():
+                folder = REFERENCE if file["stored_in"] == "reference" else f"{TASKS}/{task}"
+                found[f"{folder}/{name}"] = file["sha256"]
+    return found
 
 
 def _is_code(name: str, configurations: str) -> bool:
