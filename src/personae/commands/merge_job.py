@@ -17,6 +17,7 @@ from personae.errors import CheckpointError, Faults, RecipeError
 from personae.family.align import reference_name, trained_apart
 from personae.family.alignment import Alignment
 from personae.family.chunks import Chunk, Item, items, whole_or_matrices
+from personae.family.configurations import check_heads
 from personae.family.deltas import Stacks
 from personae.family.mean import MeanOf
 from personae.family.opened import Family, open_family
@@ -255,6 +256,7 @@ def check_family(family: Family, settings: MergeSettings, faults: Faults) -> Non
     if not family.has_base:
         _check_average(family, settings, faults)
     _check_adapters(family, settings.merge_method(), faults)
+    check_heads(family.models, family.experts, faults)
     if faults.messages:  # such as shapes that a mistyped 'skip' does not leave out
         for pattern in settings.unmatched(all_names(family)):
             faults.add(f"{pattern} matches no tensor; '*' matches any text.")

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from personae.checkpoints.configuration import CONFIG
 from personae.checkpoints.naming import patterns, shown
 from personae.commands.merge_job import MergeJob, all_names, settings_for
 from personae.commands.merge_parts import LayersPlan, OpenedParts, open_parts
+from personae.family.configurations import disagreements, said_by
 from personae.methods import MergeMethod
 from personae.recipe import MergePart, MergeSettings
 from personae.run.work import Work, check_memory, held_at_once
@@ -159,6 +161,9 @@ def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
         notes += expert.naming_notes
         if expert.private:
             notes.append(f"{name}: not in the base, so not merged: {shown(expert.private)}")
+    if unlike := disagreements(family.models):
+        keys = "; ".join(f"{key} {said_by(values)}" for key, values in unlike.items())
+        notes.append(f"{CONFIG}: the models disagree: {keys}")
     for pattern in settings.unmatched(all_names(family)):
         notes.append(f"{pattern} matches no tensor; '*' matches any text")
     left = [s.name for s in job.specs if s.is_floating and s.name not in job.merged]

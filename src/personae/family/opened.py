@@ -45,6 +45,12 @@ class Family:
     vocabulary: MergedVocabulary | None = None
 
     @property
+    def models(self) -> dict[str, Checkpoint]:
+        """Every model that was opened, by its name."""
+        own = {"the base": self.base} if self.has_base else {}
+        return own | {name: expert.checkpoint for name, expert in self.experts.items()}
+
+    @property
     def notes(self) -> list[str]:
         """What a person who packs should be told about the alignment."""
         notes = [note for expert in self.experts.values() for note in expert.notes]
