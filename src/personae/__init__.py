@@ -13,6 +13,7 @@ from personae._version import __version__ as __version__
 _HOMES = {
     "open_checkpoint": "checkpoints",
     "analyse": "commands.analyse",
+    "check": "commands.check",
     "compose": "commands.compose",
     "open_composed": "commands.compose",
     "describe": "commands.describe",

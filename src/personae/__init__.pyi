@@ -6,6 +6,7 @@ __version__: str
 
 from personae.checkpoints import open_checkpoint as open_checkpoint
 from personae.commands.analyse import analyse as analyse
+from personae.commands.check import check as check
 from personae.commands.compose import compose as compose
 from personae.commands.compose import open_composed as open_composed
 from personae.commands.describe import describe as describe

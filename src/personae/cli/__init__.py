@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from personae import __version__, kernels
 from personae.cli import (
+    check,
     compose,
     demo,
     export,
@@ -144,6 +145,7 @@ for _command in (
     compose.compose,
     export.export,
     plan.plan,
+    check.check,
     inspect.inspect,
     verify.verify,
     methods.methods,

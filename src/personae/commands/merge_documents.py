@@ -9,7 +9,7 @@ no room on the disk.
 
 import shutil
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from personae.commands.merge import merge_parts
 from personae.commands.merge_parts import OpenedParts, open_parts
 from personae.commands.merge_plan import MergePlan, plan_parts
-from personae.errors import CheckpointError, Faults
+from personae.errors import CheckpointError, Faults, PersonaeError
 from personae.recipe import MergePart, MergeRecipe
 from personae.run.output import check_output
 from personae.run.work import Work
@@ -29,8 +29,6 @@ from personae.writers import (
     require_space,
     write_auxiliary_files,
 )
-
-_OUTPUT = "the output"
 
 
 def merge_recipes(
@@ -99,24 +97,62 @@ def plan_recipes(
         with tempfile.TemporaryDirectory() as folder:
             return plan_recipes(recipes, work, Path(folder) / "hollow")
     plans: dict[str, MergePlan] = {}
-    places: dict[str, Path] = {}
+
+    def plan(name: str, opened: OpenedParts) -> None:
+        plans[name] = plan_parts(opened, work)
+
     faults = Faults()
-    for recipe in recipes:
-        name = recipe.name or _OUTPUT
-        named = {model.partition("+")[0] for model in recipe.models}
-        if any(r.name in named and r.name not in places for r in recipes):
-            continue  # what it is merged from is wrong
-        try:
-            with open_parts(*_placed(recipe, places)) as opened:
-                plans[name] = plan_parts(opened, work)
-                if recipe.name is not None:
-                    places[recipe.name] = hollow / recipe.name
-                    _write_hollow(opened, places[recipe.name])
-        except CheckpointError as error:
-            for text in error.faults or (str(error),):
-                faults.add(text if len(recipes) == 1 else f"{name}: {text}")
+    for name, found in visit(recipes, plan, hollow).items():
+        for text in found:
+            faults.add(text if len(recipes) == 1 else f"{name}: {text}")
     faults.raise_if_any(CheckpointError)
     return plans
+
+
+def visit(
+    recipes: Sequence[MergeRecipe],
+    see: Callable[[str, OpenedParts], None],
+    hollow: Path,
+    kept: type[PersonaeError] = CheckpointError,
+) -> dict[str, list[str]]:
+    """Open every recipe of a file, one after the other; models in between are hollow ones.
+
+    Args:
+        recipes: In the order in which they can be merged; the last is that of the output.
+        see: Called with the name of each and what was opened.
+        hollow: Where hollow models are written.
+        kept: Errors that do not keep the other recipes from being opened.
+
+    Returns:
+        Name of each recipe to what is wrong with it. Those are passed over that are merged of a
+        model in which something is wrong.
+
+    Raises:
+        PersonaeError: of another class than what is kept.
+    """
+    places: dict[str, Path] = {}
+    found: dict[str, list[str]] = {}
+    for recipe in recipes:
+        name = called(recipe)
+        named = {model.partition("+")[0] for model in recipe.models}
+        if any(r.name in named and r.name not in places for r in recipes):
+            continue
+        faults = Faults()
+        try:
+            with open_parts(*_placed(recipe, places)) as opened:
+                see(name, opened)
+                if recipe.name is not None:
+                    _write_hollow(opened, hollow / recipe.name)
+                    places[recipe.name] = hollow / recipe.name
+        except kept as error:
+            faults.take(error)
+        found[name] = faults.messages
+    return found
+
+
+def called(recipe: MergeRecipe) -> str:
+    """What messages call what a recipe gives."""
+    return recipe.name or "the output"
 
 
 def _write_hollow(opened: OpenedParts, directory: Path) -> None:
