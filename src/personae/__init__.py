@@ -17,6 +17,7 @@ _HOMES = {
     "compose": "commands.compose",
     "open_composed": "commands.compose",
     "describe": "commands.describe",
+    "diff": "commands.diff",
     "export": "commands.export",
     "inspect": "commands.inspect",
     "merge": "commands.merge",

@@ -10,6 +10,7 @@ from personae.commands.check import check as check
 from personae.commands.compose import compose as compose
 from personae.commands.compose import open_composed as open_composed
 from personae.commands.describe import describe as describe
+from personae.commands.diff import diff as diff
 from personae.commands.export import export as export
 from personae.commands.inspect import inspect as inspect
 from personae.commands.merge import merge as merge

@@ -268,7 +268,7 @@ def test_version():
 
 def test_every_command_has_help():
     assert "pack" in done("--help")
-    for command in ("pack", "unpack", "plan", "check", "inspect", "verify", "methods"):
+    for command in ("pack", "unpack", "plan", "check", "diff", "inspect", "verify", "methods"):
         assert "Usage" in done(f"{command} --help")
 
 

@@ -206,7 +206,7 @@ def _open_adapter(folder: Folder, base: Checkpoint | None, as_stored: bool) -> C
     if base is None and not as_stored:
         raise CheckpointError(
             f"{folder.source} is a PEFT adapter and needs the model it was trained on. "
-            "Pass that as the base."
+            f"Pass that as the base, or both together: MODEL+{folder.source}."
         )
     tensors = (
         open_safetensors(folder, file)

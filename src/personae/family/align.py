@@ -70,7 +70,7 @@ def align(
                 "Give the fine-tuned checkpoint."
             )
             continue
-        found = _align_one(name, reference, checkpoint, skip, only, private, spared)
+        found = align_one(name, reference, checkpoint, skip, only, private, spared)
         if found.shared or not (only and found.skipped):  # else 'only' leaves nothing to fit
             check_fit(found, reference, may_lack, found_here, may_lack_parts=may_lack_parts)
         aligned[name] = found
@@ -101,15 +101,16 @@ def lacked_by_some(reference: Checkpoint, aligned: Mapping[str, Alignment]) -> s
     return lacked & had
 
 
-def _align_one(
+def align_one(
     name: str,
     reference: Checkpoint,
     expert: Checkpoint,
-    skip: Sequence[str],
-    only: Sequence[str],
-    private_patterns: Sequence[str],
-    spared: Collection[str],
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    private_patterns: Sequence[str] = (),
+    spared: Collection[str] = (),
 ) -> Alignment:
+    """Match one expert with the reference, however little it fits; see `align`."""
     plain, renaming = _names(reference, expert)
     known = {renaming.expert_name(name): name for name in (*reference.tied, *reference.specs)}
     expert = each_once_beside(expert, reference, lambda raw: known.get(plain(raw), ""))

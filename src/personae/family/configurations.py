@@ -67,6 +67,20 @@ def disagreements(
     return found
 
 
+def changed_keys(one: Checkpoint, other: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    """Every key of config.json of which two models say different things, and what they say.
+
+    Null where one does not name it, as where it names null. Nothing if one has no config.json.
+
+    Raises:
+        CheckpointError: if a configuration is damaged.
+    """
+    paths = [model.auxiliary_files.get(CONFIG) for model in (one, other)]
+    a, b = (dict(_flat(read_object(path))) if path else {} for path in paths)
+    keys = sorted(a.keys() | b.keys()) if all(paths) else []
+    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
+
+
 def said_by(values: Mapping[str, Any]) -> str:
     """What each model says, as text: `10000.0 (base, x), 500000.0 (y)`."""
     names: dict[str, list[str]] = {}

@@ -16,7 +16,7 @@ from personae.checkpoints.quantised import quantisation_of
 from personae.checkpoints.tied import as_stored, each_once
 from personae.checkpoints.vocabulary import is_input_embedding
 from personae.errors import CheckpointError, Faults, RecipeError
-from personae.family.align import Alignment, align, lacked_by_some, lacking
+from personae.family.align import Alignment, align, align_one, lacked_by_some, lacking
 from personae.family.layers import Layers, choose
 from personae.family.mean import MeanOf
 from personae.family.small_files import small_files
@@ -214,6 +214,23 @@ def open_family(
         check(family, faults)
     faults.raise_if_any(CheckpointError)
     return family
+
+
+def open_pair(one: Any, other: Any, name: str) -> tuple[Checkpoint, Alignment]:
+    """Open two models and match the second with the first, however little they have in common.
+
+    Args:
+        one: Path, hub id, module or mapping of a model, never an adapter.
+        other: Likewise, or an adapter on the first.
+        name: What the second is called.
+
+    Raises:
+        CheckpointError: if one of them cannot be read.
+    """
+    reference = each_once(open_checkpoint(one))
+    second = open_checkpoint(other, base=reference)
+    reference = _with_apart(reference, {name: second})
+    return reference, align_one(name, reference, second)
 
 
 def _average(experts: Mapping[str, Checkpoint], skip: Sequence[str], only: Sequence[str]) -> MeanOf:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from personae._types import SVD
 from personae.errors import MethodError
-from personae.ops.gram import CHUNK, EPS, by_eigenvectors
+from personae.ops.gram import CHUNK, EPS, by_eigenvectors, exact_gram
 from personae.ops.krylov import by_lanczos
 
 Solver = Literal["auto", "randomised", "gram", "full"]
@@ -121,6 +121,38 @@ def exact_spectrum(matrix: Float[Tensor, "out in"]) -> Spectrum | None:
     return Spectrum(side, vectors, energies.clamp(min=0).sqrt(), peak)
 
 
+def singular_values(matrix: Float[Tensor, "out in"]) -> Float64[Tensor, " small"]:
+    """All singular values, descending, by the Gram matrix of the smaller side in fp64.
+
+    As exact as those of `exact_spectrum`, without vectors and without all of the matrix in fp64.
+    """
+    matrix = matrix.float()
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    return torch.linalg.eigvalsh(exact_gram(wide)).clamp(min=0).sqrt().flip(0)
+
+
+def singular_values_bytes(shape: tuple[int, int]) -> int:
+    """Peak memory of that, the matrix in fp32 left out: Gram matrix, LAPACK's room, its chunks."""
+    small, large = sorted(shape)
+    return 24 * small * small + 8 * small * (large if shape[0] <= shape[1] else min(large, CHUNK))
+
+
+def numerical_rank(values: Float[Tensor, " small"], shape: tuple[int, int]) -> int:
+    """How many singular values are above max(out, in) · eps of fp32 · σ₁."""
+    return int((values > max(shape) * EPS * values[:1]).sum())
+
+
+def effective_rank(values: Float[Tensor, " small"]) -> float:
+    """Exp of the entropy of σᵢ / Σσ (Roy, Vetterli 2007): how many directions matter; 0 of none.
+
+    Examples:
+        >>> effective_rank(torch.tensor([2.0, 2.0, 0.0]))
+        2.0
+    """
+    shares = values.double() / values.sum().double() if values.any() else values[:0].double()
+    return float(torch.special.entr(shares).sum().exp()) if len(shares) else 0.0
+
+
 def exact_svd(matrix: Float[Tensor, "out in"], rank: int) -> SVD:
     """The `rank` leading singular triplets in fp64, for work in which single directions count.
 
@@ -143,7 +175,7 @@ def exact_svd(matrix: Float[Tensor, "out in"], rank: int) -> SVD:
         nothing = matrix.new_zeros(0, dtype=torch.float64)
         return SVD(nothing.view(rows, 0), nothing, nothing.view(0, columns))
     values = found.values.flip(0)
-    kept = min(rank, int((values > max(rows, columns) * EPS * values[0]).sum()))
+    kept = min(rank, numerical_rank(values, (rows, columns)))
     values, vectors = values[:kept], found.vectors.flip(1)[:, :kept]
     others = (vectors.T @ found.side) / values[:, None]
     values = values * found.peak
