@@ -51,6 +51,8 @@ from personae.methods.codecs.t_switch import TSwitch as TSwitch
 from personae.methods.codecs.tall_mask import TALLMask as TALLMask
 from personae.methods.codecs.tsv_c import TSVCompress as TSVCompress
 from personae.methods.codecs.ultradelta import UltraDelta as UltraDelta
+from personae.methods.merge.ace_merging import ACEMerging as ACEMerging
+from personae.methods.merge.ace_merging import ace_merging as ace_merging
 from personae.methods.merge.arcee_fusion import ArceeFusion as ArceeFusion
 from personae.methods.merge.arcee_fusion import arcee_fusion as arcee_fusion
 from personae.methods.merge.average import Average as Average
@@ -69,12 +71,16 @@ from personae.methods.merge.dare import DARE as DARE
 from personae.methods.merge.dare import dare as dare
 from personae.methods.merge.dare_ties import DARETIES as DARETIES
 from personae.methods.merge.dare_ties import dare_ties as dare_ties
+from personae.methods.merge.dc_merge import DCMerge as DCMerge
+from personae.methods.merge.dc_merge import dc_merge as dc_merge
 from personae.methods.merge.della import DELLA as DELLA
 from personae.methods.merge.della import della as della
 from personae.methods.merge.della_linear import DELLALinear as DELLALinear
 from personae.methods.merge.della_linear import della_linear as della_linear
 from personae.methods.merge.drm import DRM as DRM
 from personae.methods.merge.drm import drm as drm
+from personae.methods.merge.geometric_median import GeometricMedian as GeometricMedian
+from personae.methods.merge.geometric_median import geometric_median as geometric_median
 from personae.methods.merge.iso_c import IsoC as IsoC
 from personae.methods.merge.iso_c import iso_c as iso_c
 from personae.methods.merge.iso_cts import IsoCTS as IsoCTS
@@ -83,6 +89,8 @@ from personae.methods.merge.karcher import Karcher as Karcher
 from personae.methods.merge.karcher import karcher as karcher
 from personae.methods.merge.knots import KnOTS as KnOTS
 from personae.methods.merge.knots import knots as knots
+from personae.methods.merge.magnitude_prune import MagnitudePrune as MagnitudePrune
+from personae.methods.merge.magnitude_prune import magnitude_prune as magnitude_prune
 from personae.methods.merge.model_stock import ModelStock as ModelStock
 from personae.methods.merge.model_stock import model_stock as model_stock
 from personae.methods.merge.multislerp import MultiSLERP as MultiSLERP
