@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from families import saved
 from personae.checkpoints import open_checkpoint
@@ -13,7 +14,10 @@ from personae.checkpoints.vocabulary import (
     has_vocabulary_axis,
     read_vocabulary,
 )
+from personae.commands.merge import merge
+from personae.commands.merge_plan import plan_merge
 from personae.errors import CheckpointError
+from personae.recipe import MergeSettings
 from toy_vocabularies import model, tokenizer
 
 
@@ -69,7 +73,9 @@ def test_no_tokenizer_and_no_embedding_are_no_vocabulary(tmp_path):
         ("vocab.json", '{"a": 1e999}', "holds no vocabulary"),
         ("tokenizer.json", f'{{"model": {{"vocab": {{"a": {2**31}}}}}}}', "holds no vocabulary"),
         ("added_tokens.json", f'{{"a": {2**70}}}', "names no tokens"),
-        ("tokenizer.model", "binary", r"only in tokenizer.model, which is not read"),
+        ("tokenizer.model", "binary", "is no SentencePiece model: .* AutoTokenizer"),
+        ("tokenizer.model", "", "is no SentencePiece model: it has no pieces"),
+        ("sentencepiece.bpe.model", "binary", "only in sentencepiece.bpe.model, which is not read"),
     ],
 )
 def test_files_that_tell_no_tokens(tmp_path, name, text, message):
@@ -78,6 +84,57 @@ def test_files_that_tell_no_tokens(tmp_path, name, text, message):
         (path / "vocab.txt").write_text("a")
     (path / name).write_text(text)
     with pytest.raises(CheckpointError, match=message):
+        read_vocabulary(open_checkpoint(str(path)))
+
+
+def field(number: int, value: bytes | int, kind: int = 2) -> bytes:
+    """A field of a message of protocol buffers, as its specification has it."""
+    key = bytes([number << 3 | kind])
+    if isinstance(value, int):
+        return key + bytes([value & 0x7F | 0x80, value >> 7])  # as a number of two bytes
+    return key + (bytes([len(value)]) if kind == 2 else b"") + value
+
+
+def pieces(*texts: str) -> bytes:
+    """A SentencePiece model: each piece with a score and, if it is no normal one, a type."""
+    found = b""
+    for text in texts:
+        kind = field(3, 3) if text.startswith("<") else b""
+        found += field(1, field(1, text.encode()) + field(2, b"\0\0\0\0", 5) + kind)
+    return found + field(2, field(4, 300)) + field(3, b"nmt_nfkc")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
+def test_pieces_of_sentencepiece_have_their_places_as_rows(tmp_path, name):
+    path = model(tmp_path / "m", 6, None)
+    (path / name).write_bytes(pieces("<unk>", "<s>", "▁the", "é"))
+    (path / "added_tokens.json").write_text('{"<new>": 4}')
+    found = read_vocabulary(open_checkpoint(str(path)))
+    assert found is not None
+    assert found.tokens == {"<unk>": 0, "<s>": 1, "▁the": 2, "é": 3, "<new>": 4}
+    assert (found.core_size, found.next_row, found.rows) == (4, 5, 6)
+
+
+def test_models_with_sentencepiece_alone_are_merged_by_token(tmp_path):
+    base, other = model(tmp_path / "b", 4, None), model(tmp_path / "o", 4, None)
+    (base / "tokenizer.model").write_bytes(pieces("<unk>", "a", "b", "c"))
+    (other / "tokenizer.model").write_bytes(pieces("<unk>", "c", "a", "b"))
+    experts = {"o": str(other)}
+    with pytest.raises(CheckpointError, match="not the same"):
+        plan_merge(str(base), experts)
+    out = merge(
+        str(base), experts, tmp_path / "out", settings=MergeSettings(tokenizer_source="base")
+    )
+    rows = load_file(out / "model.safetensors")["model.embed_tokens.weight"][:, 0]
+    assert rows.tolist() == [100.0, 102.0, 103.0, 101.0]  # the other's rows, in the base's order
+    assert (out / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+
+
+@pytest.mark.parametrize("cut", [1, 3, 9, 20])
+def test_a_cut_sentencepiece_model_is_told(tmp_path, cut):
+    path = model(tmp_path / "m", 6, None)
+    (path / "tokenizer.model").write_bytes(pieces("<unk>", "<s>", "▁the")[:cut])
+    with pytest.raises(CheckpointError, match="is no SentencePiece model"):
         read_vocabulary(open_checkpoint(str(path)))
 
 

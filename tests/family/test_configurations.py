@@ -1,16 +1,19 @@
 """What configurations disagree in: keys and values, head counts apart."""
 
 import json
+import re
 from typing import Any
 
 import pytest
 
 from families import saved, small_base, tuned
 from personae.checkpoints import open_checkpoint
+from personae.commands.merge import merge
 from personae.commands.merge_plan import plan_merge
 from personae.errors import CheckpointError
 from personae.family.configurations import disagreements, said_by
 from personae.recipe import MergeSettings
+from personae.run.work import Work
 
 BASE = {
     "model_type": "llama",
@@ -93,3 +96,36 @@ def test_other_heads_do_not_matter_where_attention_is_left_alone(tmp_path):
     other = BASE | {"num_attention_heads": 16}
     notes = plan(tmp_path, other, skip=("self_attn.*",))
     assert any("num_attention_heads 8 (the base, y), 16 (x)" in note for note in notes)
+
+
+def family(tmp_path, **generation: dict[str, Any] | None) -> dict[str, str]:
+    """A base and two experts, some with a generation_config.json."""
+    made: dict[str, str] = {}
+    for seed, name in enumerate(("base", "x", "y")):
+        state = STATE if name == "base" else tuned(STATE, seed)
+        folder = saved(state, tmp_path / name, json.dumps(BASE))
+        if (said := generation.get(name)) is not None:
+            (folder / "generation_config.json").write_text(json.dumps(said))
+        made[name] = str(folder)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("generation", "kept", "told"),
+    [
+        ({"base": {"t": 1}, "x": {"t": 2}}, {"t": 1}, "that of the base; .* t 1 .*, 2 \\(x\\)"),
+        ({"base": {"t": 1}, "x": {"t": 1, "transformers_version": "5"}}, {"t": 1}, None),
+        ({"y": {"t": 3}}, {"t": 3}, "that of y$"),
+        ({"x": {"t": 2}, "y": {"t": 3}}, {"t": 2}, "that of x; .* t 2 \\(x\\), 3 \\(y\\)"),
+        ({}, None, None),
+    ],
+)
+def test_whose_generation_config_comes_out_is_told(tmp_path, generation, kept, told):
+    paths, notes = family(tmp_path, **generation), list[str]()
+    base, work = paths.pop("base"), Work(note=notes.append)
+    out = merge(base, paths, tmp_path / "out", work=work)
+    file = out / "generation_config.json"
+    assert (json.loads(file.read_text()) if file.exists() else None) == kept
+    found = [note for note in notes if "generation_config" in note]
+    assert len(found) == (told is not None)
+    assert told is None or re.search(told, found[0])

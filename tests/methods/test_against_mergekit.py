@@ -40,7 +40,11 @@ save_file(results, sys.argv[3])
 
 WEIGHTS: list[Any] = [1.0, (0.5, 1.5, 0.7), (1.0, -0.5, 2.0)]
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *(("linear", {"weight": weight}) for weight in WEIGHTS),
+    *(
+        ("linear", {"weight": weight, "normalize": normalize})
+        for weight in WEIGHTS
+        for normalize in (True, False)
+    ),
     *(
         ("task_arithmetic", {"weight": weight, "normalize": normalize, "lambda": 0.7})
         for weight in WEIGHTS

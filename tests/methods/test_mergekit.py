@@ -1,13 +1,18 @@
 """What mergekit means by its methods, by hand. `test_against_mergekit.py` asks mergekit itself."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from registered import merged_as_model, mergekits
+from safetensors.torch import load_file
 
 from drawn_masks import give_masks
+from families import small_base, tuned
+from personae.commands.merge import merge as merge_files
+from personae.commands.state_dicts import merge_state_dicts
 from personae.errors import Faults, MethodError
 from personae.methods import MERGEKIT_METHODS, Site, build, lookup
 
@@ -159,11 +164,30 @@ def test_every_weight_has_to_be_given_and_lambda_has_its_name():
 
 
 def test_linear_refuses_what_would_be_no_model():
-    for settings, text in (
-        ({"weight": (1.0, -1.0)}, "linear divides by the sum of the weights, and 1, -1 sum to 0"),
-        ({"weight": 0.3, "normalize": False}, "sum to 0.6, which would scale the whole model"),
-    ):
-        faults = Faults()
-        build(lookup(MERGEKIT_METHODS, "linear"), settings).check_experts(2, faults, has_base=True)
-        with pytest.raises(MethodError, match=text):
-            faults.raise_if_any(MethodError)
+    faults, built = Faults(), mergekits("linear", weight=(1.0, -1.0))
+    built.check_experts(2, faults, has_base=True)
+    text = "linear divides by the sum of the weights, and 1, -1 sum to 0"
+    with pytest.raises(MethodError, match=text):
+        faults.raise_if_any(MethodError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_base", [True, False])
+def test_linear_without_normalize_is_the_sum_of_the_models(
+    tmp_path: Path, has_base: bool, dtype: torch.dtype
+):
+    base = small_base(dtype=dtype)
+    models = [tuned(base, seed, 0.5) for seed in (1, 2)]
+    method = mergekits("linear", weight=(0.1, 1.0), normalize=False)
+    reference = base if has_base else None
+    out = merge_files(reference, dict(zip("ab", models, strict=True)), tmp_path / "out", method)
+    written, held = (
+        load_file(out / "model.safetensors"),
+        merge_state_dicts(reference, models, method),
+    )
+    for name, tensor in base.items():
+        if tensor.is_floating_point():
+            exact = 0.1 * models[0][name].double() + models[1][name].double()
+            settings = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
+            torch.testing.assert_close(written[name], exact.to(dtype), **settings)
+            torch.testing.assert_close(held[name], exact.to(dtype), **settings)

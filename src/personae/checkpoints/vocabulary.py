@@ -1,8 +1,8 @@
 """The vocabulary of one model: its tokens, and the rows they have in its embedding matrices.
 
-Read from the tokenizer's small files (tokenizer.json, vocab.json, vocab.txt, added tokens), without
-a tokenizer library. A vocabulary may be padded: the matrices then have more rows than there are
-tokens.
+Read from the tokenizer's small files (tokenizer.json, vocab.json, vocab.txt, SentencePiece's
+tokenizer.model, added tokens), without a tokenizer library. A vocabulary may be padded: the
+matrices then have more rows than there are tokens.
 """
 
 import re
@@ -14,10 +14,13 @@ from typing import Any
 from personae import _small_files as small_files
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
+from personae.checkpoints.sentencepiece import read_pieces
 from personae.errors import CheckpointError
 
-TOKEN_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
-"""Files that hold a vocabulary as text, in the order in which they are looked for."""
+_PIECES = ("tokenizer.model", "spiece.model")
+"""SentencePiece files whose pieces' places are their rows; fairseq's have other rows."""
+TOKEN_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *_PIECES)
+"""Files that hold a vocabulary, in the order in which they are looked for."""
 
 _ADDED_FILES = ("added_tokens.json", "tokenizer_config.json")
 _MOST_ROWS = 1 << 31
@@ -142,6 +145,14 @@ def _read_tokens(path: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]]]
         except small_files.Unfit as error:
             raise CheckpointError(f"{path} {error}. Copy or download it again.") from error
         return {token.removesuffix("\r"): row for row, token in enumerate(lines)}, {}
+    if path.name in _PIECES:
+        try:
+            return {piece: row for row, piece in enumerate(read_pieces(path))}, {}
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} is no SentencePiece model: {error}. Load it with AutoTokenizer and save "
+                "it, which writes tokenizer.json; or copy or download it again."
+            ) from error
     content = read_json(path)
     try:
         if path.name == "vocab.json":

@@ -22,6 +22,7 @@ from personae.errors import CheckpointError, Faults
 from personae.family.chat_templates import with_template
 from personae.family.layers import stacked_config
 from personae.family.opened import Family
+from personae.family.small_files import with_generation
 from personae.family.vocabularies import (
     VocabularyChoice,
     merge_vocabularies,
@@ -89,17 +90,29 @@ class OpenedParts:
             found += [expert.checkpoint for expert in family.experts.values()]
         return found
 
+    def _with_generation(self) -> tuple[dict[str, Path | bytes], list[str]]:
+        """The donor's small files under the vocabulary that comes out, and what to know of them."""
+        first, settings = self.families[0], self.parts[0].settings
+        files = merged_auxiliary_files(self.donor, first.vocabulary, settings.dtype)
+        named: dict[str, Checkpoint] = {}
+        for family in self.families:
+            named = family.models | named
+        return with_generation(files, named)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of the small files."""
+        return self._with_generation()[1]
+
     def auxiliary_files(self, faults: Faults | None = None) -> dict[str, Path | bytes]:
         """The small files beside the weights; what config.json cannot say goes to `faults`.
 
         Raises:
             CheckpointError: if a configuration is damaged.
         """
-        first, settings = self.families[0], self.parts[0].settings
+        settings = self.parts[0].settings
         files = with_template(
-            merged_auxiliary_files(self.donor, first.vocabulary, settings.dtype),
-            settings.chat_template,
-            self._all_models(),
+            self._with_generation()[0], settings.chat_template, self._all_models()
         )
         if settings.layers is None:
             return files

@@ -115,7 +115,7 @@ def plan_parts(opened: OpenedParts, work: Work) -> MergePlan:
         largest=max(plan.largest for plan in plans),
         workers=work.threads,
         items=sum(plan.items for plan in plans),
-        notes=list(dict.fromkeys(note for plan in plans for note in plan.notes)),
+        notes=list(dict.fromkeys([n for plan in plans for n in plan.notes] + opened.notes)),
         layers=opened.layers(),
     )
 

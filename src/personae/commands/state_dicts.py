@@ -8,7 +8,7 @@ from torch import Tensor
 from personae.commands.merge_job import open_to_merge, prepare, settings_for
 from personae.errors import CheckpointError, Faults
 from personae.family.chunks import whole, whole_or_matrices
-from personae.methods import MergeMethod
+from personae.methods import DeltaBlocks, Entrywise, MergeMethod, Site, Statistics, joined
 from personae.recipe import MergeSettings
 from personae.writers import cast
 
@@ -79,10 +79,26 @@ def merge_state_dicts(
             for spec in job.specs
         }
         for chunk, stack, reference in read:
-            value = method.apply(stack, statistics, job.stacks.site(chunk)) + reference
+            value = _merged(method, stack, reference, statistics, job.stacks.site(chunk))
             rows = cast(value, specs[chunk.spec.name], computed=True)
             if chunk.is_whole:
                 result[chunk.spec.name] = rows
             else:
                 result[chunk.spec.name][chunk.start] = rows
     return result
+
+
+def _merged(
+    method: MergeMethod,
+    stack: Tensor,
+    reference: Tensor,
+    statistics: Statistics | None,
+    site: Site,
+) -> Tensor:
+    """The merged values; a method of entries is told of the reference, as it is of files."""
+    if not isinstance(method, Entrywise) or method.of_models():
+        return method.apply(stack, statistics, site) + reference
+    if statistics is None:
+        statistics = method.statistics([(site, stack)])
+    blocks = DeltaBlocks(list(stack), reference, are_deltas=True).in_rows(method.row_entries(site))
+    return joined(method.merge_blocks(blocks, statistics, site), stack) + reference

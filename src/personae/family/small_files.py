@@ -9,7 +9,10 @@ from personae.checkpoints import Checkpoint
 from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.configuration import CONFIG, fit_config
 from personae.family.alignment import Alignment
+from personae.family.configurations import disagreements, said_by
 from personae.family.vocabularies import read_object
+
+GENERATION = "generation_config.json"
 
 
 def small_files(
@@ -47,6 +50,37 @@ def small_files(
         return files, [f"config.json is {whose}, changed to {', '.join(changes)}"]
     bare = CONFIG not in model.auxiliary_files and expert.private
     return files, ["has no config.json; rebuilt, it will have the base's"] if bare else []
+
+
+def with_generation(
+    files: Mapping[str, Path | bytes], models: Mapping[str, Checkpoint]
+) -> tuple[dict[str, Path | bytes], list[str]]:
+    """A merged model's small files with a generation_config.json, and whose it is if that matters.
+
+    It stays the one that is there; where the model that gives the small files has none, it is that
+    of the first model that has one.
+
+    Args:
+        files: Relative name to the file, or to its content.
+        models: Name to model, of all that are merged.
+
+    Raises:
+        CheckpointError: if one is damaged.
+    """
+    having = {name: m for name, m in models.items() if GENERATION in m.auxiliary_files}
+    found = dict(files)
+    if not having:
+        return found, []
+    if GENERATION not in found:
+        found[GENERATION] = next(iter(having.values())).auxiliary_files[GENERATION]
+    taken = found[GENERATION]
+    owners = [name for name, m in having.items() if m.auxiliary_files[GENERATION] == taken]
+    unlike = disagreements(having, GENERATION)
+    if not owners or not (unlike or GENERATION not in files):
+        return found, []
+    told = "; ".join(f"{key} {said_by(values)}" for key, values in unlike.items())
+    others = f"; the models disagree: {told}" if told else ""
+    return found, [f"{GENERATION} is that of {owners[0]}{others}"]
 
 
 def _configuration(

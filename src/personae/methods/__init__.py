@@ -13,6 +13,7 @@ from personae.methods._deltas import (
     DeltaBlocks,
     NotFinite,
     as_stored,
+    joined,
     stored_bytes,
 )
 from personae.methods._entries import Undecided
@@ -85,6 +86,7 @@ __all__ = [
     "encode_block",
     "flag_fault",
     "has_matrices",
+    "joined",
     "lookup",
     "misfits",
     "numbers",

@@ -69,6 +69,11 @@ class DeltaBlocks:
         self.start = 0
         self.changed = False
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether it is known what the deltas are taken from."""
+        return self._reference is not None
+
     def in_rows(self, entries: int) -> "DeltaBlocks":
         """The same, in blocks of whole rows of so many entries."""
         self._row = entries
