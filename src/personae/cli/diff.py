@@ -1,7 +1,6 @@
 """personae diff: what differs between two models."""
 
 import json as to_json
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -9,8 +8,7 @@ import typer
 from personae.checkpoints.naming import shown
 from personae.cli import console, options
 from personae.commands import diff as comparison
-from personae.commands.diff import Change, Diff, Ranks
-from personae.errors import RecipeError
+from personae.commands.diff import SMALL_SIDE, Change, Diff, Ranks
 
 _OF_TABLES = ("--json lists every tensor: leave out {}.", ("limit", "every"))
 _ALL = ("--all lists every tensor: leave out {}.", ("limit",))
@@ -27,11 +25,9 @@ def diff(
     limit: Annotated[int, typer.Option(min=0, help="Tensors listed, largest change first.")] = 20,
     every: Annotated[bool, typer.Option("--all", help="List every tensor that differs.")] = False,
     rank: Annotated[
-        str,
+        Ranks,
         typer.Option(
-            metavar="WHICH",
-            help="Matrices of which ranks are computed: small (smaller side up to "
-            f"{comparison.SMALL_SIDE}), all, none.",
+            help=f"Matrices of which ranks are computed: small means a side up to {SMALL_SIDE}."
         ),
     ] = "small",
     workers: options.Workers = None,
@@ -41,25 +37,13 @@ def diff(
     """Compare two models: which tensors differ, how much, how; exit 0 if equal, 1 if not."""
     options.refuse_unused(context, *([_OF_TABLES] if json else [_ALL] if every else []))
     with options.working(workers, memory) as work:
-        found = comparison.diff(a, b, ranks=_ranks(rank), work=work)
+        found = comparison.diff(a, b, ranks=rank, work=work)
     if json:
         console.facts(found.to_json())
     else:
         _print(found, None if every else limit)
     if not found.equal:
         raise typer.Exit(1)
-
-
-def _ranks(text: str) -> Ranks:
-    """The choice of this name.
-
-    Raises:
-        RecipeError: if there is none.
-    """
-    choices: Mapping[str, Ranks] = {"small": "small", "all": "all", "none": "none"}
-    if text not in choices:
-        raise RecipeError(f"--rank {text}: give small, all or none.")
-    return choices[text]
 
 
 def _print(found: Diff, limit: int | None) -> None:
