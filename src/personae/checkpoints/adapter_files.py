@@ -52,6 +52,8 @@ class AdapterConfig(BaseModel):
 
     peft_type: Literal["LORA"]
     base_model_name_or_path: str | None = None
+    revision: str | None = None
+    bias: str = "none"
     r: Rank
     lora_alpha: Alpha
     use_rslora: bool = False

@@ -109,7 +109,7 @@ def export(
     elif to == "hf":
         console.out.print(f"{task} rebuilt in {written}", markup=False)
     else:
-        _show(found)
+        show_adapter(found)
         console.out.print(f"adapter in {written}", markup=False)
 
 

@@ -18,6 +18,7 @@ from personae.family.align import reference_name, trained_apart
 from personae.family.alignment import Alignment
 from personae.family.chunks import Chunk, Item, items, whole_or_matrices
 from personae.family.deltas import Stacks
+from personae.family.joint_adapter import check_joint, without_weights
 from personae.family.mean import MeanOf
 from personae.family.opened import Family, open_family
 from personae.family.vocabularies import MergedVocabulary, merge_vocabularies
@@ -90,12 +91,21 @@ class MergeJob:
         return self._dtypes[name]
 
     @cached_property
+    def pieces(self) -> Mapping[str, tuple[Sequence[Chunk], bool]]:
+        """How each tensor is cut, and whether each piece is given whole to the method."""
+        found: dict[str, tuple[list[Chunk], bool]] = {}
+        for item in self.items:
+            for chunk in item.chunks:
+                found.setdefault(chunk.spec.name, ([], item.whole))[0].append(chunk)
+        return found
+
+    @cached_property
     def _dtypes(self) -> Mapping[str, torch.dtype]:
         return {spec.name: spec.dtype for spec in self.specs}
 
     def cost(self, item: Item) -> int:
         """Peak bytes of one item."""
-        most = max(self._chunk_cost(chunk, item.whole) for chunk in item.chunks)
+        most = max(self.chunk_cost(chunk, item.whole) for chunk in item.chunks)
         return most + waiting_bytes(item) if self.decides_late else most
 
     def undecided_bytes(self, workers: int) -> int:
@@ -112,7 +122,8 @@ class MergeJob:
         at_once = workers if self.per_tensor else len(tensors)
         return sum(heapq.nlargest(at_once, tensors.values()))
 
-    def _chunk_cost(self, chunk: Chunk, undivided: bool) -> int:
+    def chunk_cost(self, chunk: Chunk, undivided: bool) -> int:
+        """Peak bytes of one chunk."""
         if chunk.spec.name not in self.merged:
             return 8 * chunk.numel
         experts = self.stacks.experts
@@ -146,7 +157,9 @@ def settings_for(
         raise RecipeError("Both 'method' and 'settings' say how to merge. Give one of them.")
     if settings is None:
         settings = MergeSettings() if method is None else MergeSettings.of(method, experts)
-    return settings if base is not None else settings.model_copy(update={"vector": "difference"})
+    if base is not None or settings.output == "adapter":
+        return settings
+    return settings.model_copy(update={"vector": "difference"})
 
 
 def open_to_merge(base: Any, experts: Mapping[str, Any], settings: MergeSettings) -> Family:
@@ -191,6 +204,8 @@ def prepare(family: Family, settings: MergeSettings) -> MergeJob:
     Raises:
         CheckpointError: if there is nothing to merge.
     """
+    if settings.output == "adapter":
+        family = without_weights(family)
     first = settings.layers.first if settings.layers else 0
     layers = count_layers(family.base.specs) - first
     experts = len(family.experts)
@@ -254,7 +269,10 @@ def check_family(family: Family, settings: MergeSettings, faults: Faults) -> Non
         _check_ties(name, expert, family, faults)
     if not family.has_base:
         _check_average(family, settings, faults)
-    _check_adapters(family, settings.merge_method(), faults)
+    if settings.output == "adapter":
+        check_joint(family, settings.skip, settings.only, faults)
+    else:
+        _check_adapters(family, settings.merge_method(), faults)
     if faults.messages:  # such as shapes that a mistyped 'skip' does not leave out
         for pattern in settings.unmatched(all_names(family)):
             faults.add(f"{pattern} matches no tensor; '*' matches any text.")
