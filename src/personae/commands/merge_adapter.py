@@ -196,7 +196,7 @@ def write_merged_adapter(
         )
         (partial / CONFIG).write_bytes(config)
         told = export_report.report(source, measured, carried, spec, joint.targets, lost)
-        card = _card(merge, source, told, notes, recipe)
+        card = _card(out.name, merge, source, told, notes, recipe)
         (partial / "README.md").write_text(card, encoding="utf-8")
         (partial / RECORD_NAME).write_text(_record(merge, source, told), encoding="utf-8")
     work.fact("adapter", told)
@@ -221,6 +221,7 @@ def _source(merge: AdapterMerge, changes: Any) -> Source:
 
 
 def _card(
+    title: str,
     merge: AdapterMerge,
     source: Source,
     told: Mapping[str, Any],
@@ -232,7 +233,7 @@ def _card(
     name = source.base.partition("@")[0]
     made = f"merged by {code(settings.merge_method().name)} from the adapters "
     facts = AdapterFacts(
-        title=f"{source.name}: merged by {settings.merge_method().name}",
+        title=title,
         made=made + ", ".join(code(place) for place in places.values()),
         base=source.base,
         hub_id=name if is_hub_id(name) else None,

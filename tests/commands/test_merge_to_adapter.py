@@ -1,0 +1,262 @@
+"""Merges of adapters into one, as PEFT loads it, against fp64 arithmetic on whole deltas.
+
+The deltas are those that PEFT itself gives of the experts, in fp64. Differences to its
+`add_weighted_adapter` that are known: its `linear` (and `dare_linear`, `magnitude_prune`, `ties`
+without `_svd`) works on A and B apart, so that cross terms come out, and weights [1, -1] of one
+adapter are not zero; here every method works on the products.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from personae import MergeSettings, merge
+from personae.commands.merge_plan import plan_merge
+from personae.errors import CheckpointError, RecipeError
+from personae.methods import MERGE_METHODS
+from personae.run.work import Work
+from toys import load, toy_bert, toy_gpt2, toy_llama, toy_t5, toy_vit
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+Deltas = dict[str, Tensor]
+
+
+class Family(NamedTuple):
+    build: Callable[[Path], Path]
+    of: str
+    targets: list[str]
+    others: list[str]
+
+
+FAMILIES = {
+    "llama": Family(toy_llama, "LlamaForCausalLM", ["q_proj", "v_proj"], ["v_proj", "up_proj"]),
+    "bert": Family(toy_bert, "BertForSequenceClassification", ["query"], ["query", "value"]),
+    "gpt2": Family(toy_gpt2, "GPT2LMHeadModel", ["c_attn"], ["c_attn", "c_fc", "c_proj"]),
+    "t5": Family(toy_t5, "T5ForConditionalGeneration", ["q", "wi"], ["q", "v"]),
+}
+each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+
+
+def model_of(family: Family, directory: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(transformers, family.of).from_pretrained(directory)
+
+
+def adapter(family: Family, base: Path, directory: Path, seed: int, **config: Any) -> Deltas:
+    """Save an adapter with random factors; return its deltas as PEFT gives them, in fp64."""
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        adapted: Any = get_peft_model(model_of(family, base), LoraConfig(**config))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if parameter.requires_grad or ".bias" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        adapted.save_pretrained(str(directory))
+    return deltas_of(adapted)
+
+
+def deltas_of(adapted: Any, name: str = "default") -> Deltas:
+    """Module to the delta that PEFT adds to its weight, in fp64, as the base stores it."""
+    return {
+        module.removeprefix("base_model.model."): layer.get_delta_weight(name).detach()
+        for module, layer in adapted.double().named_modules()
+        if hasattr(layer, "get_delta_weight") and name in layer.scaling
+    }
+
+
+def loaded(family: Family, base: Path, out: Path) -> Any:
+    """The adapter as PEFT loads it; what it cannot find, or does not expect, is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing adapter keys|inconsistency).*")
+        return PeftModel.from_pretrained(model_of(family, base), str(out))
+
+
+def written(family: Family, base: Path, out: Path) -> Deltas:
+    return deltas_of(loaded(family, base, out))
+
+
+def weighted(experts: list[Deltas], weights: list[float]) -> Deltas:
+    """Σ w Δ, where an absent module is a zero delta."""
+    names = {name for expert in experts for name in expert}
+    pairs = list(zip(experts, weights, strict=True))
+    return {n: sum((w * e[n] for e, w in pairs if n in e), torch.tensor(0.0)) for n in names}
+
+
+def truncated(delta: Tensor, rank: int) -> Tensor:
+    u, values, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    return (u[:, :rank] * values[:rank]) @ vh[:rank]
+
+
+def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, delta in wanted.items():
+        error = (found[name] - delta).norm() / delta.norm()
+        assert error < 1e-5, f"{name}: {error}"
+
+
+def two(family: Family, folder: Path, **config: Any) -> tuple[dict[str, Path], list[Deltas]]:
+    """Two adapters of other targets, ranks and alphas, the second rank-stabilised."""
+    base = family.build(folder / "base")
+    kinds: list[dict[str, Any]] = [
+        {"r": 2, "lora_alpha": 6, "target_modules": family.targets},
+        {
+            "r": 3,
+            "lora_alpha": 5,
+            "target_modules": family.others,
+            "use_rslora": True,
+            "rank_pattern": {family.others[-1]: 1},
+            "alpha_pattern": {family.others[0]: 7},
+        },
+    ]
+    paths = {f"a{n}": folder / f"a{n}" for n in range(2)}
+    made = [
+        adapter(family, base, paths[f"a{n}"], n, **kind, **config) for n, kind in enumerate(kinds)
+    ]
+    return paths, made
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "adapter_config.json").read_text())
+
+
+def told(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "personae.json").read_text())
+
+
+def settings(method: str, **rest: Any) -> MergeSettings:
+    own = {name: rest.pop(name) for name in list(rest) if name in MergeSettings.model_fields}
+    return MergeSettings(method=method, parameters=rest, output="adapter", **own)
+
+
+@each_family
+def test_sums_of_adapters_are_exact(tmp_path: Path, family: Family) -> None:
+    """With weights below zero, scaling once, and modules that only one of them adapts."""
+    paths, experts = two(family, tmp_path)
+    weights = [0.7, -1.3]
+    own = tuple({"weight": weight} for weight in weights)
+    how = settings("task_arithmetic", expert_parameters=own)
+    out = merge(tmp_path / "base", paths, tmp_path / "out", settings=how)
+    assert_same(written(family, tmp_path / "base", out), weighted(experts, weights))
+    assert told(out)["rank"] == config_of(out)["r"] == 5 and told(out)["lost"] < 1e-10
+    assert config_of(out)["fan_in_fan_out"] == (family.of == "GPT2LMHeadModel")
+
+
+@each_family
+def test_an_average_is_exact(tmp_path: Path, family: Family) -> None:
+    paths, experts = two(family, tmp_path)
+    out = merge(tmp_path / "base", paths, tmp_path / "out", settings=settings("linear"))
+    assert_same(written(family, tmp_path / "base", out), weighted(experts, [0.5, 0.5]))
+
+
+def test_an_adapter_less_itself_is_zero(tmp_path: Path) -> None:
+    """PEFT's `linear` gives something else: it subtracts A from A and adds B to B."""
+    family = FAMILIES["llama"]
+    base = toy_llama(tmp_path / "base")
+    adapter(family, base, tmp_path / "a", 0, r=2, target_modules=["q_proj"])
+    own = ({"weight": 1.0}, {"weight": -1.0})
+    how = settings("task_arithmetic", expert_parameters=own)
+    paths = {"one": tmp_path / "a", "same": tmp_path / "a"}
+    out = merge(base, paths, tmp_path / "out", settings=how)
+    found = written(family, base, out)
+    assert found and all(delta.abs().max() < 1e-8 for delta in found.values())
+    assert told(out)["lost"] == 0.0
+
+
+def added(family: Family, folder: Path, weights: list[float], **how: Any) -> Deltas:
+    """The deltas that PEFT gives of both adapters with `add_weighted_adapter`."""
+    model: Any = PeftModel.from_pretrained(model_of(family, folder / "base"), str(folder / "a0"))
+    model.load_adapter(str(folder / "a1"), adapter_name="other")
+    model.add_weighted_adapter(["default", "other"], weights, "both", **how)
+    return deltas_of(model, "both")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_of_one_kind_it_is_what_peft_concatenates_and_decomposes(
+    tmp_path: Path, family: str
+) -> None:
+    """`cat` is the default rank, `svd` is a rank that is asked for."""
+    one = FAMILIES[family]
+    base = one.build(tmp_path / "base")
+    paths = {f"a{n}": tmp_path / f"a{n}" for n in range(2)}
+    for seed, path in enumerate(paths.values()):
+        adapter(one, base, path, seed, r=2, lora_alpha=3, target_modules=one.targets)
+    weights = [0.6, 1.1]
+    own = tuple({"weight": weight} for weight in weights)
+    for how, kind in (({}, {}), ({"rank": 2}, {"svd_rank": 2})):
+        given = settings("task_arithmetic", expert_parameters=own, **how)
+        out = merge(base, paths, tmp_path / f"out{len(how)}", settings=given)
+        combination = "svd" if kind else "cat"
+        theirs = added(one, tmp_path, weights, combination_type=combination, **kind)
+        assert_same(written(one, base, out), theirs)
+        linear = added(one, tmp_path, weights, combination_type="linear")
+        ours = written(one, base, out)
+        assert all((ours[name] - linear[name]).norm() > 0.1 * ours[name].norm() for name in ours)
+
+
+def ties(stack: Tensor, density: float) -> Tensor:
+    """The paper's steps on one tensor, in fp64, with all of a tensor's entries trimmed together."""
+    flat = stack.flatten(1)
+    kept = int(density * flat.shape[1])
+    thresholds = flat.abs().topk(kept, dim=1).values[:, -1:]
+    trimmed = flat * (flat.abs() >= thresholds)
+    signs = trimmed.sum(dim=0).sign()
+    agreeing = (trimmed * signs).clamp(min=0)
+    merged = signs * agreeing.sum(dim=0) / (agreeing > 0).sum(dim=0).clamp(min=1)
+    return merged.view(stack.shape[1:])
+
+
+@each_family
+def test_other_methods_are_cut_to_a_rank_and_the_loss_is_told(
+    tmp_path: Path, family: Family
+) -> None:
+    paths, experts = two(family, tmp_path)
+    how = settings("ties", density=0.4, scope="tensor", rank=4)
+    out = merge(tmp_path / "base", paths, tmp_path / "out", settings=how)
+    merged: Deltas = {}
+    for name in {*experts[0], *experts[1]}:
+        shape = next(e[name] for e in experts if name in e)
+        merged[name] = ties(
+            torch.stack([e.get(name, torch.zeros_like(shape)) for e in experts]), 0.4
+        )
+    wanted = {name: truncated(delta, 4) for name, delta in merged.items()}
+    assert_same(written(family, tmp_path / "base", out), wanted)
+    total = sum(float(delta.norm()) ** 2 for delta in merged.values())
+    missed = sum(float((merged[n] - wanted[n]).norm()) ** 2 for n in merged)
+    assert told(out)["rank"] == 4
+    assert told(out)["lost"] == pytest.approx(missed / total, rel=1e-3)
+
+
+def usable() -> list[str]:
+    """Methods of task vectors."""
+    return sorted(n for n, m in MERGE_METHODS.items() if m.needs not in ("models", "experts"))
+
+
+@pytest.mark.parametrize("method", usable())
+def test_at_full_rank_it_is_the_merged_model(tmp_path: Path, method: str) -> None:
+    """Of every method, drawn masks and passes over the model included."""
+    family = FAMILIES["llama"]
+    paths, _ = two(family, tmp_path)
+    if method == "nearswap":  # the base is one of its two
+        paths = {"a1": paths["a1"]}
+    base, parameters = tmp_path / "base", {"t": 0.5} if method in ("nearswap", "nuslerp") else {}
+    how = settings(method, rank=16, **parameters)
+    out = merge(base, paths, tmp_path / "out", settings=how)
+    model = MergeSettings(method=method, parameters=parameters)
+    full = load(merge(base, paths, tmp_path / "model", settings=model))
+    found, before = written(family, base, out), load(base)
+    for name, delta in found.items():
+        wanted = full[f"{name}.weight"].double() - before[f"{name}.weight"].double()
+        assert (delta - wanted).norm() < 1e-5 * before[f"{name}.weight"].norm()
+    assert any(delta.norm() > 0.01 for delta in found.values())
