@@ -24,7 +24,7 @@ from personae.commands.merge_plan import plan_merge
 from personae.errors import CheckpointError, RecipeError
 from personae.methods import MERGE_METHODS
 from personae.run.work import Work
-from toys import load, toy_bert, toy_gpt2, toy_llama, toy_t5, toy_vit
+from toys import WEIGHTS, load, toy_bert, toy_gpt2, toy_llama, toy_t5, toy_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -250,7 +250,7 @@ def test_at_full_rank_it_is_the_merged_model(tmp_path: Path, method: str) -> Non
     paths, _ = two(family, tmp_path)
     if method == "nearswap":  # the base is one of its two
         paths = {"a1": paths["a1"]}
-    base, parameters = tmp_path / "base", {"t": 0.5} if method in ("nearswap", "nuslerp") else {}
+    base, parameters = tmp_path / "base", {"t": 0.5} if method == "nearswap" else {}
     how = settings(method, rank=16, **parameters)
     out = merge(base, paths, tmp_path / "out", settings=how)
     model = MergeSettings(method=method, parameters=parameters)
@@ -260,3 +260,36 @@ def test_at_full_rank_it_is_the_merged_model(tmp_path: Path, method: str) -> Non
         wanted = full[f"{name}.weight"].double() - before[f"{name}.weight"].double()
         assert (delta - wanted).norm() < 1e-5 * before[f"{name}.weight"].norm()
     assert any(delta.norm() > 0.01 for delta in found.values())
+
+
+@each_family
+def test_values_of_the_base_are_not_read(tmp_path: Path, family: Family) -> None:
+    """They are not even numbers: neither a sum nor thresholds over the model ask for them."""
+    paths, _ = two(family, tmp_path)
+    base = tmp_path / "base"
+    hows = (settings("average"), settings("ties", density=0.4), settings("drm", rank=3))
+    outs = [merge(base, paths, tmp_path / f"out{n}", settings=how) for n, how in enumerate(hows)]
+    state = load(base)
+    save_file({n: torch.full_like(t, torch.nan) for n, t in state.items()}, base / WEIGHTS)
+    for n, how in enumerate(hows):
+        again = merge(base, paths, tmp_path / f"again{n}", settings=how)
+        assert_same_files(outs[n], again)
+
+
+@each_family
+def test_no_base_has_to_be_at_hand(tmp_path: Path, family: Family) -> None:
+    paths, experts = two(family, tmp_path)
+    for method, parameters in {"average": {}, "ties": {"density": 0.4}}.items():
+        how = settings(method, **parameters)
+        out = merge(tmp_path / "base", paths, tmp_path / method, settings=how)
+        again = merge(None, paths, tmp_path / f"{method}-alone", settings=how)
+        assert_same(
+            written(family, tmp_path / "base", again), written(family, tmp_path / "base", out)
+        )
+        assert config_of(again)["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """But for the README, which says what it is called."""
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()

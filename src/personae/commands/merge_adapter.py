@@ -229,6 +229,7 @@ def _card(
     recipe: str | None,
 ) -> str:
     settings, family = merge.part.settings, merge.job.family
+    base = None if merge.part.base is None else family.base.source
     places = {name: expert.checkpoint.source for name, expert in family.experts.items()}
     name = source.base.partition("@")[0]
     made = f"merged by {code(settings.merge_method().name)} from the adapters "
@@ -243,7 +244,7 @@ def _card(
         rows=export_report.rows(told),
         notes=[*notes],
         versions={"personae": __version__, "torch": version("torch")},
-        recipe=recipe or merge_recipe_text(family.base.source, places, settings),
+        recipe=recipe or merge_recipe_text(base, places, settings),
     )
     return adapter_card(facts)
 

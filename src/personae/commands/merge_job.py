@@ -12,6 +12,7 @@ import torch
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.adapter import adapter_of
+from personae.checkpoints.adapter_base import base_of_adapters
 from personae.checkpoints.naming import left_out, matches, patterns, shown
 from personae.errors import CheckpointError, Faults, RecipeError
 from personae.family.align import reference_name, trained_apart
@@ -171,6 +172,8 @@ def open_to_merge(base: Any, experts: Mapping[str, Any], settings: MergeSettings
             the headers that keeps the experts from being merged.
     """
     settings.check(list(experts))
+    if base is None and settings.output == "adapter":
+        base = base_of_adapters(experts)
 
     def is_merged(name: str) -> bool:
         return not left_out([name], settings.skip, settings.only)
