@@ -28,6 +28,7 @@ from toys import WEIGHTS, load, toy_bert, toy_gpt2, toy_llama, toy_t5, toy_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+RECIPES = Path(__file__).parents[2] / "recipes" / "adapters"
 Deltas = dict[str, Tensor]
 
 
@@ -278,7 +279,7 @@ def test_values_of_the_base_are_not_read(tmp_path: Path, family: Family) -> None
 
 @each_family
 def test_no_base_has_to_be_at_hand(tmp_path: Path, family: Family) -> None:
-    paths, experts = two(family, tmp_path)
+    paths, _ = two(family, tmp_path)
     for method, parameters in {"average": {}, "ties": {"density": 0.4}}.items():
         how = settings(method, **parameters)
         out = merge(tmp_path / "base", paths, tmp_path / method, settings=how)
@@ -293,3 +294,237 @@ def assert_same_files(one: Path, other: Path) -> None:
     """But for the README, which says what it is called."""
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def whole_values(model: Any, module: str) -> dict[str, Tensor]:
+    """The tensors of a module that is saved whole, in fp64."""
+    found = model.base_model.model.get_submodule(module).modules_to_save["default"]
+    return {name: value.double() for name, value in found.state_dict().items()}
+
+
+def test_modules_saved_whole_are_merged_and_stay_so(tmp_path: Path) -> None:
+    """The base's values are read there; an expert that does not save one leaves it alone."""
+    family = FAMILIES["bert"]
+    base = toy_bert(tmp_path / "base")
+    common = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS"}
+    adapter(family, base, tmp_path / "a0", 0, **common)
+    adapter(family, base, tmp_path / "a1", 1, **common, modules_to_save=["pooler.dense"])
+    paths = {f"a{n}": tmp_path / f"a{n}" for n in range(2)}
+    own = ({"weight": 0.5}, {"weight": 0.25})
+    how = settings("task_arithmetic", expert_parameters=own)
+    out = merge(base, paths, tmp_path / "out", settings=how)
+    assert config_of(out)["modules_to_save"] == ["classifier", "pooler.dense"]
+    assert config_of(out)["task_type"] == "SEQ_CLS"
+    models = [loaded(family, base, path) for path in (*paths.values(), out)]
+    before = load(base)
+    for name in ("weight", "bias"):
+        head = before[f"classifier.{name}"].double()
+        a, b, found = (whole_values(model, "classifier")[name] for model in models)
+        wanted = head + 0.5 * (a - head) + 0.25 * (b - head)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+        pooler = before[f"bert.pooler.dense.{name}"].double()
+        b, found = (whole_values(model, "bert.pooler.dense")[name] for model in models[1:])
+        wanted = pooler + 0.25 * (b - pooler)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    rows = {(row["kind"], row["carried"], row["tensors"]) for row in told(out)["changed"]}
+    assert rows == {
+        ("linear", "factors", 2),
+        ("linear", "whole", 1),
+        ("bias", "whole", 1),
+        ("head", "whole", 2),
+    }
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_of_adapters_are_merged(tmp_path: Path, bias: str) -> None:
+    family = FAMILIES["bert"]
+    base = toy_bert(tmp_path / "base")
+    paths = {f"a{n}": tmp_path / f"a{n}" for n in range(2)}
+    for n, path in enumerate(paths.values()):
+        adapter(family, base, path, n, r=2, target_modules=["query"], bias=bias)
+    out = merge(base, paths, tmp_path / "out", settings=settings("average"))
+    assert config_of(out)["bias"] == bias and config_of(out)["modules_to_save"] is None
+    merged, *experts = [
+        dict(loaded(family, base, path).merge_and_unload().state_dict())
+        for path in (out, *paths.values())
+    ]
+    for name, value in merged.items():
+        wanted = torch.stack([expert[name].double() for expert in experts]).mean(dim=0)
+        torch.testing.assert_close(value.double(), wanted, rtol=0, atol=1e-6)
+    before = load(base)
+    changed = {name for name in merged if not torch.equal(merged[name], before[name])}
+    assert any(name.endswith("query.bias") for name in changed)
+    assert any(name.endswith("key.bias") for name in changed) == (bias == "all")
+
+
+def test_factors_of_embeddings_and_convolutions(tmp_path: Path) -> None:
+    gpt2 = FAMILIES["gpt2"]
+    vit = Family(toy_vit, "ViTForImageClassification", [], [])
+    for number, (family, target) in enumerate([(gpt2, "wte"), (vit, "projection")]):
+        folder = tmp_path / str(number)
+        base = family.build(folder / "base")
+        paths = {f"a{n}": folder / f"a{n}" for n in range(2)}
+        experts = [
+            adapter(family, base, path, n, r=2 + n, target_modules=[target, "query", "c_attn"])
+            for n, path in enumerate(paths.values())
+        ]
+        own = ({"weight": 1.0}, {"weight": -0.5})
+        how = settings("task_arithmetic", expert_parameters=own)
+        out = merge(base, paths, folder / "out", settings=how)
+        assert any(target in name for name in experts[0])
+        assert_same(written(family, base, out), weighted(experts, [1.0, -0.5]))
+        how = settings("ties", density=0.5, rank=16)
+        out = merge(base, paths, folder / "ties", settings=how)
+        model = MergeSettings(method="ties", parameters={"density": 0.5})
+        full = load(merge(base, paths, folder / "model", settings=model))
+        for name, value in loaded(family, base, out).merge_and_unload().state_dict().items():
+            if name in full:
+                torch.testing.assert_close(value, full[name], rtol=1e-4, atol=1e-5)
+
+
+def test_each_module_its_rank(tmp_path: Path) -> None:
+    family = FAMILIES["llama"]
+    paths, experts = two(family, tmp_path)
+    how = settings("task_arithmetic", rank_pattern=True)
+    out = merge(tmp_path / "base", paths, tmp_path / "out", settings=how)
+    stored = load_file(out / "adapter_model.safetensors")
+    ranks = {n.split(".")[-3]: t.shape[0] for n, t in stored.items() if "lora_A" in n}
+    assert ranks == {"q_proj": 2, "v_proj": 5, "up_proj": 1}
+    assert_same(written(family, tmp_path / "base", out), weighted(experts, [1.0, 1.0]))
+
+
+def test_ranks_by_energy_and_by_budget(tmp_path: Path) -> None:
+    family = FAMILIES["llama"]
+    paths, experts = two(family, tmp_path)
+    base, wanted = tmp_path / "base", weighted(experts, [0.5, 0.5])
+    out = merge(base, paths, tmp_path / "energy", settings=settings("average", energy=0.9))
+    rank = max(
+        1 + int((torch.linalg.svdvals(d).square().cumsum(0) < 0.9 * d.norm() ** 2).sum())
+        for d in wanted.values()
+    )
+    assert told(out)["rank"] == rank < 5
+    assert_same(written(family, base, out), {n: truncated(d, rank) for n, d in wanted.items()})
+    how = settings("average", budget=3000, dtype="bfloat16")
+    out = merge(base, paths, tmp_path / "budget", settings=how)
+    size = (out / "adapter_model.safetensors").stat().st_size
+    larger = plan_merge(
+        base, paths, settings("average", rank=told(out)["rank"] + 1, dtype="bfloat16")
+    )
+    assert size == told(out)["bytes"] <= 3000 < larger.bytes_out
+    assert {t.dtype for t in load_file(out / "adapter_model.safetensors").values()} == {
+        torch.bfloat16
+    }
+
+
+@pytest.mark.parametrize("method", ["average", "ties"])
+def test_the_plan_is_what_comes_out(tmp_path: Path, method: str) -> None:
+    paths, _ = two(FAMILIES["bert"], tmp_path)
+    how = settings(method)
+    plan = plan_merge(tmp_path / "base", paths, how)
+    out = merge(
+        tmp_path / "base", paths, tmp_path / "out", settings=how, work=Work(memory=plan.largest)
+    )
+    size = (out / "adapter_model.safetensors").stat().st_size
+    assert plan.adapter is not None
+    assert plan.adapter.rank == told(out)["rank"] == (5 if method == "average" else 3)
+    assert plan.adapter.exact == (method == "average")
+    assert plan.bytes_out == plan.adapter.bytes == size
+    assert plan.adapter.modules == told(out)["modules"]
+
+
+def refused(*arguments: Any, **named: Any) -> str:
+    with pytest.raises((CheckpointError, RecipeError)) as error:
+        merge(*arguments, **named)
+    return str(error.value)
+
+
+def test_what_is_no_adapter_is_refused_with_all_else(tmp_path: Path) -> None:
+    family = FAMILIES["llama"]
+    base = toy_llama(tmp_path / "base")
+    toy_llama(tmp_path / "full", seed=3)
+    adapter(family, base, tmp_path / "a", 0, r=2, target_modules=["q_proj"])
+    adapter(family, base, tmp_path / "dora", 0, r=2, target_modules=["q_proj"], use_dora=True)
+    adapter(family, base, tmp_path / "biased", 0, r=2, target_modules=["q_proj"], lora_bias=True)
+    tokens = {"trainable_token_indices": [1, 2]}
+    adapter(family, base, tmp_path / "tokens", 0, r=2, target_modules=["q_proj"], **tokens)
+    given = {name: tmp_path / name for name in ("a", "full", "dora", "biased", "tokens")}
+    text = refused(base, given, tmp_path / "out", settings=settings("ties"))
+    assert "'use_dora' is True" in text and "'lora_bias' is True" in text
+    assert "'trainable_token_indices' is [1, 2]" in text and "personae export" in text
+    text = refused(
+        base, {"a": given["a"], "f": given["full"]}, tmp_path / "out", settings=settings("ties")
+    )
+    assert "Expert 'f' is not a LoRA adapter, and 'output: adapter'" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_unlike_bases_and_heads_of_ones_own_are_refused(tmp_path: Path) -> None:
+    family = FAMILIES["bert"]
+    base = toy_bert(tmp_path / "base")
+    small = tmp_path / "headless"
+    model_of(family, base).bert.save_pretrained(small)
+    for n in range(2):
+        adapter(
+            family, base, tmp_path / f"a{n}", n, r=2, target_modules=["query"], task_type="SEQ_CLS"
+        )
+    paths = {f"a{n}": tmp_path / f"a{n}" for n in range(2)}
+    text = refused(small, paths, tmp_path / "out", settings=settings("average"))
+    assert "Expert 'a0' stores whole what the base does not have" in text
+    assert "classifier.bias" in text and "skip" in text
+    how = settings("average", skip=("classifier.*",))
+    out = merge(small, paths, tmp_path / "out", settings=how)
+    assert config_of(out)["modules_to_save"] is None
+    other = json.loads((tmp_path / "a1" / "adapter_config.json").read_text())
+    other["base_model_name_or_path"] = "org/other"
+    (tmp_path / "a1" / "adapter_config.json").write_text(json.dumps(other))
+    text = refused(None, paths, tmp_path / "alone", settings=settings("average"))
+    assert "'a1' org/other" in text and "base_model" in text
+    wide = toy_llama(tmp_path / "llama")
+    text = refused(wide, paths, tmp_path / "alone", settings=settings("average"))
+    assert "adapts modules whose weight the base does not have" in text
+
+
+def test_weights_that_are_not_finite_leave_nothing(tmp_path: Path) -> None:
+    paths, _ = two(FAMILIES["llama"], tmp_path)
+    file = paths["a1"] / "adapter_model.safetensors"
+    state = load_file(file)
+    name = next(name for name in state if "layers.1" in name and "v_proj.lora_B" in name)
+    state[name][0, 0] = torch.inf
+    save_file(state, file)
+    for method in ("average", "ties"):
+        text = refused(tmp_path / "base", paths, tmp_path / "out", settings=settings(method))
+        assert "Expert 'a1'" in text and "layers.1.self_attn.v_proj.weight" in text
+        assert not (tmp_path / "out").exists()
+
+
+def command(*arguments: str) -> str:
+    from typer.testing import CliRunner
+
+    from personae.cli import app
+
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_merged_as_they_stand(tmp_path: Path, path: Path) -> None:
+    """By the command, after its plan; without a base where the recipe names none."""
+    family = FAMILIES["llama"]
+    base = toy_llama(tmp_path / "models" / "llama")
+    for n, name in enumerate(("news", "law", "code")):
+        adapter(family, base, tmp_path / "adapters" / name, n, r=2, target_modules=["q_proj"])
+    recipe = tmp_path / path.name
+    recipe.write_text(path.read_text("utf-8"), "utf-8")
+    planned = command("plan", str(recipe))
+    out = tmp_path / "out"
+    output = command("merge", str(recipe), str(out))
+    rank = told(out)["rank"]
+    assert rank == (4 if path.stem == "linear" else 16)
+    assert f"rank {rank} (exact) for 2 modules, float32" in planned or rank == 16
+    assert f"rank {rank} for 2 modules, float32" in output
+    assert "lost in all" in output and "% of the squared norm" in output
+    assert len(written(family, base, out)) == 2
+    facts = json.loads(command("merge", str(recipe), str(out), "--overwrite", "--json"))
+    assert facts["adapter"]["lost"] == told(out)["lost"]
+    assert path.read_text("utf-8").rstrip() in (out / "README.md").read_text("utf-8")

@@ -113,7 +113,8 @@ def export(
         console.out.print(f"adapter in {written}", markup=False)
 
 
-def _show(found: Mapping[str, Any]) -> None:
+def show_adapter(found: Mapping[str, Any]) -> None:
+    """Print what an adapter keeps and what it does not."""
     up_to = "up to " if found["ranks"] else ""
     console.out.print(
         f"rank {up_to}{found['rank']} for {found['modules']} modules, {found['dtype']}, "

@@ -26,6 +26,7 @@ from personae.errors import CheckpointError
 from personae.family.carried import Carried, Model, describe
 from personae.family.joint_adapter import join
 from personae.recipe import MergePart, merge_recipe_text
+from personae.run.changes import Changes
 from personae.run.extract import Measured, as_matrix, extracting_bytes, measure, write_adapter
 from personae.run.output import RECORD_NAME
 from personae.run.work import Work
@@ -203,7 +204,7 @@ def write_merged_adapter(
     return out
 
 
-def _source(merge: AdapterMerge, changes: Any) -> Source:
+def _source(merge: AdapterMerge, changes: Changes) -> Source:
     """The merge as what an adapter is made from, for reports."""
     family, joint = merge.job.family, merge.joint
     model: Model = describe(family.base.specs, (), tied=family.base.tied, says_tied=False)
@@ -212,7 +213,7 @@ def _source(merge: AdapterMerge, changes: Any) -> Source:
         name=names,
         place=names,
         changes=changes,
-        model=replace(model, places=model.places | joint.factors),
+        model=replace(model, places={**model.places, **joint.factors}),
         base=joint.base or family.base.source,
         revision=joint.revision if joint.base else family.base.revision,
         task_type=joint.task_type,

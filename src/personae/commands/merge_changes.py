@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from personae.commands.merge_job import MergeJob
-from personae.family.chunks import Chunk
+from personae.family.chunks import Chunk, Item
 from personae.family.joint_adapter import JointAdapter
 from personae.methods import NotFinite, Statistics
 from personae.run.changes import Changes, Factors
@@ -24,7 +24,7 @@ def of_merge(job: MergeJob, joint: JointAdapter, work: Work) -> Changes:
     Raises:
         CheckpointError: naming every weight that is not finite.
     """
-    merged = _Merged(job, joint, _statistics(job, work))
+    merged = _Merged(job, joint, _statistics(job, joint, work))
     specs = job.family.base.specs
     return Changes(
         specs=specs,
@@ -41,9 +41,8 @@ def of_merge(job: MergeJob, joint: JointAdapter, work: Work) -> Changes:
 
 
 def is_sum(job: MergeJob, name: str) -> bool:
-    """Whether the merged delta of a weight is a sum of task vectors that are exact factors."""
-    linear = job.method_of(name).coefficients(job.stacks.experts) is not None
-    return linear and name in job.merged and len(job.family.base.specs[name].shape) == 2
+    """Whether the merged delta of an adapted weight is a sum of the task vectors."""
+    return name in job.merged and job.method_of(name).coefficients(job.stacks.experts) is not None
 
 
 def merging_bytes(job: MergeJob, name: str) -> int:
@@ -51,14 +50,19 @@ def merging_bytes(job: MergeJob, name: str) -> int:
     entries = job.family.base.specs[name].numel
     chunks, undivided = job.pieces[name]
     merging = max(job.chunk_cost(chunk, undivided) for chunk in chunks)
-    return 8 * entries + (0 if is_sum(job, name) else merging)
+    in_factors = is_sum(job, name) and len(job.family.base.specs[name].shape) == 2
+    return 8 * entries + (0 if in_factors else merging)
 
 
-def _statistics(job: MergeJob, work: Work) -> Statistics | None:
+def _statistics(job: MergeJob, joint: JointAdapter, work: Work) -> Statistics | None:
     if not job.method.has_passes() or job.per_tensor:
         return None
-    items = job.merged_items
-    return passes_over_family(job.method_of, job.stacks, items, job.cost, work, late=False)
+    items = job.items_of(joint.tensors & job.merged)
+
+    def cost(item: Item) -> int:
+        return max(job.chunk_cost(chunk, item.whole) for chunk in item.chunks)
+
+    return passes_over_family(job.method_of, job.stacks, items, cost, work, late=False)
 
 
 @dataclass(frozen=True)

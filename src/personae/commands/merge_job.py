@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -77,8 +77,12 @@ class MergeJob:
     @property
     def merged_items(self) -> list[Item]:
         """The items of merged tensors, for passes over the whole model."""
+        return self.items_of(self.merged)
+
+    def items_of(self, names: Collection[str]) -> list[Item]:
+        """The items of these tensors, without what they hold of others."""
         kept = [
-            replace(item, chunks=tuple(p for p in item.chunks if p.spec.name in self.merged))
+            replace(item, chunks=tuple(p for p in item.chunks if p.spec.name in names))
             for item in self.items
         ]
         return [item for item in kept if item.chunks]
