@@ -206,6 +206,25 @@ def test_of_one_kind_it_is_what_peft_concatenates_and_decomposes(
         assert all((ours[name] - linear[name]).norm() > 0.1 * ours[name].norm() for name in ours)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_peft_does_on_deltas_is_the_same(tmp_path: Path, family: str) -> None:
+    """Its `ties_svd` and `magnitude_prune_svd`, which trim each matrix alone."""
+    one = FAMILIES[family]
+    base = one.build(tmp_path / "base")
+    paths = {f"a{n}": tmp_path / f"a{n}" for n in range(2)}
+    for seed, path in enumerate(paths.values()):
+        adapter(one, base, path, seed, r=2, lora_alpha=3, target_modules=one.targets)
+    pruned = settings("breadcrumbs", density=0.5, gamma=0.0, scale=1.0, weight=0.8, rank=4)
+    hows = {
+        "ties_svd": ([1.0, 1.0], settings("ties", density=0.5, scope="tensor", rank=4)),
+        "magnitude_prune_svd": ([0.8, 0.8], pruned),
+    }
+    for kind, (weights, how) in hows.items():
+        out = merge(base, paths, tmp_path / kind, settings=how)
+        theirs = added(one, tmp_path, weights, combination_type=kind, density=0.5, svd_rank=4)
+        assert_same(written(one, base, out), theirs)
+
+
 def ties(stack: Tensor, density: float) -> Tensor:
     """The paper's steps on one tensor, in fp64, with all of a tensor's entries trimmed together."""
     flat = stack.flatten(1)
@@ -458,30 +477,58 @@ def test_what_is_no_adapter_is_refused_with_all_else(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_unlike_bases_and_heads_of_ones_own_are_refused(tmp_path: Path) -> None:
+def test_the_base_may_be_named_as_without_a_head(tmp_path: Path) -> None:
+    """Heads that it lacks have no difference to merge; modules are called as the experts do."""
     family = FAMILIES["bert"]
     base = toy_bert(tmp_path / "base")
-    small = tmp_path / "headless"
+    small, paths = tmp_path / "headless", {f"a{n}": tmp_path / f"a{n}" for n in range(2)}
     model_of(family, base).bert.save_pretrained(small)
-    for n in range(2):
-        adapter(
-            family, base, tmp_path / f"a{n}", n, r=2, target_modules=["query"], task_type="SEQ_CLS"
-        )
-    paths = {f"a{n}": tmp_path / f"a{n}" for n in range(2)}
+    common = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS"}
+    experts = [adapter(family, base, path, n, **common) for n, path in enumerate(paths.values())]
     text = refused(small, paths, tmp_path / "out", settings=settings("average"))
     assert "Expert 'a0' stores whole what the base does not have" in text
     assert "classifier.bias" in text and "skip" in text
     how = settings("average", skip=("classifier.*",))
     out = merge(small, paths, tmp_path / "out", settings=how)
     assert config_of(out)["modules_to_save"] is None
-    other = json.loads((tmp_path / "a1" / "adapter_config.json").read_text())
-    other["base_model_name_or_path"] = "org/other"
-    (tmp_path / "a1" / "adapter_config.json").write_text(json.dumps(other))
-    text = refused(None, paths, tmp_path / "alone", settings=settings("average"))
-    assert "'a1' org/other" in text and "base_model" in text
-    wide = toy_llama(tmp_path / "llama")
-    text = refused(wide, paths, tmp_path / "alone", settings=settings("average"))
+    model = PeftModel.from_pretrained(model_of(family, base), str(out))
+    assert_same(deltas_of(model), weighted(experts, [0.5, 0.5]))
+    plain = Family(toy_bert, "BertModel", [], [])
+    adapter(plain, small, paths["a1"], 1, r=2, target_modules=["query"])
+    text = refused(small, paths, tmp_path / "mixed", settings=how)
+    assert "Expert 'a1' adapts encoder.layer.0.attention.self.query.weight where 'a0' has " in text
+    assert "bert.encoder.layer.0.attention.self.query.weight" in text
+
+
+def test_adapters_of_unlike_bases_are_refused(tmp_path: Path) -> None:
+    paths, _ = two(FAMILIES["llama"], tmp_path)
+    wide = toy_bert(tmp_path / "bert")
+    text = refused(wide, paths, tmp_path / "out", settings=settings("average"))
     assert "adapts modules whose weight the base does not have" in text
+    other = json.loads((paths["a1"] / "adapter_config.json").read_text())
+    other["base_model_name_or_path"] = "org/other"
+    (paths["a1"] / "adapter_config.json").write_text(json.dumps(other))
+    text = refused(None, paths, tmp_path / "out", settings=settings("average"))
+    assert "'a1' org/other" in text and "base_model" in text
+    merge(tmp_path / "base", paths, tmp_path / "out", settings=settings("average"))
+    assert config_of(tmp_path / "out")["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+def test_factors_of_image_trainers_become_an_adapter_of_peft(tmp_path: Path) -> None:
+    """Their alphas are folded in; modules are called as the base's."""
+    family = FAMILIES["llama"]
+    base = toy_llama(tmp_path / "base")
+    draw = torch.Generator().manual_seed(0)
+    module, wanted = "model.layers.1.self_attn.q_proj", torch.zeros(16, 16, dtype=torch.float64)
+    for n in range(2):
+        down, up = (torch.randn(shape, generator=draw) for shape in ((2, 16), (16, 2)))
+        wanted += 0.5 * (3.0 + n) / 2 * up.double() @ down.double()
+        state = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(3.0 + n)}
+        save_file({f"{module}.{k}": t for k, t in state.items()}, tmp_path / f"a{n}.safetensors")
+    paths = {f"a{n}": tmp_path / f"a{n}.safetensors" for n in range(2)}
+    out = merge(base, paths, tmp_path / "out", settings=settings("average"))
+    assert_same(written(family, base, out), {module: wanted})
+    assert config_of(out)["target_modules"] == [module]
 
 
 def test_weights_that_are_not_finite_leave_nothing(tmp_path: Path) -> None:
@@ -504,7 +551,7 @@ def command(*arguments: str) -> str:
 
     result = CliRunner().invoke(app, list(arguments))
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

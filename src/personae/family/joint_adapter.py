@@ -13,8 +13,10 @@ from personae.checkpoints.adapter import Adapter, adapter_of
 from personae.checkpoints.naming import left_out, shown
 from personae.checkpoints.unread import Unread
 from personae.errors import Faults
-from personae.family.carried import target_names
+from personae.family.carried import HEADS_OF, target_names
 from personae.family.opened import Family
+
+_CLASS = "base_model_class"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class JointAdapter:
         dtype: The widest of the experts' factors.
         base: What the experts say they are for, if they say the same.
         revision: The commit of that.
-        task_type: PEFT's type of their task, if they say the same.
+        task_type: PEFT's type of their task, if they say the same and a head that it asks for is
+            stored: PEFT loads no such adapter without.
         model_class: The class of their model, if they say the same.
     """
 
@@ -92,6 +95,8 @@ def join(family: Family, skip: Sequence[str], only: Sequence[str]) -> JointAdapt
     factors = {name: _module(places[name][0]) for name in kept if name not in stored}
     whole = {place: name for name in kept if name in stored for place in places[name]}
     saved = _saved(adapters, whole)
+    task_type = _same([a.config.task_type for a in adapters])
+    heads = HEADS_OF.get(task_type or "")
     biases = [p for p in whole if not any(_ends(_module(p), module) for module in saved)]
     of_adapted = all(_module(place) in factors.values() for place in biases)
     hows = [(n, a.adapted[n], a) for a in adapters for n in a.adapted if n in factors]
@@ -105,14 +110,14 @@ def join(family: Family, skip: Sequence[str], only: Sequence[str]) -> JointAdapt
         transposed=frozenset(n for n, how, _ in hows if how.transposed),
         embeddings=frozenset(n for n, how, _ in hows if how.pair.embedding),
         whole=whole,
-        saved=saved,
+        saved=tuple(sorted(saved)),
         bias="none" if not biases else "lora_only" if of_adapted else "all",
         targets=tuple(sorted(modules.get(target, target) for target in targets)),
         dtype=max((a.factors_dtype for a in adapters), key=lambda dtype: dtype.itemsize),
         base=_same([a.trained_on for a in adapters]),
         revision=_same([a.config.revision for a in adapters]),
-        task_type=_same([a.config.task_type for a in adapters]),
-        model_class=_same([a.model_class for a in adapters]),
+        task_type=task_type if heads is None or not saved.isdisjoint(heads) else None,
+        model_class=_same([(a.config.auto_mapping or {}).get(_CLASS) for a in adapters]),
     )
 
 
@@ -159,14 +164,14 @@ def _unlike_places(
             )
 
 
-def _saved(adapters: Collection[Adapter], whole: Mapping[str, str]) -> tuple[str, ...]:
+def _saved(adapters: Collection[Adapter], whole: Mapping[str, str]) -> frozenset[str]:
     """The names in `modules_to_save` of which something is stored; embeddings need no name."""
     names = {name for adapter in adapters for name in adapter.config.modules_to_save or ()}
     modules = {_module(place) for place in whole}
     named = {name for name in names if any(_ends(module, name) for module in modules)}
     weights = {_module(place) for place in whole if not place.endswith(".bias")}
     others = {m for m in weights if not any(_ends(m, name) for name in named)}
-    return tuple(sorted(named | others))
+    return frozenset(named | others)
 
 
 def _is_own(adapter: Adapter, name: str) -> bool:
