@@ -141,15 +141,15 @@ def _of_engines(rank: int, carried: Carried, ranks_differ: bool) -> list[str]:
     enough = next((most for most in _VLLM_RANKS if most >= rank), None)
     if enough is None:
         found.append(
-            f"rank {rank} is above what vLLM loads ({_VLLM_RANKS[-1]}); PEFT has no limit. Give "
-            f"--max-rank {_VLLM_RANKS[-1]}, or a smaller --rank"
+            f"rank {rank} is above what vLLM loads ({_VLLM_RANKS[-1]}); PEFT has no limit. Ask "
+            f"for a smaller rank, or bound it (max rank {_VLLM_RANKS[-1]})"
         )
     elif enough > _VLLM_RANKS[0]:
         found.append(f"vLLM needs --max-lora-rank {enough} (its default is {_VLLM_RANKS[0]})")
     if ranks_differ:
         found.append(
             "ranks differ between modules, which PEFT and vLLM read right; llama.cpp scales such "
-            "adapters wrongly and SGLang does not load them. Without --rank-pattern there is one"
+            "adapters wrongly and SGLang does not load them. Without a rank pattern there is one"
         )
     if {*carried.saved} - _HEADS_SERVED:
         found.append(

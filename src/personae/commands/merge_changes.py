@@ -8,6 +8,7 @@ from torch import Tensor
 
 from personae.commands.merge_job import MergeJob
 from personae.family.chunks import Chunk, Item
+from personae.family.finite import converging, is_finite
 from personae.family.joint_adapter import JointAdapter
 from personae.methods import NotFinite, Statistics
 from personae.run.changes import Changes, Factors
@@ -24,7 +25,7 @@ def of_merge(job: MergeJob, joint: JointAdapter, work: Work) -> Changes:
     Raises:
         CheckpointError: naming every weight that is not finite.
     """
-    merged = _Merged(job, joint, _statistics(job, joint, work))
+    merged = _Merged(job, joint, _statistics(job, joint, work), work.torch_device)
     specs = job.family.base.specs
     return Changes(
         specs=specs,
@@ -72,6 +73,7 @@ class _Merged:
     job: MergeJob
     joint: JointAdapter
     statistics: Statistics | None
+    device: torch.device
 
     def factors(self, name: str) -> Factors | None:
         """Exact factors of a sum; None of any other."""
@@ -125,4 +127,9 @@ class _Merged:
         job = self.job
         method = job.method_of(chunk.spec.name)
         stack, site, expand, _ = job.stacks.given(method, chunk, undivided)
-        return expand(method.apply(stack, statistics, site))
+        if not is_finite(stack):
+            raise NotFinite
+        if not undivided:
+            return method.apply(stack, statistics, site)
+        with converging(chunk.spec.name):
+            return expand(method.apply(stack.to(self.device), statistics, site).cpu())
