@@ -42,6 +42,12 @@ class Adapter:
     Attributes:
         trained_on: What its configuration says it was trained on; None if it does not.
         model_class: The class it was trained with, or PEFT's type of its task, if it says one.
+        config: What it says of itself.
+        adapted: Name to how that weight is adapted.
+        whole: Names of the tensors that it stores in full.
+        places: Name of each of both to the names that the adapter itself has for it, as the model
+            in memory has them: several of a tensor that is tied.
+        factors_dtype: The widest dtype of its factors.
         base_specs: The base's own tensors.
         own_files: Names of the small files that are the adapter's own, not the base's.
     """
@@ -53,9 +59,14 @@ class Adapter:
         adapted: Mapping[str, Adapted],
         replaced: Mapping[str, str],
         config: AdapterConfig,
+        places: Mapping[str, tuple[str, ...]],
     ) -> None:
         """Combine headers; `replaced` maps names to stored names. Use `open_adapter`."""
         self.source = tensors.source
+        self.config, self.adapted, self.places = config, adapted, places
+        self.whole = frozenset(replaced)
+        of_factors = [tensors.specs[how.pair.a].dtype for how in adapted.values()]
+        self.factors_dtype = max(of_factors, key=lambda dtype: dtype.itemsize)
         self.trained_on = config.base_model_name_or_path
         self.model_class = config.model_class
         self.base_specs: Mapping[str, TensorSpec] = base.specs
@@ -77,7 +88,7 @@ class Adapter:
         }
         self.copies = base.copies & self.tied.keys()
         self._tensors, self._base = tensors, base
-        self._adapted, self._replaced = adapted, replaced
+        self._replaced = replaced
 
     def read(self, name: str) -> Shaped[Tensor, "..."]:
         """Return one tensor, fp32 where adapted; see `Checkpoint.read`.
@@ -87,7 +98,7 @@ class Adapter:
         """
         holder, key = self._holder(name)
         stored = holder.read(key)
-        return self._adapt(name, stored, 0) if name in self._adapted else stored
+        return self._adapt(name, stored, 0) if name in self.adapted else stored
 
     def read_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "rows *rest"]:
         """Return rows `start:stop`, fp32 where adapted; see `Checkpoint.read_rows`.
@@ -98,7 +109,7 @@ class Adapter:
         holder, key = self._holder(name)
         check_rows(self.source, self.specs[name], start, stop)
         stored = holder.read_rows(key, start, stop)
-        return self._adapt(name, stored, start) if name in self._adapted else stored
+        return self._adapt(name, stored, start) if name in self.adapted else stored
 
     def factors(
         self, name: str
@@ -111,7 +122,7 @@ class Adapter:
         Raises:
             CheckpointError: A file changed since it was opened.
         """
-        if name not in self._adapted or len(self.specs[name].shape) != 2:
+        if name not in self.adapted or len(self.specs[name].shape) != 2:
             return None
         if name in self._replaced:
             own, base = self._tensors.read(self._replaced[name]), self._base.read(name)
@@ -121,7 +132,16 @@ class Adapter:
 
     def same_as_base(self, name: str) -> bool:
         """Whether the adapter does not touch the tensor."""
-        return name in self.specs and name not in self._adapted and name not in self._replaced
+        return name in self.specs and name not in self.adapted and name not in self._replaced
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of what it stores itself."""
+        return sum(spec.nbytes for spec in self._tensors.specs.values())
+
+    def rank(self, name: str) -> int:
+        """Rank of the factors of an adapted weight."""
+        return self._tensors.specs[self.adapted[name].pair.a].shape[0]
 
     def close(self) -> None:
         """Release the adapter's files; the base is its opener's."""
@@ -136,7 +156,7 @@ class Adapter:
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         """Return fp32 (left, right) of the weight as a matrix (rows, the rest)."""
-        how = self._adapted[name]
+        how = self.adapted[name]
         a = self._tensors.read(how.pair.a).float().flatten(1)
         b = self._tensors.read(how.pair.b).float().flatten(1) * how.scaling
         return (a.T.contiguous(), b.T.contiguous()) if how.transposed else (b, a)
@@ -189,17 +209,22 @@ def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Ad
     replaced = without_same(replaced, tied, tensors, base)
     own = {name: tensors.specs[key] for name, key in replaced.items()}
     specs = {**base.specs, **own}
+    places: dict[str, tuple[str, ...]] = {}
+    for name in full:
+        kept = rename(name) if rename(name) in replaced else tied.get(rename(name), rename(name))
+        places[kept] = (*places.get(kept, ()), name)
     adapted: dict[str, Adapted] = {}
-    for pair, name in zip(pairs, map(rename, wanted), strict=True):
+    for pair, own, name in zip(pairs, wanted, map(rename, wanted), strict=True):
         kept = name if name in specs else tied.get(name, name)
         if kept in specs:
+            places[kept] = (*dict.fromkeys((*places.get(kept, ()), own)),)
             how = _fit(config, tensors, pair, kept, specs, faults)
             if kept in adapted:
                 check_same(tensors, adapted[kept], how, faults)
             adapted[kept] = how
     check_saved(config, tensors, [*map(rename, wanted)], replaced, tied, base, faults)
     faults.raise_if_any(CheckpointError)
-    return Adapter(tensors, base, adapted, replaced, config)
+    return Adapter(tensors, base, adapted, replaced, config, places)
 
 
 def _fit(

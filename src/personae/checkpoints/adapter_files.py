@@ -52,6 +52,8 @@ class AdapterConfig(BaseModel):
 
     peft_type: Literal["LORA"]
     base_model_name_or_path: str | None = None
+    revision: str | None = None
+    bias: str = "none"
     r: Rank
     lora_alpha: Alpha
     use_rslora: bool = False
@@ -110,7 +112,8 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         if fields.get(field):
             faults.add(
                 f"{path}: '{field}' is {fields[field]!r}, which is not plain LoRA. Merge the "
-                "adapter into its base with PEFT and pass the result."
+                "adapter into its base with PEFT and pass the result; where an adapter is wanted, "
+                "make one of that: personae export MODEL --base BASE --out DIR."
             )
     if config is not None and config.init_lora_weights not in _HARMLESS_INITS:
         faults.add(

@@ -97,6 +97,27 @@ def _open(
     raise CheckpointError(_no_such_path(text, path))
 
 
+def adapter_config_file(source: Any) -> Path | None:
+    """Where the configuration of an adapter lies that `open_checkpoint` opens; None without one.
+
+    Raises:
+        CheckpointError: The hub does not answer, or refuses.
+    """
+    if not isinstance(source, str | Path):
+        return None
+    path = Path(source).expanduser()
+    folder = path.parent if path.name in _ADAPTER else path
+    if folder.is_dir():
+        found = local_folder(folder, str(source))
+    elif is_hub_id(source):
+        from personae.checkpoints.hub import hub_folder
+
+        found = hub_folder(str(source))
+    else:
+        return None
+    return found.locate(CONFIG_FILE) if CONFIG_FILE in found.names else None
+
+
 def _open_adapted(text: str, model: str, adapter: str) -> AdaptedModel:
     """Open a model and an adapter of it as one.
 

@@ -86,7 +86,8 @@ def open_raw_lora(tensors: Checkpoint, base: Checkpoint | None) -> Adapter:
         adapted[kept] = how
     faults.raise_if_any(CheckpointError)
     unsaid = AdapterConfig(peft_type="LORA", r=1, lora_alpha=1.0)  # each pair has its own scaling
-    return Adapter(tensors, base, adapted, {}, unsaid)
+    places = {name: (name,) for name in adapted}  # their own names are not those in memory
+    return Adapter(tensors, base, adapted, {}, unsaid, places)
 
 
 def _sorted(tensors: Checkpoint) -> tuple[list[StoredPair], list[str], Faults]:

@@ -109,11 +109,12 @@ def export(
     elif to == "hf":
         console.out.print(f"{task} rebuilt in {written}", markup=False)
     else:
-        _show(found)
+        show_adapter(found)
         console.out.print(f"adapter in {written}", markup=False)
 
 
-def _show(found: Mapping[str, Any]) -> None:
+def show_adapter(found: Mapping[str, Any]) -> None:
+    """Print what an adapter keeps and what it does not."""
     up_to = "up to " if found["ranks"] else ""
     console.out.print(
         f"rank {up_to}{found['rank']} for {found['modules']} modules, {found['dtype']}, "

@@ -7,13 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from personae.cli import console, options
+from personae.cli.export import show_adapter
 from personae.commands.merge_documents import merge_recipes
 from personae.recipe import read_merge_recipes
 
 
 def merge(
     recipe: Annotated[Path, typer.Argument(help="A merge recipe (YAML, mergekit's shape).")],
-    out: Annotated[Path, typer.Argument(help="Directory of the merged checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Directory of what comes out.")],
     overwrite: options.Overwrite = False,
     shard_size: options.ShardSize = "5GB",
     workers: options.Workers = None,
@@ -21,7 +22,10 @@ def merge(
     device: options.Device = "cpu",
     json: options.Json = False,
 ) -> None:
-    """Merge experts into one ordinary checkpoint, tensor by tensor in bounded memory."""
+    """Merge experts into one ordinary checkpoint, tensor by tensor in bounded memory.
+
+    Of LoRA adapters, `output: adapter` in the recipe makes one adapter.
+    """
     recipes = read_merge_recipes(recipe)
     for read in recipes:
         for text in read.notes:
@@ -43,4 +47,6 @@ def merge(
         facts = {"path": str(written), "method": recipes[-1].settings.method, "bytes": nbytes}
         console.facts(facts | {"files": names} | found)
     else:
+        if "adapter" in found:
+            show_adapter(found["adapter"])
         console.out.print(f"{out}: {console.size(nbytes)} in {len(files)} files", markup=False)

@@ -8,6 +8,7 @@ import typer
 
 from personae._small_files import read_json
 from personae.cli import console, options
+from personae.commands.merge_adapter import AdapterPlan
 from personae.commands.merge_documents import plan_recipes
 from personae.commands.merge_parts import LayersPlan
 from personae.commands.merge_plan import MergePlan
@@ -187,9 +188,12 @@ def _print_merge(read: MergeRecipe, planned: MergePlan) -> None:
             f"temporary files on the same disk: {most} if no sign won for any entry (usually for "
             "less than one in a hundred)\n"
         )
+    rest = f"{len(planned.copied)} as in the base"
+    if planned.adapter is not None:
+        rest = f"into an adapter of {_adapter(planned.adapter, read.settings.energy is not None)}"
     console.out.print(
         f"{planned.method} on {planned.vector} vectors: {planned.merged} tensors merged, "
-        f"{len(planned.copied)} as in the base; {planned.parameters:,} parameters\n"
+        f"{rest}; {planned.parameters:,} parameters\n"
         f"reads {size(planned.bytes_in)} ({size(planned.bytes_read)} in all{passes}), "
         f"writes {size(planned.bytes_out)}\n{waiting}"
         f"working memory at most {size(planned.peak_memory)} with {planned.workers} worker(s) on "
@@ -201,6 +205,14 @@ def _print_merge(read: MergeRecipe, planned: MergePlan) -> None:
         console.table("", columns, [_layers_row(layers) for layers in planned.layers])
     for text in (*read.notes, *planned.notes):
         console.note(text)
+
+
+def _adapter(plan: AdapterPlan, by_energy: bool) -> str:
+    """Rank and modules of an adapter, and what its factors lose."""
+    at_most = "at most " if by_energy else ""
+    loss = "exact" if plan.exact else "the rest is cut off"
+    whole = f" and {plan.whole} whole tensors" if plan.whole else ""
+    return f"rank {at_most}{plan.rank} ({loss}) for {plan.modules} modules{whole}, {plan.dtype}"
 
 
 def _layers_row(plan: LayersPlan) -> list[str]:

@@ -17,15 +17,16 @@ from personae._types import TensorSpec
 from personae._version import __version__
 from personae.checkpoints.naming import matches, shown
 from personae.commands import export_report
-from personae.commands.export_ranks import Asked, choose_ranks
-from personae.commands.export_sources import Source, open_model, open_task
+from personae.commands.export_ranks import DEFAULT, choose_ranks
+from personae.commands.export_report import Source
+from personae.commands.export_sources import open_model, open_task
 from personae.commands.unpack import unpack
 from personae.errors import CheckpointError, Faults, PackError, RecipeError, nearest
 from personae.family.carried import SAVEABLE, Carried, carry, target_names
 from personae.ops.layout import transposed_weights
 from personae.packs.manifest import MANIFEST_NAME
 from personae.packs.reader import Pack
-from personae.recipe import parse_size
+from personae.recipe import Ranks, ranks_asked
 from personae.run.extract import Measured, measure, write_adapter
 from personae.run.output import RECORD_NAME, check_output
 from personae.run.work import Work
@@ -94,7 +95,9 @@ def export(
     assert work.torch_device  # refused before anything is read
     pack = _pack(source)
     faults = Faults()
-    asked = _asked(rank, energy, budget, max_rank, rank_pattern, faults)
+    asked, wrong = ranks_asked(rank, energy, budget, max_rank, rank_pattern)
+    for fault in wrong:
+        faults.add(fault.text)
     kinds = _kinds(save_modules, faults)
     if dtype is not None and dtype not in DTYPES:
         faults.add(f"Unknown dtype '{dtype}'. {nearest(dtype, DTYPES)}")
@@ -106,7 +109,7 @@ def export(
             "dtype": dtype,
             "base_name": base_name,
         }
-        unused = ["ranks"] if asked != Asked() else []
+        unused = ["ranks"] if asked != Ranks() else []
         unused += [name for name, value in of_adapters.items() if value]
         if unused:
             faults.add(f"Leave out {', '.join(unused)}: 'hf' writes the expert as it is packed.")
@@ -118,7 +121,8 @@ def export(
     check_output(out, overwrite, inputs=inputs)
     with _open(pack, source, task, base, work) as opened:
         linear = _linear(opened, skip)
-        measured = measure(opened.changes, linear, spectra=energy is not None, work=work)
+        found = measure(opened.changes, linear, spectra=energy is not None, work=work)
+        measured = {name: seen for name, seen in found.items() if seen.energy}
         carried = _carried(opened, measured, kinds, skip)
         spec, ranks = _spec(opened, measured, carried, asked, dtype)
         require_space(out, spec.nbytes)
@@ -160,36 +164,6 @@ def _pack(source: Any) -> Pack | None:
     """
     is_pack = isinstance(source, str | Path) and (Path(source) / MANIFEST_NAME).is_file()
     return Pack(Path(source)) if is_pack else None
-
-
-def _asked(
-    rank: int | None,
-    energy: float | None,
-    budget: str | int | None,
-    max_rank: int | None,
-    rank_pattern: bool,
-    faults: Faults,
-) -> Asked:
-    given = {"rank": rank, "energy": energy, "budget": budget}
-    said = [name for name, value in given.items() if value is not None]
-    if len(said) > 1:
-        faults.add(f"Give one of {', '.join(said)}: each says how large ranks are.")
-    if rank is not None and max_rank is not None:
-        faults.add("max_rank bounds ranks that are chosen: leave it out beside a rank.")
-    for name, value in (("rank", rank), ("max_rank", max_rank)):
-        if value is not None and value < 1:
-            faults.add(f"{name} is {value}. Give 1 or more.")
-    if energy is not None and not 0 < energy <= 1:
-        faults.add(f"energy is {energy:g}. Give a share above 0 and up to 1, such as 0.95.")
-    budget_bytes = budget
-    if isinstance(budget, str):
-        try:
-            budget_bytes = int(parse_size(budget))
-        except ValueError as error:
-            faults.add(f"budget: {error}")
-            budget_bytes = None
-    assert not isinstance(budget_bytes, str)
-    return Asked(rank, energy, budget_bytes, max_rank, rank_pattern)
 
 
 def _kinds(save_modules: Sequence[str], faults: Faults) -> set[str]:
@@ -281,7 +255,7 @@ def _spec(
     source: Source,
     measured: dict[str, Measured],
     carried: Carried,
-    asked: Asked,
+    asked: Ranks,
     dtype: str | None,
 ) -> tuple[AdapterSpec, dict[str, int]]:
     """What is stored, and the rank of each tensor."""
@@ -306,7 +280,14 @@ def _spec(
             whole,
         )
 
-    ranks = choose_ranks(asked, shapes, measured, lambda ranks: spec_of(dict(ranks)).nbytes)
+    held = {name: measured[name].held for name in shapes}
+    ranks = choose_ranks(
+        asked,
+        {name: DEFAULT if rank is None else max(rank, 1) for name, rank in held.items()},
+        {name: min(held[name] or min(shape), *shape) for name, shape in shapes.items()},
+        lambda ranks: spec_of(dict(ranks)).nbytes,
+        {name: measured[name].energies for name in shapes},
+    )
     return spec_of(ranks), ranks
 
 

@@ -2,48 +2,32 @@
 
 import bisect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+
+from torch import Tensor
 
 from personae.errors import BudgetError
 from personae.ops.factors import smallest_rank
-from personae.run.extract import Measured
+from personae.recipe import Ranks
 
 DEFAULT = 32
 """The rank where nothing is asked for and nothing is at hand."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """How ranks are chosen; at most one of the first three is given.
-
-    Attributes:
-        rank: This one.
-        energy: The smallest that keep this share of each delta's squared norm.
-        budget_bytes: The largest with which the weights file has no more bytes.
-        most: None above this.
-        each_its_own: Whether ranks may differ; else all are as large as the largest.
-    """
-
-    rank: int | None = None
-    energy: float | None = None
-    budget_bytes: int | None = None
-    most: int | None = None
-    each_its_own: bool = False
-
-
 def choose_ranks(
-    asked: Asked,
-    shapes: Mapping[str, tuple[int, int]],
-    measured: Mapping[str, Measured],
+    asked: Ranks,
+    defaults: Mapping[str, int],
+    most: Mapping[str, int],
     file_bytes: Callable[[Mapping[str, int]], int],
+    energies: Mapping[str, Tensor | None] | None = None,
 ) -> dict[str, int]:
     """The rank of each tensor.
 
     Args:
         asked: What is asked for.
-        shapes: Of the tensors that become factors.
-        measured: What a look at them told.
+        defaults: The rank of each where nothing is.
+        most: The rank of each above which nothing is gained.
         file_bytes: Bytes of the weights file at given ranks.
+        energies: σ² of each, descending, where they are asked for.
 
     Raises:
         BudgetError: if not even rank 1 fits.
@@ -53,32 +37,30 @@ def choose_ranks(
         capped = {n: min(rank, asked.most or rank) for n, rank in wanted.items()}
         if not asked.each_its_own:
             return dict.fromkeys(capped, max(capped.values()))
-        held = {n: measured[n].held or rank for n, rank in capped.items()}
-        return {n: min(rank, held[n], *shapes[n]) for n, rank in capped.items()}
+        return {n: min(rank, most[n]) for n, rank in capped.items()}
 
     if asked.budget_bytes is not None:
-        largest = max(min(shape) for shape in shapes.values())
+        largest = max(most.values())
         ranks = range(1, min(largest, asked.most or largest) + 1)
         fits = bisect.bisect_right(
             ranks,
             asked.budget_bytes,
-            key=lambda rank: file_bytes(made(dict.fromkeys(shapes, rank))),
+            key=lambda rank: file_bytes(made(dict.fromkeys(defaults, rank))),
         )
         if not fits:
-            least = file_bytes(made(dict.fromkeys(shapes, 1)))
+            least = file_bytes(made(dict.fromkeys(defaults, 1)))
             raise BudgetError(
                 f"The budget of {asked.budget_bytes:,} bytes cannot be met: an adapter of rank 1 "
-                f"takes {least:,}. Give that much or more, or leave tensors out with --skip."
+                f"takes {least:,}. Give that much or more, or leave tensors out with skip."
             )
-        return made(dict.fromkeys(shapes, fits))
-    return made({name: _wanted(asked, name, measured) for name in shapes})
+        return made(dict.fromkeys(defaults, fits))
+    known = energies or {}
+    return made({n: _wanted(asked, rank, known.get(n)) for n, rank in defaults.items()})
 
 
-def _wanted(asked: Asked, name: str, measured: Mapping[str, Measured]) -> int:
+def _wanted(asked: Ranks, default: int, energies: Tensor | None) -> int:
     if asked.rank is not None:
         return asked.rank
-    energies = measured[name].energies
     if asked.energy is not None and energies is not None:
         return max(smallest_rank(energies, asked.energy), 1)
-    held = measured[name].held
-    return DEFAULT if held is None else max(held, 1)
+    return default

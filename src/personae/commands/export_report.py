@@ -1,6 +1,7 @@
 """What an adapter keeps of a model and what it does not, in figures and in words."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, get_args
 
@@ -8,15 +9,43 @@ from personae._types import dtype_name
 from personae._version import __version__
 from personae.checkpoints.naming import shown
 from personae.checkpoints.opening import is_hub_id
-from personae.commands.export_sources import Source
-from personae.family.carried import Carried, Kind
+from personae.family.carried import Carried, Kind, Model
+from personae.run.changes import Changes
 from personae.run.extract import Measured
 from personae.writers.adapter import AdapterSpec
 from personae.writers.adapter_card import AdapterFacts, adapter_card
+from personae.writers.markdown import code
 
 _VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` can be, from its default on."""
 _HEADS_SERVED = {"classifier", "score"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an adapter is made from.
+
+    Attributes:
+        name: What it is called.
+        place: Where it is from.
+        changes: Its tensors.
+        model: What is known of its modules.
+        base: Where the model is that it is relative to.
+        revision: The hub commit of that.
+        task_type: PEFT's type of its task.
+        model_class: Its class in transformers.
+        notes: What a person should know.
+    """
+
+    name: str
+    place: str
+    changes: Changes
+    model: Model
+    base: str
+    revision: str | None
+    task_type: str | None
+    model_class: str | None
+    notes: tuple[str, ...] = ()
 
 
 def report(
@@ -67,12 +96,14 @@ def report(
         "bytes": spec.nbytes,
         "target_modules": list(targets),
         "modules_to_save": list(carried.saved),
-        "relative_error": missed / kept,
-        "left_out": left / total,
-        "lost": (left + missed) / total,
+        "relative_error": missed / kept if kept else 0.0,
+        "left_out": left / total if total else 0.0,
+        "lost": (left + missed) / total if total else 0.0,
         "changed": rows,
         "left": list(carried.left),
-        "relative_errors": {name: lost[name] / energy[name] for name in sorted(lost)},
+        "relative_errors": {
+            name: lost[name] / energy[name] if energy[name] else 0.0 for name in sorted(lost)
+        },
     }
 
 
@@ -110,15 +141,15 @@ def _of_engines(rank: int, carried: Carried, ranks_differ: bool) -> list[str]:
     enough = next((most for most in _VLLM_RANKS if most >= rank), None)
     if enough is None:
         found.append(
-            f"rank {rank} is above what vLLM loads ({_VLLM_RANKS[-1]}); PEFT has no limit. Give "
-            f"--max-rank {_VLLM_RANKS[-1]}, or a smaller --rank"
+            f"rank {rank} is above what vLLM loads ({_VLLM_RANKS[-1]}); PEFT has no limit. Ask "
+            f"for a smaller rank, or bound it (max rank {_VLLM_RANKS[-1]})"
         )
     elif enough > _VLLM_RANKS[0]:
         found.append(f"vLLM needs --max-lora-rank {enough} (its default is {_VLLM_RANKS[0]})")
     if ranks_differ:
         found.append(
             "ranks differ between modules, which PEFT and vLLM read right; llama.cpp scales such "
-            "adapters wrongly and SGLang does not load them. Without --rank-pattern there is one"
+            "adapters wrongly and SGLang does not load them. Without a rank pattern there is one"
         )
     if {*carried.saved} - _HEADS_SERVED:
         found.append(
@@ -137,8 +168,26 @@ def card(source: Source, base: str, told: Mapping[str, Any], told_notes: Collect
         told: What `report` found.
         told_notes: What a user should know.
     """
+    name = base.partition("@")[0]
+    facts = AdapterFacts(
+        title=source.name,
+        made=f"extracted from {code(source.place)}",
+        base=base,
+        hub_id=name if is_hub_id(name) else None,
+        rank=f"rank {told['rank']}" if not told["ranks"] else f"ranks up to {told['rank']}",
+        dtype=told["dtype"],
+        summary=summary(told),
+        rows=rows(told),
+        notes=[*told_notes],
+        versions={"personae": __version__, "torch": version("torch")},
+    )
+    return adapter_card(facts)
+
+
+def rows(told: Mapping[str, Any]) -> list[list[str]]:
+    """A table of what changed and how it is carried; the first row is its head."""
     head = ["what changed", "tensors", "parameters %", "squared norm %", "carried as"]
-    rows = [
+    found = [
         [
             row["kind"],
             str(row["tensors"]),
@@ -148,20 +197,7 @@ def card(source: Source, base: str, told: Mapping[str, Any], told_notes: Collect
         ]
         for row in told["changed"]
     ]
-    name = base.partition("@")[0]
-    facts = AdapterFacts(
-        title=source.name,
-        source=source.place,
-        base=base,
-        hub_id=name if is_hub_id(name) else None,
-        rank=f"rank {told['rank']}" if not told["ranks"] else f"ranks up to {told['rank']}",
-        dtype=told["dtype"],
-        summary=summary(told),
-        rows=[head, *rows],
-        notes=[*told_notes],
-        versions={"personae": __version__, "torch": version("torch")},
-    )
-    return adapter_card(facts)
+    return [head, *found]
 
 
 def summary(told: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from personae.checkpoints.modules import read_auxiliary_file
 from personae.checkpoints.naming import is_safe_name, name_of
 from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.tied import ties_embedding
+from personae.commands.export_report import Source
 from personae.commands.reference import open_reference
 from personae.commands.unpack import auxiliary_files_of
-from personae.family.carried import Model, describe
+from personae.family.carried import describe
 from personae.family.opened import open_family
 from personae.family.small_files import small_files
 from personae.packs.reader import Pack
@@ -32,33 +32,6 @@ _TASK_TYPES = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is exported.
-
-    Attributes:
-        name: What it is called.
-        place: Where it is from.
-        changes: Its tensors.
-        model: What is known of its modules.
-        base: Where the model is that it is relative to.
-        revision: The hub commit of that.
-        task_type: PEFT's type of its task.
-        model_class: Its class in transformers.
-        notes: What a person should know.
-    """
-
-    name: str
-    place: str
-    changes: Changes
-    model: Model
-    base: str
-    revision: str | None
-    task_type: str | None
-    model_class: str | None
-    notes: tuple[str, ...] = ()
 
 
 @contextmanager

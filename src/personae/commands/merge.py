@@ -17,6 +17,7 @@ from personae._version import __version__
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.modules import weight_layout
 from personae.checkpoints.naming import shown
+from personae.commands.merge_adapter import write_merged_adapter
 from personae.commands.merge_job import MergeJob, settings_for
 from personae.commands.merge_parts import LayersPlan, OpenedParts, open_parts
 from personae.commands.merge_plan import plan_parts
@@ -129,6 +130,10 @@ def merge_parts(
         plan = plan_parts(opened, work)
         for text in plan.notes:
             work.note(text)
+        if opened.adapter is not None:
+            return write_merged_adapter(
+                opened.adapter, out, overwrite=overwrite, recipe=recipe, work=work
+            )
         auxiliary_files = opened.auxiliary_files()
         require_space(out, plan.bytes_out)
         if free_space(out) < plan.bytes_out + plan.undecided_bytes:

@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.adapter import adapter_of
+from personae.checkpoints.adapter_base import base_of_adapters
 from personae.checkpoints.naming import left_out, matches, patterns, shown
 from personae.errors import CheckpointError, Faults, RecipeError
 from personae.family.align import reference_name, trained_apart
@@ -19,6 +20,7 @@ from personae.family.alignment import Alignment
 from personae.family.chunks import Chunk, Item, items, whole_or_matrices
 from personae.family.configurations import check_heads
 from personae.family.deltas import Stacks
+from personae.family.joint_adapter import check_joint, without_weights
 from personae.family.mean import MeanOf
 from personae.family.opened import Family, open_family
 from personae.family.vocabularies import MergedVocabulary, merge_vocabularies
@@ -76,8 +78,12 @@ class MergeJob:
     @property
     def merged_items(self) -> list[Item]:
         """The items of merged tensors, for passes over the whole model."""
+        return self.items_of(self.merged)
+
+    def items_of(self, names: Collection[str]) -> list[Item]:
+        """The items of these tensors, without what they hold of others."""
         kept = [
-            replace(item, chunks=tuple(p for p in item.chunks if p.spec.name in self.merged))
+            replace(item, chunks=tuple(p for p in item.chunks if p.spec.name in names))
             for item in self.items
         ]
         return [item for item in kept if item.chunks]
@@ -91,12 +97,21 @@ class MergeJob:
         return self._dtypes[name]
 
     @cached_property
+    def pieces(self) -> Mapping[str, tuple[Sequence[Chunk], bool]]:
+        """How each tensor is cut, and whether each piece is given whole to the method."""
+        found: dict[str, tuple[list[Chunk], bool]] = {}
+        for item in self.items:
+            for chunk in item.chunks:
+                found.setdefault(chunk.spec.name, ([], item.whole))[0].append(chunk)
+        return found
+
+    @cached_property
     def _dtypes(self) -> Mapping[str, torch.dtype]:
         return {spec.name: spec.dtype for spec in self.specs}
 
     def cost(self, item: Item) -> int:
         """Peak bytes of one item."""
-        most = max(self._chunk_cost(chunk, item.whole) for chunk in item.chunks)
+        most = max(self.chunk_cost(chunk, item.whole) for chunk in item.chunks)
         return most + waiting_bytes(item) if self.decides_late else most
 
     def undecided_bytes(self, workers: int) -> int:
@@ -113,7 +128,8 @@ class MergeJob:
         at_once = workers if self.per_tensor else len(tensors)
         return sum(heapq.nlargest(at_once, tensors.values()))
 
-    def _chunk_cost(self, chunk: Chunk, undivided: bool) -> int:
+    def chunk_cost(self, chunk: Chunk, undivided: bool) -> int:
+        """Peak bytes of one chunk."""
         if chunk.spec.name not in self.merged:
             return 8 * chunk.numel
         experts = self.stacks.experts
@@ -147,7 +163,9 @@ def settings_for(
         raise RecipeError("Both 'method' and 'settings' say how to merge. Give one of them.")
     if settings is None:
         settings = MergeSettings() if method is None else MergeSettings.of(method, experts)
-    return settings if base is not None else settings.model_copy(update={"vector": "difference"})
+    if base is not None or settings.output == "adapter":
+        return settings
+    return settings.model_copy(update={"vector": "difference"})
 
 
 def open_to_merge(base: Any, experts: Mapping[str, Any], settings: MergeSettings) -> Family:
@@ -159,6 +177,8 @@ def open_to_merge(base: Any, experts: Mapping[str, Any], settings: MergeSettings
             the headers that keeps the experts from being merged.
     """
     settings.check(list(experts))
+    if base is None and settings.output == "adapter":
+        base = base_of_adapters(experts)
 
     def is_merged(name: str) -> bool:
         return not left_out([name], settings.skip, settings.only)
@@ -192,6 +212,8 @@ def prepare(family: Family, settings: MergeSettings) -> MergeJob:
     Raises:
         CheckpointError: if there is nothing to merge.
     """
+    if settings.output == "adapter":
+        family = without_weights(family)
     first = settings.layers.first if settings.layers else 0
     layers = count_layers(family.base.specs) - first
     experts = len(family.experts)
@@ -255,7 +277,10 @@ def check_family(family: Family, settings: MergeSettings, faults: Faults) -> Non
         _check_ties(name, expert, family, faults)
     if not family.has_base:
         _check_average(family, settings, faults)
-    _check_adapters(family, settings.merge_method(), faults)
+    if settings.output == "adapter":
+        check_joint(family, settings.skip, settings.only, faults)
+    else:
+        _check_adapters(family, settings.merge_method(), faults)
     check_heads(family.models, family.experts, faults)
     if faults.messages:  # such as shapes that a mistyped 'skip' does not leave out
         for pattern in settings.unmatched(all_names(family)):

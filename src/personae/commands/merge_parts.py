@@ -17,6 +17,7 @@ from personae.checkpoints.configuration import CONFIG
 from personae.checkpoints.layers import WithLayers, layers_of
 from personae.checkpoints.modules import read_auxiliary_file
 from personae.checkpoints.tied import says_tied
+from personae.commands.merge_adapter import AdapterMerge
 from personae.commands.merge_job import MergeJob, open_to_merge, prepare
 from personae.errors import CheckpointError, Faults
 from personae.family.chat_templates import with_template
@@ -57,12 +58,14 @@ class OpenedParts:
         jobs: The same, ready to run; items are numbered through.
         donor: Whose small files the output has.
         models: Of each part, the first of its models.
+        adapter: The one part, where it writes an adapter.
     """
 
     parts: Sequence[MergePart]
     jobs: Sequence[MergeJob]
     donor: Checkpoint
     models: Sequence[Checkpoint]
+    adapter: AdapterMerge | None = None
 
     @property
     def families(self) -> list[Family]:
@@ -162,7 +165,9 @@ def open_parts(
             _check_one_model(families, models, parts, faults)
         faults.raise_if_any(CheckpointError)
         jobs = [prepare(f, part.settings) for f, part in zip(families, parts, strict=True)]
-        opened = OpenedParts(parts, _numbered(jobs), donor, models)
+        writes_adapter = parts[0].settings.output == "adapter"
+        adapter = AdapterMerge(parts[0], jobs[0]) if writes_adapter else None
+        opened = OpenedParts(parts, _numbered(jobs), donor, models, adapter)
         opened.auxiliary_files(faults)
         faults.raise_if_any(CheckpointError)
         yield opened

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.configuration import CONFIG
 from personae.checkpoints.naming import patterns, shown
+from personae.commands.merge_adapter import AdapterMerge, AdapterPlan
 from personae.commands.merge_job import MergeJob, all_names, settings_for
 from personae.commands.merge_parts import LayersPlan, OpenedParts, open_parts
 from personae.family.configurations import disagreements, said_by
@@ -41,6 +43,7 @@ class MergePlan:
         items: Number of work items.
         notes: What a person should know.
         layers: The layers of the output, where slices choose them.
+        adapter: The adapter that is written, where one is.
     """
 
     method: str
@@ -59,6 +62,7 @@ class MergePlan:
     items: int
     notes: list[str] = field(default_factory=list[str])
     layers: list[LayersPlan] = field(default_factory=list[LayersPlan])
+    adapter: AdapterPlan | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -96,6 +100,8 @@ def plan_parts(opened: OpenedParts, work: Work) -> MergePlan:
     Raises:
         BudgetError: if the memory bound is below the largest item.
     """
+    if opened.adapter is not None:
+        return _plan_adapter(opened.adapter, work)
     plans = [
         _plan_job(job, part.settings, work)
         for job, part in zip(opened.jobs, opened.parts, strict=True)
@@ -117,6 +123,39 @@ def plan_parts(opened: OpenedParts, work: Work) -> MergePlan:
         items=sum(plan.items for plan in plans),
         notes=list(dict.fromkeys([n for plan in plans for n in plan.notes] + opened.notes)),
         layers=opened.layers(),
+    )
+
+
+def _plan_adapter(merge: AdapterMerge, work: Work) -> MergePlan:
+    """What a merge of adapters into one takes.
+
+    Raises:
+        BudgetError: if a bound on memory or on the adapter's size is too low.
+    """
+    job, adapter = merge.job, merge.plan()
+    costs = merge.costs()
+    check_memory(max(costs), work.memory, "The largest tensor")
+    experts = [adapter_of(expert.checkpoint) for expert in job.family.experts.values()]
+    stored = sum(one.stored_bytes for one in experts if one is not None)
+    whole = sum(job.family.base.specs[n].nbytes for n in {*merge.joint.whole.values()})
+    passes = job.method.usual_passes + job.method.can_decide_late
+    return MergePlan(
+        method=job.method.name,
+        vector="task",
+        merged=len(merge.joint.tensors),
+        copied=(),
+        parameters=sum(spec.numel for spec in merge.spec(merge.ranks()).specs),
+        passes=1 + passes,
+        bytes_in=stored + whole,
+        bytes_read=(2 + passes) * (stored + whole),
+        bytes_out=adapter.bytes,
+        undecided_bytes=0,
+        peak_memory=held_at_once(costs, work.threads, work.memory),
+        largest=max(costs),
+        workers=work.threads,
+        items=len(costs),
+        notes=_notes_of_models(job, merge.part.settings),
+        adapter=adapter,
     )
 
 
@@ -154,7 +193,8 @@ def _plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
     )
 
 
-def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
+def _notes_of_models(job: MergeJob, settings: MergeSettings) -> list[str]:
+    """What is odd about base and experts, and patterns that match nothing."""
     family = job.family
     notes = family.base_notes if family.has_base else []
     for name, expert in family.experts.items():
@@ -166,6 +206,11 @@ def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
         notes.append(f"{CONFIG}: the models disagree: {keys}")
     for pattern in settings.unmatched(all_names(family)):
         notes.append(f"{pattern} matches no tensor; '*' matches any text")
+    return notes
+
+
+def _notes(job: MergeJob, settings: MergeSettings) -> list[str]:
+    family, notes = job.family, _notes_of_models(job, settings)
     left = [s.name for s in job.specs if s.is_floating and s.name not in job.merged]
     whose = "the base" if family.has_base else f"the first expert, {next(iter(family.experts))}"
     if left:

@@ -24,7 +24,7 @@ SAVEABLE = tuple(kind for kind in get_args(Kind) if kind not in ("linear", "bias
 
 _OF_NORMS = ("gamma", "beta", "running_mean", "running_var")
 _ROOT = "base_model.model."
-_HEADS_OF = {
+HEADS_OF = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
@@ -147,7 +147,7 @@ def carry(
         skip: Patterns of names that are left out.
     """
     taken = [name for name in sorted(changed) if not matches(name, skip)]
-    heads = [head for head in _HEADS_OF.get(task_type or "", ()) if _matching(model, head)]
+    heads = [head for head in HEADS_OF.get(task_type or "", ()) if _matching(model, head)]
     forced = {module for head in heads for module in _matching(model, head)}
     factors = {
         name: model.module(name)

@@ -19,6 +19,7 @@ from personae.recipe.pack_recipe import (
     PackSettings,
     settings_from,
 )
+from personae.recipe.ranks import Ranks, ranks_asked
 
 __all__ = [
     "COUNTING",
@@ -28,10 +29,12 @@ __all__ = [
     "MergeSettings",
     "PackRecipe",
     "PackSettings",
+    "Ranks",
     "Vector",
     "count_layers",
     "merge_recipe_text",
     "parse_size",
+    "ranks_asked",
     "read_merge_recipe",
     "read_merge_recipes",
     "read_recipe",

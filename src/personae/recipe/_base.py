@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from personae.methods import Conventions
 
 Vector = Literal["task", "difference"]
+Output = Literal["model", "adapter"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -20,6 +21,9 @@ def _or(empty: Any) -> BeforeValidator:
     """Read a key with nothing after it as one that is not there."""
     return BeforeValidator(lambda value: empty if value is None else value)
 
+
+Size = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+"""A number of bytes, with or without a unit."""
 
 EMPTY = _or({})
 Given = Annotated[dict[str, Any], EMPTY]

@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from personae.recipe._base import EMPTY, Convention, Dtype, Patterns, Strict, Vector
+from personae.recipe._base import (
+    EMPTY,
+    Convention,
+    Dtype,
+    Output,
+    Patterns,
+    Size,
+    Strict,
+    Vector,
+)
 from personae.recipe._faults import Fault, validated
 from personae.recipe._values import Values
 
@@ -69,6 +78,12 @@ class MergeFile(Strict):
     chat_template: str | None = None
     conventions: Convention | None = None
     vector: Vector | None = None
+    output: Output = "model"
+    rank: int | None = None
+    energy: float | None = None
+    budget: Size | None = None
+    max_rank: int | None = None
+    rank_pattern: bool = False
     skip: Patterns = Field(default=[])
     only: Patterns = Field(default=[])
 

@@ -1,6 +1,6 @@
 """From a file to a merge recipe: all faults at once, each with its line."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -114,6 +114,8 @@ def _read_document(
     place = partial(_place, document.path, names)
     faults += document.faults
     remarks = list(meant.remarks)
+    if meant.content.get("output") == "adapter":
+        faults += _adapter_faults(meant.content, names)
     parts = parts_of(meant.content, faults, remarks)
     if not parts:  # look at all else that is said
         _, others = read_file({**without_slices(meant.content), "models": []})
@@ -130,6 +132,16 @@ def _read_document(
         remarks=tuple(dict.fromkeys(remarks)),
         small_files=small_files,
     )
+
+
+def _adapter_faults(content: Mapping[str, Any], names: Collection[str]) -> Iterator[Fault]:
+    """What a recipe that gives an adapter cannot have."""
+    if is_sliced(content):
+        text = "An adapter is merged whole: write 'models' in place of slices, or leave output out."
+        yield Fault(("output",), text)
+    if names:
+        text = "An adapter is for a model that is there: give it a file of its own."
+        yield Fault(("output",), text)
 
 
 def _place(
@@ -224,6 +236,12 @@ def _read(file: MergeFile, family: Family, conventions: Conventions) -> _Reading
         skip=tuple(file.skip),
         only=tuple(file.only),
         vector=_vector(file, family, method),
+        output=file.output,
+        rank=file.rank,
+        energy=file.energy,
+        budget=file.budget,
+        max_rank=file.max_rank,
+        rank_pattern=file.rank_pattern,
     )
     if method:
         reading.faults += _base_faults(family, settings, method)
@@ -260,7 +278,7 @@ def _named(
 def _vector(
     file: MergeFile, family: Family, method: type[MergeMethod] | None
 ) -> Literal["task", "difference"]:
-    if family.base is not None:
+    if family.base is not None or file.output == "adapter":
         return file.vector or "task"
     if file.base_model is not None:  # averaged as the experts are
         return "difference"
@@ -274,7 +292,7 @@ def _base_faults(
     if family.base is not None and settings.vector == "difference":
         text = "Differences are from the experts' average: leave base_model out, or vector."
         return (Fault(("vector",), text),)
-    if family.base is not None or settings.vector == "difference":
+    if family.base is not None or settings.vector == "difference" or settings.output == "adapter":
         return ()
     text = f"{method.name} needs 'base_model', what the models were fine-tuned from."
     if method.needs == "deltas":

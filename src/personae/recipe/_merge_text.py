@@ -7,7 +7,10 @@ import yaml
 
 from personae.recipe.merge_recipe import MergeSettings
 
-_KEYS = ("parameters", "dtype", "tokenizer_source", "chat_template", "vector", "skip", "only")
+_KEYS = (
+    *("parameters", "dtype", "tokenizer_source", "chat_template", "vector", "skip", "only"),
+    *("output", "rank", "energy", "budget", "max_rank", "rank_pattern"),
+)
 
 
 def merge_recipe_text(base: str | None, experts: Mapping[str, str], settings: MergeSettings) -> str:

@@ -1,6 +1,6 @@
 """How models shall be merged: method, parameters, what comes out. YAML in mergekit's shape."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any
 
@@ -19,11 +19,12 @@ from personae.methods import (
     build,
     lookup,
 )
-from personae.recipe._base import Convention, Dtype, Strict, Vector
+from personae.recipe._base import Convention, Dtype, Output, Size, Strict, Vector
 from personae.recipe._faults import Fault
 from personae.recipe._parameters import GivenParameters
 from personae.recipe._values import Values, filters_of, fits, is_gradient, is_scalar
 from personae.recipe.mergekit import refuse_mergekit_alone
+from personae.recipe.ranks import Ranks, ranks_asked
 
 
 class MergeSettings(Strict):
@@ -60,6 +61,18 @@ class MergeSettings(Strict):
     skip: tuple[str, ...] = Field(default=(), description="Patterns of tensors left as in the base")
     only: tuple[str, ...] = Field(default=(), description="Patterns of tensors merged, if not all")
     vector: Vector = "task"
+    output: Output = Field(
+        default="model", description="What is written: a model, or of adapters an adapter"
+    )
+    rank: int | None = Field(default=None, description="Rank of an adapter")
+    energy: float | None = Field(
+        default=None, description="In place of a rank: share of each squared norm to keep"
+    )
+    budget: Size | None = Field(
+        default=None, description="In place of a rank: bytes of the adapter's weights file at most"
+    )
+    max_rank: int | None = Field(default=None, description="Bound on the ranks that are chosen")
+    rank_pattern: bool = Field(default=False, description="Gives each module a rank of its own")
     layers: Layers | None = Field(
         default=None, description="Which layers are merged, as a slice says; by default all"
     )
@@ -165,7 +178,38 @@ class MergeSettings(Strict):
             return [*faults, Fault(("method",), str(error))]
         if self.vector == "difference":
             faults += _base_faults(method, self.tokenizer_source, experts)
+        faults += self._adapter_faults(method)
         return [*faults, *self._parameters().faults(experts)]
+
+    def ranks(self) -> Ranks:
+        """How the ranks of an adapter are chosen."""
+        return self._ranks()[0]
+
+    def _ranks(self) -> tuple[Ranks, list[Fault]]:
+        return ranks_asked(self.rank, self.energy, self.budget, self.max_rank, self.rank_pattern)
+
+    def _adapter_faults(self, method: type[MergeMethod]) -> Iterator[Fault]:
+        """What is wrong with what is said of an adapter, and of a model where one comes out."""
+        yield from self._ranks()[1]
+        if self.output == "model":
+            for name in ("rank", "energy", "budget", "max_rank", "rank_pattern"):
+                if getattr(self, name):
+                    text = f"{name} is about adapters: write 'output: adapter', or leave it out."
+                    yield Fault((name,), text)
+            return
+        for name in ("tokenizer_source", "tokens", "chat_template"):
+            if getattr(self, name):
+                text = "An adapter has the vocabulary of its base: leave this out, or output."
+                yield Fault((name,), text)
+        if self.vector == "difference":
+            text = "An adapter holds task vectors: leave vector out, or output."
+            yield Fault(("vector",), text)
+        if method.needs in ("models", "experts"):
+            text = (
+                f"{method.name} merges models, and what it changes of the base is no adapter. Take "
+                "a method of task vectors (such as task_arithmetic or ties), or leave output out."
+            )
+            yield Fault(("method",), text)
 
     @property
     def notes(self) -> list[str]:

@@ -46,7 +46,7 @@ _INSTEAD: Mapping[str, str] = {"ram": "ties", "ramplus_tl": "ties"}
 """What is nearest to its methods that are not here."""
 
 _ONE_MODEL_EACH = ("models", "sources")
-_OWN_KEYS = ("vector", "skip", "only")
+_OWN_KEYS = ("vector", "output", "skip", "only")
 _AT_THE_TOP = ("base_model", "chat_template", "dtype", "out_dtype", "tokenizer_source")
 _INT8_MASK = "int8_mask is left out: masks take no memory here, results are the same."
 

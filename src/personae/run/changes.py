@@ -9,6 +9,7 @@ from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint
 from personae.family.alignment import Alignment
 from personae.family.deltas import Deltas
+from personae.family.finite import beyond_fp32, not_finite
 from personae.run.costs import delta_bytes
 from personae.run.rebuilt import Rebuilt
 
@@ -29,6 +30,7 @@ class Changes:
         factors: The same as two factors of which it is exactly the product, if they are at hand.
         value: Reads a tensor as it is.
         cost: Peak bytes of either.
+        why_not_finite: What to tell of a compared one whose delta is not finite.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -40,6 +42,7 @@ class Changes:
     factors: Callable[[str], Factors | None]
     value: Callable[[str], Tensor]
     cost: Callable[[str], int]
+    why_not_finite: Callable[[str], list[str]]
 
 
 def of_expert(alignment: Alignment, reference: Checkpoint) -> Changes:
@@ -62,6 +65,7 @@ def of_expert(alignment: Alignment, reference: Checkpoint) -> Changes:
         factors=lambda name: deltas.factors(ref_names[name]),
         value=lambda name: expert.read(files[name]),
         cost=lambda name: delta_bytes(specs[name].numel) + 2 * specs[name].nbytes,
+        why_not_finite=lambda name: _why_not_finite(name, expert.read(files[name])),
     )
 
 
@@ -85,7 +89,12 @@ def of_task(rebuilt: Rebuilt) -> Changes:
         factors=lambda name: rebuilt.factors(names[name]),
         value=rebuilt.read,
         cost=lambda name: rebuilt.cost(names.get(name, "")) + _factors_bytes(rebuilt, name),
+        why_not_finite=lambda name: _why_not_finite(name, rebuilt.read(name)),
     )
+
+
+def _why_not_finite(name: str, value: Tensor) -> list[str]:
+    return not_finite("The model", name, value) or [beyond_fp32(name)]
 
 
 def _factors_bytes(rebuilt: Rebuilt, name: str) -> int:

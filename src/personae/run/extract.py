@@ -1,5 +1,6 @@
 """Low-rank factors of what an expert changed: measured, then written, a tensor at a time."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from personae.errors import CheckpointError, Faults
 from personae.family.carried import Carried
-from personae.family.finite import beyond_fp32, converging, is_finite, not_finite
+from personae.family.finite import converging, is_finite
 from personae.methods import decompose_touched
 from personae.ops.factors import (
     balanced,
@@ -51,7 +52,7 @@ def measure(
         work: Workers, memory bound, progress.
 
     Returns:
-        Name to what was found, of those that changed.
+        Name to what was found, of those that are not known to be unchanged.
 
     Raises:
         CheckpointError: naming every tensor with values that are not finite.
@@ -62,10 +63,11 @@ def measure(
     def look(name: str) -> Measured | list[str]:
         delta = changes.delta(name)
         if not is_finite(delta):
-            return not_finite("The model", name, changes.value(name)) or [beyond_fp32(name)]
+            return changes.why_not_finite(name)
         energy = squared_norm(delta)
         if not energy or name not in of_interest:
             return Measured(energy)
+        delta = delta.flatten(1)
         factors = _thin(changes.factors(name))
         held = None if factors is None else factors[0].shape[1]
         if not spectra:
@@ -73,9 +75,9 @@ def measure(
         return Measured(energy, held, product_energies(*factors) if factors else energies(delta))
 
     def cost(name: str) -> int:
-        shape = changes.compared[name].shape
         wanted = spectra and name in of_interest
-        return changes.cost(name) + (energies_bytes((shape[0], shape[1])) if wanted else 0)
+        own = energies_bytes(as_matrix(changes.compared[name].shape)) if wanted else 0
+        return changes.cost(name) + own
 
     found: dict[str, Measured] = {}
     for name, seen in work.map(names, look, cost=cost, stage="measuring"):
@@ -85,7 +87,7 @@ def measure(
             for fault in seen:
                 faults.add(fault)
     faults.raise_if_any(CheckpointError)
-    return {name: found[name] for name in sorted(found) if found[name].energy}
+    return {name: found[name] for name in sorted(found)}
 
 
 def write_adapter(
@@ -113,7 +115,7 @@ def write_adapter(
     """
 
     def factors(name: str) -> float:
-        delta = changes.delta(name)
+        delta = changes.delta(name).flatten(1)
         with converging(name):
             found = _factors(delta, changes.factors(name), ranks[name], work.torch_device)
         left, right = (one.to(dtype) for one in found)
@@ -141,9 +143,14 @@ def write_adapter(
 
 def extracting_bytes(shape: tuple[int, ...], rank: int) -> int:
     """Peak memory of decomposing a delta and forming the product, the delta itself left out."""
-    rows, columns = shape
+    rows, columns = as_matrix(shape)
     found = 16 * rank * (rows + columns)
     return max(svd_bytes((rows, columns), rank), 4 * rows * columns) + found
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a weight as a matrix: the kernel of a convolution lies in its rows."""
+    return shape[0], math.prod(shape[1:])
 
 
 def _factors(delta: Tensor, exact: Factors | None, rank: int, device: torch.device) -> Factors:

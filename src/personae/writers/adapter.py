@@ -30,27 +30,41 @@ class AdapterSpec:
     """What an adapter holds, but for the values.
 
     Attributes:
-        shapes: Module to (out, in) of its weight, whichever way the base stores it.
+        shapes: Module to (out, in) of its weight, whichever way the base stores it; the kernel
+            after these, where it is a convolution.
         ranks: Module to the rank of its factors.
         dtype: What factors are stored in.
         whole: Tensors that are stored whole, by their names in memory.
+        embeddings: Those of the modules that are embeddings.
     """
 
-    shapes: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, tuple[int, ...]]
     ranks: Mapping[str, int]
     dtype: torch.dtype
     whole: Sequence[TensorSpec] = ()
+    embeddings: frozenset[str] = frozenset()
 
     @property
     def specs(self) -> list[TensorSpec]:
         """Of all tensors, as they are stored."""
-        found = [replace(spec, name=ROOT + spec.name) for spec in self.whole]
-        for module, (rows, columns) in self.shapes.items():
-            a, b = _keys(module)
+        found = [replace(spec, name=self.key(spec.name)) for spec in self.whole]
+        for module, (rows, *others) in self.shapes.items():
+            a, b = self.keys(module)
             rank = self.ranks[module]
-            found.append(TensorSpec(a, (rank, columns), self.dtype))
-            found.append(TensorSpec(b, (rows, rank), self.dtype))
+            found.append(TensorSpec(a, (rank, *others), self.dtype))
+            found.append(TensorSpec(b, (rows, rank, *(1 for _ in others[1:])), self.dtype))
         return found
+
+    def keys(self, module: str) -> tuple[str, str]:
+        """What A and B of a module are stored as."""
+        if module in self.embeddings:
+            return f"{ROOT}{module}.lora_embedding_A", f"{ROOT}{module}.lora_embedding_B"
+        return f"{ROOT}{module}.lora_A.weight", f"{ROOT}{module}.lora_B.weight"
+
+    def key(self, name: str) -> str:
+        """What a whole tensor is stored as; adapted modules are wrapped, with all they have."""
+        module, _, last = name.rpartition(".")
+        return f"{ROOT}{module}.base_layer.{last}" if module in self.shapes else ROOT + name
 
     @property
     def nbytes(self) -> int:
@@ -69,21 +83,27 @@ class AdapterWriter:
             spec.specs,
             shard_bytes=sys.maxsize,
             stem=STEM,
-            computed=[key for module in spec.shapes for key in _keys(module)],
+            computed=[key for module in spec.shapes for key in spec.keys(module)],
         )
 
     def write_factors(
         self, module: str, b: Float[Tensor, "out rank"], a: Float[Tensor, "rank in"]
     ) -> None:
-        """Write both factors of a module, in the dtype of the adapter, padded to its rank."""
-        key_a, key_b = _keys(module)
-        missing = self._spec.ranks[module] - a.shape[0]
-        self._writer.write(key_a, torch.nn.functional.pad(a, (0, 0, 0, missing)))
-        self._writer.write(key_b, torch.nn.functional.pad(b, (0, missing)))
+        """Write both factors of a module, in the dtype of the adapter, padded to its rank.
+
+        Of a convolution they are of the matrix (out, the rest).
+        """
+        key_a, key_b = self._spec.keys(module)
+        rank, (_, *others) = self._spec.ranks[module], self._spec.shapes[module]
+        missing = rank - a.shape[0]
+        a = torch.nn.functional.pad(a, (0, 0, 0, missing)).view(rank, *others)
+        b = torch.nn.functional.pad(b, (0, missing))
+        self._writer.write(key_a, a)
+        self._writer.write(key_b, b.view(*b.shape, *(1 for _ in others[1:])))
 
     def write_whole(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that is stored whole, by its name in memory."""
-        self._writer.write(ROOT + name, tensor)
+        self._writer.write(self._spec.key(name), tensor)
 
     def __enter__(self) -> "AdapterWriter":
         """Return the writer."""
@@ -104,6 +124,7 @@ def adapter_config(
     model_class: str | None,
     transposed: bool,
     saved: Sequence[str],
+    bias: str = "none",
 ) -> bytes:
     """The text of `adapter_config.json`.
 
@@ -116,6 +137,7 @@ def adapter_config(
         model_class: The class of the model, where PEFT has no type for its task.
         transposed: Whether weights are stored (in, out), as in GPT-2.
         saved: Modules that are stored whole.
+        bias: Which biases are stored whole beside them, in PEFT's words.
     """
     most = max(spec.ranks.values())
     differ = len({*spec.ranks.values()}) > 1
@@ -136,7 +158,7 @@ def adapter_config(
         "target_modules": list(targets),
         "modules_to_save": list(saved) or None,
         "fan_in_fan_out": transposed,
-        "bias": "none",
+        "bias": bias,
         "lora_dropout": 0.0,
         "use_rslora": False,
         "use_dora": False,
@@ -144,7 +166,3 @@ def adapter_config(
         "inference_mode": True,
     }
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _keys(module: str) -> tuple[str, str]:
-    return f"{ROOT}{module}.lora_A.weight", f"{ROOT}{module}.lora_B.weight"

@@ -15,7 +15,7 @@ class AdapterFacts:
 
     Attributes:
         title: What it is called.
-        source: Where what it was made from was.
+        made: How it was made, as the end of a sentence, in Markdown.
         base: Path or hub id of the model it is for.
         hub_id: The same, if it is on the hub.
         rank: The rank, in words.
@@ -23,11 +23,12 @@ class AdapterFacts:
         summary: What it keeps, in a sentence.
         rows: A table of what changed, and of how it is carried; the first row is its head.
         notes: What a user should know.
+        recipe: The recipe that it was merged by, if it was.
         versions: Package to version.
     """
 
     title: str
-    source: str
+    made: str
     base: str
     hub_id: str | None
     rank: str
@@ -36,6 +37,7 @@ class AdapterFacts:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str]
     versions: Mapping[str, str]
+    recipe: str = ""
 
 
 def adapter_card(facts: AdapterFacts) -> str:
@@ -47,14 +49,16 @@ def adapter_card(facts: AdapterFacts) -> str:
     parts = [
         _front_matter(facts),
         f"# {inline(facts.title)}",
-        f"A LoRA adapter of {facts.rank} ({facts.dtype}) for {code(facts.base)}, extracted from "
-        f"{code(facts.source)}. {facts.summary}",
+        f"A LoRA adapter of {facts.rank} ({facts.dtype}) for {code(facts.base)}, {facts.made}. "
+        f"{facts.summary}",
         fenced(use, "python"),
         "## What it carries",
         table([list(row) for row in facts.rows]),
     ]
     if facts.notes:
         parts += ["## Notes", "\n".join(f"* {inline(note)}" for note in facts.notes)]
+    if facts.recipe:
+        parts += ["## Recipe", fenced(facts.recipe.rstrip("\n"), "yaml")]
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     return "\n\n".join([*parts, f"Made with {versions}."]) + "\n"
 
