@@ -17,16 +17,16 @@ from personae._types import TensorSpec
 from personae._version import __version__
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.naming import shown
-from personae.commands import outline
-from personae.commands.outline import Outline
-from personae.commands.reference import open_reference
 from personae.commands.unpack import note_code
 from personae.commands.weighting import Weighting, given
 from personae.packs.fingerprint import sha256_file
 from personae.packs.manifest import MANIFEST_NAME
 from personae.packs.reader import Pack
+from personae.run import outline
+from personae.run.outline import Outline
 from personae.run.output import RECORD_NAME, check_output, write_model
 from personae.run.rebuilt import Rebuilt, held
+from personae.run.reference import open_reference
 from personae.run.work import Work
 from personae.writers import SHARD_BYTES
 
