@@ -50,6 +50,8 @@ _HOMES = {
     "MergeSettings": "recipe",
     "PackSettings": "recipe",
     "Work": "run.work",
+    "Runtime": "runtime.loaded",
+    "load": "runtime.loaded",
 }
 _METHOD = re.compile(
     r"^@(?:merge_method|codec)\(.*?^class (\w+)|^(\w+) = as_function\(", re.MULTILINE | re.DOTALL

@@ -106,3 +106,5 @@ from personae.methods.merge.wudi import wudi as wudi
 from personae.recipe import MergeSettings as MergeSettings
 from personae.recipe import PackSettings as PackSettings
 from personae.run.work import Work as Work
+from personae.runtime.loaded import Runtime as Runtime
+from personae.runtime.loaded import load as load
