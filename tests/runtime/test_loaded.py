@@ -88,7 +88,7 @@ def settings(model: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", ["merged", "factored"])
-def test_a_task_computes_what_its_checkpoint_does(family: Family, mode: Any):
+def test_a_task_computes_what_its_checkpoint_does(family: Family, mode: str):
     runtime = load(family.pack, mode=mode)
     assert runtime.tasks == ("a", "b") and runtime.task is None
     for task in ("b", "a", "b"):

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +24,7 @@ from personae.runtime.paths import Paths, changed, patch, paths_bytes, paths_of
 from personae.runtime.shells import Shell, Shells
 from personae.runtime.variants import TaskVariant, Variant, check_factored
 
-Mode = Literal["merged", "factored"]
+MODES = ("merged", "factored")
 CACHE = "1GB"
 """Bytes of decoded factors held, by default."""
 
@@ -32,7 +32,7 @@ CACHE = "1GB"
 def load(
     pack: str | Path | Pack,
     *,
-    mode: Mode = "merged",
+    mode: str = "merged",
     base: Any = None,
     model: nn.Module | None = None,
     device: str | torch.device | None = None,
@@ -64,8 +64,8 @@ def load(
         CheckpointError: if the class of the reference is not known, or `model` lacks tensors.
     """
     faults = Faults()
-    if mode not in get_args(Mode):
-        faults.add(f"Unknown mode '{mode}'. {nearest(str(mode), get_args(Mode))}")
+    if mode not in MODES:
+        faults.add(f"Unknown mode '{mode}'. {nearest(mode, MODES)}")
     limit = _size(cache, faults)
     place = _device(device, faults)
     faults.raise_if_any(RecipeError)
@@ -133,7 +133,7 @@ class Runtime:
     """
 
     def __init__(
-        self, pack: Pack, reference: Checkpoint, shells: Shells, mode: Mode, cache: int
+        self, pack: Pack, reference: Checkpoint, shells: Shells, mode: str, cache: int
     ) -> None:
         """Take what is there; builds no model yet."""
         self.pack, self.mode = pack, mode
