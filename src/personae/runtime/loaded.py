@@ -2,17 +2,19 @@
 
 import threading
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from personae.checkpoints import Checkpoint
+from personae.checkpoints.naming import shown
 from personae.errors import Faults, MethodError, PackError, RecipeError, WorkError, nearest
 from personae.packs.reader import Pack
 from personae.recipe import parse_size
@@ -20,9 +22,12 @@ from personae.run.rebuilt import Rebuilt
 from personae.run.reference import open_reference
 from personae.run.work import Work
 from personae.runtime.cache import Cache
+from personae.runtime.mixed import NotByRow, mixed
 from personae.runtime.paths import Paths, changed, patch, paths_bytes, paths_of
+from personae.runtime.rows import check_rows, in_order, joined, take_rows
 from personae.runtime.shells import Shell, Shells
 from personae.runtime.variants import TaskVariant, Variant, check_factored
+from personae.runtime.watch import Watch
 
 MODES = ("merged", "factored")
 CACHE = "1GB"
@@ -97,17 +102,19 @@ def _device(device: str | torch.device | None, faults: Faults) -> torch.device:
 
 @dataclass(frozen=True)
 class Active:
-    """A task as it is in force in one thread.
+    """A task, or several for a batch, as in force in one thread.
 
     Attributes:
-        task: Its name.
+        task: Its name; None of several.
+        tasks: The names of all.
         model: The module to call.
-        paths: What it changes of the modules; empty where its weights are in place.
+        paths: What they change of the modules; empty where weights are in place.
     """
 
-    task: str
+    task: str | None
+    tasks: tuple[str, ...]
     model: nn.Module
-    paths: Paths = field(default_factory=Paths)
+    paths: Mapping[int, Callable[..., Any]] = field(default_factory=dict[int, Any])
 
 
 class InPlace(NamedTuple):
@@ -207,11 +214,12 @@ class Runtime:
         with self._switching:
             shell = self._shell(variant)
             view = self._view(task, variant, shell)
+            _refuse_strays(task, variant, shell)
             if self.mode == "merged":
                 self._put(task, variant, shell)
-                active = Active(task, view)
+                active = Active(task, (task,), view)
             else:
-                active = Active(task, view, self._paths(task, variant, shell, view))
+                active = Active(task, (task,), view, self._paths(task, variant, shell, view))
             self._active[threading.current_thread()] = active
         return Activation(self, before)
 
@@ -221,26 +229,52 @@ class Runtime:
             if self._active.pop(threading.current_thread(), None) is not None:
                 self._put_back()
 
-    def __call__(self, *args: Any, **inputs: Any) -> Any:
-        """What the model of this thread's task computes; arguments and result are the module's.
+    def __call__(self, *args: Any, tasks: str | Sequence[str] | None = None, **inputs: Any) -> Any:
+        """What the model computes for this thread's task, or for the task of each row.
+
+        Args:
+            *args: As the module takes them.
+            tasks: The task of each row of the inputs, or of all.
+            **inputs: As the module takes them; what is batched has its rows along the first axis.
+
+        Returns:
+            As the module returns it, rows in the order given. Of several tasks, narrower heads are
+            filled up with -inf along the last axis, and where their rows are computed one task
+            after another, caches are left out.
 
         Raises:
+            PackError: if there is no such task, or its file is missing or damaged.
+            MethodError: if inputs have not as many rows as `tasks` names tasks, or hold labels of
+                several tasks.
             WorkError: if another thread has a task active in `merged` mode.
+            BudgetError: if the tasks of a batch take more than the cache holds.
         """
+        if tasks is not None:
+            return self._batch(tasks, args, inputs, lambda model: model, lambda _: -torch.inf)
         with self._call() as model:
             return model(*args, **inputs)
 
-    def generate(self, *args: Any, **inputs: Any) -> Any:
-        """What the model of this thread's task generates; as `generate` of transformers.
+    def generate(self, *args: Any, tasks: str | Sequence[str] | None = None, **inputs: Any) -> Any:
+        """What the model generates, as `generate` of transformers.
+
+        Args:
+            *args: As `generate` takes them.
+            tasks: The task of each row of the inputs, or of all.
+            **inputs: As `generate` takes them.
+
+        Returns:
+            As `generate` returns it, rows in the order given.
 
         Raises:
+            PackError: if there is no such task, or its file is missing or damaged.
+            MethodError: if the model's class does not generate, or as for a call.
             WorkError: if another thread has a task active in `merged` mode.
-            MethodError: if the model's class does not generate.
+            BudgetError: if the tasks of a batch take more than the cache holds.
         """
+        if tasks is not None:
+            return self._batch(tasks, args, inputs, _generating, _padding)
         with self._call() as model:
-            if not hasattr(model, "generate"):
-                raise MethodError(f"{type(model).__name__} does not generate: call it instead.")
-            return cast(Any, model).generate(*args, **inputs)
+            return _generating(model)(*args, **inputs)
 
     def close(self) -> None:
         """Let the model be the reference, compute by itself again, and release the files."""
@@ -254,6 +288,96 @@ class Runtime:
                 module.__dict__.pop("forward", None)
             self._patched.clear()
             self._reference.close()
+
+    def _batch(
+        self,
+        tasks: str | Sequence[str],
+        args: tuple[Any, ...],
+        inputs: dict[str, Any],
+        how: Callable[[nn.Module], Callable[..., Any]],
+        fill: Callable[[nn.Module], float],
+    ) -> Any:
+        """Compute rows of several tasks: those of models of one class at once, where that can be.
+
+        Args:
+            tasks: The task of each row, or of all.
+            args: Inputs without a name.
+            inputs: Inputs with one.
+            how: What is called, of a module.
+            fill: What narrower results of a module are filled up with.
+        """
+        if isinstance(tasks, str):
+            with self.activate(tasks):
+                return how(self.model)(*args, **inputs)
+        check_rows(tasks, {str(n): one for n, one in enumerate(args)} | inputs)
+        order: list[int] = []
+        sizes: list[int] = []
+        results: list[Any] = []
+        fills: list[float] = []
+        waiting = [*self._passes([*dict.fromkeys(tasks)])]
+        while waiting:
+            at_once = waiting.pop(0)
+            rows = [row for task in at_once for row, of in enumerate(tasks) if of == task]
+            own_args, own_inputs = take_rows((args, inputs), rows, len(tasks))
+            try:
+                with self._several(at_once, [*map(tasks.count, at_once)]) as model:
+                    results.append(how(model)(*own_args, **own_inputs))
+            except NotByRow:
+                self._shell(self._variant(at_once[0])).apart = True
+                waiting = [*([task] for task in at_once), *waiting]
+                continue
+            order += rows
+            sizes.append(len(rows))
+            fills.append(fill(model))
+        return in_order(joined(results, sizes, fills[0]), order)
+
+    def _passes(self, tasks: Sequence[str]) -> list[list[str]]:
+        """The tasks of a batch, those together that are computed at once."""
+        found: dict[object, list[str]] = {}
+        for task in tasks:
+            shell = self._shell(self._variant(task))
+            alone = self.mode == "merged" or shell.apart
+            found.setdefault(task if alone else id(shell), []).append(task)
+        return [*found.values()]
+
+    @contextmanager
+    def _several(self, tasks: Sequence[str], counts: Sequence[int]) -> Generator[nn.Module]:
+        """The model for so many rows of each of some tasks, which follow each other."""
+        if len(tasks) == 1:
+            with self.activate(tasks[0]), self._call() as model:
+                yield model
+            return
+        variants = [self._variant(task) for task in tasks]
+        shell = self._shell(variants[0])
+        with self._switching:
+            paths: list[Paths] = []
+            for task, variant in zip(tasks, variants, strict=True):
+                view = self._view(task, variant, shell)
+                paths.append(self._paths(task, variant, shell, view, tasks))
+        model = self._views[tasks[0]]
+        whole = mixed(paths, counts, shell.widths, self._within)
+        with self._in_force(Active(None, tuple(tasks), model, whole)):
+            yield model
+
+    @contextmanager
+    def _within(self, paths: Paths) -> Generator[None]:
+        """Let modules compute for one task of several."""
+        with self._in_force(replace(self._active[threading.current_thread()], paths=paths)):
+            yield
+
+    @contextmanager
+    def _in_force(self, active: Active) -> Generator[None]:
+        """Something else than what is in force in this thread, for a while."""
+        thread = threading.current_thread()
+        before = self._active.get(thread)
+        self._active[thread] = active
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._active[thread]
+            else:
+                self._active[thread] = before
 
     @contextmanager
     def _call(self) -> Generator[nn.Module]:
@@ -297,13 +421,38 @@ class Runtime:
             view = shell.view(variant.outline)
             if view is not shell.module and id(shell.module) in self._patched:
                 patch(view, self._current, id(shell.module))
+            if self.mode == "factored" and all(view is not one for one in self._views.values()):
+                self._patched[id(view)] = view
+                self._watch(view, shell)
             self._views[task] = view
         return self._views[task]
+
+    def _watch(self, view: nn.Module, shell: Shell) -> None:
+        """Let the first call of a shell be watched."""
+        inner = view.forward
+
+        @wraps(inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if shell.strays is not None:
+                return inner(*args, **kwargs)
+            units = {key: [unit.module for unit in units] for key, units in shell.units.items()}
+            with Watch(units, (args, kwargs)) as watch:
+                result = inner(*args, **kwargs)
+            shell.strays = watch.strays
+            shell.apart |= any(not isinstance(m, nn.Embedding) for m in watch.without_rows)
+            active = self._active.get(threading.current_thread())
+            for task in active.tasks if active is not None else ():
+                _refuse_strays(task, self._variants[task], shell)
+            if active is not None and active.task is None and shell.apart:
+                raise NotByRow
+            return result
+
+        view.forward = forward
 
     def _bare(self) -> nn.Module:
         return self._shells.bare()
 
-    def _current(self) -> Paths | None:
+    def _current(self) -> Mapping[int, Callable[..., Any]] | None:
         active = self._active.get(threading.current_thread())
         return None if active is None else active.paths
 
@@ -311,14 +460,22 @@ class Runtime:
         """The tasks that other threads have active."""
         here = threading.current_thread()
         return {
-            active.task
+            task
             for thread, active in [*self._active.items()]
             if thread is not here and thread.is_alive()
+            for task in active.tasks
         }
 
-    def _paths(self, task: str, variant: Variant, shell: Shell, view: nn.Module) -> Paths:
+    def _paths(
+        self,
+        task: str,
+        variant: Variant,
+        shell: Shell,
+        view: nn.Module,
+        beside: Collection[str] = (),
+    ) -> Paths:
         return self._cache.get(
-            task, lambda: paths_of(variant, shell, view), paths_bytes(variant, shell)
+            task, lambda: paths_of(variant, shell, view), paths_bytes(variant, shell), beside
         )
 
     def _put(self, task: str, variant: Variant, shell: Shell) -> None:
@@ -363,6 +520,45 @@ class Runtime:
                 f"Cannot {what}: thread '{busy[0].name}' computes with the model. "
                 f"Wait for it, {remedy}"
             )
+
+
+def _refuse_strays(task: str, variant: Variant, shell: Shell) -> None:
+    """Check that what a task changes is read by the modules that have it alone.
+
+    Raises:
+        MethodError: naming the tensors of which that does not hold.
+    """
+    strays = shell.strays or set()
+    found = [
+        name
+        for name, places in changed(variant, shell).items()
+        if any(id(place) in strays for place in places)
+    ]
+    if found:
+        raise MethodError(
+            f"{type(shell.module).__name__} reads {shown(found)} without calling the layers that "
+            f"have them, so that task '{task}' cannot be added there. Load the pack with "
+            'mode="merged".'
+        )
+
+
+def _generating(model: Any) -> Callable[..., Any]:
+    """What generates.
+
+    Raises:
+        MethodError: if the model's class does not.
+    """
+    if not hasattr(model, "generate"):
+        raise MethodError(f"{type(model).__name__} does not generate: call it instead.")
+    return model.generate
+
+
+def _padding(model: Any) -> int:
+    """The token that ends sequences which are shorter than others."""
+    told = model.generation_config
+    ends = told.eos_token_id
+    found = (told.pad_token_id, ends[0] if isinstance(ends, list) else ends, 0)
+    return next(token for token in found if token is not None)
 
 
 class Activation:

@@ -13,6 +13,7 @@ one, the matrix is added up when they are called and forgotten afterwards.
 import copy
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch.nn import functional
 
 from personae.runtime.shells import Shell
 from personae.runtime.variants import Variant
+from personae.runtime.watch import watching
 
 
 class LowRank(NamedTuple):
@@ -130,7 +132,11 @@ def factor_rank(variant: Variant, name: str) -> int | None:
     return None if whole else variant.factor_rank(name)
 
 
-def patch(module: nn.Module, current: Callable[[], Mapping[int, Path] | None], key: int) -> None:
+def patch(
+    module: nn.Module,
+    current: Callable[[], Mapping[int, Callable[..., Any]] | None],
+    key: int,
+) -> None:
     """Let a module compute with the path that is in force when it is called.
 
     Args:
@@ -143,7 +149,9 @@ def patch(module: nn.Module, current: Callable[[], Mapping[int, Path] | None], k
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         path = (current() or {}).get(key)
-        return original(module, *args, **kwargs) if path is None else path(*args, **kwargs)
+        watch = watching()
+        with nullcontext() if watch is None else watch.inside(module, (args, kwargs)):
+            return original(module, *args, **kwargs) if path is None else path(*args, **kwargs)
 
     module.forward = forward
     if isinstance(module, nn.MultiheadAttention):  # else its layer computes without calling it
@@ -184,11 +192,16 @@ def adding(module: nn.Module) -> Adding | None:
     """How a change of the module's matrix is added to what it computes; None where it cannot be."""
     if type(module).forward is nn.Linear.forward:
         return _linear
-    if type(module).__name__ == "Conv1D":  # of GPT-2: a linear layer whose matrix is (in, out)
+    if is_transposed(module):
         return _transposed
     if isinstance(module, nn.Embedding) and module.max_norm is None:
         return _embedding
     return None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is GPT-2's Conv1D: a linear layer whose matrix is (in, out)."""
+    return type(module).__name__ == "Conv1D"
 
 
 def _linear(_: nn.Module, given: Tensor, change: LowRank) -> Tensor:

@@ -55,12 +55,17 @@ class Shell:
         places: A name in checkpoint files to the tensors that it is in memory.
         at_rest: Of each of these names what it is while no task is active.
         units: The id of a tensor in memory to the modules that compute with it.
+        apart: Whether rows of several tasks have to be computed one task after another.
+        strays: Ids of tensors that the model reads without calling the modules that have them;
+            None as long as it was not watched.
     """
 
     module: nn.Module
     places: Mapping[str, tuple[Tensor, ...]]
     at_rest: Mapping[str, Tensor]
     units: Mapping[int, tuple[Unit, ...]] = field(init=False)
+    apart: bool = False
+    strays: set[int] | None = None
 
     def __post_init__(self) -> None:
         """Find the modules."""
@@ -72,6 +77,16 @@ class Shell:
                 for name, tensor in kind(recurse=inner, remove_duplicate=False):
                     found.setdefault(id(tensor), []).append(Unit(module, name))
         self.units = {one: tuple(units) for one, units in found.items()}
+
+    @property
+    def widths(self) -> set[int]:
+        """Widths of what norms and linear layers take."""
+        found = {tuple(p.shape) for n, p in self.module.named_parameters() if n.endswith("weight")}
+        norms = {shape[0] for shape in found if len(shape) == 1}
+        linear = {
+            module.in_features for module in self.module.modules() if isinstance(module, nn.Linear)
+        }
+        return norms | linear
 
     def view(self, of: Outline) -> nn.Module:
         """The same module with the configuration of one model of its class, such as its labels."""
