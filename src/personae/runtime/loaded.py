@@ -17,7 +17,9 @@ from personae.checkpoints import Checkpoint
 from personae.checkpoints.naming import shown
 from personae.errors import Faults, MethodError, PackError, RecipeError, WorkError, nearest
 from personae.packs.reader import Pack
+from personae.packs.weighting import Weighting, given
 from personae.recipe import parse_size
+from personae.run.composed import Composed
 from personae.run.rebuilt import Rebuilt
 from personae.run.reference import open_reference
 from personae.run.work import Work
@@ -26,7 +28,7 @@ from personae.runtime.mixed import NotByRow, mixed
 from personae.runtime.paths import Paths, changed, patch, paths_bytes, paths_of
 from personae.runtime.rows import check_rows, in_order, joined, take_rows
 from personae.runtime.shells import Shell, Shells
-from personae.runtime.variants import TaskVariant, Variant, check_factored
+from personae.runtime.variants import ComposedVariant, TaskVariant, Variant, check_factored
 from personae.runtime.watch import Watch
 
 MODES = ("merged", "factored")
@@ -276,6 +278,32 @@ class Runtime:
         with self._call() as model:
             return _generating(model)(*args, **inputs)
 
+    def compose(
+        self, name: str, weights: Mapping[str, float] | Weighting, *, head: str | None = None
+    ) -> None:
+        """Make a task of others, as `personae compose` does: the reference and a weighted sum.
+
+        It is activated like any other, and is no part of the pack.
+
+        Args:
+            name: What it is called.
+            weights: Task to weight, or what `weigh` found; tasks not named count 0.
+            head: The task whose head it has; without one it is of the reference's class.
+
+        Raises:
+            PackError: if the pack has no such task, or has one of this name.
+            RecipeError: if a weight is not finite, or all are 0.
+        """
+        if name in self.tasks:
+            raise PackError(f"There is a task '{name}' already. Give another name.")
+        weighting = given(weights, self.pack.manifest, self.pack.directory)
+        named = [task for task, weight in weighting.weights.items() if weight]
+        parts = {task: self._task(task) for task in [*named, *([head] if head else [])]}
+        rebuilt = {task: part.rebuilt for task, part in parts.items()}
+        of = self._shells.of_reference if head is None else parts[head].outline
+        composed = Composed(self._reference, rebuilt, weighting, of)
+        self._variants[name] = ComposedVariant(composed, parts)
+
     def close(self) -> None:
         """Let the model be the reference, compute by itself again, and release the files."""
         with self._switching:
@@ -393,19 +421,28 @@ class Runtime:
                 self._calling[thread] -= 1
 
     def _variant(self, task: str) -> Variant:
-        """What is known of a task; its file is opened when it is first asked for.
+        """What is known of a task, composed ones too.
 
         Raises:
             PackError: if there is no such task, or its file is missing or damaged.
         """
-        if task not in self.tasks:
+        return self._variants[task] if task in self._variants else self._task(task)
+
+    def _task(self, task: str) -> TaskVariant:
+        """What is known of a task of the pack; its file is opened when it is first asked for.
+
+        Raises:
+            PackError: if there is no such task, or its file is missing or damaged.
+        """
+        if task not in self.pack.manifest.tasks:
             raise PackError(
                 f"{self.pack.directory} has no task '{task}'. {nearest(task, self.tasks)}"
             )
-        if task not in self._variants:
-            rebuilt = Rebuilt(self.pack, task, self._reference)
-            self._variants[task] = TaskVariant(self.pack, task, rebuilt)
-        return self._variants[task]
+        known = self._variants.get(task)
+        if not isinstance(known, TaskVariant):
+            known = TaskVariant(self.pack, task, Rebuilt(self.pack, task, self._reference))
+            self._variants[task] = known
+        return known
 
     def _shell(self, variant: Variant) -> Shell:
         shell = self._shells.shell(variant.outline)
