@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,18 +84,18 @@ class MixedPath:
         )
 
     def _added(self, given: Tensor, sizes: Sequence[int]) -> Tensor:
-        transposed = is_transposed(self.module)
-        weight: Any = self.module.weight
-        result = given @ weight if transposed else functional.linear(given, weight)
-        parts = self.parts
+        transposed, parts = is_transposed(self.module), self.parts
+        weight, own = cast(Tensor, self.module.weight), cast(Tensor | None, self.module.bias)
+        one_bias = None if any(part and part.whole for part in parts) else own
+        result = functional.linear(given, weight.T if transposed else weight, one_bias).contiguous()
         changes = [part.low_rank.get("weight") if part else None for part in parts]
         if transposed:
             changes = [change and LowRank(change.right.T, change.left.T) for change in changes]
         _add_products(result, given, changes, sizes)
-        own: Any = self.module.bias
-        biases: list[Any] = [part.whole.get("bias", own) if part else own for part in parts]
-        for rows, bias in zip(_cuts(result, sizes), biases, strict=True) if own is not None else ():
-            rows.add_(bias)
+        if own is not one_bias:
+            biases = [part.whole.get("bias", own) if part else own for part in parts]
+            for rows, bias in zip(_cuts(result, sizes), biases, strict=True):
+                rows.add_(bias)
         return result
 
     def _in_turn(self, args: Any, kwargs: Any, sizes: Sequence[int]) -> Any:
@@ -153,9 +153,16 @@ def mixed(
 def _add_products(
     result: Tensor, given: Tensor, changes: Sequence[LowRank | None], sizes: Sequence[int]
 ) -> None:
-    """Add (X Rᵀ) Lᵀ to the rows of each task, in place."""
+    """Add (X Rᵀ) Lᵀ to the rows of each task, in place.
+
+    The factors of one batched product are copied next to each other, which a CPU notices where
+    they are larger than what they are multiplied with.
+    """
     there = [change for change in changes if change is not None]
-    if len(there) == len(sizes) and len({*sizes}) == len({one.right.shape for one in there}) == 1:
+    alike = len({*sizes}) == len({one.right.shape for one in there}) == 1
+    copied = sum(one.right.numel() for one in there)
+    cheap = given.device.type != "cpu" or copied <= given.numel()
+    if len(there) == len(sizes) and alike and cheap:
         number = len(there)
         rights = torch.stack([change.right for change in there]).mT
         lefts = torch.stack([change.left for change in there]).mT
