@@ -30,6 +30,7 @@ class Everything(nn.Module):
         self.attend = nn.MultiheadAttention(16, 2, batch_first=True)
         self.layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
         self.conv = nn.Conv1d(16, 16, 3, padding=1)
+        self.recur = nn.LSTM(16, 16, batch_first=True)
         self.norm = nn.BatchNorm1d(16)
         self.output = nn.Linear(16, 20, bias=False)
         self.output.weight = self.embed.weight
@@ -38,6 +39,7 @@ class Everything(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         x = self.embed(tokens) + self.place(torch.arange(tokens.shape[1])[None]) + self.start
         x = self.layer(x + self.attend(x, x, x, need_weights=False)[0])
+        x = x + self.recur(x)[0]
         x = self.norm(self.conv(x.transpose(1, 2))).transpose(1, 2)
         return self.output(x), self.classifier(x[:, 0])
 
@@ -98,7 +100,7 @@ def test_every_kind_of_layer(packed: Path, base: Everything, mode: str):
         assert torch.equal(got, right)
 
 
-def test_only_attention_adds_its_matrices_up(packed: Path, base: Everything):
+def test_attention_and_recurrence_add_their_matrices_up(packed: Path, base: Everything):
     runtime = load(packed, model=base, mode="factored")
     runtime.activate("a")
     paths = runtime._current() or {}
@@ -108,7 +110,18 @@ def test_only_attention_adds_its_matrices_up(packed: Path, base: Everything):
         Scaled: {"weight"},
         nn.Linear: {"weight"},
         nn.MultiheadAttention: {"in_proj_weight", "out_proj.weight"},
+        nn.LSTM: {"weight_ih_l0", "weight_hh_l0"},
     }
+
+
+def test_rows_have_tasks(packed: Path, base: Everything):
+    runtime = load(packed, model=base, mode="factored")
+    with torch.no_grad():
+        got = runtime(TOKENS, tasks=["b", "a", "b"])
+    for row, (task, labels) in enumerate((("b", 5), ("a", 3), ("b", 5))):
+        right = expected(packed, copy.deepcopy(base), task, labels)
+        for ours, theirs in zip(got, computed(right), strict=True):
+            torch.testing.assert_close(ours[row, ..., : theirs.shape[-1]], theirs[row])
 
 
 def test_a_closed_runtime_leaves_the_module_as_it_was(packed: Path, base: Everything):

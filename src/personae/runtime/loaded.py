@@ -409,7 +409,10 @@ class Runtime:
 
     @contextmanager
     def _call(self) -> Generator[nn.Module]:
-        """The model, while this thread computes with it."""
+        """The model, while this thread computes with it; others wait for weights in place."""
+        if self.mode == "factored":
+            yield self.model
+            return
         thread = threading.current_thread()
         with self._switching:
             model = self.model
@@ -419,6 +422,7 @@ class Runtime:
         finally:
             with self._switching:
                 self._calling[thread] -= 1
+                self._calling += Counter()  # keeps no thread that does not compute
 
     def _variant(self, task: str) -> Variant:
         """What is known of a task, composed ones too.

@@ -176,6 +176,8 @@ def twin(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
             other._parameters[outer] = nn.Parameter(value, requires_grad=False)
     for name, theirs in inner.items():
         other._modules[name] = twin(module.get_submodule(name), theirs)
+    if isinstance(other, nn.RNNBase):  # which keeps a list of its own
+        attributes["_flat_weights"] = [getattr(other, name) for name in other._flat_weights_names]
     return other
 
 

@@ -58,8 +58,17 @@ def joined(results: Sequence[Any], sizes: Sequence[int], fill: float = -torch.in
 
     Returns:
         The same kind. None stands for what cannot be put together, such as caches.
+
+    Raises:
+        MethodError: if they are of unlike kinds.
     """
     first = results[0]
+    kinds = {(type(one), one.ndim if isinstance(one, Tensor) else 0) for one in results}
+    if len(kinds) > 1 or (isinstance(first, Mapping) and len({tuple(one) for one in results}) > 1):
+        raise MethodError(
+            "The tasks of these rows answer in unlike kinds, such as a label for a row and labels "
+            "for its tokens. Give them in batches of their own."
+        )
     if len(results) == 1:
         return first
     if isinstance(first, Tensor):
