@@ -46,9 +46,9 @@ def test_what_cannot_be_composed(packed: Path):
     with pytest.raises(PackError, match="a task 'a' already"):
         runtime.compose("a", WEIGHTS)
     with pytest.raises(PackError, match="has no task 'c'"):
-        runtime.compose("mix", {"a": 1, "c": 2})
+        runtime.compose("mix", {"a": 1.0, "c": 2.0})
     with pytest.raises(PackError, match="has no task 'c'"):
         runtime.compose("mix", WEIGHTS, head="c")
     with pytest.raises(RecipeError, match="No task has a weight"):
-        runtime.compose("mix", {"a": 0})
+        runtime.compose("mix", {"a": 0.0})
     assert runtime.tasks == ("a", "b")

@@ -149,7 +149,7 @@ class Runtime:
         self._reference, self._shells = reference, shells
         self._variants: dict[str, Variant] = {}
         self._views: dict[str, nn.Module] = {}
-        self._patched: dict[int, nn.Module] = {}
+        self._patched: dict[int, Callable[[], None]] = {}
         self._active: WeakKeyDictionary[threading.Thread, Active] = WeakKeyDictionary()
         self._cache: Cache[Paths] = Cache(cache, self._in_use)
         self._switching = threading.RLock()
@@ -312,8 +312,8 @@ class Runtime:
                 thread=threading.current_thread()
             )
             self._put_back()
-            for module in self._patched.values():
-                module.__dict__.pop("forward", None)
+            for undo in self._patched.values():
+                undo()
             self._patched.clear()
             self._reference.close()
 
@@ -323,7 +323,7 @@ class Runtime:
         args: tuple[Any, ...],
         inputs: dict[str, Any],
         how: Callable[[nn.Module], Callable[..., Any]],
-        fill: Callable[[nn.Module], float],
+        fill: Callable[[nn.Module], int | float],
     ) -> Any:
         """Compute rows of several tasks: those of models of one class at once, where that can be.
 
@@ -341,7 +341,7 @@ class Runtime:
         order: list[int] = []
         sizes: list[int] = []
         results: list[Any] = []
-        fills: list[float] = []
+        fills: list[int | float] = []
         waiting = [*self._passes([*dict.fromkeys(tasks)])]
         while waiting:
             at_once = waiting.pop(0)
@@ -453,8 +453,7 @@ class Runtime:
         if self.mode == "factored":
             for module in {unit.module for units in shell.units.values() for unit in units}:
                 if id(module) not in self._patched:
-                    self._patched[id(module)] = module
-                    patch(module, self._current, id(module))
+                    self._patched[id(module)] = patch(module, self._current, id(module))
         return shell
 
     def _view(self, task: str, variant: Variant, shell: Shell) -> nn.Module:
@@ -463,7 +462,6 @@ class Runtime:
             if view is not shell.module and id(shell.module) in self._patched:
                 patch(view, self._current, id(shell.module))
             if self.mode == "factored" and all(view is not one for one in self._views.values()):
-                self._patched[id(view)] = view
                 self._watch(view, shell)
             self._views[task] = view
         return self._views[task]
@@ -489,6 +487,8 @@ class Runtime:
             return result
 
         view.forward = forward
+        if view is shell.module:
+            self._patched.setdefault(id(view), lambda: view.__dict__.pop("forward", None))
 
     def _bare(self) -> nn.Module:
         return self._shells.bare()

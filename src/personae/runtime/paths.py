@@ -136,13 +136,16 @@ def patch(
     module: nn.Module,
     current: Callable[[], Mapping[int, Callable[..., Any]] | None],
     key: int,
-) -> None:
+) -> Callable[[], None]:
     """Let a module compute with the path that is in force when it is called.
 
     Args:
         module: The module.
         current: All paths in force in this thread.
         key: What the module's path goes by there.
+
+    Returns:
+        What undoes it.
     """
     original = type(module).forward
 
@@ -153,9 +156,17 @@ def patch(
         with nullcontext() if watch is None else watch.inside(module, (args, kwargs)):
             return original(module, *args, **kwargs) if path is None else path(*args, **kwargs)
 
+    # A layer around attention computes without calling it, unless that has a hook.
+    hook = module.register_forward_pre_hook(lambda *_: None)
+    if not isinstance(module, nn.MultiheadAttention):
+        hook.remove()
     module.forward = forward
-    if isinstance(module, nn.MultiheadAttention):  # else its layer computes without calling it
-        module.register_forward_pre_hook(lambda *_: None)
+
+    def undo() -> None:
+        module.__dict__.pop("forward", None)
+        hook.remove()
+
+    return undo
 
 
 def twin(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:

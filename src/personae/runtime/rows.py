@@ -47,7 +47,7 @@ def take_rows(inputs: Any, rows: Sequence[int], total: int) -> Any:
     return tree_map_only(Tensor, cut, inputs)
 
 
-def joined(results: Sequence[Any], sizes: Sequence[int], fill: float = -torch.inf) -> Any:
+def joined(results: Sequence[Any], sizes: Sequence[int], fill: int | float = -torch.inf) -> Any:
     """Results for parts of a batch as one: tensors after each other, also in what holds them.
 
     Args:
@@ -116,7 +116,7 @@ def in_order(result: Any, order: Sequence[int]) -> Any:
     return result
 
 
-def _of_one_width(tensors: Sequence[Tensor], fill: float) -> list[Tensor]:
+def _of_one_width(tensors: Sequence[Tensor], fill: int | float) -> list[Tensor]:
     """Tensors whose last axis is filled up to that of the widest."""
     widest = max(one.shape[-1] for one in tensors) if tensors[0].ndim > 1 else 0
     return [
