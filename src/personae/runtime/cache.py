@@ -48,7 +48,7 @@ class Cache(Generic[Entry]):
         self,
         key: Hashable,
         make: Callable[[], Entry],
-        nbytes: int,
+        size: Callable[[], int],
         beside: Collection[Hashable] = (),
     ) -> Entry:
         """The entry of this key, made if it is not there.
@@ -56,7 +56,7 @@ class Cache(Generic[Entry]):
         Args:
             key: What it goes by.
             make: Makes it.
-            nbytes: Its size, known before it is made.
+            size: Bytes it will take, known before it is made.
             beside: Further keys that must stay.
 
         Raises:
@@ -70,7 +70,7 @@ class Cache(Generic[Entry]):
             with self._lock:
                 if key in self._entries:
                     return self._entries[key]
-                self._make_room(nbytes, {*self._in_use(), *beside})
+                self._make_room(size(), {*self._in_use(), *beside})
             made = make()
             with self._lock:
                 self._entries[key] = made

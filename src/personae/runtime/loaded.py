@@ -1,5 +1,6 @@
 """A pack in use: one model in memory, and every task of the pack on demand."""
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -148,11 +149,12 @@ class Runtime:
         self.pack, self.mode = pack, mode
         self._reference, self._shells = reference, shells
         self._variants: dict[str, Variant] = {}
+        self._placed: dict[str, Shell] = {}
         self._views: dict[str, nn.Module] = {}
         self._patched: dict[int, Callable[[], None]] = {}
         self._active: WeakKeyDictionary[threading.Thread, Active] = WeakKeyDictionary()
         self._cache: Cache[Paths] = Cache(cache, self._in_use)
-        self._switching = threading.RLock()
+        self._switching, self._registering = threading.RLock(), threading.Lock()
         self._in_place: InPlace | None = None
         self._calling = Counter[threading.Thread]()
 
@@ -193,7 +195,7 @@ class Runtime:
         with self._switching:
             self._refuse_others("use the reference")
             self._put_back()
-            return self._bare()
+            return self._shells.bare()
 
     def activate(self, task: str) -> "Activation":
         """Make a task the one that `model` computes for, in this thread.
@@ -212,23 +214,21 @@ class Runtime:
                 lacks tensors of it.
         """
         before = self.task
-        variant = self._variant(task)
-        with self._switching:
-            shell = self._shell(variant)
-            view = self._view(task, variant, shell)
-            _refuse_strays(task, variant, shell)
-            if self.mode == "merged":
-                self._put(task, variant, shell)
-                active = Active(task, (task,), view)
-            else:
-                active = Active(task, (task,), view, self._paths(task, variant, shell, view))
-            self._active[threading.current_thread()] = active
+        view = self._view(task)
+        if self.mode == "factored":
+            _refuse_strays(task, self._variant(task), self._shell(task))
+            self._register(Active(task, (task,), view, self._paths(task)))
+        else:
+            with self._switching:
+                self._put(task)
+                self._register(Active(task, (task,), view))
         return Activation(self, before)
 
     def deactivate(self) -> None:
         """Make this thread's model the reference again, to the bit."""
         with self._switching:
-            if self._active.pop(threading.current_thread(), None) is not None:
+            if self.task is not None:
+                self._register(None)
                 self._put_back()
 
     def __call__(self, *args: Any, tasks: str | Sequence[str] | None = None, **inputs: Any) -> Any:
@@ -351,7 +351,7 @@ class Runtime:
                 with self._several(at_once, [*map(tasks.count, at_once)]) as model:
                     results.append(how(model)(*own_args, **own_inputs))
             except NotByRow:
-                self._shell(self._variant(at_once[0])).apart = True
+                self._shell(at_once[0]).apart = True
                 waiting = [*([task] for task in at_once), *waiting]
                 continue
             order += rows
@@ -363,7 +363,7 @@ class Runtime:
         """The tasks of a batch, those together that are computed at once."""
         found: dict[object, list[str]] = {}
         for task in tasks:
-            shell = self._shell(self._variant(task))
+            shell = self._shell(task)
             alone = self.mode == "merged" or shell.apart
             found.setdefault(task if alone else id(shell), []).append(task)
         return [*found.values()]
@@ -375,15 +375,9 @@ class Runtime:
             with self.activate(tasks[0]), self._call() as model:
                 yield model
             return
-        variants = [self._variant(task) for task in tasks]
-        shell = self._shell(variants[0])
-        with self._switching:
-            paths: list[Paths] = []
-            for task, variant in zip(tasks, variants, strict=True):
-                view = self._view(task, variant, shell)
-                paths.append(self._paths(task, variant, shell, view, tasks))
-        model = self._views[tasks[0]]
-        whole = mixed(paths, counts, shell.widths, self._within)
+        paths = [self._paths(task, beside=tasks) for task in tasks]
+        model = self._view(tasks[0])
+        whole = mixed(paths, counts, self._shell(tasks[0]).widths, self._within)
         with self._in_force(Active(None, tuple(tasks), model, whole)):
             yield model
 
@@ -396,16 +390,20 @@ class Runtime:
     @contextmanager
     def _in_force(self, active: Active) -> Generator[None]:
         """Something else than what is in force in this thread, for a while."""
-        thread = threading.current_thread()
-        before = self._active.get(thread)
-        self._active[thread] = active
+        before = self._active.get(threading.current_thread())
+        self._register(active)
         try:
             yield
         finally:
-            if before is None:
-                del self._active[thread]
+            self._register(before)
+
+    def _register(self, active: Active | None) -> None:
+        """Note what is in force in this thread."""
+        with self._registering:
+            if active is None:
+                self._active.pop(threading.current_thread(), None)
             else:
-                self._active[thread] = before
+                self._active[threading.current_thread()] = active
 
     @contextmanager
     def _call(self) -> Generator[nn.Module]:
@@ -442,29 +440,38 @@ class Runtime:
             raise PackError(
                 f"{self.pack.directory} has no task '{task}'. {nearest(task, self.tasks)}"
             )
-        known = self._variants.get(task)
-        if not isinstance(known, TaskVariant):
-            known = TaskVariant(self.pack, task, Rebuilt(self.pack, task, self._reference))
-            self._variants[task] = known
-        return known
+        with self._switching:
+            known = self._variants.get(task)
+            if not isinstance(known, TaskVariant):
+                known = TaskVariant(self.pack, task, Rebuilt(self.pack, task, self._reference))
+                self._variants[task] = known
+            return known
 
-    def _shell(self, variant: Variant) -> Shell:
-        shell = self._shells.shell(variant.outline)
-        if self.mode == "factored":
-            for module in {unit.module for units in shell.units.values() for unit in units}:
-                if id(module) not in self._patched:
-                    self._patched[id(module)] = patch(module, self._current, id(module))
-        return shell
+    def _shell(self, task: str) -> Shell:
+        """The module of a task's class, with the reference's tensors."""
+        with self._switching:
+            if task not in self._placed:
+                shell = self._shells.shell(self._variant(task).outline)
+                if self.mode == "factored":
+                    for unit in itertools.chain.from_iterable(shell.units.values()):
+                        if id(unit.module) not in self._patched:
+                            key = id(unit.module)
+                            self._patched[key] = patch(unit.module, self._current, key)
+                self._placed[task] = shell
+            return self._placed[task]
 
-    def _view(self, task: str, variant: Variant, shell: Shell) -> nn.Module:
-        if task not in self._views:
-            view = shell.view(variant.outline)
-            if view is not shell.module and id(shell.module) in self._patched:
-                patch(view, self._current, id(shell.module))
-            if self.mode == "factored" and all(view is not one for one in self._views.values()):
-                self._watch(view, shell)
-            self._views[task] = view
-        return self._views[task]
+    def _view(self, task: str) -> nn.Module:
+        """The module of a task, with its configuration."""
+        with self._switching:
+            if task not in self._views:
+                shell = self._shell(task)
+                view = shell.view(self._variant(task).outline)
+                if view is not shell.module and id(shell.module) in self._patched:
+                    patch(view, self._current, id(shell.module))
+                if self.mode == "factored" and all(view is not v for v in self._views.values()):
+                    self._watch(view, shell)
+                self._views[task] = view
+            return self._views[task]
 
     def _watch(self, view: nn.Module, shell: Shell) -> None:
         """Let the first call of a shell be watched."""
@@ -490,9 +497,6 @@ class Runtime:
         if view is shell.module:
             self._patched.setdefault(id(view), lambda: view.__dict__.pop("forward", None))
 
-    def _bare(self) -> nn.Module:
-        return self._shells.bare()
-
     def _current(self) -> Mapping[int, Callable[..., Any]] | None:
         active = self._active.get(threading.current_thread())
         return None if active is None else active.paths
@@ -500,33 +504,34 @@ class Runtime:
     def _in_use(self) -> set[str]:
         """The tasks that other threads have active."""
         here = threading.current_thread()
+        with self._registering:
+            known = [*self._active.items()]
         return {
             task
-            for thread, active in [*self._active.items()]
+            for thread, active in known
             if thread is not here and thread.is_alive()
             for task in active.tasks
         }
 
-    def _paths(
-        self,
-        task: str,
-        variant: Variant,
-        shell: Shell,
-        view: nn.Module,
-        beside: Collection[str] = (),
-    ) -> Paths:
+    def _paths(self, task: str, beside: Collection[str] = ()) -> Paths:
+        """What a task changes, decoded; `beside` others that must stay."""
+        variant, shell, view = self._variant(task), self._shell(task), self._view(task)
         return self._cache.get(
-            task, lambda: paths_of(variant, shell, view), paths_bytes(variant, shell), beside
+            task,
+            make=lambda: paths_of(variant, shell, view),
+            size=lambda: paths_bytes(variant, shell),
+            beside=beside,
         )
 
-    def _put(self, task: str, variant: Variant, shell: Shell) -> None:
+    def _put(self, task: str) -> None:
         """Put rebuilt weights in place, once all are rebuilt."""
         self._refuse_others(f"activate '{task}'")
         if self.task == task:
             return
-        places = changed(variant, shell)
+        variant, shell = self._variant(task), self._shell(task)
         values = {
-            name: variant.value(name).to(at[0].device, at[0].dtype) for name, at in places.items()
+            name: variant.value(name).to(at[0].device, at[0].dtype)
+            for name, at in changed(variant, shell).items()
         }
         self._put_back()
         self._in_place = InPlace(threading.current_thread(), shell, frozenset(values))
