@@ -15,7 +15,7 @@ _HOMES = {
     "analyse": "commands.analyse",
     "check": "commands.check",
     "compose": "commands.compose",
-    "open_composed": "commands.compose",
+    "open_composed": "run.composed",
     "describe": "commands.describe",
     "diff": "commands.diff",
     "export": "commands.export",
@@ -35,8 +35,8 @@ _HOMES = {
     "merge_state_dicts": "commands.state_dicts",
     "unpack": "commands.unpack",
     "verify": "commands.verify",
-    "Weighting": "commands.weighting",
-    "weigh": "commands.weighting",
+    "Weighting": "packs.weighting",
+    "weigh": "packs.weighting",
     "text_encoder": "encoders",
     "BudgetError": "errors",
     "CheckpointError": "errors",
@@ -52,6 +52,8 @@ _HOMES = {
     "MergeSettings": "recipe",
     "PackSettings": "recipe",
     "Work": "run.work",
+    "Runtime": "runtime.loaded",
+    "load": "runtime.loaded",
 }
 _METHOD = re.compile(
     r"^@(?:merge_method|codec)\(.*?^class (\w+)|^(\w+) = as_function\(", re.MULTILINE | re.DOTALL

@@ -8,7 +8,6 @@ from personae.checkpoints import open_checkpoint as open_checkpoint
 from personae.commands.analyse import analyse as analyse
 from personae.commands.check import check as check
 from personae.commands.compose import compose as compose
-from personae.commands.compose import open_composed as open_composed
 from personae.commands.describe import describe as describe
 from personae.commands.diff import diff as diff
 from personae.commands.export import export as export
@@ -28,8 +27,6 @@ from personae.commands.packed import PackedTask as PackedTask
 from personae.commands.state_dicts import merge_state_dicts as merge_state_dicts
 from personae.commands.unpack import unpack as unpack
 from personae.commands.verify import verify as verify
-from personae.commands.weighting import Weighting as Weighting
-from personae.commands.weighting import weigh as weigh
 from personae.encoders import text_encoder as text_encoder
 from personae.errors import BudgetError as BudgetError
 from personae.errors import CheckpointError as CheckpointError
@@ -113,6 +110,11 @@ from personae.methods.merge.tsv_m import TSVM as TSVM
 from personae.methods.merge.tsv_m import tsv_m as tsv_m
 from personae.methods.merge.wudi import WUDI as WUDI
 from personae.methods.merge.wudi import wudi as wudi
+from personae.packs.weighting import Weighting as Weighting
+from personae.packs.weighting import weigh as weigh
 from personae.recipe import MergeSettings as MergeSettings
 from personae.recipe import PackSettings as PackSettings
+from personae.run.composed import open_composed as open_composed
 from personae.run.work import Work as Work
+from personae.runtime.loaded import Runtime as Runtime
+from personae.runtime.loaded import load as load

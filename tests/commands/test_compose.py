@@ -14,7 +14,7 @@ from oracle import assert_same, coded
 
 from families import State, listing, saved, small_base, tuned
 from personae.checkpoints import open_checkpoint
-from personae.commands.compose import compose, open_composed
+from personae.commands.compose import compose
 from personae.commands.pack import pack
 from personae.commands.unpack import unpack
 from personae.errors import OutputError, PackError, RecipeError
@@ -23,6 +23,7 @@ from personae.methods.codecs.dts import DTS
 from personae.methods.codecs.svd import SVD
 from personae.packs.fingerprint import sha256_file
 from personae.recipe import PackSettings
+from personae.run.composed import open_composed
 from personae.run.rebuilt import Rebuilt
 from personae.run.work import Work
 from toys import load

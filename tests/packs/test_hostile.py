@@ -25,13 +25,14 @@ from personae.checkpoints import open_checkpoint
 from personae.commands.inspect import inspect_pack
 from personae.commands.pack import add_tasks, pack, remove_task, settings_of
 from personae.commands.packed import Pack
-from personae.commands.reference import open_reference
-from personae.commands.unpack import auxiliary_files_of, unpack
+from personae.commands.unpack import unpack
 from personae.commands.verify import verify
 from personae.errors import PackError, PersonaeError
 from personae.methods import CODECS
 from personae.packs.manifest import checksum
+from personae.run.outline import auxiliary_files_of
 from personae.run.rebuilt import Rebuilt, left_in_words
+from personae.run.reference import open_reference
 from personae.run.work import Work
 
 PARAMETERS: dict[str, dict[str, Any]] = {

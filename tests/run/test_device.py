@@ -7,7 +7,7 @@ import torch
 
 from families import small_base, tuned
 from personae.checkpoints import open_checkpoint
-from personae.commands.compose import compose, open_composed
+from personae.commands.compose import compose
 from personae.commands.pack import pack
 from personae.commands.unpack import unpack
 from personae.commands.verify import verify
@@ -15,6 +15,7 @@ from personae.errors import RecipeError
 from personae.packs.reader import Pack
 from personae.recipe import PackSettings
 from personae.run import encode
+from personae.run.composed import open_composed
 from personae.run.rebuilt import Rebuilt
 from personae.run.work import Work
 from pretend_device import DEVICE, PretendDevice

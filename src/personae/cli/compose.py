@@ -8,10 +8,10 @@ import typer
 from personae.cli import console, options
 from personae.cli.texts import texts_from, weights_from
 from personae.commands import compose as composing
-from personae.commands.weighting import TEMPERATURE, Weighting, given, weigh, weighable
 from personae.encoders import text_encoder
 from personae.errors import RecipeError
 from personae.packs.reader import Pack
+from personae.packs.weighting import TEMPERATURE, Weighting, given, weigh, weighable
 
 _OF_LIKE = ("gamma", "temperature", "encoder", "template")
 _OF_WRITING = ("head", "base", "shard_size", "overwrite", "workers", "memory", "device")

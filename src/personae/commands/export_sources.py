@@ -14,14 +14,14 @@ from personae.checkpoints.naming import is_safe_name, name_of
 from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.tied import ties_embedding
 from personae.commands.export_report import Source
-from personae.commands.reference import open_reference
-from personae.commands.unpack import auxiliary_files_of
 from personae.family.carried import describe
 from personae.family.opened import open_family
 from personae.family.small_files import small_files
 from personae.packs.reader import Pack
 from personae.run.changes import Changes, of_expert, of_task
+from personae.run.outline import auxiliary_files_of
 from personae.run.rebuilt import Rebuilt, left_in_words
+from personae.run.reference import open_reference
 from personae.run.work import Work
 
 _TASK_TYPES = (

@@ -12,12 +12,7 @@ from personae.commands.add_experts import add_experts, codec_for
 from personae.commands.describe import checked
 from personae.commands.pack_plan import check_no_base_needed, pack_notes, pack_settings, plan_family
 from personae.commands.packed import Pack
-from personae.commands.reference import (
-    check_fingerprint,
-    make_reference,
-    note_source,
-    relative_to_merged,
-)
+from personae.commands.reference import make_reference, relative_to_merged
 from personae.errors import CheckpointError, Faults, PackError, RecipeError
 from personae.family.opened import Family, open_family
 from personae.methods import Codec
@@ -26,6 +21,7 @@ from personae.packs.soundness import own_path
 from personae.packs.writer import PackWriter, begun
 from personae.recipe import PackSettings, settings_from
 from personae.run.output import check_output
+from personae.run.reference import check_fingerprint, note_source
 from personae.run.scan import Scanned
 from personae.run.work import Work
 from personae.writers import (

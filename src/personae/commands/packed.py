@@ -11,12 +11,12 @@ from torch import Tensor
 from personae._types import Characteristics
 from personae.checkpoints import Checkpoint
 from personae.commands.accounting import task_amr_percent
-from personae.commands.reference import open_reference
 from personae.commands.unpack import unpack
 from personae.packs import reader
 from personae.packs.manifest import MANIFEST_NAME
 from personae.packs.soundness import parse_manifest
 from personae.run.rebuilt import Rebuilt
+from personae.run.reference import open_reference
 from personae.run.work import Work
 from personae.writers import cast
 

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from personae._small_files import Unfit, read_json
-from personae.checkpoints import Checkpoint
 from personae.checkpoints.naming import shown
-from personae.commands.reference import open_reference
-from personae.errors import PackError
-from personae.packs.fingerprint import sha256_file
 from personae.packs.reader import Pack
+from personae.run.outline import auxiliary_files_of
 from personae.run.output import check_output, write_model
 from personae.run.rebuilt import Rebuilt, left_in_words
+from personae.run.reference import open_reference
 from personae.run.work import Work
 from personae.writers import SHARD_BYTES
 
@@ -102,32 +100,3 @@ def _asks(path: Path) -> bool:
     except Unfit:
         return False
     return isinstance(content, dict) and "auto_map" in content
-
-
-def auxiliary_files_of(pack: Pack, task: str, reference: Checkpoint) -> dict[str, Path]:
-    """The expert's small files, where they are.
-
-    Raises:
-        PackError: if one of the reference's is not what it was.
-    """
-    found: dict[str, Path] = {}
-    for relative, auxiliary_file in pack.task(task).companions.items():
-        source = (
-            pack.auxiliary_file(task, relative)
-            if auxiliary_file.stored_in == "task"
-            else reference.auxiliary_files.get(relative)
-        )
-        if source is None and not reference.auxiliary_files:
-            continue  # bare weights were given this time: the caller has no such files to copy
-        if source is None:
-            raise PackError(
-                f"{reference.source} has no '{relative}', which '{task}' shares with it. "
-                "Restore it, or give a complete copy with --base."
-            )
-        if sha256_file(source) != auxiliary_file.sha256:
-            raise PackError(
-                f"{source} is not the one that '{task}' was packed with: it changed since. "
-                "Restore it, or give an unchanged copy with --base."
-            )
-        found[relative] = source
-    return found

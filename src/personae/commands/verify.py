@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from personae.checkpoints import Checkpoint, open_checkpoint
-from personae.commands.reference import open_reference
 from personae.errors import Faults, PackError, WorkError, nearest
 from personae.family.align import align
 from personae.family.deltas import Deltas
@@ -19,6 +18,7 @@ from personae.packs.manifest import Manifest
 from personae.packs.reader import Pack
 from personae.run.costs import delta_bytes
 from personae.run.rebuilt import Rebuilt
+from personae.run.reference import open_reference
 from personae.run.scan import fingerprint
 from personae.run.work import Work
 

@@ -19,7 +19,6 @@ from personae.commands.accounting import task_amr_percent
 from personae.commands.compose import compose
 from personae.commands.merge import merge
 from personae.commands.pack import pack_many
-from personae.commands.weighting import TextEncoder, Weighting, weigh
 from personae.errors import RecipeError, nearest
 from personae.evaluate.comparison import merge_rows
 from personae.evaluate.evaluation import evaluate_checkpoint
@@ -28,6 +27,7 @@ from personae.evaluate.records import Record, record
 from personae.evaluate.tasks import Task
 from personae.methods import CODECS
 from personae.packs.reader import Pack
+from personae.packs.weighting import TextEncoder, Weighting, weigh
 from personae.recipe import MergeSettings, PackSettings
 from personae.run.work import Work
 from personae.writers import CheckpointWriter, output_directory

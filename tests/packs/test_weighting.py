@@ -14,9 +14,9 @@ from personae.commands.describe import class_names, describe
 from personae.commands.pack import add_tasks, pack
 from personae.commands.unpack import unpack
 from personae.commands.verify import verify
-from personae.commands.weighting import Weighting, weigh
 from personae.errors import MethodError, PackError, RecipeError
 from personae.packs.reader import Pack
+from personae.packs.weighting import Weighting, weigh
 from toys import load
 
 BASE = small_base()

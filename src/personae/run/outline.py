@@ -9,9 +9,10 @@ from torch import Tensor
 
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
-from personae.commands.unpack import auxiliary_files_of
+from personae.errors import PackError
 from personae.family.align import align
 from personae.family.small_files import small_files
+from personae.packs.fingerprint import sha256_file
 from personae.packs.reader import Pack
 from personae.run.rebuilt import Rebuilt
 
@@ -75,6 +76,35 @@ def of_task(pack: Pack, rebuilt: Rebuilt, task: str) -> Outline:
         copies=rebuilt.copies,
         auxiliary_files=lambda: auxiliary_files_of(pack, task, rebuilt.reference),
     )
+
+
+def auxiliary_files_of(pack: Pack, task: str, reference: Checkpoint) -> dict[str, Path]:
+    """The expert's small files, where they are.
+
+    Raises:
+        PackError: if one of the reference's is not what it was.
+    """
+    found: dict[str, Path] = {}
+    for relative, auxiliary_file in pack.task(task).companions.items():
+        source = (
+            pack.auxiliary_file(task, relative)
+            if auxiliary_file.stored_in == "task"
+            else reference.auxiliary_files.get(relative)
+        )
+        if source is None and not reference.auxiliary_files:
+            continue  # bare weights were given this time: the caller has no such files to copy
+        if source is None:
+            raise PackError(
+                f"{reference.source} has no '{relative}', which '{task}' shares with it. "
+                "Restore it, or give a complete copy with --base."
+            )
+        if sha256_file(source) != auxiliary_file.sha256:
+            raise PackError(
+                f"{source} is not the one that '{task}' was packed with: it changed since. "
+                "Restore it, or give an unchanged copy with --base."
+            )
+        found[relative] = source
+    return found
 
 
 def of_checkpoint(

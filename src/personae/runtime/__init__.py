@@ -1,0 +1,1 @@
+"""Packs in use: one model in memory, every task of a pack on demand."""

@@ -1,0 +1,144 @@
+"""What a runtime refuses: in our own words, and with the model left as it was."""
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from personae import DTS, EMR, load, pack
+from personae.errors import (
+    CheckpointError,
+    MethodError,
+    PackError,
+    PersonaeError,
+    RecipeError,
+    WorkError,
+)
+from toys import perturb, toy_bert
+
+TOKENS = torch.tensor([[3, 5, 7, 9]])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("refusals")
+    base = toy_bert(root / "base")
+    experts = {task: perturb(base, root / task, seed) for seed, task in enumerate(("sst2", "cola"))}
+    pack(base, experts, root / "pack", DTS(rank_fraction=0.4))
+    pack(base, experts, root / "emr", EMR())
+    return root
+
+
+def logits(runtime: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return runtime(input_ids=TOKENS).logits
+
+
+@pytest.mark.parametrize("mode", ["merged", "factored"])
+def test_an_unknown_task(made: Path, mode: str):
+    runtime = load(made / "pack", mode=mode)
+    with runtime.activate("cola"):
+        before = logits(runtime)
+        with pytest.raises(PackError, match=r"no task 'sst'\. Did you mean 'sst2'"):
+            runtime.activate("sst")
+        assert runtime.task == "cola" and torch.equal(logits(runtime), before)
+
+
+def test_every_wrong_option_at_once(made: Path):
+    with pytest.raises(RecipeError) as caught:
+        load(made / "pack", mode="merge", cache="much", device="tpu")
+    text = str(caught.value)
+    assert "3 faults" in text and "Did you mean 'merged'?" in text
+    assert "cache: 'much' is no size" in text and "Unknown device 'tpu'" in text
+
+
+def test_a_codec_without_factors(made: Path):
+    with pytest.raises(MethodError, match=r"Codec 'emr' stores .* mode=.merged"):
+        load(made / "emr", mode="factored")
+    assert load(made / "emr").activate("sst2")
+
+
+def test_another_reference(made: Path):
+    with pytest.raises(PackError, match="is not the reference this pack was made from"):
+        load(made / "pack", base=made / "sst2")
+
+
+def test_a_module_that_has_not_the_experts_tensors(made: Path):
+    with pytest.raises(CheckpointError) as caught:
+        load(made / "pack", base=made / "base", model=nn.Linear(2, 2)).activate("sst2")
+    assert "Linear, given as model=, has no tensor 'bert.embeddings" in str(caught.value)
+    assert len(caught.value.faults) == 41
+
+
+def test_a_merged_task_in_another_thread(made: Path):
+    runtime = load(made / "pack")
+    runtime.activate("sst2")
+    before = logits(runtime)
+    faults: list[PersonaeError] = []
+
+    def other() -> None:
+        for refused in (lambda: runtime.activate("cola"), lambda: logits(runtime)):
+            try:
+                refused()
+            except PersonaeError as error:
+                faults.append(error)
+        runtime.deactivate()  # of nothing
+
+    _run(other)
+    assert [type(fault) for fault in faults] == [WorkError, WorkError]
+    assert all("thread 'MainThread' has task 'sst2' active" in str(fault) for fault in faults)
+    assert 'mode="factored"' in str(faults[0])
+    assert runtime.task == "sst2" and torch.equal(logits(runtime), before)
+    runtime.deactivate()
+    _run(lambda: runtime.activate("cola"))
+    assert runtime.task is None and torch.equal(logits(runtime), logits(load(made / "pack")))
+
+
+def test_a_merged_task_while_another_thread_computes(made: Path):
+    runtime = load(made / "pack")
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        inside.set()
+        assert done.wait(10)
+
+    hook = runtime.model.register_forward_pre_hook(wait)
+    thread = threading.Thread(target=lambda: logits(runtime), name="slow")
+    thread.start()
+    assert inside.wait(10)
+    with pytest.raises(WorkError, match="Cannot activate 'cola': thread 'slow' computes"):
+        runtime.activate("cola")
+    hook.remove()
+    done.set()
+    thread.join()
+    assert runtime.task is None and runtime.activate("cola") and runtime.task == "cola"
+
+
+@pytest.mark.parametrize("mode", ["merged", "factored"])
+def test_a_pack_that_is_deleted_or_damaged_while_loaded(made: Path, tmp_path: Path, mode: str):
+    directory = Path(shutil.copytree(made / "pack", tmp_path / "pack"))
+    runtime = load(directory, mode=mode)
+    with runtime.activate("sst2"):
+        before = logits(runtime)
+        file = directory / "tasks" / "cola.safetensors"
+        tensors = load_file(file)
+        save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, file)
+        with pytest.raises(PackError, match="is damaged"):
+            runtime.activate("cola")
+        shutil.rmtree(directory)
+        with pytest.raises(PackError, match=r"cola.safetensors is missing"):
+            runtime.activate("cola")
+        assert runtime.task == "sst2" and torch.equal(logits(runtime), before)
+    runtime.activate("sst2")
+    assert torch.equal(logits(runtime), before)
+
+
+def _run(target: Any) -> None:
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
