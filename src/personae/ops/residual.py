@@ -106,7 +106,7 @@ def greedy_triplets(
             sign = -1 if product < 0 else 1
             p, q = (sign * left[:, place]).to(torch.int8), right[:, place].to(torch.int8)
             yield Triplet(count, p, abs(scales[-1]) * unit, q, gain * unit**2, sizes[count])
-        left_over.addmm_(left * left.new_tensor(scales), right.T, alpha=-1)
+        left_over.addmm_(left * torch.tensor(scales, device=left.device), right.T, alpha=-1)
 
 
 def _iterated(
@@ -122,8 +122,8 @@ def _quantised(
     vectors: Float[Tensor, "length vector"], levels: Sequence[int]
 ) -> Float[Tensor, "length vector"]:
     """The integers of each vector, of so many levels, at the least angle to it."""
-    tops = vectors.new_tensor([levels_of - 1.0 for levels_of in levels])
-    steps = vectors.new_tensor([_STEPS[levels_of] for levels_of in levels])
+    tops = torch.tensor([count - 1.0 for count in levels], device=vectors.device)
+    steps = torch.tensor([_STEPS[count] for count in levels], device=vectors.device)
     steps = steps * vectors.square().mean(dim=0).sqrt()
     best, found = torch.zeros_like(steps) - 1, torch.zeros_like(vectors)
     for stretch in _STRETCHES:

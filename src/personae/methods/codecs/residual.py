@@ -8,7 +8,7 @@ budget: a triplet is taken if each of its bytes saves squared norm enough.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 from math import prod
@@ -95,7 +95,7 @@ class Residual(Codec):
         for _ in range(_MOST_PASSES):
             term = partial(self._worths, price=price, least=price / _SLACK)
             found = yield Pass("gains", term, apart=True)
-            paid, least = price, _threshold(list(found.values()), self.size)
+            paid, least = price, _threshold(torch.cat(list(found.values())), self.size)
             if price / _SLACK < least <= price * _SLACK:
                 break
             # Nothing fits, or all does: a triplet has too many levels, or could have more.
@@ -123,8 +123,8 @@ class Residual(Codec):
         if not triplets:
             return {}
         return {
-            "singular_values": delta.new_tensor([one.value for one in triplets]),
-            "levels": codes[0].new_tensor([one.levels for one in triplets]),
+            "singular_values": torch.tensor([t.value for t in triplets], device=delta.device),
+            "levels": torch.tensor([t.levels for t in triplets], device=delta.device).byte(),
             "codes": torch.cat(codes),
             **_places(delta),
         }
@@ -293,12 +293,12 @@ def _guess(share: float) -> float:
     return 0.03 * share**-1.25
 
 
-def _threshold(worths: Sequence[Float64[Tensor, "triplet 2"]], size: int) -> float:
+def _threshold(worths: Float64[Tensor, "triplet 2"], size: int) -> float:
     """The least worth at which all triplets of at least that worth fit a size.
 
     0 if all fit whatever their worth, infinite if none does.
     """
-    worth, nbytes = torch.cat(list(worths)).unbind(dim=1)
+    worth, nbytes = worths.unbind(dim=1)
     worth, order = worth.sort(descending=True, stable=True)
     used = nbytes[order].cumsum(dim=0)
     if not len(used) or used[-1] <= size:
