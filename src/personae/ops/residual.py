@@ -29,7 +29,7 @@ _STRETCHES = (0.8, 1.0, 1.25, 1.6, 2.1, 2.8)
 """Steps tried over those: tails heavier than a Gaussian's want longer ones."""
 _AT_ONCE = 4
 """Triplets found with one look at what is left."""
-_FOLLOWED = 8
+_FOLLOWED = 16
 """Directions that the subspace iteration follows."""
 _FIRST_STEPS = 3
 """Its steps before the first triplets; one before all others."""

@@ -111,20 +111,22 @@ class Residual(Codec):
         if not delta.ndim:
             return {"exact": delta.reshape(1).clone()}
         known = (context or self.alone(delta)).numbers
-        triplets: list[Triplet] = []
+        values: list[float] = []
+        levels: list[int] = []
         codes: list[Tensor] = []
         for triplet, worth, _ in self._priced(delta, known["price"]):
             if worth < known["least"]:
                 break
-            top = triplet.levels - 1
+            values.append(triplet.value)
+            levels.append(triplet.levels)
             for integers in (triplet.left, triplet.right):
-                codes.append(pack_digits(((integers + top) // 2).byte(), triplet.levels))
-            triplets.append(triplet._replace(left=codes[-2], right=codes[-1]))
-        if not triplets:
+                digits = (integers + (triplet.levels - 1)) // 2
+                codes.append(pack_digits(digits.byte(), triplet.levels))
+        if not values:
             return {}
         return {
-            "singular_values": torch.tensor([t.value for t in triplets], device=delta.device),
-            "levels": torch.tensor([t.levels for t in triplets], device=delta.device).byte(),
+            "singular_values": torch.tensor(values, device=delta.device),
+            "levels": torch.tensor(levels, device=delta.device).byte(),
             "codes": torch.cat(codes),
             **_places(delta),
         }
