@@ -1,5 +1,7 @@
 """Residual triplets: by hand, against fp64, and under a size."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -102,7 +104,7 @@ def test_what_is_taken_is_a_beginning_of_what_could_be():
     least = [30.0, 5.0, 0.5]
     found = [codec.encode(delta, None, _at(0.5, each)) for each in least]
     assert 0 < len(found[0]["levels"]) < len(found[1]["levels"]) < len(found[2]["levels"])
-    for fewer, more in zip(found, found[1:], strict=False):
+    for fewer, more in pairwise(found):
         for part, values in fewer.items():
             assert torch.equal(more[part][: len(values)], values)
     errors = [float((codec.decode(one, (60, 40)) - delta).square().sum()) for one in found]
@@ -214,9 +216,7 @@ def test_a_budget_below_the_smallest_is_refused_with_it(tmp_path):
 def test_packs_of_several_sizes_are_made_one_by_one(tmp_path):
     from personae import pack_many
 
-    outs = {
-        tmp_path / size: PackSettings(method="residual", budget=size) for size in ("5%", "10%")
-    }
+    outs = {tmp_path / size: PackSettings(method="residual", budget=size) for size in ("5%", "10%")}
     with pytest.raises(RecipeError, match="Make these packs one by one"):
         pack_many(BASE, {"x": _expert(1)}, outs)
 

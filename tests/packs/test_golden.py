@@ -332,7 +332,8 @@ def test_residual_triplets_byte_for_byte(tmp_path):
     manifest = manifest.model_copy(
         update={"reference": manifest.reference.model_copy(update={"fingerprint": fingerprint})}
     )
-    PackWriter(tmp_path, manifest).add_task(
+    (tmp_path / "p").mkdir()
+    PackWriter(tmp_path / "p", manifest).add_task(
         "x",
         coded,
         {},
@@ -346,7 +347,7 @@ def test_residual_triplets_byte_for_byte(tmp_path):
         counted_bits=256,
         counted_lean_bits=256,
     )
-    raw = (tmp_path / "tasks/x.safetensors").read_bytes()
+    raw = (tmp_path / "p/tasks/x.safetensors").read_bytes()
     assert raw[8 + int.from_bytes(raw[:8], "little") :] == (
         struct.pack("<3f", 0.5, 1, 0.25)  # singular_values
         + bytes([5, 75, 8, 54, 1, 5])  # codes
@@ -354,8 +355,8 @@ def test_residual_triplets_byte_for_byte(tmp_path):
         + bytes([6])  # rows
         + bytes([4])  # zeros
     )
-    assert Pack(tmp_path).manifest.format_version == 2
-    unpack(tmp_path, "x", tmp_path / "out", base=reference)
+    assert Pack(tmp_path / "p").manifest.format_version == 2
+    unpack(tmp_path / "p", "x", tmp_path / "out", base=reference)
     rebuilt = load(tmp_path / "out")
     assert rebuilt["matrix"].tolist() == [[1, 1, 1, 1], [-4, 4, -6, 12], [2, 0, 4, -2]]
     assert rebuilt["vector"].tolist() == [1.25, 0.75, 1]

@@ -174,7 +174,7 @@ def _largest_size(
         return _size(Bits(bits, bits, bits + reserve), whole, budget, counting)
 
     if size(least) > budget:
-        raise _unmet(budget, size(least), counting)
+        raise BudgetError(_unmet(budget, size(least), counting))
     per_bit = (size(1 << 20) - size(0)) / (1 << 20)
     return max(int((budget - size(0)) / per_bit) // 8, 1)
 
@@ -218,12 +218,12 @@ def largest_rank_fraction(
     if not steps:  # nothing to decompose: the cost is what it is
         steps = [codec.model_dump()["rank_fraction"]]
     if size(steps[0]) > budget:
-        raise _unmet(budget, size(steps[0]), counting)
+        raise BudgetError(_unmet(budget, size(steps[0]), counting))
     return steps[bisect.bisect_right(steps, budget, key=size) - 1]
 
 
-def _unmet(budget: float | int, least: float, counting: Counting) -> BudgetError:
-    return BudgetError(
+def _unmet(budget: float | int, least: float, counting: Counting) -> str:
+    return (
         f"The budget of {_asked(budget)} cannot be met: the smallest pack of this family "
         f"costs {_at_least(least, budget)} counted as '{counting}'. Give that much or more, "
         "or keep fewer tensors with 'skip'."

@@ -76,9 +76,7 @@ def greedy_triplets(
     sizes = {n: digits_size(rows, n) + digits_size(columns, n) for n in LEVELS}
 
     def levels_for(energy: float) -> int:
-        return max(
-            LEVELS, key=lambda n: _KEPT[n] ** 2 * energy - price * (sizes[n] + overhead)
-        )
+        return max(LEVELS, key=lambda n: _KEPT[n] ** 2 * energy - price * (sizes[n] + overhead))
 
     generator = torch.Generator().manual_seed(0)  # of the CPU: one start for every device
     width = min(_FOLLOWED, rows, columns)
@@ -95,7 +93,9 @@ def greedy_triplets(
         scales: list[float] = []
         crossed = ((left.T @ left) * (right.T @ right)).double()
         products = (left * images).sum(dim=0).double()
-        for place, (count, norm) in enumerate(zip(levels, crossed.diagonal().tolist(), strict=True)):
+        for place, (count, norm) in enumerate(
+            zip(levels, crossed.diagonal().tolist(), strict=True)
+        ):
             # What those found at the same time take away of it.
             taken = sum(s * float(crossed[place, before]) for before, s in enumerate(scales))
             product = float(products[place]) - taken

@@ -242,7 +242,9 @@ class Residual(Codec):
 
     def _vectors(
         self, parts: Parts, rows: int, columns: int
-    ) -> Iterator[tuple[Float[Tensor, "out some"], Float[Tensor, " some"], Float[Tensor, "in some"]]]:
+    ) -> Iterator[
+        tuple[Float[Tensor, "out some"], Float[Tensor, " some"], Float[Tensor, "in some"]]
+    ]:
         """Vectors and scales of some triplets at a time.
 
         Raises:
