@@ -118,7 +118,7 @@ def choice_of(content: Mapping[str, Any]) -> Choice:
     own = next(_own_keys(content), None)
     if own is not None:
         return Choice("papers", own)
-    lacking = _lacking(content, method) if known else ""
+    lacking = _lacking(content, str(method)) if known else ""
     return Choice("papers" if lacking else "mergekit", None, lacking)
 
 
@@ -186,12 +186,12 @@ def _own_keys(content: Mapping[str, Any]) -> Iterator[Place]:
 def _lacking(content: Mapping[str, Any], method: str) -> str:
     """A parameter that mergekit's method asks for and the paper's does not, if it is nowhere."""
     theirs, ours = _under("mergekit", method), _under("papers", method)
-    given = {name for _, parameters in _parameters_in(content, ()) for name in parameters}
-    for name, field_ in theirs.fields().items() if ours is not None else ():
-        mine = ours.fields().get(name)
-        if field_.is_required() and name not in given and mine and not mine.is_required():
-            return name
-    return ""
+    if theirs is None or ours is None:
+        return ""
+    asked = {name for name, field_ in theirs.fields().items() if field_.is_required()}
+    asked -= {name for _, parameters in _parameters_in(content, ()) for name in parameters}
+    defaults = [name for name, field_ in ours.fields().items() if not field_.is_required()]
+    return next((name for name in defaults if name in asked), "")
 
 
 def _read_by(method: str) -> set[str]:
