@@ -53,7 +53,7 @@ _HOMES = {
     "PackSettings": "recipe",
     "Work": "run.work",
     "Runtime": "runtime.loaded",
-    "load": "runtime.loaded",
+    "load": "runtime.loading",
 }
 _METHOD = re.compile(
     r"^@(?:merge_method|codec)\(.*?^class (\w+)|^(\w+) = as_function\(", re.MULTILINE | re.DOTALL

@@ -118,4 +118,4 @@ from personae.recipe import PackSettings as PackSettings
 from personae.run.composed import open_composed as open_composed
 from personae.run.work import Work as Work
 from personae.runtime.loaded import Runtime as Runtime
-from personae.runtime.loaded import load as load
+from personae.runtime.loading import load as load

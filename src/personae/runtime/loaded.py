@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -16,91 +15,19 @@ from torch import nn
 
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.naming import shown
-from personae.errors import Faults, MethodError, PackError, RecipeError, WorkError, nearest
+from personae.errors import MethodError, PackError, WorkError, nearest
 from personae.packs.reader import Pack
 from personae.packs.weighting import Weighting, given
-from personae.recipe import parse_size
 from personae.run.composed import Composed
 from personae.run.rebuilt import Rebuilt
-from personae.run.reference import open_reference
-from personae.run.work import Work
 from personae.runtime.cache import Cache
+from personae.runtime.generating import generating, padding_of
 from personae.runtime.mixed import NotByRow, mixed
 from personae.runtime.paths import Paths, changed, patch, paths_bytes, paths_of
 from personae.runtime.rows import check_rows, in_order, joined, take_rows
 from personae.runtime.shells import Shell, Shells
-from personae.runtime.variants import ComposedVariant, TaskVariant, Variant, check_factored
+from personae.runtime.variants import ComposedVariant, TaskVariant, Variant
 from personae.runtime.watch import Watch
-
-MODES = ("merged", "factored")
-CACHE = "1GB"
-"""Bytes of decoded factors held, by default."""
-
-
-def load(
-    pack: str | Path | Pack,
-    *,
-    mode: str = "merged",
-    base: Any = None,
-    model: nn.Module | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    cache: str | int = CACHE,
-    work: Work | None = None,
-) -> "Runtime":
-    """Load the reference of a pack, and activate any task of it.
-
-    Args:
-        pack: The pack, or its directory.
-        mode: `merged` puts a task's rebuilt weights in the place of the reference's, which stay in
-            memory beside them; it takes every codec, and one thread at a time has a task.
-            `factored` adds low-rank factors in the forward pass; it takes the codecs that store
-            factors (`svd`, `dts`, `delta_come`, `tsv_c`), and each thread has its own task.
-        base: Where the reference is, if not where the pack says.
-        model: The module to use, named as the experts are; its tensors become the reference's. By
-            default the models are built by the classes of `transformers` that their configurations
-            name. Without `base` it has to be the reference itself.
-        device: Where the model goes; by default the CPU.
-        dtype: Of the model's floating tensors; by default as the reference has most of them.
-        cache: Most bytes of decoded factors held, such as "256MB"; of no use to `merged`.
-        work: Workers and progress of checking the reference.
-
-    Raises:
-        PackError: if the pack is damaged, or its reference is another or missing.
-        MethodError: if `factored` was asked for of a codec without factors.
-        RecipeError: if the mode, device or size is none of those.
-        CheckpointError: if the class of the reference is not known, or `model` lacks tensors.
-    """
-    faults = Faults()
-    if mode not in MODES:
-        faults.add(f"Unknown mode '{mode}'. {nearest(mode, MODES)}")
-    limit = _size(cache, faults)
-    place = _device(device, faults)
-    faults.raise_if_any(RecipeError)
-    opened = Pack(pack.directory if isinstance(pack, Pack) else Path(pack))
-    if mode == "factored":
-        for task in opened.manifest.tasks:
-            check_factored(opened, task)
-    reference = open_reference(opened, model if base is None else base, work or Work())
-    return Runtime(opened, reference, Shells(reference, model, place, dtype), mode, limit)
-
-
-def _size(cache: str | int, faults: Faults) -> int:
-    if isinstance(cache, int):
-        return cache
-    try:
-        return int(parse_size(cache))
-    except ValueError as error:
-        faults.add(f"cache: {error}")
-        return 0
-
-
-def _device(device: str | torch.device | None, faults: Faults) -> torch.device:
-    try:
-        return Work(device=str(device or "cpu")).torch_device
-    except RecipeError as error:
-        faults.take(error)
-        return torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -274,9 +201,9 @@ class Runtime:
             BudgetError: if the tasks of a batch take more than the cache holds.
         """
         if tasks is not None:
-            return self._batch(tasks, args, inputs, _generating, _padding)
+            return self._batch(tasks, args, inputs, generating, padding_of)
         with self._call() as model:
-            return _generating(model)(*args, **inputs)
+            return generating(model)(*args, **inputs)
 
     def compose(
         self, name: str, weights: Mapping[str, float] | Weighting, *, head: str | None = None
@@ -586,25 +513,6 @@ def _refuse_strays(task: str, variant: Variant, shell: Shell) -> None:
             f"have them, so that task '{task}' cannot be added there. Load the pack with "
             'mode="merged".'
         )
-
-
-def _generating(model: Any) -> Callable[..., Any]:
-    """What generates.
-
-    Raises:
-        MethodError: if the model's class does not.
-    """
-    if not hasattr(model, "generate"):
-        raise MethodError(f"{type(model).__name__} does not generate: call it instead.")
-    return model.generate
-
-
-def _padding(model: Any) -> int:
-    """The token that ends sequences which are shorter than others."""
-    told = model.generation_config
-    ends = told.eos_token_id
-    found = (told.pad_token_id, ends[0] if isinstance(ends, list) else ends, 0)
-    return next(token for token in found if token is not None)
 
 
 class Activation:

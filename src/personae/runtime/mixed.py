@@ -92,7 +92,7 @@ class MixedPath:
         if transposed:
             changes = [change and LowRank(change.right.T, change.left.T) for change in changes]
         _add_products(result, given, changes, sizes)
-        if own is not one_bias:
+        if own is not None and one_bias is None:
             biases = [part.whole.get("bias", own) if part else own for part in parts]
             for rows, bias in zip(_cuts(result, sizes), biases, strict=True):
                 rows.add_(bias)

@@ -116,7 +116,7 @@ class ComposedVariant:
         """The tasks that changed a tensor, with their weights and what they call it."""
         ref_name = self.outline.reference_names[name]
         for weight, task in self._parts:
-            own = task.names.get(ref_name)
+            own = task.names.get(ref_name, "")
             if own in task.coded:
                 yield weight, task, own
 
