@@ -56,23 +56,25 @@ class Triplet(NamedTuple):
 
 
 def greedy_triplets(
-    matrix: Float[Tensor, "out in"], price: float, overhead: int
+    matrix: Float[Tensor, "out in"], price: float, overhead: int, *, overwrite: bool = False
 ) -> Iterator[Triplet]:
     """Triplets of a matrix without end, or until nothing is left.
 
     Which levels a triplet has depends on the price alone, and not on how many are taken.
 
     Args:
-        matrix: fp32; not modified.
+        matrix: fp32.
         price: Squared norm that a byte has to be worth: it decides how many levels pay.
         overhead: Bytes of a triplet beside its vectors.
+        overwrite: Whether the matrix may be worked on in place; else it is not modified.
     """
     rows, columns = matrix.shape
     # Squares of very small or large deltas would leave the range of fp32.
     unit = largest_magnitude(matrix)
     if unit == 0:
         return
-    left_over, price = matrix / unit, price / unit**2
+    left_over = matrix.div_(unit) if overwrite else matrix / unit
+    price /= unit**2
     sizes = {n: digits_size(rows, n) + digits_size(columns, n) for n in LEVELS}
 
     def levels_for(energy: float) -> int:
@@ -81,12 +83,11 @@ def greedy_triplets(
     generator = torch.Generator().manual_seed(0)  # of the CPU: one start for every device
     width = min(_FOLLOWED, rows, columns)
     basis = torch.randn(columns, width, generator=generator).to(matrix.device)
-    steps = _FIRST_STEPS
+    for _ in range(_FIRST_STEPS - 1):
+        basis = _iterated(left_over, basis)[2]
     while True:
-        for _ in range(steps):
-            leading, values, basis = _iterated(left_over, basis)
-        steps, energies = 1, values[:_AT_ONCE].square().tolist()
-        levels = [levels_for(energy) for energy in energies]
+        leading, values, basis = _iterated(left_over, basis)
+        levels = [levels_for(energy) for energy in values[:_AT_ONCE].square().tolist()]
         right = _quantised(left_over.T @ _quantised(leading[:, : len(levels)], levels), levels)
         images = left_over @ right
         left = _quantised(images, levels)

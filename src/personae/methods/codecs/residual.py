@@ -91,7 +91,8 @@ class Residual(Codec):
         unit = energy / (4 * entries)
         if self.size is None:
             return scalars({"price": self.gain * unit, "least": self.gain * unit})
-        price, least = _guess(self.size / (4 * entries)) * unit, 0.0
+        paid = price = _guess(self.size / (4 * entries)) * unit
+        least = 0.0
         for _ in range(_MOST_PASSES):
             term = partial(self._worths, price=price, least=price / _SLACK)
             found = yield Pass("gains", term, apart=True)
@@ -217,11 +218,13 @@ class Residual(Codec):
         rows, columns = _matrix(tuple(delta.shape))
         matrix = delta.reshape(rows, columns)
         extra = sum(values.nbytes for values in _places(delta).values())
-        if delta.ndim == 2:
-            touched = touched_rows(matrix)
-            matrix = matrix if touched.all() else matrix[touched]
-        worth, most = math.inf, _MOST_PER_RANK * min(rows, columns)
-        for triplet in islice(greedy_triplets(matrix, price, _OVERHEAD), most):
+        kept = touched_rows(matrix)
+        copied = delta.ndim == 2 and not kept.all()
+        found = greedy_triplets(
+            matrix[kept] if copied else matrix, price, _OVERHEAD, overwrite=copied
+        )
+        worth = math.inf
+        for triplet in islice(found, _MOST_PER_RANK * min(rows, columns)):
             nbytes = triplet.nbytes + _OVERHEAD + extra
             worth, extra = min(worth, triplet.gain / nbytes), 0
             yield triplet, worth, nbytes
