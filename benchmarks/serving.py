@@ -51,7 +51,7 @@ def make_family(folder: Path, options: argparse.Namespace) -> tuple[Path, dict[s
         for key, tensor in model.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(tensor, std=0.01)
-        model.save_pretrained(folder / name)
+        model.save_pretrained(str(folder / name))
         adapters[name] = folder / name
     return base, adapters
 

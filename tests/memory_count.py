@@ -4,6 +4,8 @@ import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -24,4 +26,10 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         most = max(most, held)
+    if held and _release(torch.__version__) < (2, 8):
+        pytest.skip("this version of PyTorch does not record all tensors that are freed")
     return most + arrays
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])

@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,8 @@ def test_commands_and_options_they_name_exist() -> None:
 
 
 def test_generated_parts_are_what_the_program_says() -> None:
+    if version("typer").startswith("0.19."):
+        pytest.skip("this version of typer keeps no help of arguments to be read")
     written = SCRIPT["files"]()
     stale = [path.name for path, text in written.items() if text != path.read_text("utf-8")]
     assert stale == [], "run make docs"

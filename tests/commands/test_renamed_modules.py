@@ -131,7 +131,8 @@ def _family(kind: str, folder: Path) -> type[Any]:
     if older and newer:
         _renamed(folder / "base", older)
         _renamed(folder / "tuned", newer)
-    assert load(folder / "base").keys() != load(folder / "tuned").keys()
+    elif load(folder / "base").keys() == load(folder / "tuned").keys():
+        pytest.skip("this version of transformers has one name for each tensor")
     return type(model)
 
 

@@ -413,7 +413,8 @@ def test_an_encoder_and_a_decoder_that_began_as_one_are_merged_each(
         model.decoder.bert.load_state_dict(model.encoder.state_dict(), strict=False)
         for name in ("base", "a", "b"):
             model.save_pretrained(tmp_path / name)
-            states[name] = load(tmp_path / name)
+            # Cloned: what is loaded may be the file's memory, which is written below.
+            states[name] = {key: tensor.clone() for key, tensor in load(tmp_path / name).items()}
             states[name][head] = states[name][f"{ours}.weight"].clone()
             save_file(states[name], tmp_path / name / WEIGHTS, {"format": "pt"})
             with torch.no_grad():

@@ -17,8 +17,13 @@ from personae import DTS, PackSettings, load, pack, unpack
 from personae.errors import MethodError
 from toys import perturb, toy_bert, toy_t5
 
-INPUTS = KINDS["bert"].inputs
-SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+INPUTS: dict[str, Any] = KINDS["bert"].inputs
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.fixture
