@@ -44,6 +44,7 @@ from personae.methods.codecs.bitdelta import BitDelta as BitDelta
 from personae.methods.codecs.delta_come import DeltaCoMe as DeltaCoMe
 from personae.methods.codecs.dts import DTS as DTS
 from personae.methods.codecs.emr import EMR as EMR
+from personae.methods.codecs.residual import Residual as Residual
 from personae.methods.codecs.svd import SVD as SVD
 from personae.methods.codecs.t_switch import TSwitch as TSwitch
 from personae.methods.codecs.tall_mask import TALLMask as TALLMask

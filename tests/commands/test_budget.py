@@ -170,5 +170,5 @@ def test_a_bound_by_fraction_is_told_from_bytes():
 
 def test_a_codec_without_rank_takes_no_budget():
     settings = PackSettings(method="emr", budget="1%")
-    with pytest.raises(MethodError, match="emr has no rank_fraction that a budget could set"):
+    with pytest.raises(MethodError, match="emr has no parameter that a budget could set"):
         settings.codec()

@@ -261,7 +261,7 @@ def test_what_cannot_be_is_refused(method, parameters, message):
 
 def test_a_budget_needs_a_rank(tmp_path):
     settings = PackSettings(method="emr", budget="5%")
-    with pytest.raises(MethodError, match="no rank_fraction that a budget could set"):
+    with pytest.raises(MethodError, match="no parameter that a budget could set"):
         pack(BASE, EXPERTS, tmp_path / "p", settings=settings)
 
 

@@ -19,8 +19,8 @@ MATRICES = [(80, 100), (300, 70), (70, 300), (1, 50), (50, 1)]
 SHAPES = [(), (1,), (7,), *MATRICES, (6, 3, 2, 2), (4, 5, 9)]
 MATRIX = (80, 100)
 NAME = "layers.0.mlp.weight"
-SIZED_BY_VALUES = {"t_switch", "ultradelta"}
-SPARSE = {"ultradelta"}
+SIZED_BY_VALUES = {"t_switch", "ultradelta", "residual"}
+SPARSE = {"ultradelta", "residual"}
 """Keep so little that a small tensor, or a row of it, may lose everything."""
 
 pytestmark = pytest.mark.parametrize("name", sorted(CODECS))

@@ -134,14 +134,38 @@ def decode_bands(parts: Any, shape: tuple[int, int], parameters: Any) -> Any:
     return delta
 
 
+def decode_triplets(parts: Any, shape: tuple[int, ...]) -> Any:
+    if not shape:
+        return parts["exact"].reshape(())
+    m, n = (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
+    rows = bits(parts["rows"], 1)[:m] > 0 if "rows" in parts else np.ones(m, bool)
+    delta, byte = np.zeros((m, n)), 0
+    for s, base in zip(parts["singular_values"], parts["levels"].astype(int), strict=True):
+        p = next(p for p in range(8, 0, -1) if base**p <= 256)
+        vectors: list[Any] = []
+        for length in (int(rows.sum()), n):
+            size = -(-length // p)
+            digits = parts["codes"][byte : byte + size, None] // base ** np.arange(p) % base
+            vectors.append(2 * digits.ravel()[:length] + 1 - base)
+            byte += size
+        delta[rows] += s * np.outer(*vectors)
+    if "zeros" in parts:
+        delta.ravel()[bits(parts["zeros"], 1)[: m * n] > 0] = 0
+    if "zero_positions" in parts:
+        delta.ravel()[parts["zero_positions"]] = 0
+    return delta.reshape(shape)
+
+
 def decode_of_version_2(method: str, parts: Any, shape: Any, parameters: Any, shared: Any) -> Any:
     if not parts:
         return np.zeros(shape, np.float32)
-    if "exact" in parts:
+    if "exact" in parts and shape:
         delta = np.zeros(shape, np.float32)
         kept = bits(parts["rows"], 1)[: shape[0]] > 0 if "rows" in parts else ...
         delta[kept] = parts["exact"].reshape(delta[kept].shape)
         return delta
+    if method == "residual":
+        return decode_triplets(parts, shape)
     if method == "tsv_c":
         return decode_svd(parts, shape, parameters)
     if method == "delta_come":
@@ -278,6 +302,10 @@ SETTINGS = {
     ),
     "ultradelta": PackSettings(
         method="ultradelta", parameters={"tensors": "all", "density": 0.2, "rest": "exact"}
+    ),
+    "residual": PackSettings(method="residual", parameters={"gain": 0.2}),
+    "residual, difference": PackSettings(
+        method="residual", parameters={"size": 700}, vector="difference"
     ),
 }
 

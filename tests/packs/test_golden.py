@@ -38,6 +38,7 @@ from personae.commands.pack import add_tasks, pack, remove_task
 from personae.commands.unpack import unpack
 from personae.errors import PackError, RecipeError
 from personae.methods.codecs.dts import DTS
+from personae.packs.fingerprint import combine, tensor_digest
 from personae.packs.manifest import Manifest, ReferenceRecord, RenamingRecord
 from personae.packs.reader import Pack
 from personae.packs.writer import CodedTensor, PackWriter
@@ -295,3 +296,67 @@ def test_characteristics_are_kept(tmp_path):
     assert again.task("z").characteristics == ("emu",)
     with pytest.raises(RecipeError, match="There is no expert 'w' to describe"):
         pack(REFERENCE, {"x": expert}, tmp_path / "q", characteristics={"w": ["cat"]})
+
+
+def test_residual_triplets_byte_for_byte(tmp_path):
+    """Worked by hand in `tests/methods/test_residual.py`, which decodes the first of them."""
+    parts = {
+        "matrix": {
+            "singular_values": torch.tensor([0.5, 1.0]),
+            "levels": _bytes(3, 4),
+            "codes": _bytes(5, 75, 8, 54),
+            "rows": _bytes(6),
+        },
+        "vector": {
+            "singular_values": torch.tensor([0.25]),
+            "levels": _bytes(2),
+            "codes": _bytes(1, 5),
+            "zeros": _bytes(4),
+        },
+    }
+    shapes = {"matrix": (3, 4), "vector": (3,)}
+    reference = {name: torch.ones(shape) for name, shape in shapes.items()}
+    coded = {
+        name: CodedTensor(
+            shape=shapes[name],
+            blocks=((0, 0, 3),),
+            parts=(own,),
+            ranks=(len(own["levels"]),),
+            energy=1.0,
+            relative_error=0.5,
+        )
+        for name, own in parts.items()
+    }
+    fingerprint = combine({name: tensor_digest(each) for name, each in reference.items()})
+    manifest = _bare("residual")
+    manifest = manifest.model_copy(
+        update={"reference": manifest.reference.model_copy(update={"fingerprint": fingerprint})}
+    )
+    (tmp_path / "p").mkdir()
+    PackWriter(tmp_path / "p", manifest).add_task(
+        "x",
+        coded,
+        {},
+        {},
+        {},
+        source="dict",
+        fingerprint="xxh3:" + 32 * "0",
+        parameters={"gain": 10.0, "size": None},
+        base_parameters=15,
+        base_bytes=60,
+        counted_bits=256,
+        counted_lean_bits=256,
+    )
+    raw = (tmp_path / "p/tasks/x.safetensors").read_bytes()
+    assert raw[8 + int.from_bytes(raw[:8], "little") :] == (
+        struct.pack("<3f", 0.5, 1, 0.25)  # singular_values
+        + bytes([5, 75, 8, 54, 1, 5])  # codes
+        + bytes([3, 4, 2])  # levels
+        + bytes([6])  # rows
+        + bytes([4])  # zeros
+    )
+    assert Pack(tmp_path / "p").manifest.format_version == 2
+    unpack(tmp_path / "p", "x", tmp_path / "out", base=reference)
+    rebuilt = load(tmp_path / "out")
+    assert rebuilt["matrix"].tolist() == [[1, 1, 1, 1], [-4, 4, -6, 12], [2, 0, 4, -2]]
+    assert rebuilt["vector"].tolist() == [1.25, 0.75, 1]

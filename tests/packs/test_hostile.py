@@ -38,6 +38,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "bitdelta": {"tensors": "all"},
     "delta_come": {"bands": [[1, 8], [2, 3]], "bits_per_weight": 4},
     "dts": {"rank_fraction": 0.5, "qkv": "split"},
+    "residual": {"gain": 0.5},
     "t_switch": {"density": 0.1},
     "ultradelta": {"tensors": "all", "density": 0.2, "rest": "exact"},
 }

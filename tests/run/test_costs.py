@@ -117,6 +117,7 @@ def test_coding_by_hand():
 CODED: dict[str, dict[str, Any]] = {
     "bitdelta": {"tensors": "all"},
     "delta_come": {"tensors": "all"},
+    "residual": {"gain": 15.0},
     "ultradelta": {"tensors": "all", "rescale": "none"},
     "tsv_c": {"tasks": 4},
 }

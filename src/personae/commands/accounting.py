@@ -79,7 +79,8 @@ def cost(
         stored += times * bits.stored
     if facts is not None:
         stored = sum(_stored(codec, spec, facts[spec.name]) for spec in specs if spec.is_floating)
-    return Bits(paper, lean, stored)
+    most = codec.most_bits()
+    return Bits(*((bits if most is None else min(bits, most)) for bits in (paper, lean, stored)))
 
 
 def mask_bytes(codec: Codec, specs: Iterable[TensorSpec]) -> int:
@@ -131,6 +132,53 @@ def task_amr_percent(record: TaskRecord, manifest: Manifest) -> dict[str, float]
     return amr_percent(bits, Denominator(record.base_parameters, record.base_bytes), share)
 
 
+def within_budget(
+    codec: Codec,
+    specs: Sequence[TensorSpec],
+    budget: float | int,
+    counting: Counting,
+    facts: Mapping[str, TensorScan] | None = None,
+    reserve: int = 0,
+) -> Codec:
+    """The codec with the parameter that a budget sets; see `largest_rank_fraction`.
+
+    Raises:
+        BudgetError: if the budget cannot be met, naming the smallest that can.
+    """
+    find = largest_rank_fraction if codec.by_budget == "rank_fraction" else _largest_size
+    found = find(codec, specs, budget, counting, facts, reserve)
+    return codec.model_copy(update={codec.by_budget: found})
+
+
+def _largest_size(
+    codec: Codec,
+    specs: Iterable[TensorSpec],
+    budget: float | int,
+    counting: Counting,
+    facts: Mapping[str, TensorScan] | None = None,
+    reserve: int = 0,
+) -> int:
+    """The bytes that a budget leaves for the code.
+
+    Raises:
+        BudgetError: if they hold no code, naming the smallest budget that can be met.
+    """
+    floating = [spec for spec in specs if spec.is_floating]
+    whole = Denominator.of(floating)
+    changed = floating if facts is None else [s for s in floating if facts[s.name].changed]
+    shapes = [shape for spec in changed for shape in block_shapes(codec, spec)]
+    exact = sum(codec.least_bits(shape) for shape in shapes if not shape)
+    least = exact + min((codec.least_bits(shape) for shape in shapes if shape), default=0)
+
+    def size(bits: int) -> float:
+        return _size(Bits(bits, bits, bits + reserve), whole, budget, counting)
+
+    if size(least) > budget:
+        raise BudgetError(_unmet(budget, size(least), counting))
+    per_bit = (size(1 << 20) - size(0)) / (1 << 20)
+    return max(int((budget - size(0)) / per_bit) // 8, 1)
+
+
 def largest_rank_fraction(
     codec: Codec,
     specs: Iterable[TensorSpec],
@@ -170,13 +218,16 @@ def largest_rank_fraction(
     if not steps:  # nothing to decompose: the cost is what it is
         steps = [codec.model_dump()["rank_fraction"]]
     if size(steps[0]) > budget:
-        least = size(steps[0])
-        raise BudgetError(
-            f"The budget of {_asked(budget)} cannot be met: the smallest pack of this family "
-            f"costs {_at_least(least, budget)} counted as '{counting}'. Give that much or more, "
-            "or keep fewer tensors with 'skip'."
-        )
+        raise BudgetError(_unmet(budget, size(steps[0]), counting))
     return steps[bisect.bisect_right(steps, budget, key=size) - 1]
+
+
+def _unmet(budget: float | int, least: float, counting: Counting) -> str:
+    return (
+        f"The budget of {_asked(budget)} cannot be met: the smallest pack of this family "
+        f"costs {_at_least(least, budget)} counted as '{counting}'. Give that much or more, "
+        "or keep fewer tensors with 'skip'."
+    )
 
 
 def _size(bits: Bits, whole: Denominator, budget: float | int, counting: Counting) -> float:

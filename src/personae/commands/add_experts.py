@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from personae.checkpoints.naming import shown
-from personae.commands.accounting import cost, largest_rank_fraction, paper_bits
+from personae.commands.accounting import cost, paper_bits, within_budget
 from personae.commands.describe import class_names
 from personae.errors import BudgetError
 from personae.family.align import Alignment
@@ -59,7 +59,7 @@ def add_experts(
         name: Deltas(expert, family.base, from_base) for name, expert in family.experts.items()
     }
     due = [name for name in family.experts if any(name not in w.manifest.tasks for w in writers)]
-    known = _know(all_deltas, due, scanned, writers, settings, work)
+    known = _know(all_deltas, due, scanned, writers, settings, family, work)
     filled = _filled_in(writers[0], settings[0], known)
     lost: dict[Path, dict[str, dict[str, str]]] = {writer.directory: {} for writer in writers}
     for name, expert in family.experts.items():
@@ -87,6 +87,7 @@ def _know(
     scanned: Scanned,
     writers: Sequence[PackWriter],
     settings: Sequence[PackSettings],
+    family: Family,
     work: Work,
 ) -> dict[str, Known]:
     """What the codec has to know of each expert that is due; what is shared is written first."""
@@ -100,7 +101,7 @@ def _know(
     shared = Pack(writer.directory).open_shared() if codec.shares else None
     known: dict[str, Known] = {}
     for name in due:
-        own = codec.for_task(name)
+        own = codec_for(settings[0], family, name, scanned.experts[name]).for_task(name)
         known[name] = Known(name, shared)
         found = passes_over_expert(own, deltas[name], scanned.experts[name], known[name], work)
         known[name] = Known(name, shared, found)
@@ -201,7 +202,7 @@ class _Coding:
 def codec_for(
     settings: PackSettings, family: Family, name: str, scan: ExpertScan, reserve: int = 0
 ) -> Codec:
-    """The codec, at the largest rank the budget allows this expert.
+    """The codec, at the largest rank or size that the budget allows this expert.
 
     Raises:
         BudgetError: if it allows none.
@@ -210,7 +211,7 @@ def codec_for(
     if settings.budget is None:
         return codec
     try:
-        fraction = largest_rank_fraction(
+        return within_budget(
             codec,
             family.shared_specs(name),
             parse_size(settings.budget, percent=True),
@@ -220,7 +221,6 @@ def codec_for(
         )
     except BudgetError as error:
         raise BudgetError(f"Task '{name}': {error}") from error
-    return codec.model_copy(update={"rank_fraction": fraction})
 
 
 def _header_bytes(expert: Alignment) -> int:

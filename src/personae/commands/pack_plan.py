@@ -11,9 +11,9 @@ from personae.commands.accounting import (
     Share,
     amr_percent,
     cost,
-    largest_rank_fraction,
     mask_bytes,
     shared_bytes,
+    within_budget,
 )
 from personae.commands.merge_job import job_of
 from personae.errors import BudgetError, RecipeError
@@ -307,7 +307,5 @@ def _codec(settings: PackSettings, specs: Sequence[TensorSpec]) -> Codec:
     codec = settings.codec()
     if settings.budget is None:
         return codec
-    fraction = largest_rank_fraction(
-        codec, specs, parse_size(settings.budget, percent=True), settings.counting
-    )
-    return codec.model_copy(update={"rank_fraction": fraction})
+    budget = parse_size(settings.budget, percent=True)
+    return within_budget(codec, specs, budget, settings.counting)

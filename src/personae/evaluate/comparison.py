@@ -33,6 +33,7 @@ _METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "BitDelta all": ("bitdelta", {"tensors": "all"}),
     "Delta-CoMe": ("delta_come", {}),
     "UltraDelta": ("ultradelta", {}),
+    "Residual": ("residual", {}),
 }
 _ABLATIONS = {
     "no decomposition": "decomposition",

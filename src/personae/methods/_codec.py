@@ -89,6 +89,9 @@ class Codec(Parameters, ABC):
     bytes_per_entry: ClassVar[int] = 8
     """Peak memory of passes over, encoding and decoding what is not decomposed, an entry of it: by
     default of a copy and of what is decoded."""
+    by_budget: ClassVar[str] = ""
+    """The parameter that a budget sets: a rank fraction, or the bytes that a task's code takes at
+    most; empty if none does."""
     of_family: ClassVar[tuple[str, ...]] = ()
     """Parameters that `for_family` fills in where they are None."""
 
@@ -226,6 +229,14 @@ class Codec(Parameters, ABC):
             rank: Rank stored; by default `rank(shape)`, that of a delta of full rank.
         """
         ...
+
+    def most_bits(self) -> int | None:
+        """Most bits of a whole task, where a parameter bounds them; else shapes tell."""
+        return None
+
+    def least_bits(self, shape: tuple[int, ...]) -> int:
+        """Fewest bits of a delta of this shape that is not left out, if its size is free."""
+        return 0
 
     def zero_bits(self, shape: tuple[int, ...]) -> int:
         """Most bits that exact zeros in a delta of this shape take beyond `bits`."""

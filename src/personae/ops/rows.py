@@ -40,10 +40,17 @@ def product_in_rows(
         return left @ right
     matrix = left.new_empty(len(touched), right.shape[1])
     torch.mm(left, right, out=matrix[: len(left)])
+    return spread_rows(matrix, touched)
+
+
+def spread_rows(
+    matrix: Float[Tensor, "out in"], touched: Bool[Tensor, " out"]
+) -> Float[Tensor, "out in"]:
+    """Move the first rows to where rows were touched, in place; the others become exact zeros."""
     places = touched.nonzero()[:, 0]
-    at_once = max(1, CHUNK // max(right.shape[1], 1))
-    for start in reversed(range(0, len(left), at_once)):  # no row moves up: the last ones first
-        stop = min(start + at_once, len(left))
+    at_once = max(1, CHUNK // max(matrix.shape[1], 1))
+    for start in reversed(range(0, len(places), at_once)):  # no row moves up: the last ones first
+        stop = min(start + at_once, len(places))
         matrix[places[start:stop]] = matrix[start:stop].clone()
     matrix[~touched] = 0
     return matrix

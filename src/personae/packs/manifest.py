@@ -22,6 +22,8 @@ SHARED = "shared.safetensors"
 
 _DTYPES = {dtype_name(dtype): dtype for dtype in READABLE.values()}
 _MOST_SHOWN = 60
+_RECORDS = 4
+"""Objects that a tensor's record lies in: manifest, tasks, task, tensors."""
 _CODECS_OF_VERSION_1 = {"dts", "svd"}
 
 
@@ -286,7 +288,18 @@ class Manifest(Record):
             for task in content["tasks"].values():
                 del task["characteristics"]
         content = {"format": FORMAT, "format_version": self.format_version} | content
-        return json.dumps(content | {"checksum": checksum(content)}, indent=1) + "\n"
+        return _text(content | {"checksum": checksum(content)}) + "\n"
+
+
+def _text(value: Any, depth: int = 0) -> str:
+    """Indented JSON, but that lists, and all there is of one tensor, are on one line."""
+    if depth == _RECORDS or not isinstance(value, dict) or not value:
+        return json.dumps(value, separators=(",", ":"))
+    margin = " " * (depth + 1)
+    items = ",\n".join(
+        f"{margin}{json.dumps(key)}: {_text(each, depth + 1)}" for key, each in value.items()
+    )
+    return f"{{\n{items}\n{margin[1:]}}}"
 
 
 def checksum(content: dict[str, Any]) -> str:

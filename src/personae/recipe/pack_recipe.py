@@ -52,7 +52,7 @@ class PackSettings(Strict):
         """
         parameters = codec.model_dump(mode="json", by_alias=True)
         if rest.get("budget") is not None:
-            parameters.pop("rank_fraction", None)
+            parameters.pop(codec.by_budget, None)
         if reference is not None:
             rest["reference"] = reference.name
             rest["reference_parameters"] = reference.model_dump(mode="json", by_alias=True)
@@ -60,8 +60,9 @@ class PackSettings(Strict):
 
     @model_validator(mode="after")
     def _one_rank(self) -> "PackSettings":
-        if self.budget is not None and "rank_fraction" in self.parameters:
-            raise ValueError("a budget sets the rank: give budget or rank_fraction, not both")
+        if self.budget is not None and self._by_budget in self.parameters:
+            what = "the rank" if self._by_budget == "rank_fraction" else f"the {self._by_budget}"
+            raise ValueError(f"a budget sets {what}: give budget or {self._by_budget}, not both")
         return self
 
     @model_validator(mode="after")
@@ -69,6 +70,12 @@ class PackSettings(Strict):
         if self.vector == "task" and (self.reference or self.reference_parameters):
             raise ValueError("a merged reference needs vector: difference (--vector difference)")
         return self
+
+    @property
+    def _by_budget(self) -> str:
+        """The parameter that a budget sets."""
+        codec = CODECS.get(self.method)
+        return codec.by_budget if codec else "rank_fraction"
 
     @property
     def from_average(self) -> bool:
@@ -87,7 +94,8 @@ class PackSettings(Strict):
         """
         codec = self.codec()
         parameters = codec.model_dump(mode="json", exclude=set(codec.free))
-        return self.model_copy(update={"budget": None, "parameters": parameters})
+        budget = None if codec.by_budget in {"", *codec.free} else self.budget
+        return self.model_copy(update={"budget": budget, "parameters": parameters})
 
     def without_rank(self) -> "PackSettings":
         """The same without rank fraction and budget."""
@@ -110,10 +118,11 @@ class PackSettings(Strict):
                 f"merged: vector: difference, reference: {self.method}."
             )
         codec = build(lookup(CODECS, self.method), self.parameters)
-        if self.budget is not None and "rank_fraction" not in type(codec).model_fields:
+        if self.budget is not None and not codec.by_budget:
+            able = [name for name, entry in CODECS.items() if entry.by_budget]
             raise MethodError(
-                f"{self.method} has no rank_fraction that a budget could set. Leave the budget "
-                "out, or pack by dts or svd."
+                f"{self.method} has no parameter that a budget could set. Leave the budget out, or "
+                f"pack by {', '.join(able[:-1])} or {able[-1]}."
             )
         return codec
 

@@ -55,6 +55,7 @@ class DTS(Codec):
     """
 
     bytes_per_entry: ClassVar = 9
+    by_budget: ClassVar = "rank_fraction"
     free: ClassVar = frozenset(
         {
             "rank_fraction",

@@ -42,6 +42,7 @@ class SVD(Codec):
     """
 
     free: ClassVar = frozenset({"rank_fraction"})
+    by_budget: ClassVar = "rank_fraction"
 
     rank_fraction: RankFraction = Field(
         default=0.03, description="Singular triplets kept, as a fraction of the smaller dimension."
