@@ -57,7 +57,7 @@ def dts_rows(
 
 
 def merge_rows() -> dict[str, MergeSettings]:
-    """Every static method, at the defaults of its paper; DRM in both directions.
+    """The static methods that differ in kind, at the defaults of their papers; DRM both ways.
 
     Core Space is left out: it merges LoRA adapters alone.
     """
@@ -75,6 +75,11 @@ def merge_rows() -> dict[str, MergeSettings]:
         "KnOTS-TIES": MergeSettings(method="knots"),
         "CART": MergeSettings(method="cart"),
         "WUDI": MergeSettings(method="wudi"),
+        "DC-Merge": MergeSettings(method="dc_merge"),
+        "ACE-Merging": MergeSettings(method="ace_merging"),
+        "Model Stock": MergeSettings(method="model_stock"),
+        "SCE": MergeSettings(method="sce"),
+        "geometric median": MergeSettings(method="geometric_median"),
     }
     for letter, direction in (("H", "horizontal"), ("V", "vertical")):
         rows[f"DRM-{letter}"] = MergeSettings(method="drm", parameters={"direction": direction})
