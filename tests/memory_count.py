@@ -14,11 +14,11 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
     The peaks of the two are added: they may be apart, so that this is at most too much.
     """
-    tracemalloc.start()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        tracemalloc.start()  # not before: the first profile imports much
         work()
-    arrays = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+        arrays = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
     result = recorded.profiler
     assert result is not None and result.kineto_results is not None
     events = [e for e in result.kineto_results.events() if e.name() == "[memory]"]
