@@ -89,9 +89,9 @@ def numbered(faults: Sequence[str]) -> list[str]:
     return [*lines, f"  … and {rest} more"] if rest else lines
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """Say which known name `name` was probably meant to be, or list what is known."""
-    known = sorted(known)
+    name, known = str(name), sorted(known)
     lowered = {one.lower(): one for one in known}
     # Longer names are nobody's slip of the keyboard, and comparing them takes for ever.
     wanted = [name.lower()] if len(name) <= _LONGEST_NAME else []

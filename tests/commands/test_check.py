@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import personae
@@ -49,6 +50,30 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(*words: str | Path) -> Any:
     return CliRunner().invoke(app, ["check", *map(str, words)])
+
+
+def test_beside_adapters_nothing_is_relative_to_a_base_that_is_not_read(tmp_path: Path):
+    rows, columns = BASE["layer.weight"].shape
+    module = "base_model.model.layer"
+    tuned_by = {
+        f"{module}.lora_A.weight": torch.ones(1, columns),
+        f"{module}.lora_B.weight": torch.ones(rows, 1),
+    }
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["layer"]}
+    for adapter in ("x", "y"):
+        (tmp_path / adapter).mkdir()
+        save_file(tuned_by, tmp_path / adapter / "adapter_model.safetensors")
+        (tmp_path / adapter / "adapter_config.json").write_text(json.dumps(config))
+    saved(BASE, tmp_path / "base")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "merge_method: average\noutput: adapter\nbase_model: ./base\n"
+        "models: [{model: ./x}, {model: ./y}]\n"
+    )
+    found = json.loads(run(recipe, "--json").stdout)["norms"]["x"]
+    assert found["norm"] == pytest.approx(2 * (rows * columns) ** 0.5, rel=1e-5)
+    assert found["relative"] is None
+    assert run(recipe).stdout.splitlines()[1].split()[-1] == "-"
 
 
 def test_a_sound_family_has_norms_and_no_fault():

@@ -83,6 +83,8 @@ def test_tasks_that_do_not_fit_the_rows(family: Family):
     runtime = load(family.pack, mode="factored")
     with pytest.raises(MethodError, match=r"tasks= names 2 tasks, but '.*' has 3 rows"):
         runtime(**family.kind.inputs, tasks=["a", "b"])
+    with pytest.raises(MethodError, match=r"tasks= is empty"):
+        runtime(**family.kind.inputs, tasks=[])
     with pytest.raises(MethodError, match="leave labels out"):
         runtime(**family.kind.inputs, labels=torch.tensor([0, 1, 1]), tasks=["a", "b", "a"])
     with pytest.raises(PackError, match="has no task 'A'"):

@@ -8,6 +8,8 @@ from test_loaded import KINDS, computed, loaded
 
 from personae import DTS, compose, load, pack
 from personae.errors import PackError, RecipeError
+from personae.packs.reader import Pack
+from personae.packs.weighting import given
 from toys import perturb, toy_bert
 
 WEIGHTS = {"a": 0.3, "b": 0.7}
@@ -39,6 +41,19 @@ def test_a_composed_task_is_what_compose_writes(
     with torch.no_grad():
         got = runtime(**BERT.inputs, tasks=["mix", "a", "mix"]).logits
     torch.testing.assert_close(got[0, : expected.shape[1]], expected[0])
+
+
+def test_a_head_of_a_composed_task(packed: Path):
+    runtime = load(packed)
+    runtime.compose("mix", WEIGHTS)
+    with pytest.raises(PackError, match=r"no task 'mix'\. Known: a, b\."):
+        runtime.compose("again", WEIGHTS, head="mix")
+
+
+def test_weights_whose_sum_is_infinite_are_told_as_such(packed: Path):
+    assert given({"a": 1e308, "b": 1e308}, Pack(packed).manifest, packed).notes == [
+        "the weights sum to inf, not to 1"
+    ]
 
 
 def test_what_cannot_be_composed(packed: Path):

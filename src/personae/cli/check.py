@@ -55,7 +55,10 @@ def _print(found: Checked, prefix: str) -> None:
     for text in found.notes:
         console.note(f"{prefix}{text}")
     if found.norms:
-        rows = [[n, f"{x.norm:.4g}", f"{x.relative:.3g}"] for n, x in found.norms.items()]
+        rows = [
+            [n, f"{x.norm:.4g}", "-" if x.relative is None else f"{x.relative:.3g}"]
+            for n, x in found.norms.items()
+        ]
         console.table("", ["task vector", "norm", "relative"], rows)
     if not found.faults:
         console.out.print(f"{prefix}can be merged", markup=False)

@@ -27,11 +27,11 @@ class Norm:
 
     Attributes:
         norm: ‖θₙ − θ₀‖; from the experts' average where there is no base.
-        relative: The same over ‖θ₀‖.
+        relative: The same over ‖θ₀‖; None where that is 0 or not read, as beside adapters.
     """
 
     norm: float
-    relative: float
+    relative: float | None
 
 
 @dataclass
@@ -139,7 +139,7 @@ def _look(opened: OpenedParts, found: Checked, work: Work) -> None:
         own = [weights for weights in compared if name in weights.deltas]
         norm = sqrt(fsum(weights.deltas[name] for weights in own))
         whole = sqrt(fsum(weights.reference for weights in own))
-        found.norms[name] = Norm(norm, norm / whole if whole else 0.0)
+        found.norms[name] = Norm(norm, norm / whole if whole else None)
         if not norm and all(has_base for weights, has_base in seen if weights in own):
             found.notes.append(f"{name} equals the base in every tensor that is merged")
     found.notes += _equal(compared)

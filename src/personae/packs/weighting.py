@@ -64,7 +64,7 @@ class Weighting:
         negative = [name for name, cosine in (self.cosines or {}).items() if cosine < 0]
         if negative and self.gamma == "ratio":
             return [f"cosines below 0 count as 0 in a ratio: {', '.join(negative)}"]
-        total = math.fsum(self.weights.values())
+        total = sum(self.weights.values())  # infinite where fsum would overflow
         if self.gamma == "given" and abs(total - 1) > 1e-6:
             return [f"the weights sum to {total:g}, not to 1"]
         return []

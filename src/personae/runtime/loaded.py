@@ -84,6 +84,7 @@ class Runtime:
         self._switching, self._registering = threading.RLock(), threading.Lock()
         self._in_place: InPlace | None = None
         self._calling = Counter[threading.Thread]()
+        self._closed = False
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -135,7 +136,8 @@ class Runtime:
 
         Raises:
             PackError: if there is no such task, or its file is missing or damaged.
-            WorkError: if another thread has a task active, or computes, in `merged` mode.
+            WorkError: if another thread has a task active, or computes, in `merged` mode; after
+                `close`.
             BudgetError: if the task takes more than the cache holds.
             CheckpointError: if the class of the task is not known, or the module given to `load`
                 lacks tensors of it.
@@ -224,6 +226,9 @@ class Runtime:
         if name in self.tasks:
             raise PackError(f"There is a task '{name}' already. Give another name.")
         weighting = given(weights, self.pack.manifest, self.pack.directory)
+        if head is not None and head not in self.pack.manifest.tasks:
+            known = nearest(head, self.pack.manifest.tasks)
+            raise PackError(f"{self.pack.directory} has no task '{head}'. {known}")
         named = [task for task, weight in weighting.weights.items() if weight]
         parts = {task: self._task(task) for task in [*named, *([head] if head else [])]}
         rebuilt = {task: part.rebuilt for task, part in parts.items()}
@@ -234,6 +239,7 @@ class Runtime:
     def close(self) -> None:
         """Let the model be the reference, compute by itself again, and release the files."""
         with self._switching:
+            self._closed = True
             self._active.clear()
             self._in_place = self._in_place and self._in_place._replace(
                 thread=threading.current_thread()
@@ -354,7 +360,10 @@ class Runtime:
 
         Raises:
             PackError: if there is no such task, or its file is missing or damaged.
+            WorkError: after `close`, when modules no longer add what a task changes.
         """
+        if self._closed:
+            raise WorkError(f"Cannot activate '{task}': the pack was closed. Load it again.")
         return self._variants[task] if task in self._variants else self._task(task)
 
     def _task(self, task: str) -> TaskVariant:

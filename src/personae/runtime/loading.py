@@ -51,7 +51,7 @@ def load(
     Raises:
         PackError: if the pack is damaged, or its reference is another or missing.
         MethodError: if `factored` was asked for of a codec without factors.
-        RecipeError: if the mode, device or size is none of those.
+        RecipeError: if the mode, device, dtype or size is none of those.
         CheckpointError: if the class of the reference is not known, or `model` lacks tensors.
     """
     faults = Faults()
@@ -59,6 +59,8 @@ def load(
         faults.add(f"Unknown mode '{mode}'. {nearest(mode, MODES)}")
     limit = _size(cache, faults)
     place = _device(device, faults)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        faults.add(f"dtype is {dtype!r}. Give a floating one, such as torch.bfloat16.")
     faults.raise_if_any(RecipeError)
     opened = Pack(pack.directory if isinstance(pack, Pack) else Path(pack))
     if mode == "factored":

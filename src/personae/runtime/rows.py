@@ -20,6 +20,8 @@ def check_rows(tasks: Sequence[str], inputs: Mapping[str, Any]) -> None:
     Raises:
         MethodError: naming each input that has not, or if there is none.
     """
+    if not tasks:
+        raise MethodError("tasks= is empty. Name one task for each row.")
     faults = Faults()
     tensors = {name: one for name, one in inputs.items() if isinstance(one, Tensor) and one.ndim}
     for name, one in tensors.items():
