@@ -135,8 +135,6 @@ def decode_bands(parts: Any, shape: tuple[int, int], parameters: Any) -> Any:
 
 
 def decode_triplets(parts: Any, shape: tuple[int, ...]) -> Any:
-    if not shape:
-        return parts["exact"].reshape(())
     m, n = (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
     rows = bits(parts["rows"], 1)[:m] > 0 if "rows" in parts else np.ones(m, bool)
     delta, byte = np.zeros((m, n)), 0
@@ -159,7 +157,7 @@ def decode_triplets(parts: Any, shape: tuple[int, ...]) -> Any:
 def decode_of_version_2(method: str, parts: Any, shape: Any, parameters: Any, shared: Any) -> Any:
     if not parts:
         return np.zeros(shape, np.float32)
-    if "exact" in parts and shape:
+    if "exact" in parts:
         delta = np.zeros(shape, np.float32)
         kept = bits(parts["rows"], 1)[: shape[0]] > 0 if "rows" in parts else ...
         delta[kept] = parts["exact"].reshape(delta[kept].shape)
