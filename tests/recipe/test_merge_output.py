@@ -121,3 +121,11 @@ def test_difference_vectors_are_no_adapters(tmp_path: Path) -> None:
         "merge_method: ties\noutput: adapter\nvector: difference\nmodels: [{model: org/b}]\n",
     )
     assert "line 3: An adapter holds task vectors" in text
+
+
+@pytest.mark.parametrize("wrong", ["rank: true", "max_rank: 4.5", "energy: true"])
+def test_a_size_of_another_kind_is_refused(tmp_path: Path, wrong: str) -> None:
+    text = f"merge_method: ties\noutput: adapter\nmodels: [{{model: a}}, {{model: b}}]\n{wrong}\n"
+    assert f"line 4: {wrong.partition(':')[0]}" in refusal(tmp_path, text)
+    whole = text.replace(wrong, "energy: 1")
+    assert read(tmp_path, whole).energy == 1

@@ -134,7 +134,7 @@ def show_adapter(found: Mapping[str, Any]) -> None:
     columns = ["changed", "carried", "tensors", "parameters %", "squared norm %"]
     console.table("", columns, rows, left=2)
     console.out.print(
-        f"relative error of the factors {found['relative_error']:.3g}; lost in all "
+        f"squared relative error of the factors {found['relative_error']:.3g}; lost in all "
         f"{100 * found['lost']:.3g} % of the squared norm of the task vector",
         markup=False,
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, StrictFloat, StrictInt, model_validator
 
 from personae.recipe._base import (
     EMPTY,
@@ -79,10 +79,10 @@ class MergeFile(Strict):
     conventions: Convention | None = None
     vector: Vector | None = None
     output: Output = "model"
-    rank: int | None = None
-    energy: float | None = None
+    rank: StrictInt | None = None
+    energy: StrictFloat | None = None
     budget: Size | None = None
-    max_rank: int | None = None
+    max_rank: StrictInt | None = None
     rank_pattern: bool = False
     skip: Patterns = Field(default=[])
     only: Patterns = Field(default=[])

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, StrictFloat, StrictInt
 
 from personae.checkpoints.naming import matches
 from personae.errors import Faults, MethodError, RecipeError, nearest
@@ -64,14 +64,16 @@ class MergeSettings(Strict):
     output: Output = Field(
         default="model", description="What is written: a model, or of adapters an adapter"
     )
-    rank: int | None = Field(default=None, description="Rank of an adapter")
-    energy: float | None = Field(
+    rank: StrictInt | None = Field(default=None, description="Rank of an adapter")
+    energy: StrictFloat | None = Field(
         default=None, description="In place of a rank: share of each squared norm to keep"
     )
     budget: Size | None = Field(
         default=None, description="In place of a rank: bytes of the adapter's weights file at most"
     )
-    max_rank: int | None = Field(default=None, description="Bound on the ranks that are chosen")
+    max_rank: StrictInt | None = Field(
+        default=None, description="Bound on the ranks that are chosen"
+    )
     rank_pattern: bool = Field(default=False, description="Gives each module a rank of its own")
     layers: Layers | None = Field(
         default=None, description="Which layers are merged, as a slice says; by default all"
