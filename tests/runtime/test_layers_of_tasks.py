@@ -143,3 +143,13 @@ def test_every_codec_in_place(codec: Any, base: Everything, tmp_path: Path):
     runtime = load(packed, model=base)
     runtime.activate("c")
     assert all(map(torch.equal, base.state_dict().values(), other.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", ["svd", "dts", "delta_come", "tsv_c", "residual"])
+def test_codecs_whose_factors_are_added(name: str, base: Everything, tmp_path: Path):
+    experts = {task: everything(seed) for seed, task in enumerate("abc", 1)}
+    packed = pack(base, experts, tmp_path / "pack", CODECS[name]()).directory
+    other = computed(expected(packed, copy.deepcopy(base), "c", 3))
+    with load(packed, model=base, mode="factored").activate("c"):
+        for mine, theirs in zip(computed(base), other, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)

@@ -38,7 +38,8 @@ def load(
         mode: `merged` puts a task's rebuilt weights in the place of the reference's, which stay in
             memory beside them; it takes every codec, and one thread at a time has a task.
             `factored` adds low-rank factors in the forward pass; it takes the codecs that store
-            factors (`svd`, `dts`, `delta_come`, `tsv_c`), and each thread has its own task.
+            factors (`svd`, `dts`, `delta_come`, `tsv_c`, `residual`), and each thread has its own
+            task.
         base: Where the reference is, if not where the pack says.
         model: The module to use, named as the experts are; its tensors become the reference's. By
             default the models are built by the classes of `transformers` that their configurations
@@ -59,7 +60,7 @@ def load(
         faults.add(f"Unknown mode '{mode}'. {nearest(mode, MODES)}")
     limit = _size(cache, faults)
     place = _device(device, faults)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not getattr(dtype, "is_floating_point", False):
         faults.add(f"dtype is {dtype!r}. Give a floating one, such as torch.bfloat16.")
     faults.raise_if_any(RecipeError)
     opened = Pack(pack.directory if isinstance(pack, Pack) else Path(pack))

@@ -133,8 +133,8 @@ def check_factored(pack: Pack, task: str) -> None:
             raise MethodError(
                 f"Codec '{pack.manifest.method}' stores '{name}' of task '{task}' otherwise than "
                 "as two factors, so that nothing can be added in the forward pass. Load the pack "
-                'with mode="merged", which takes every codec; svd, dts, delta_come and tsv_c have '
-                "factors."
+                'with mode="merged", which takes every codec; svd, dts, delta_come, tsv_c and '
+                "residual have factors."
             )
 
 
