@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import filter as fnfilter
 from fnmatch import fnmatchcase
@@ -295,3 +295,15 @@ def _wrapped_in(
 def _likeliest(prefixes: Counter[tuple[str, str]]) -> tuple[str, str]:
     """The pair found most often; of several, one from the outside."""
     return max(prefixes, key=lambda pair: (prefixes[pair], not pair[0], pair))
+
+
+def module_of(name: str) -> str:
+    """The module that a tensor, or a module, lies in: its name without the last part."""
+    return name.rpartition(".")[0]
+
+
+def modules_around(module: str) -> Iterator[str]:
+    """A module's name, and those of the modules around it."""
+    while module:
+        yield module
+        module = module_of(module)

@@ -10,7 +10,7 @@ from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.built import build
 from personae.checkpoints.configuration import CONFIG, class_of, task_type_of
 from personae.checkpoints.modules import read_auxiliary_file
-from personae.checkpoints.naming import is_safe_name, name_of
+from personae.checkpoints.naming import is_safe_name, module_of, name_of
 from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.tied import ties_embedding
 from personae.commands.export_report import Source
@@ -97,7 +97,7 @@ def _described(
 ) -> Source:
     model_class = class_of(config)
     built = build(config, model_class)
-    lacks = built and any(_module(name) not in built.modules for name in changes.specs)
+    lacks = built and any(module_of(name) not in built.modules for name in changes.specs)
     return Source(
         name=name,
         place=place,
@@ -126,7 +126,3 @@ def _config(files: Mapping[str, Path | bytes]) -> dict[str, Any]:
     """
     content = read_auxiliary_file(files, CONFIG)
     return content if isinstance(content, dict) else {}
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]

@@ -5,14 +5,14 @@ which PEFT reads and engines mostly refuse. What remains is left out: biases of 
 whatever nobody asked for.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from personae._types import TensorSpec
 from personae.checkpoints.built import BuiltModel
 from personae.checkpoints.configuration import is_head
-from personae.checkpoints.naming import matches
+from personae.checkpoints.naming import matches, module_of, modules_around
 from personae.checkpoints.published_renames import Renames
 from personae.checkpoints.vocabulary import is_input_embedding
 from personae.methods import Site, stacked_matrices
@@ -56,7 +56,7 @@ class Model:
 
     def module(self, name: str) -> str:
         """The module in memory that a tensor belongs to; '' if it is the model itself."""
-        return _module(self.places[name])
+        return module_of(self.places[name])
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,13 @@ def describe(
     for name in kinds:
         if kinds[name] == "linear" and aliases[name]:  # factors on one of its modules are too few
             kinds[name] = "other"
-    paths = {path for place in places.values() for path in _paths(_module(place))}
+    paths = {path for place in places.values() for path in modules_around(module_of(place))}
     unknown = {
         name
         for name in specs
         if says_tied and built is None and is_input_embedding(name) and not aliases[name]
     }
-    linear = [_module(places[name]) for name, kind in sorted(kinds.items()) if kind == "linear"]
+    linear = [module_of(places[name]) for name, kind in sorted(kinds.items()) if kind == "linear"]
     has_output = any(kind == "head" for kind in kinds.values())
     return Model(
         specs,
@@ -156,7 +156,7 @@ def carry(
     }
     wanted: set[str] = set()
     for name in taken:
-        modules = {_module(place) for place in (model.places[name], *model.aliases[name])}
+        modules = {module_of(place) for place in (model.places[name], *model.aliases[name])}
         asked = model.kinds[name] in save and name not in model.tied_unknown
         if asked and all(_is_saveable(model, module, factors.values()) for module in modules):
             wanted |= modules
@@ -166,7 +166,7 @@ def carry(
         place: name
         for name in model.specs
         for place in (model.places[name], *model.aliases[name])
-        if _inside(_module(place), saved)
+        if _inside(module_of(place), saved)
     }
     whole = {*stored.values()}
     return Carried(
@@ -201,8 +201,8 @@ def _kind(
     if stacked_matrices(name, shape):
         return "experts"
     if last == "weight" and len(shape) == 2:
-        told = built is not None and _module(place) in built.modules
-        is_linear = _module(place) in linear if told else Site(name, shape).kind == "linear"
+        told = built is not None and module_of(place) in built.modules
+        is_linear = module_of(place) in linear if told else Site(name, shape).kind == "linear"
         return "linear" if is_linear else "embedding"
     if last == "bias" and f"{module}.weight" in specs:
         of_weight = _kind(f"{module}.weight", specs, linear, place, built)
@@ -215,7 +215,7 @@ def _kind(
 def _place(name: str, built: BuiltModel, renames: Sequence[Renames]) -> str:
     """The name in memory: as in the file, unless only another one has a module there."""
     for place in (name, *(rename(name) for rename in renames)):
-        if _module(place) in built.modules:
+        if module_of(place) in built.modules:
             return place
     return name
 
@@ -234,18 +234,7 @@ def _matching(model: Model, ending: str) -> set[str]:
 
 def _inside(module: str, outer: Collection[str]) -> bool:
     """Whether a module is one of these, or in one."""
-    return any(path in outer for path in _paths(module))
-
-
-def _paths(module: str) -> Iterator[str]:
-    """A module's name, and those of the modules around it."""
-    while module:
-        yield module
-        module = _module(module)
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
+    return any(path in outer for path in modules_around(module))
 
 
 def _last(module: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from personae.checkpoints.adapter import Adapter, adapter_of
-from personae.checkpoints.naming import left_out, shown
+from personae.checkpoints.naming import left_out, module_of, modules_around, shown
 from personae.checkpoints.unread import Unread
 from personae.errors import Faults
 from personae.family.carried import HEADS_OF, target_names
@@ -92,16 +92,16 @@ def join(family: Family, skip: Sequence[str], only: Sequence[str]) -> JointAdapt
     kept = [n for n in touched if n in family.base.specs and not left_out([n], skip, only)]
     places = {name: places for a in reversed(adapters) for name, places in a.places.items()}
     stored = {name for adapter in adapters for name in adapter.whole if _is_own(adapter, name)}
-    factors = {name: _module(places[name][0]) for name in kept if name not in stored}
+    factors = {name: module_of(places[name][0]) for name in kept if name not in stored}
     whole = {place: name for name in kept if name in stored for place in places[name]}
     saved = _saved(adapters, whole)
     task_type = _same([a.config.task_type for a in adapters])
     heads = HEADS_OF.get(task_type or "")
-    biases = [p for p in whole if not any(_ends(_module(p), module) for module in saved)]
-    of_adapted = all(_module(place) in factors.values() for place in biases)
+    biases = [p for p in whole if not any(_ends(module_of(p), module) for module in saved)]
+    of_adapted = all(module_of(place) in factors.values() for place in biases)
     hows = [(n, a.adapted[n], a) for a in adapters for n in a.adapted if n in factors]
-    modules = {_module(name): module for name, module in factors.items()}
-    all_modules = {path for name in family.base.specs for path in _paths(_module(name))}
+    modules = {module_of(name): module for name, module in factors.items()}
+    all_modules = {path for name in family.base.specs for path in modules_around(module_of(name))}
     targets = target_names(modules, all_modules)
     return JointAdapter(
         factors=factors,
@@ -167,16 +167,16 @@ def _unlike_places(
 def _saved(adapters: Collection[Adapter], whole: Mapping[str, str]) -> frozenset[str]:
     """The names in `modules_to_save` of which something is stored; embeddings need no name."""
     names = {name for adapter in adapters for name in adapter.config.modules_to_save or ()}
-    modules = {_module(place) for place in whole}
+    modules = {module_of(place) for place in whole}
     named = {name for name in names if any(_ends(module, name) for module in modules)}
-    weights = {_module(place) for place in whole if not place.endswith(".bias")}
+    weights = {module_of(place) for place in whole if not place.endswith(".bias")}
     others = {m for m in weights if not any(_ends(m, name) for name in named)}
     return frozenset(named | others)
 
 
 def _is_own(adapter: Adapter, name: str) -> bool:
     """Whether a tensor stored whole is trained whole, and not what factors are added to."""
-    trained = any(adapter.config.saves(_module(place)) for place in adapter.places[name])
+    trained = any(adapter.config.saves(module_of(place)) for place in adapter.places[name])
     return trained or name not in adapter.adapted
 
 
@@ -192,13 +192,3 @@ def _rank(adapter: Adapter, name: str) -> int:
 def _same(said: Collection[str | None]) -> str | None:
     """What all say, if it is the same."""
     return next(iter(said)) if len({*said}) == 1 else None
-
-
-def _paths(module: str) -> Iterator[str]:
-    while module:
-        yield module
-        module = _module(module)
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
