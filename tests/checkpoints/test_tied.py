@@ -8,7 +8,7 @@ import torch
 
 from families import State, saved
 from personae.checkpoints import Checkpoint, open_checkpoint
-from personae.checkpoints.tied import as_stored, each_once, same_bytes
+from personae.checkpoints.tied import as_stored, each_once, is_copy
 from personae.family.align import align, trained_apart
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -42,7 +42,7 @@ def test_a_copy_is_one_more_name_of_its_tensor(tmp_path, config):
     "tensors, config",
     [
         (with_head(state(), state(1)[EMBED]), TIED),  # other values
-        (with_head(state(), state()[EMBED].bfloat16()), TIED),  # another dtype
+        (with_head(state(), state()[EMBED].bfloat16() * 1.01), TIED),  # another dtype and values
         (with_head(state()), UNTIED),  # the model says they are two
         (state() | {"other.weight": state()[EMBED]}, TIED),  # no embedding or output layer by name
         (state(), TIED),
@@ -58,7 +58,36 @@ def test_one_differing_bit_in_the_last_row_makes_two_tensors(tmp_path):
     tensors = with_head(state() | {EMBED: torch.zeros(12, 4)})
     tensors[HEAD][-1, -1] = -0.0
     model = opened(tmp_path, "base", tensors, TIED)
-    assert not same_bytes(model, EMBED, model, HEAD) and same_bytes(model, EMBED, model, EMBED)
+    assert not is_copy(model, HEAD, model, EMBED) and is_copy(model, EMBED, model, EMBED)
+    assert each_once(model) is model
+
+
+@pytest.mark.parametrize(
+    "kept, copy",
+    [
+        (torch.float32, torch.bfloat16),  # the embedding, rounded
+        (torch.bfloat16, torch.float32),  # the embedding to the bit, in more bits
+        (torch.float16, torch.bfloat16),
+    ],
+)
+def test_a_copy_may_have_a_dtype_of_its_own(tmp_path, kept, copy):
+    tensors = state()
+    tensors[EMBED] = tensors[EMBED].to(kept)
+    tensors[HEAD] = tensors[EMBED].to(copy)
+    base = each_once(opened(tmp_path, "base", tensors, TIED))
+    assert base.copies == {HEAD} and base.specs[EMBED].dtype == kept
+    found = align(base, {"x": opened(tmp_path, "x", with_head(state(1)), TIED)})["x"]
+    assert trained_apart(found, base) == {} and found.private == ()
+    tensors[HEAD] = (tensors[HEAD].float() * 1.25).to(copy)
+    assert each_once(opened(tmp_path, "apart", tensors, TIED)).copies == set()
+
+
+def test_a_head_of_more_bits_than_the_embedding_is_no_copy(tmp_path):
+    """The embedding is the head rounded, 1 + 2^-7 for 1 + 2^-7 + 2^-20: the head has more."""
+    head = torch.full((12, 4), 1 + 2**-7 + 2**-20)
+    tensors = with_head(state() | {EMBED: head.bfloat16()}, head)
+    assert torch.equal(tensors[EMBED].float(), torch.full((12, 4), 1 + 2**-7))
+    model = opened(tmp_path, "base", tensors, TIED)
     assert each_once(model) is model
 
 

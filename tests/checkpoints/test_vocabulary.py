@@ -1,9 +1,12 @@
 """Vocabularies: what one model's tokenizer files and embeddings say."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from families import saved
@@ -12,6 +15,8 @@ from personae.checkpoints.vocabulary import (
     Vocabulary,
     embedding_rows,
     has_vocabulary_axis,
+    is_input_embedding,
+    is_output_layer,
     read_vocabulary,
 )
 from personae.commands.merge import merge
@@ -157,6 +162,29 @@ def test_which_tensors_have_a_vocabulary_axis(tmp_path):
         "lm_head.weight",
         "model.embed_tokens.weight",
     ]
+
+
+# What transformers ties that is no embedding of tokens and no output layer over them, and modules.
+_OTHERS = re.compile(
+    r"\(|bbox|class_embed|score_head|patch|relative_attention_bias|positional_embedding|ctc_head"
+    r"|entity_|mim_head|image_head|eoi_embedding|additional_|layers$|norm\.weight|_head\.bias"
+    r"|encoder\.out\.|embed_audio_tokens"
+)
+
+
+def test_names_of_embeddings_and_output_layers_are_those_that_transformers_ties():
+    """Of every model of transformers, as its source says which weights are one."""
+    models = Path(transformers.__file__).parent / "models"
+    said = re.compile(r"_tied_weights_keys = [{\[](.*?)[}\]]", re.DOTALL)
+    names = {
+        re.sub(r"(?<!weight)(?<!bias)$", ".weight", name.replace("\\", "").rstrip("$"))
+        for file in models.glob("*/modeling_*.py")
+        for block in said.findall(file.read_text("utf-8"))
+        for name in re.findall(r'"([^"]+)"', block)
+        if not _OTHERS.search(name)
+    }
+    unknown = {n for n in names if not is_input_embedding(n) and not is_output_layer(n)}
+    assert len(names) > 50 and unknown == set()
 
 
 def test_the_next_row_follows_what_the_tokenizers_library_does():

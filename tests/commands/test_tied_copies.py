@@ -21,6 +21,8 @@ from transformers import (
     BertForSequenceClassification,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from personae.commands.compose import compose
@@ -429,3 +431,91 @@ def test_an_encoder_and_a_decoder_that_began_as_one_are_merged_each(
     for name, found in out.items():
         mean = torch.stack([states[expert][name].double() for expert in given]).mean(0)
         torch.testing.assert_close(found.double(), mean, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("began_as_one", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["query", "predictions.decoder"]},
+        {"target_modules": ["word_embeddings"]},
+        {"target_modules": ["encoder.embeddings.word_embeddings"]},
+        {"target_modules": ["query"], "modules_to_save": ["word_embeddings"]},
+    ],
+)
+def test_an_adapter_of_an_encoder_and_a_decoder_adapts_its_own(
+    began_as_one: bool, settings: dict[str, Any], tmp_path: Path
+):
+    """As PEFT merges it: the decoder's output layer is its embedding, and not the encoder's."""
+    sizes: Any = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 12}
+    decoder = BertConfig(**sizes, is_decoder=True, add_cross_attention=True)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**sizes), decoder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = EncoderDecoderModel(config=config)
+        if began_as_one:
+            model.decoder.bert.load_state_dict(model.encoder.state_dict(), strict=False)
+        model.save_pretrained(tmp_path / "base")
+        lora = LoraConfig(r=2, task_type="SEQ_2_SEQ_LM", init_lora_weights=False, **settings)
+        adapted: Any = get_peft_model(model, lora)
+        adapted.save_pretrained(str(tmp_path / "x"))
+    expected = adapted.merge_and_unload().eval()(input_ids=IDS, decoder_input_ids=IDS).logits
+    whole = MergeSettings(method="task_arithmetic", parameters={"scale": 1.0})
+    merge(tmp_path / "base", {"x": tmp_path / "x"}, tmp_path / "out", settings=whole)
+    out: Any = EncoderDecoderModel.from_pretrained(tmp_path / "out")
+    found = out.eval()(input_ids=IDS, decoder_input_ids=IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_a_stored_output_layer_of_whisper_is_the_decoders_embedding(tmp_path: Path):
+    """Whisper calls it proj_out; models saved by older versions have it in their files."""
+    sizes: Any = {"vocab_size": 40, "d_model": 16, "num_mel_bins": 4, "max_source_positions": 8}
+    sizes |= {"encoder_layers": 1, "decoder_layers": 1, "max_target_positions": 12}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0}
+    sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "bos_token_id": 1, "eos_token_id": 2}
+    embed, head = "model.decoder.embed_tokens.weight", "proj_out.weight"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = WhisperForConditionalGeneration(WhisperConfig(**sizes))
+        model.save_pretrained(tmp_path / "base")
+    perturb(tmp_path / "base", tmp_path / "lean", seed=1)
+    for name, seed in (("full", 2), ("base", None)):
+        if seed:
+            perturb(tmp_path / "base", tmp_path / name, seed=seed)
+        with_copies(tmp_path / name, embed, head)
+    given = {name: tmp_path / name for name in ("lean", "full")}
+    settings = MergeSettings(method="dare_ties", parameters={"density": 0.5, "seed": 3})
+    merge(tmp_path / "base", given, tmp_path / "out", settings=settings)
+    out = load(tmp_path / "out")
+    assert torch.equal(out[head], out[embed])
+    assert not torch.equal(out[embed], load(tmp_path / "base")[embed])
+    _, told = WhisperForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_copy_in_a_dtype_of_its_own_goes_with_its_tensor(family: Path, dtype: torch.dtype):
+    """A head rounded to 16 bits beside an embedding of 32, in the base and in one expert."""
+    for name in ("base", "full"):
+        tensors = load(family / name)
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+        tensors[HEAD] = tensors[EMBED].to(dtype)
+        save_file(tensors, family / name / WEIGHTS, metadata={"format": "pt"})
+    settings = MergeSettings(method="task_arithmetic", parameters={"scale": 0.5})
+    merge(family / "base", experts(family), family / "out", settings=settings)
+    out, base = load(family / "out"), load(family / "base")
+    deltas = [
+        load(family / name)[EMBED].double() - base[EMBED].double() for name in experts(family)
+    ]
+    expected = (base[EMBED].double() + 0.5 * sum(deltas)).float()
+    torch.testing.assert_close(out[EMBED], expected, rtol=0, atol=1e-6)
+    assert torch.equal(out[HEAD].float(), out[EMBED])  # written in the dtype of its tensor
+    made = pack(family / "base", experts(family), family / "p", settings=EXACT)
+    assert not made.task("full").private and not made.task("lean").private
+    verify(family / "p", against=experts(family), base=family / "base")
+    unpack(family / "p", "full", family / "back", base=family / "base")
+    ours, theirs = logits(family / "back"), logits(family / "full")
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item())

@@ -50,6 +50,16 @@ def test_heads_and_modules_beside_the_layers_are_its_own(name: str):
     assert aligned(name) == ((name,), [])
 
 
+@pytest.mark.parametrize("heads", ["heads", "medusa_head", "lm_heads", "model.classifiers"])
+def test_further_heads_in_a_list_are_its_own(heads: str):
+    base = BASE | {f"{heads}.0.linear.weight": torch.ones(4, 4)}
+    more = {f"{heads}.{n}.linear.weight": torch.ones(4, 4) for n in (0, 1, 2)}
+    faults = Faults()
+    found = align(open_checkpoint(base), {"x": open_checkpoint(BASE | more)}, faults=faults)
+    assert found["x"].private == (f"{heads}.1.linear.weight", f"{heads}.2.linear.weight")
+    assert faults.messages == []
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.adapter_files import Adapted, AdapterConfig
-from personae.checkpoints.tied import same_bytes, says_tied
+from personae.checkpoints.tied import embedding_of, is_copy, says_tied
 from personae.checkpoints.vocabulary import is_input_embedding, is_output_layer
 from personae.errors import Faults
 
@@ -24,7 +24,7 @@ def tied_names(wanted: Collection[str], base: Checkpoint) -> dict[str, str]:
     """Weights that the base has only under another name: name to that one.
 
     Beside those that the base tells, embeddings and output layers among `wanted` that it lacks,
-    where its config.json ties them and it has one embedding.
+    where its config.json ties them and their names say to which embedding.
 
     Raises:
         CheckpointError: The config.json is damaged.
@@ -39,9 +39,10 @@ def tied_names(wanted: Collection[str], base: Checkpoint) -> dict[str, str]:
         and not any(here.endswith(f".{name}") for here in known)
         and not any(f".{name}".endswith(here) for here in known)
     ]
-    if not lacking or len(inputs) != 1 or not says_tied(base):
+    if not lacking or not says_tied(base):
         return dict(base.tied)
-    return {**dict.fromkeys(lacking, inputs[0]), **base.tied}
+    found = {name: embedding_of(name, inputs) for name in lacking}
+    return {**{name: kept for name, kept in found.items() if kept}, **base.tied}
 
 
 def without_same(
@@ -64,7 +65,7 @@ def without_same(
         if twin is None:
             continue
         holder, twin_key = (tensors, replaced[twin]) if twin in replaced else (base, twin)
-        if same_bytes(tensors, key, holder, twin_key):
+        if is_copy(tensors, key, holder, twin_key):
             del kept[name]
     return kept
 

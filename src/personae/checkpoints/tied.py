@@ -7,7 +7,8 @@ tensor, and `Checkpoint.copies` tells which names are to be written again.
 
 Headers come before weights everywhere else. Whether two tensors are the same only their bytes
 tell, so those of input embeddings and output layers are compared here when a family is aligned:
-where names, shapes and dtypes allow it, in chunks, and up to the first that differs.
+where names and shapes allow it, in chunks, and up to the first that differs. A copy may be stored
+in a dtype of its own; written again, it has that of its tensor.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -80,7 +81,9 @@ def each_once(model: Checkpoint, apart: Collection[str] = ()) -> Checkpoint:
         CheckpointError: Its config.json is damaged, or a file changed since it was opened.
     """
     may_go = model.specs.keys() - {*apart}
-    copies = _find_copies(model, may_go, says_tied(model) is not False)
+    copies = _find_copies(
+        model, may_go, says_tied(model) is not False, has_two_models=_has_two_models(model)
+    )
     return WithCopies(model, copies) if copies else model
 
 
@@ -121,11 +124,32 @@ def says_tied(model: Checkpoint) -> bool | None:
     Raises:
         CheckpointError: It is damaged.
     """
+    config = _config(model)
+    return None if config is None else ties_embedding(config)
+
+
+def _has_two_models(model: Checkpoint) -> bool:
+    """Whether encoder and decoder are models of their own, or nothing says that they are not.
+
+    Those of transformers' EncoderDecoderModel may begin as one, with equal embeddings, and are not
+    tied; those of T5 or BART share one by the nature of their class.
+
+    Raises:
+        CheckpointError: config.json is damaged.
+    """
+    config = _config(model)
+    if config is None:
+        return True
+    parts = (config.get("encoder"), config.get("decoder"))
+    return all(isinstance(part, dict) for part in parts) and not config.get("tie_encoder_decoder")
+
+
+def _config(model: Checkpoint) -> dict[str, Any] | None:
     path = model.auxiliary_files.get(CONFIG)
     if path is None:
         return None
     config = read_json(path)
-    return ties_embedding(config if isinstance(config, dict) else {})
+    return config if isinstance(config, dict) else {}
 
 
 def ties_embedding(config: Mapping[str, Any]) -> bool:
@@ -140,20 +164,51 @@ def ties_embedding(config: Mapping[str, Any]) -> bool:
     return not said or any(said)
 
 
-def _find_copies(model: Checkpoint, may_go: Collection[str], ties_output: bool) -> dict[str, str]:
-    """The names in `may_go` of copies, each with the name of the nearest tensor it equals."""
+def _find_copies(
+    model: Checkpoint, may_go: Collection[str], ties_output: bool, *, has_two_models: bool = False
+) -> dict[str, str]:
+    """The names in `may_go` of copies, each with the name of the nearest tensor it equals.
+
+    With two models, an embedding in the one is no copy of one in the other.
+    """
     copies: dict[str, str] = {}
     for group in _alike(model.specs, ties_output):
         kept: list[str] = []
         for name in group:
             known = kept if name in may_go else []
+            if has_two_models and is_input_embedding(name):
+                known = [one for one in known if name.startswith(_around(one))]
             nearest = sorted(known, key=lambda one: -_modules_shared(one, name))
-            twin = next((one for one in nearest if same_bytes(model, one, model, name)), None)
+            twin = next((one for one in nearest if is_copy(model, name, model, one)), None)
             if twin is None:
                 kept.append(name)
             else:
                 copies[name] = twin
     return copies
+
+
+def embedding_of(output: str, inputs: Collection[str]) -> str | None:
+    """The embedding that an output layer is tied to, by their names; None where that is open.
+
+    The one in the module that the output layer is in. An encoder and a decoder may have one each:
+    the output layer is the decoder's.
+
+    Args:
+        output: The output layer.
+        inputs: Input embeddings, each tensor once.
+
+    Examples:
+        >>> embedding_of("decoder.cls.predictions.decoder.weight",
+        ...              ["encoder.embeddings.word_embeddings.weight",
+        ...               "decoder.bert.embeddings.word_embeddings.weight"])
+        'decoder.bert.embeddings.word_embeddings.weight'
+        >>> embedding_of("lm_head.weight", ["a.wte.weight", "b.wte.weight"])
+    """
+    most = max((_modules_shared(name, output) for name in inputs), default=0)
+    nearest = [name for name in inputs if _modules_shared(name, output) == most]
+    if len(nearest) > 1:
+        nearest = [name for name in nearest if "decoder" in name.split(".")]
+    return nearest[0] if len(nearest) == 1 else None
 
 
 def _modules_shared(name: str, other: str) -> int:
@@ -162,34 +217,44 @@ def _modules_shared(name: str, other: str) -> int:
     return len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
 
 
+def _around(name: str) -> str:
+    """What the names begin with of all that is in the model whose embedding this is."""
+    module = name.rpartition(".")[0]
+    return module[: module.rfind(".") + 1]
+
+
 def _alike(specs: Mapping[str, TensorSpec], ties_output: bool) -> Iterator[list[str]]:
     """Groups of names that may be one tensor, the likeliest to be kept first.
 
     Input embeddings of one shape; output layers of their shape, and the biases of these.
     """
-    groups: dict[tuple[tuple[int, ...], torch.dtype], list[str]] = {}
+    groups: dict[tuple[int, ...], list[str]] = {}
     inputs = {n: s for n, s in specs.items() if len(s.shape) == 2 and is_input_embedding(n)}
     rows = {spec.shape[0] for spec in inputs.values()}
     for name, spec in specs.items():
         is_bias = len(spec.shape) == 1 and spec.shape[0] in rows
         of_output = ties_output and (len(spec.shape) == 2 or is_bias) and is_output_layer(name)
         if spec.is_floating and spec.numel and (name in inputs or of_output):
-            groups.setdefault((spec.shape, spec.dtype), []).append(name)
-    for (shape, _), names in groups.items():
+            groups.setdefault(spec.shape, []).append(name)
+    for shape, names in groups.items():
         if len(shape) == 1 or any(name in inputs for name in names):
             yield sorted(names, key=lambda name: (name not in inputs, name.count("."), name))
 
 
-def same_bytes(one: Checkpoint, name: str, other: Checkpoint, other_name: str) -> bool:
-    """Whether two tensors hold the same bytes; read in chunks, up to the first that differs."""
-    spec, other_spec = one.specs[name], other.specs[other_name]
-    if (spec.shape, spec.dtype) != (other_spec.shape, other_spec.dtype):
+def is_copy(model: Checkpoint, name: str, other: Checkpoint, other_name: str) -> bool:
+    """Whether a tensor of `model` is that of `other`, to the bit, in its own dtype.
+
+    A copy in fewer bits is the other one rounded. One in more bits has nothing that the other one
+    lacks. Read in chunks, up to the first that differs.
+    """
+    spec, other_spec = model.specs[name], other.specs[other_name]
+    if spec.shape != other_spec.shape:
         return False
-    rows = max(1, _CHUNK_BYTES * spec.shape[0] // max(spec.nbytes, 1))
+    rows = max(1, _CHUNK_BYTES * spec.shape[0] // max(spec.nbytes, other_spec.nbytes, 1))
     for start in range(0, spec.shape[0], rows):
         stop = min(start + rows, spec.shape[0])
-        ours, theirs = one.read_rows(name, start, stop), other.read_rows(other_name, start, stop)
-        if not torch.equal(_bytes(ours), _bytes(theirs)):
+        ours, theirs = model.read_rows(name, start, stop), other.read_rows(other_name, start, stop)
+        if not torch.equal(_bytes(ours), _bytes(theirs.to(ours.dtype))):
             return False
     return True
 

@@ -26,11 +26,12 @@ _ADDED_FILES = ("added_tokens.json", "tokenizer_config.json")
 _MOST_ROWS = 1 << 31
 _BINARY_ENDINGS = (".model", ".tiktoken")
 _INPUT = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings?|tok_embeddings|embed_in|token_embedding|shared)"
-    r"\.weight$"
+    r"(^|\.)(embed_tokens|wte|word_embeddings?|tok_embeddings|embed_in|token_embedding|shared"
+    r"|embeddings|tokens_embed|embedding_projection|codec_embedding|transformer\.w)\.weight$"
 )
 _OUTPUT = re.compile(
-    r"(^|\.)(lm_head|embed_out|output|decoder|predictions|output_projection|vocab_projector)"
+    r"((^|\.)(\w*lm_head|lm_head\.out_proj|lm_loss|embed_out|output|decoder|predictions"
+    r"|output_projection|vocab_projector|unembedding_projection|codec_head|pred_layer\.proj)|^(proj_out|head))"
     r"\.(weight|bias)$"
 )
 

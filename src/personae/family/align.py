@@ -16,7 +16,7 @@ from personae.checkpoints.naming import Renaming, find_names, left_out, matches,
 from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.renames import canonical
 from personae.checkpoints.specs import empty_fault
-from personae.checkpoints.tied import each_once_beside, says_tied
+from personae.checkpoints.tied import each_once_beside, embedding_of, says_tied
 from personae.checkpoints.vocabulary import is_input_embedding, is_output_layer
 from personae.errors import CheckpointError, Faults
 from personae.family.alignment import Alignment
@@ -235,7 +235,7 @@ def _is_grown(spec: TensorSpec, own: TensorSpec) -> bool:
         and len(spec.shape) == len(own.shape) == 2
         and spec.shape[1] == own.shape[1]
         and own.shape[0] > spec.shape[0] > 0
-        and _VOCABULARY.search(own.name) is not None
+        and (_VOCABULARY.search(own.name) is not None or is_output_layer(own.name))
     )
 
 
@@ -256,6 +256,9 @@ _PASSED_OVER = re.compile(
 # Copies of embeddings and output layers, which some versions save and others leave to be tied, and
 # tables of positions that are computed.
 _COPY = re.compile(r"(^|\.)(embed_\w+|shared|lm_head|decoder)\.(weight|bias)$")
+
+_HEADS = re.compile(r"(head|classifier)s?$")
+"""How lists of heads end."""
 
 _POOLER = re.compile(r"(.*\.)?pooler\.")
 
@@ -345,8 +348,12 @@ def _parents(name: str) -> list[str]:
 
 
 def _layered(name: str) -> list[str]:
-    """Those of the modules a tensor is in that are lists of layers, such as 'model.layers'."""
-    return [p for p in _parents(name) if name.removeprefix(f"{p}.").partition(".")[0].isdigit()]
+    """Those of the modules a tensor is in that are lists of layers, such as 'model.layers'.
+
+    Several heads may be a list too (Medusa's, Bark's): of those an expert may have more.
+    """
+    lists = [p for p in _parents(name) if name.removeprefix(f"{p}.").partition(".")[0].isdigit()]
+    return [] if lists and _HEADS.search(lists[0]) else lists
 
 
 def lacking(found: Alignment, reference: Checkpoint) -> list[str]:
@@ -462,8 +469,11 @@ def trained_apart(expert: Alignment, reference: Checkpoint) -> dict[str, str]:
     inputs = [name for name in expert.files if is_input_embedding(name)]
     heads = [n for n in expert.private if is_output_layer(n) and n.endswith(".weight")]
     if says_tied(reference):
-        shapes = {expert.spec(name).shape: name for name in reversed(inputs)}
-        found = {name: shapes.get(expert.private_spec(name).shape) for name in heads}
+        found: dict[str, str | None] = {}
+        for name in heads:
+            shape = expert.private_spec(name).shape
+            fitting = [one for one in inputs if expert.spec(one).shape == shape]
+            found[name] = embedding_of(name, fitting) or next(iter(fitting), None)
         taken = set(map(expert.renaming.expert_name, reference.specs))
         apart |= {
             n: kept for n, kept in found.items() if kept and n not in apart and n not in taken

@@ -78,6 +78,11 @@ def read_documents(path: Path) -> list[Document]:
     Raises:
         RecipeError: if the file cannot be read, is no YAML, or holds something else.
     """
+    if path.is_dir():
+        raise RecipeError(
+            f"The recipe {path} is a directory, not a YAML file. A model is given by its option "
+            "(--base, --expert), or named in a recipe."
+        )
     try:
         text = read_text(path, MOST_YAML)
         nodes = parse_documents(text)

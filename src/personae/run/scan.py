@@ -8,6 +8,7 @@ from operator import itemgetter
 import torch
 
 from personae.checkpoints import Checkpoint
+from personae.checkpoints.tied import as_stored
 from personae.errors import CheckpointError, Faults
 from personae.family.deltas import Deltas
 from personae.family.finite import beyond_fp32, is_finite, not_finite
@@ -168,9 +169,13 @@ def fingerprint(
 
 
 def _copied(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, str]:
-    """Digests of stored copies, which are those of their tensors."""
-    tied = checkpoint.tied
-    return {name: digests[tied[name]] for name in checkpoint.copies if tied[name] in digests}
+    """Digests of stored copies, which are those of their tensors where the dtype is the same."""
+    tied, stored = checkpoint.tied, as_stored(checkpoint)
+    found = {name: digests[tied[name]] for name in checkpoint.copies if tied[name] in digests}
+    for name in found.keys() & stored.specs.keys():
+        if stored.specs[name].dtype != checkpoint.specs[tied[name]].dtype:
+            found[name] = tensor_digest(stored.read(name))
+    return found
 
 
 def uncoded(family: Family) -> set[str]:
