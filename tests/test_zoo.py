@@ -182,7 +182,7 @@ def test_there_and_back(model_type: str, tmp_path: Path) -> None:
     _family(kind, model_type, tmp_path)
     experts = {name: tmp_path / name for name in ("tuned", "head")}
     work = Work(workers=1)
-    settings = EXACT.model_copy(update={"private": kind.skip})  # they may be absent then
+    settings = EXACT.model_copy(update={"private": kind.lacks})  # they may be absent then
     pack(tmp_path / "base", experts, tmp_path / "p", settings=settings, work=work)
     for name, loader in (("tuned", kind.base), ("head", kind.head)):
         out = unpack(tmp_path / "p", name, tmp_path / f"out-{name}", work=work)

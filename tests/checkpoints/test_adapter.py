@@ -194,6 +194,21 @@ def test_saved_embedding_of_grown_vocabulary_replaces_the_base_one(tmp_path: Pat
     assert not opened.same_as_base("emb.weight") and opened.factors("emb.weight") is None
 
 
+@pytest.mark.parametrize("adapted", ["embed_tokens", "lm_head"])
+def test_one_of_two_layers_that_have_grown_is_refused(tmp_path: Path, adapted: str) -> None:
+    """PEFT leaves out the one that is not adapted; its new rows are nowhere."""
+    model = AutoModelForCausalLM.from_pretrained(toy_llama(tmp_path / "base"))
+    rows, width = model.lm_head.weight.shape
+    model.resize_token_embeddings(rows + 3)
+    save_adapter(model, tmp_path / "adapter", target_modules=["q_proj", adapted])
+    stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert [n for n, t in stored.items() if t.shape == (rows + 3, width)] == [
+        f"base_model.model.{'model.' * (adapted != 'lm_head')}{adapted}.base_layer.weight"
+    ]
+    with pytest.raises(CheckpointError, match=f"{rows + 3} rows.*but {rows} of|{rows} rows.*but"):
+        open_checkpoint(tmp_path / "adapter", base=open_checkpoint(tmp_path / "base"))
+
+
 @pytest.mark.parametrize("changed", [False, True])
 def test_factors_only_if_the_stored_base_layer_is_the_bases(tmp_path: Path, changed: bool) -> None:
     base = torch.arange(4.0).reshape(2, 2)

@@ -249,6 +249,32 @@ def test_causal_masks_of_old_checkpoints_may_be_absent():
     assert found.shared == tuple(sorted(BACKBONE))
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        _state(final_logits_bias=(1, 20)),  # BART
+        _state(logit_scale=()),  # CLIP
+        _state(language_model__lm_head__weight=(20, 4), language_model__lm_head__bias=(20,)),
+        _state(lm_head__weight=(20, 4)),
+    ],
+)
+def test_a_packed_expert_may_lack_what_stands_at_the_top_and_output_layers(part):
+    rest = _state(model__embed_tokens__weight=(20, 4), model__layers__0__weight=(9, 4))
+    rest = _prefixed(rest, "language_model.")
+    base, expert = rest | part, open_checkpoint(rest)
+    found = align(open_checkpoint(base), {"x": expert}, may_lack_parts=True)["x"]
+    assert found.absent == tuple(sorted(part)) and found.shared == tuple(rest)
+    with pytest.raises(CheckpointError, match=f"lacks {len(part)} tensor"):
+        align(open_checkpoint(base), {"x": expert})
+
+
+def test_a_packed_expert_may_not_lack_a_layer_called_like_an_output_layer():
+    rest = _state(model__embed_tokens__weight=(20, 4), model__layer__0__weight=(4, 4))
+    base, expert = rest | _state(model__layer__0__output__weight=(4, 4)), open_checkpoint(rest)
+    with pytest.raises(CheckpointError, match="lacks 1 tensor"):
+        align(open_checkpoint(base), {"x": expert}, may_lack_parts=True)
+
+
 def test_a_bias_that_is_no_mask_may_not():
     with pytest.raises(CheckpointError, match=r"lacks 1 tensor\(s\) of the base: h.0.attn.bias"):
         _aligned(BACKBONE | _state(h__0__attn__bias=(4,)), BACKBONE)

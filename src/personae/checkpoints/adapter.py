@@ -19,7 +19,13 @@ from personae.checkpoints.adapter_files import (
     sort_stored,
 )
 from personae.checkpoints.adapter_fit import NAMES_DIFFER, find_rename, is_transposed
-from personae.checkpoints.adapter_ties import check_same, check_saved, tied_names, without_same
+from personae.checkpoints.adapter_ties import (
+    check_grown,
+    check_same,
+    check_saved,
+    tied_names,
+    without_same,
+)
 from personae.checkpoints.folders import AuxiliaryFiles
 from personae.checkpoints.layers import WithLayers
 from personae.checkpoints.modules import WithModules
@@ -223,6 +229,7 @@ def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Ad
                 check_same(tensors, adapted[kept], how, faults)
             adapted[kept] = how
     check_saved(config, tensors, [*map(rename, wanted)], replaced, tied, base, faults)
+    check_grown(tensors, specs, base, faults)
     faults.raise_if_any(CheckpointError)
     return Adapter(tensors, base, adapted, replaced, config, places)
 

@@ -2,7 +2,8 @@
 
 PEFT adapts and saves modules, whether or not they share a weight. What fits the one weight of the
 base is taken: factors on one of its modules, or the same factors or whole tensor on several
-(`ensure_weight_tying`). An output layer saved apart stays the adapter's own tensor.
+(`ensure_weight_tying`). An output layer saved apart stays the adapter's own tensor. Where the base
+has them as two, both have a row for each token.
 """
 
 from collections.abc import Collection, Mapping
@@ -10,6 +11,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.adapter_files import Adapted, AdapterConfig
 from personae.checkpoints.tied import embedding_of, is_copy, says_tied
@@ -121,3 +123,31 @@ def check_saved(
             f"{tensors.source} trains '{saved[0]}' whole, but not the output layer that its base "
             f"ties to it. {_TOGETHER}"
         )
+
+
+def check_grown(
+    tensors: Checkpoint, specs: Mapping[str, TensorSpec], base: Checkpoint, faults: Faults
+) -> None:
+    """Add a fault for an embedding that has grown while its output layer has not, or the reverse.
+
+    PEFT saves a layer that was resized only where it is adapted, or none is. The rows that it left
+    out are nowhere, and no model has two numbers of tokens.
+
+    Args:
+        tensors: What the adapter stores.
+        specs: The tensors of the adapted model.
+        base: The adapter's base.
+        faults: Where faults are added.
+    """
+    inputs = [name for name in base.specs if is_input_embedding(name)]
+    for head in (name for name in base.specs if is_output_layer(name)):
+        embedding = embedding_of(head, inputs)
+        if embedding is None or base.specs[embedding].shape != base.specs[head].shape:
+            continue
+        if specs[embedding].shape[0] != specs[head].shape[0]:
+            faults.add(
+                f"{tensors.source} has {specs[embedding].shape[0]} rows of '{embedding}', but "
+                f"{specs[head].shape[0]} of '{head}': of the two, it was saved without one that "
+                "was resized. Merge the adapter into its resized base with PEFT and pass the "
+                "result."
+            )

@@ -6,18 +6,31 @@ without wrappers (`module.`, `_orig_mod.`), with one prefix where a task model w
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
-from personae.checkpoints.naming import Renaming, find_names, left_out, matches, patterns, shown
+from personae.checkpoints.naming import (
+    Renaming,
+    find_names,
+    left_out,
+    matches,
+    module_of,
+    patterns,
+    shown,
+)
 from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.renames import canonical
 from personae.checkpoints.specs import empty_fault
 from personae.checkpoints.tied import each_once_beside, embedding_of, says_tied
-from personae.checkpoints.vocabulary import is_input_embedding, is_output_layer
+from personae.checkpoints.vocabulary import (
+    embedding_rows,
+    has_vocabulary_axis,
+    is_input_embedding,
+    is_output_layer,
+)
 from personae.errors import CheckpointError, Faults
 from personae.family.alignment import Alignment
 
@@ -296,7 +309,7 @@ def check_fit(
     absent = [n for n in lacking(found, reference) if not may_lack(n)]
     if may_lack_parts:
         whole = _lacking_parts(found, reference)
-        absent = [n for n in absent if not n.startswith(tuple(whole))]
+        absent = [n for n in absent if not _is_in(n, whole)]
     if absent:
         faults.add(_lacking_fault(absent, found, reference))
     foreign = [] if absent else _foreign(found, reference, may_lack)
@@ -368,21 +381,36 @@ def lacking(found: Alignment, reference: Checkpoint) -> list[str]:
 
 
 def _lacking_parts(found: Alignment, reference: Checkpoint) -> list[str]:
-    """Parts of the reference of which the expert has nothing, as 'cls.' or 'bert.pooler.'.
+    """Parts of the reference of which the expert has nothing, as 'cls' or 'bert.pooler'.
 
-    A part is a whole module at the top, or the pooler, and less than what the expert has. Where
-    the expert has the like of each of its tensors, it is there under another name.
+    A part is whatever stands at the top, a pooler, or an output layer, and less than what the
+    expert has. Where the expert has the like of each of its tensors, it is there under another
+    name.
     """
-    here = {name: name.partition(".")[0] + "." for name in found.absent if "." in name}
-    here |= {name: m[0] for name in found.absent if (m := _POOLER.match(name))}
+    rows = embedding_rows(reference.specs) or 0
+    here = {name: _part_of(reference.specs[name], rows) for name in found.absent}
     held, like = (*found.files, *found.private), _unknown(found, reference)
     parts = {
         part for name, part in here.items() if _shape_and_kind(reference.specs[name]) not in like
     }
-    whole = [part for part in parts if not any(name.startswith(part) for name in held)]
+    whole = [part for part in parts if not any(_is_in(name, [part]) for name in held)]
     gone = sum(reference.specs[name].numel for name, part in here.items() if part in whole)
     coded = sum(reference.specs[name].numel for name in found.shared)
     return sorted(whole) if gone < coded else []
+
+
+def _part_of(spec: TensorSpec, rows: int) -> str:
+    """The part of a model with so many rows of tokens that a tensor is in."""
+    if in_pooler := _POOLER.match(spec.name):
+        return in_pooler[0].removesuffix(".")
+    if is_output_layer(spec.name) and has_vocabulary_axis(spec, rows):
+        return module_of(spec.name) or spec.name
+    return spec.name.partition(".")[0]
+
+
+def _is_in(name: str, parts: Iterable[str]) -> bool:
+    """Whether a tensor is one of these parts, or in one."""
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
 def _unknown(found: Alignment, reference: Checkpoint) -> dict[tuple[tuple[int, ...], str], str]:
@@ -407,7 +435,7 @@ def _lacking_fault(lacking: Sequence[str], found: Alignment, reference: Checkpoi
     )
     inputs = [name for name in found.files if is_input_embedding(name)]
     parts, unknown = _lacking_parts(found, reference), _unknown(found, reference)
-    for name in (n for n in lacking if not n.startswith(tuple(parts))):
+    for name in (n for n in lacking if not _is_in(n, parts)):
         own = unknown.get(_shape_and_kind(reference.specs[name]))
         if own:
             return text + (
