@@ -1,9 +1,14 @@
 """Names of one tensor in several versions."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from families import saved
 from personae.checkpoints import open_checkpoint
+from personae.checkpoints.published_renames import _reading
 from personae.checkpoints.renames import by_canonical, canonical
 from personae.errors import CheckpointError
 from personae.family.align import Alignment, align
@@ -58,6 +63,42 @@ def test_both_names_in_one_expert_are_two_tensors():
     found = _aligned(base, {"LayerNorm.weight": 3, "LayerNorm.gamma": 3, "q.weight": 4})
     assert found.files["LayerNorm.weight"] == "LayerNorm.weight"
     assert found.private == ("LayerNorm.gamma",)
+
+
+def test_published_rules_of_a_model_in_another_one_and_names_with_another_end(tmp_path: Path):
+    pytest.importorskip("transformers", "5.0")
+    base = {
+        "language_model.model.layers.0.mlp.experts.fc1.weight": torch.zeros(2, 3, 4),
+        "language_model.model.norm.weight": torch.zeros(3),
+        "vision_tower.norm.weight": torch.zeros(5),
+    }
+    path = saved(base, tmp_path / "base")
+    config = {"model_type": "aria", "text_config": {"model_type": "aria_text"}}
+    (path / "config.json").write_text(json.dumps(config))
+    expert = {
+        "model.language_model.layers.0.mlp.experts.gate_up_proj": torch.zeros(2, 3, 4),
+        "model.language_model.norm.weight": torch.zeros(3),
+        "model.vision_tower.norm.weight": torch.zeros(5),
+    }
+    found = align(open_checkpoint(path), {"x": open_checkpoint(expert)})["x"]
+    assert dict(found.files) == dict(zip(base, expert, strict=True))
+
+
+def test_a_new_name_that_holds_the_old_one_stays():
+    """As of A.X-K1, whose `post_mlp_layernorm` is in `mlp.` since."""
+    loading = pytest.importorskip("transformers.core_model_loading")
+    read = _reading(loading.WeightRenaming("post_norm", "mlp.post_norm"))
+    assert read("h.0.post_norm.weight") == "h.0.mlp.post_norm.weight"
+    assert read("h.0.mlp.post_norm.weight") == "h.0.mlp.post_norm.weight"
+    assert read("h.0.norm.weight") == "h.0.norm.weight"
+
+
+@pytest.mark.parametrize("own", ["h.0.mlp.conv.weight", "h.0.mlp.gate_up"])
+def test_other_tensors_in_the_same_layers_are_no_reason_to_skip(own: str):
+    base = {"h.0.q.weight": 9, "h.0.mlp.a_conv.weight": 3, "h.0.mlp.b_conv.weight": 3}
+    with pytest.raises(CheckpointError, match=f"'{own}'.*version of transformers") as e:
+        _aligned(base, {"h.0.q.weight": 9, own: 6})
+    assert "skip" not in str(e.value)
 
 
 def test_names_that_cannot_be_matched_are_laid_to_versions_without_the_advice_to_skip():

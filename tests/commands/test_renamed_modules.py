@@ -79,6 +79,14 @@ def _mixtral() -> nn.Module:
     return MixtralForCausalLM(MixtralConfig(**_TEXT, **sizes))
 
 
+def _aria() -> nn.Module:
+    """Its experts are `fc1.weight` in files, `gate_up_proj` in memory: names with other ends."""
+    from transformers import AriaTextConfig, AriaTextForCausalLM
+
+    sizes: dict[str, Any] = {"num_key_value_heads": 1, "moe_num_experts": 3, "moe_topk": 2}
+    return AriaTextForCausalLM(AriaTextConfig(**_TEXT, **sizes, moe_num_shared_experts=1))
+
+
 def _older_bert(name: str) -> str:
     return re.sub(
         r"LayerNorm\.bias$", "LayerNorm.beta", re.sub(r"Norm\.weight$", "Norm.gamma", name)
@@ -109,6 +117,7 @@ _KINDS = {
     # Here transformers writes both itself: as hubs hold them, and as its models name them.
     "vit": (_vit, None, None),
     "mixtral": (_mixtral, None, None),
+    "aria_text": (_aria, None, None),
 }
 
 

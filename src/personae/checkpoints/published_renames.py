@@ -5,20 +5,23 @@ seconds to import, so it is asked only where names do not meet otherwise.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.configuration import CONFIG
 from personae.checkpoints.modules import read_auxiliary_file
+from personae.checkpoints.renames import canonical
 
 Renames = Callable[[str], str]
 
 
 def published_renames(*models: Checkpoint) -> Iterator[Renames]:
-    """How names are read for the first of some models that says its type: two ways.
+    """How names are read for the first of some models that says its type: four ways.
 
     Some rules speak of a whole name, some of a name without the attribute that holds the
-    backbone (`vit.`), which a file of the backbone alone does not have.
+    backbone (`vit.`), which a file of the backbone alone does not have. Rules of a model in
+    another one say nothing of where it stands there, which `canonical` does.
 
     Yields:
         Nothing where no model says its type, or transformers is not there or has no rules for it.
@@ -33,17 +36,20 @@ def published_renames(*models: Checkpoint) -> Iterator[Renames]:
     except (ImportError, AttributeError):  # before transformers 5 there were no such tables
         return
 
+    @cache
     def whole(name: str) -> str:
         for rule in rules:
             name = rule(name)
         return name
 
+    @cache
     def inner(name: str) -> str:
         first, dot, rest = name.partition(".")
         return f"{first}.{whole(rest)}" if dot else name
 
     if rules:
         yield from (whole, inner)
+        yield from (lambda name: canonical(whole(name)), lambda name: canonical(inner(name)))
 
 
 def _rules(config: Mapping[str, Any]) -> list[Renames]:
@@ -58,12 +64,25 @@ def _rules(config: Mapping[str, Any]) -> list[Renames]:
     found: list[Renames] = []
     for called in _called(config):
         rules = get_checkpoint_conversion_mapping(called) or []
-        found += [
-            lambda name, rule=rule: rule.rename_source_key(name)[0]
-            for rule in rules
-            if isinstance(rule, WeightRenaming)
-        ]
+        found += [_reading(rule) for rule in rules if isinstance(rule, WeightRenaming)]
     return found
+
+
+def _reading(rule: Any) -> Renames:
+    """A rule that leaves new names as they are, even those that hold an old one.
+
+    `norm` becomes `mlp.norm`; that stays what it is, and does not become `mlp.mlp.norm`.
+    """
+    back = rule.reverse_transform()
+
+    def read(name: str) -> str:
+        new = rule.rename_source_key(name)[0]
+        if new == name:
+            return name
+        old = back.rename_source_key(name)[0]
+        return name if old != name and rule.rename_source_key(old)[0] == name else new
+
+    return read
 
 
 def _called(config: Mapping[str, Any]) -> Iterable[str]:

@@ -177,16 +177,16 @@ def _names(reference: Checkpoint, expert: Checkpoint) -> tuple[Callable[[str], s
     """How the expert's names are to be read; see `find_names`.
 
     The published renames take seconds to import: they are asked only where a tensor that is left
-    on the one side looks like one that is left on the other.
+    on the one side has the shape of one that is left on the other.
     """
     plain, renaming = find_names(reference.specs, expert.specs)
     own = {plain(raw): spec for raw, spec in expert.specs.items()}
     wanted = {renaming.expert_name(name): spec for name, spec in reference.specs.items()}
-    looks = [
-        {(spec.shape, name.rpartition(".")[2]) for name, spec in one.items() if name not in other}
+    left = [
+        {spec.shape for name, spec in one.items() if name not in other}
         for one, other in ((own, wanted), (wanted, own))
     ]
-    if looks[0].isdisjoint(looks[1]):
+    if left[0].isdisjoint(left[1]):
         return plain, renaming
     renames = published_renames(reference, expert)
     return find_names(reference.specs, expert.specs, (canonical, *renames))
@@ -310,9 +310,10 @@ def check_fit(
     if may_lack_parts:
         whole = _lacking_parts(found, reference)
         absent = [n for n in absent if not _is_in(n, whole)]
+    foreign = _foreign(found, reference, may_lack)
     if absent:
-        faults.add(_lacking_fault(absent, found, reference))
-    foreign = [] if absent else _foreign(found, reference, may_lack)
+        faults.add(_lacking_fault(absent, foreign, found, reference))
+        foreign = []
     if foreign:
         faults.add(
             f"Expert '{found.name}' has {len(foreign)} tensor(s) in the base's layers that the "
@@ -426,8 +427,10 @@ def _shape_and_kind(spec: TensorSpec) -> tuple[tuple[int, ...], str]:
     return spec.shape, spec.name.rpartition(".")[2]
 
 
-def _lacking_fault(lacking: Sequence[str], found: Alignment, reference: Checkpoint) -> str:
-    """What is to be said of tensors the expert lacks; it may have them under other names."""
+def _lacking_fault(
+    lacking: Sequence[str], foreign: Sequence[str], found: Alignment, reference: Checkpoint
+) -> str:
+    """What is to be said of tensors the expert lacks; it may have them in another form."""
     first = reference.specs[lacking[0]]
     text = (
         f"Expert '{found.name}' lacks {len(lacking)} tensor(s) of the base: {shown(lacking)} "
@@ -435,24 +438,26 @@ def _lacking_fault(lacking: Sequence[str], found: Alignment, reference: Checkpoi
     )
     inputs = [name for name in found.files if is_input_embedding(name)]
     parts, unknown = _lacking_parts(found, reference), _unknown(found, reference)
-    for name in (n for n in lacking if not _is_in(n, parts)):
-        own = unknown.get(_shape_and_kind(reference.specs[name]))
-        if own:
-            return text + (
-                f"It has other tensors instead, such as '{own}' with the shape of '{name}': "
-                "perhaps another version of transformers saved them. Load and save both with the "
-                "same version of transformers."
-            )
+    alike = [
+        f"'{own}' with the shape of '{name}'"
+        for name in lacking
+        if not _is_in(name, parts) and (own := unknown.get(_shape_and_kind(reference.specs[name])))
+    ]
+    if others := [*alike, *(f"'{own}'" for own in foreign)]:
+        return text + (
+            f"It has other tensors instead, such as {others[0]}: perhaps another version of "
+            "transformers saved them. Load and save both with the same version of transformers."
+        )
     heads = [name for name in lacking if is_output_layer(name) and name.endswith(".weight")]
     if any(reference.specs[n].shape == reference.specs[i].shape for n in heads for i in inputs):
         return text + (
             f"If '{found.name}' ties '{heads[0]}' to its embedding, save it untied "
             "(tie_word_embeddings: false, both stored), or give a base that ties them too."
         )
-    others = {name for name in reference.specs if name not in found.absent}
+    here = {name for name in reference.specs if name not in found.absent}
     return text + (
         f"Was '{found.name}' fine-tuned from the base? To leave them out: skip: "
-        f"{patterns(lacking, others)}."
+        f"{patterns(lacking, here)}."
     )
 
 
