@@ -268,6 +268,19 @@ def test_a_packed_expert_may_lack_what_stands_at_the_top_and_output_layers(part)
         align(open_checkpoint(base), {"x": expert})
 
 
+def test_a_head_shaped_like_one_that_the_expert_lacks_is_another_one():
+    """DistilBERT's `pre_classifier` is a square matrix and a bias, as is `vocab_transform`."""
+    base = BACKBONE | _state(vocab_transform__weight=(4, 4), vocab_transform__bias=(4,))
+    own = _state(pre_classifier__weight=(4, 4), pre_classifier__bias=(4,))
+    classifier = open_checkpoint(BACKBONE | own | _state(classifier__weight=(3, 4)))
+    found = align(open_checkpoint(base), {"x": classifier}, may_lack_parts=True)["x"]
+    assert found.absent == ("vocab_transform.bias", "vocab_transform.weight")
+    assert found.private == ("classifier.weight", *sorted(own))
+    renamed = open_checkpoint(BACKBONE | own)
+    with pytest.raises(CheckpointError, match="'pre_classifier.bias'.*another version"):
+        align(open_checkpoint(base), {"x": renamed}, may_lack_parts=True)
+
+
 def test_a_packed_expert_may_not_lack_a_layer_called_like_an_output_layer():
     rest = _state(model__embed_tokens__weight=(20, 4), model__layer__0__weight=(4, 4))
     base, expert = rest | _state(model__layer__0__output__weight=(4, 4)), open_checkpoint(rest)

@@ -386,11 +386,13 @@ def _lacking_parts(found: Alignment, reference: Checkpoint) -> list[str]:
 
     A part is whatever stands at the top, a pooler, or an output layer, and less than what the
     expert has. Where the expert has the like of each of its tensors, it is there under another
-    name.
+    name; but not where it also has what the reference knows nothing like, as another class has.
     """
     rows = embedding_rows(reference.specs) or 0
     here = {name: _part_of(reference.specs[name], rows) for name in found.absent}
     held, like = (*found.files, *found.private), _unknown(found, reference)
+    if not like.keys() <= {_shape_and_kind(reference.specs[name]) for name in found.absent}:
+        like = {}
     parts = {
         part for name, part in here.items() if _shape_and_kind(reference.specs[name]) not in like
     }
