@@ -124,6 +124,37 @@ def test_gpt2_conv1d_layout_square_weights_and_tied_embedding(
         assert_same(open_checkpoint(tmp_path / "adapter", base=base), expected)
 
 
+@pytest.mark.parametrize(
+    ("toy", "parameter", "patterns"),
+    [
+        # PEFT matches the whole name of a parameter: the first two patterns are for none.
+        (toy_llama, "q_proj.weight", {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 5}}),
+        (toy_llama, "o_proj.weight", {"alpha_pattern": {"layers.1.self_attn.o_proj.weight": 5}}),
+        (toy_gpt2, "attn.c_proj.weight", {}),  # square, and no layer to say how it is stored
+    ],
+)
+def test_weights_that_are_targeted_as_parameters(
+    tmp_path: Path, toy: Any, parameter: str, patterns: dict[str, Any]
+) -> None:
+    if "target_parameters" not in LoraConfig.__dataclass_fields__:
+        pytest.skip("this version of PEFT adapts modules alone")
+    model = AutoModelForCausalLM.from_pretrained(toy(tmp_path / "base"))
+    wanted = {"target_modules": [], "target_parameters": [parameter]}
+    expected = save_adapter(model, tmp_path / "adapter", r=2, **wanted, **patterns)
+    base = open_checkpoint(tmp_path / "base")
+    opened = open_checkpoint(tmp_path / "adapter", base=base)
+    assert_same(opened, expected)
+    assert_factors(opened, base, 2)
+
+
+def test_stacks_of_matrices_that_are_targeted_as_parameters_are_refused(tmp_path: Path) -> None:
+    shapes = {"a.q": ((4, 3), (5, 4))}
+    write_adapter(tmp_path, shapes, {}, r=2, target_parameters=["q.weight"])
+    base = {"a.q.weight": torch.zeros(2, 5, 3)}
+    with pytest.raises(CheckpointError, match="is a stack of matrices"):
+        open_checkpoint(tmp_path, base=open_checkpoint(base))
+
+
 def test_llama_in_bfloat16_gives_fp32_sums(tmp_path: Path) -> None:
     toy_llama(tmp_path / "base", dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)

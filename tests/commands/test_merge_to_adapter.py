@@ -401,6 +401,50 @@ def test_factors_of_embeddings_and_convolutions(tmp_path: Path) -> None:
                 torch.testing.assert_close(value, full[name], rtol=1e-4, atol=1e-5)
 
 
+def test_an_output_layer_that_the_base_ties_is_adapted_under_its_own_name(tmp_path: Path) -> None:
+    family, base = FAMILIES["llama"], toy_llama(tmp_path / "base", tied=True)
+    common = {"r": 2, "target_modules": ["v_proj", "lm_head"]}
+    deltas = [adapter(family, base, tmp_path / name, n, **common) for n, name in enumerate("ab")]
+    experts = {name: tmp_path / name for name in "ab"}
+    settings = MergeSettings(method="task_arithmetic", output="adapter")
+    out = merge(base, experts, tmp_path / "out", settings=settings)
+    assert config_of(out)["target_modules"] == ["lm_head", "v_proj"]
+    assert_same(written(family, base, out), weighted(deltas, [1.0, 1.0]))
+
+
+def test_modules_that_the_base_calls_otherwise_are_adapted_under_their_own_names(
+    tmp_path: Path,
+) -> None:
+    """Files of ViT have `query` where transformers since 5 has `q_proj`."""
+    family = Family(toy_vit, "ViTForImageClassification", [], [])
+    base = toy_vit(tmp_path / "base")
+    model = model_of(family, base)
+    last = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if "q_proj" not in last or not any(".query." in name for name in load(base)):
+        pytest.skip("this version of transformers has one name for each module")
+    deltas = [
+        adapter(family, base, tmp_path / name, n, r=2, target_modules=r".*layers\.0.*q_proj")
+        for n, name in enumerate("ab")
+    ]
+    experts = {name: tmp_path / name for name in "ab"}
+    settings = MergeSettings(method="task_arithmetic", output="adapter")
+    out = merge(base, experts, tmp_path / "out", settings=settings)
+    assert_same(written(family, base, out), weighted(deltas, [1.0, 1.0]))
+
+
+def test_factors_on_two_modules_that_are_one_weight_are_refused(tmp_path: Path) -> None:
+    family, base = FAMILIES["llama"], toy_llama(tmp_path / "base", tied=True)
+    both = {"target_modules": ["lm_head", "embed_tokens"], "ensure_weight_tying": True}
+    for n, name in enumerate("ab"):
+        try:
+            adapter(family, base, tmp_path / name, n, r=2, **both)
+        except TypeError:
+            pytest.skip("this version of PEFT ties no adapters")
+    settings = MergeSettings(method="task_arithmetic", output="adapter")
+    with pytest.raises(CheckpointError, match="lm_head.weight and model.embed_tokens.weight"):
+        merge(base, {n: tmp_path / n for n in "ab"}, tmp_path / "out", settings=settings)
+
+
 def test_each_module_its_rank(tmp_path: Path) -> None:
     family = FAMILIES["llama"]
     paths, experts = two(family, tmp_path)

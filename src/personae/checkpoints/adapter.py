@@ -244,23 +244,32 @@ def _fit(
 ) -> Adapted:
     """Find scaling and layout of one adapted weight, noting what does not fit."""
     a, b = tensors.specs[pair.a].shape, tensors.specs[pair.b].shape
-    transposed = is_transposed(
-        name,
-        specs,
-        a,
-        b,
-        embedding=pair.embedding,
-        fan_in_fan_out=config.fan_in_fan_out,
-    )
+    shape, of_parameter = specs[name].shape, config.adapts_parameter(pair.module)
+    if of_parameter:  # its product has the layout of the parameter, whatever module that is in
+        transposed = False if (b[0], *a[1:]) == shape and a[0] == b[1] else None
+    else:
+        transposed = is_transposed(
+            name,
+            specs,
+            a,
+            b,
+            embedding=pair.embedding,
+            fan_in_fan_out=config.fan_in_fan_out,
+        )
     if not all(tensors.specs[key].is_floating for key in (pair.a, pair.b)):
         faults.add(
             f"{tensors.source}: the factors of '{pair.module}' are not floating-point numbers. "
             "Save the adapter again, as float32 or bfloat16."
         )
-    if transposed is None:
+    if of_parameter and len(shape) > 2:
+        faults.add(
+            f"{tensors.source}: '{name}' of the base is a stack of matrices, {shape}, and LoRA of "
+            "one is not read. Merge the adapter into its base with PEFT and pass the result."
+        )
+    elif transposed is None:
         faults.add(
             f"{tensors.source}: A {a} and B {b} of '{pair.module}' do not fit '{name}' of the "
-            f"base, {specs[name].shape}. Pass the model the adapter was trained on."
+            f"base, {shape}. Pass the model the adapter was trained on."
         )
     elif a[0] != config.rank(pair.module):
         faults.add(

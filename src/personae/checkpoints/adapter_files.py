@@ -61,6 +61,7 @@ class AdapterConfig(BaseModel):
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, Alpha] | None = None
     modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
     init_lora_weights: bool | str | None = True
     task_type: str | None = None
     auto_mapping: dict[str, Any] | None = None
@@ -72,13 +73,22 @@ class AdapterConfig(BaseModel):
 
     def rank(self, module: str) -> int:
         """Return the rank of one adapted module."""
-        return _matched(self.rank_pattern, module, self.r)
+        return _matched(self.rank_pattern, self._key(module), self.r)
 
     def scaling(self, module: str) -> float:
         """Return alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA."""
         rank = self.rank(module)
         divisor = math.sqrt(rank) if self.use_rslora else rank
-        return _matched(self.alpha_pattern, module, self.lora_alpha) / divisor
+        return _matched(self.alpha_pattern, self._key(module), self.lora_alpha) / divisor
+
+    def adapts_parameter(self, module: str) -> bool:
+        """Whether PEFT was told to adapt a module's weight, not the module (routers, say)."""
+        weight = f".{module}.weight"
+        return any(weight.endswith(f".{name}") for name in self.target_parameters or ())
+
+    def _key(self, module: str) -> str:
+        """What PEFT matches with its patterns."""
+        return f"{module}.weight" if self.adapts_parameter(module) else module
 
     def saves(self, module: str) -> bool:
         """Whether a module was trained and stored in full, by itself or inside one that was."""
@@ -109,7 +119,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         raise CheckpointError(f"{path} {error}. Copy or download it again.") from error
     fields: dict[str, Any] = content if isinstance(content, dict) else {}
     for field in _NOT_STATIC_LORA:
-        if fields.get(field):
+        if fields.get(field) and not (field == "target_parameters" and _are_weights(fields[field])):
             faults.add(
                 f"{path}: '{field}' is {fields[field]!r}, which is not plain LoRA. Merge the "
                 "adapter into its base with PEFT and pass the result; where an adapter is wanted, "
@@ -123,6 +133,12 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     faults.raise_if_any(CheckpointError)
     assert config is not None
     return config
+
+
+def _are_weights(parameters: Any) -> bool:
+    """Whether parameters are weights, whose factors are stored as those of their modules are."""
+    names = parameters if isinstance(parameters, list) else [parameters]
+    return all(isinstance(name, str) and f".{name}".endswith(".weight") for name in names)
 
 
 @dataclass(frozen=True)

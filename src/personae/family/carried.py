@@ -184,8 +184,8 @@ def target_names(adapted: Collection[str], modules: Collection[str]) -> list[str
     else the whole name.
     """
     adapted = {*adapted}
-    loose = {_last(module) for module in modules if module not in adapted}
-    return sorted({m if _last(m) in loose else _last(m) for m in adapted})
+    loose = {last_part(module) for module in modules if module not in adapted}
+    return sorted({m if last_part(m) in loose else last_part(m) for m in adapted})
 
 
 def _kind(
@@ -237,5 +237,6 @@ def _inside(module: str, outer: Collection[str]) -> bool:
     return any(path in outer for path in modules_around(module))
 
 
-def _last(module: str) -> str:
+def last_part(module: str) -> str:
+    """What a module is called in the one it lies in."""
     return module.rpartition(".")[2]

@@ -13,7 +13,7 @@ from personae.checkpoints.adapter import Adapter, adapter_of
 from personae.checkpoints.naming import left_out, module_of, modules_around, shown
 from personae.checkpoints.unread import Unread
 from personae.errors import Faults
-from personae.family.carried import HEADS_OF, target_names
+from personae.family.carried import HEADS_OF, last_part, target_names
 from personae.family.opened import Family
 
 _CLASS = "base_model_class"
@@ -102,7 +102,6 @@ def join(family: Family, skip: Sequence[str], only: Sequence[str]) -> JointAdapt
     hows = [(n, a.adapted[n], a) for a in adapters for n in a.adapted if n in factors]
     modules = {module_of(name): module for name, module in factors.items()}
     all_modules = {path for name in family.base.specs for path in modules_around(module_of(name))}
-    targets = target_names(modules, all_modules)
     return JointAdapter(
         factors=factors,
         ranks={name: sum(_rank(a, name) for a in adapters) for name in factors},
@@ -112,7 +111,7 @@ def join(family: Family, skip: Sequence[str], only: Sequence[str]) -> JointAdapt
         whole=whole,
         saved=tuple(sorted(saved)),
         bias="none" if not biases else "lora_only" if of_adapted else "all",
-        targets=tuple(sorted(modules.get(target, target) for target in targets)),
+        targets=_targets(modules, all_modules),
         dtype=max((a.factors_dtype for a in adapters), key=lambda dtype: dtype.itemsize),
         base=_same([a.trained_on for a in adapters]),
         revision=_same([a.config.revision for a in adapters]),
@@ -154,7 +153,7 @@ def _unlike_places(
         twice = [
             places
             for name, places in adapter.places.items()
-            if len(places) > 1 and name not in adapter.whole and not left_out([name], skip, only)
+            if len(places) > 1 and not _is_own(adapter, name) and not left_out([name], skip, only)
         ]
         if twice:
             yield (
@@ -162,6 +161,17 @@ def _unlike_places(
                 "base, and the adapter of a merge has factors for one of them only. Leave it out "
                 "with skip, or leave output out to write a model."
             )
+
+
+def _targets(modules: Mapping[str, str], all_modules: Collection[str]) -> tuple[str, ...]:
+    """Names for `target_modules`, given the base's names of adapted modules, and those in memory.
+
+    Of a module that ends otherwise in memory (a tied output layer, another version's name), the
+    whole name: the ends of the base's names say nothing of those.
+    """
+    alike = {own for own, module in modules.items() if last_part(own) == last_part(module)}
+    named = {modules.get(target, target) for target in target_names(alike, all_modules)}
+    return tuple(sorted(named | {modules[own] for own in modules.keys() - alike}))
 
 
 def _saved(adapters: Collection[Adapter], whole: Mapping[str, str]) -> frozenset[str]:
