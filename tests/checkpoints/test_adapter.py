@@ -128,7 +128,11 @@ def test_gpt2_conv1d_layout_square_weights_and_tied_embedding(
     ("toy", "parameter", "patterns"),
     [
         # PEFT matches the whole name of a parameter: the first two patterns are for none.
-        (toy_llama, "q_proj.weight", {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 5}}),
+        (
+            toy_llama,
+            "q_proj.weight",
+            {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 5}},
+        ),
         (toy_llama, "o_proj.weight", {"alpha_pattern": {"layers.1.self_attn.o_proj.weight": 5}}),
         (toy_gpt2, "attn.c_proj.weight", {}),  # square, and no layer to say how it is stored
     ],

@@ -101,6 +101,15 @@ def test_other_tensors_in_the_same_layers_are_no_reason_to_skip(own: str):
     assert "skip" not in str(e.value)
 
 
+def test_nor_are_those_in_layers_of_another_name():
+    """As of GTE: `encoder.layer` with one matrix for q, k, v, and `layers` with three."""
+    base = {"encoder.layer.0.LayerNorm.gamma": 3, "encoder.layer.0.qkv.weight": 9}
+    expert = {"layer.0.LayerNorm.weight": 3, "layer.0.q.weight": 4}
+    with pytest.raises(CheckpointError, match=r"'layer.0.q.weight'.*version of transformers") as e:
+        _aligned(base, expert)
+    assert "skip" not in str(e.value)
+
+
 def test_names_that_cannot_be_matched_are_laid_to_versions_without_the_advice_to_skip():
     base = {"q.weight": 4, "old.norm.weight": 3}
     with pytest.raises(

@@ -341,7 +341,8 @@ def _foreign(found: Alignment, reference: Checkpoint, may_lack: Callable[[str], 
 
     No head: those stand beside the layers, as do other modules that an expert may have of its own.
     """
-    layers = {parent for name in reference.specs for parent in _layered(name)}
+    known = (*reference.specs, *found.files.values())  # which another version may call otherwise
+    layers = {parent for name in known for parent in _layered(name)}
     rule = found.renaming
     return [
         own
@@ -351,7 +352,9 @@ def _foreign(found: Alignment, reference: Checkpoint, may_lack: Callable[[str], 
         and not may_lack(own)
         and not is_passed_over(spec)
         and not _COPY.search(own)
-        and not layers.isdisjoint(_parents(rule.strip + own.removeprefix(rule.add)))
+        and not layers.isdisjoint(
+            (*_parents(own), *_parents(rule.strip + own.removeprefix(rule.add)))
+        )
     ]
 
 
