@@ -143,7 +143,7 @@ def test_weights_that_are_targeted_as_parameters(
     if "target_parameters" not in LoraConfig.__dataclass_fields__:
         pytest.skip("this version of PEFT adapts modules alone")
     model = AutoModelForCausalLM.from_pretrained(toy(tmp_path / "base"))
-    wanted = {"target_modules": [], "target_parameters": [parameter]}
+    wanted: dict[str, Any] = {"target_modules": [], "target_parameters": [parameter]}
     expected = save_adapter(model, tmp_path / "adapter", r=2, **wanted, **patterns)
     base = open_checkpoint(tmp_path / "base")
     opened = open_checkpoint(tmp_path / "adapter", base=base)

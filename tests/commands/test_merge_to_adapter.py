@@ -403,7 +403,7 @@ def test_factors_of_embeddings_and_convolutions(tmp_path: Path) -> None:
 
 def test_an_output_layer_that_the_base_ties_is_adapted_under_its_own_name(tmp_path: Path) -> None:
     family, base = FAMILIES["llama"], toy_llama(tmp_path / "base", tied=True)
-    common = {"r": 2, "target_modules": ["v_proj", "lm_head"]}
+    common: dict[str, Any] = {"r": 2, "target_modules": ["v_proj", "lm_head"]}
     deltas = [adapter(family, base, tmp_path / name, n, **common) for n, name in enumerate("ab")]
     experts = {name: tmp_path / name for name in "ab"}
     settings = MergeSettings(method="task_arithmetic", output="adapter")
@@ -434,14 +434,17 @@ def test_modules_that_the_base_calls_otherwise_are_adapted_under_their_own_names
 
 def test_factors_on_two_modules_that_are_one_weight_are_refused(tmp_path: Path) -> None:
     family, base = FAMILIES["llama"], toy_llama(tmp_path / "base", tied=True)
-    both = {"target_modules": ["lm_head", "embed_tokens"], "ensure_weight_tying": True}
+    both: dict[str, Any] = {
+        "target_modules": ["lm_head", "embed_tokens"],
+        "ensure_weight_tying": True,
+    }
     for n, name in enumerate("ab"):
         try:
             adapter(family, base, tmp_path / name, n, r=2, **both)
         except TypeError:
             pytest.skip("this version of PEFT ties no adapters")
     settings = MergeSettings(method="task_arithmetic", output="adapter")
-    with pytest.raises(CheckpointError, match="lm_head.weight and model.embed_tokens.weight"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight and model\.embed_tokens\.weight"):
         merge(base, {n: tmp_path / n for n in "ab"}, tmp_path / "out", settings=settings)
 
 

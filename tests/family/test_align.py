@@ -277,7 +277,7 @@ def test_a_head_shaped_like_one_that_the_expert_lacks_is_another_one():
     assert found.absent == ("vocab_transform.bias", "vocab_transform.weight")
     assert found.private == ("classifier.weight", *sorted(own))
     renamed = open_checkpoint(BACKBONE | own)
-    with pytest.raises(CheckpointError, match="'pre_classifier.bias'.*another version"):
+    with pytest.raises(CheckpointError, match=r"'pre_classifier.bias'.*another version"):
         align(open_checkpoint(base), {"x": renamed}, may_lack_parts=True)
 
 
