@@ -130,9 +130,9 @@ def test_numbers_beyond_float32_are_refused_before_anything_is_read(tmp_path):
         with pytest.raises(PersonaeError, match="exceeds the range of float32"):
             settings = MergeSettings(method=method, parameters=parameters)
             merge(base, experts, tmp_path / "out", settings=settings)
-    with pytest.raises(MethodError, match="gain = 1e.300: It exceeds the range of float32"):
+    with pytest.raises(MethodError, match=r"gain = 1e.300: It exceeds the range of float32"):
         build(CODECS["residual"], {"gain": 1e300})
-    with pytest.raises(PersonaeError, match="The weight of 'b' is 1e.39.* float32's range"):
+    with pytest.raises(PersonaeError, match=r"The weight of 'b' is 1e.39.* float32's range"):
         compose(tmp_path / "p", {"a": 1.0, "b": 1e39}, tmp_path / "out")
 
 
@@ -149,10 +149,10 @@ def test_steps_that_leave_the_range(tmp_path, method):
     size, parameters = OVERFLOWING[method]
     base, experts = family(tmp_path, size, torch.float32)
     settings = MergeSettings(method=method, parameters=parameters)
-    with pytest.raises(MethodError, match="float32|cannot be decomposed"):
+    with pytest.raises(MethodError, match=r"float32|cannot be decomposed"):
         merge(base, experts, tmp_path / "out", settings=settings)
     states = [state(size, seed, torch.float32) for seed in range(3)]
-    with pytest.raises(MethodError, match="float32|cannot be decomposed"):
+    with pytest.raises(MethodError, match=r"float32|cannot be decomposed"):
         merge_state_dicts(states[0], states[1:], build(MERGE_METHODS[method], parameters))
 
 
