@@ -12,6 +12,7 @@ import pytest
 
 from families import saved, small_base, tuned
 from personae.cli.console import plain
+from toys import INDEX, write_sharded
 
 BASE = small_base()
 
@@ -95,12 +96,11 @@ def test_names_cannot_give_orders_to_a_terminal(work):
 
 
 def test_nor_can_names_that_are_logged(work):
-    weight_map = {"gone\x1b[2J\u202e": "model.safetensors"} | dict.fromkeys(
-        BASE, "model.safetensors"
-    )
-    index = work / "base" / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
-    done = _run(work, "personae inspect base")
+    folder = write_sharded(work / "sharded", {"one.safetensors": BASE})
+    content = json.loads((folder / INDEX).read_text())
+    content["weight_map"]["gone\x1b[2J\u202e"] = "one.safetensors"
+    (folder / INDEX).write_text(json.dumps(content))
+    done = _run(work, "personae inspect sharded")
     assert done.returncode == 0
     assert "they are ignored: gone\\x1b[2J\\u202e" in done.stderr
     assert "\x1b" not in done.stderr
