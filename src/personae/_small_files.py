@@ -20,6 +20,8 @@ MOST_TEXT = 256 * 2**20
 MOST_YAML = 2**20
 """Bytes of a YAML file, ten times the longest recipe seen: PyYAML is slow."""
 _DEEPEST = 64
+_LARGEST = 2**1024
+"""Beyond the range of float64: what is larger cannot be converted, nor always be told."""
 _CHUNK = 2**20
 
 # libyaml is ten times as fast, where PyYAML was built with it.
@@ -167,7 +169,8 @@ def value_of(node: yaml.Node) -> Any:
         content = loader.construct_document(node)
     except yaml.YAMLError as error:
         raise Unfit(f"is no valid YAML: {_without_place(error)}") from error
-    except (ValueError, OverflowError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # PyYAML trusts a tag that is written out: !!bool x is a KeyError.
         raise Unfit(f"holds a value that is none: {error}") from error
     finally:
         loader.dispose()
@@ -194,7 +197,7 @@ def _without_place(error: Exception) -> str:
 
 
 def _check(content: Any) -> None:
-    """Check depth and text of parsed content, without recursion.
+    """Check depth, text and numbers of parsed content, without recursion.
 
     Raises:
         Unfit: if a bound is broken.
@@ -210,6 +213,8 @@ def _check(content: Any) -> None:
                 inner += value
             elif isinstance(value, str) and not value.isascii():
                 _check_text(value)
+            elif isinstance(value, int) and not -_LARGEST < value < _LARGEST:
+                raise Unfit("holds a whole number of more than 308 digits")
         if not inner:
             return
         level = inner

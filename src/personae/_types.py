@@ -16,6 +16,12 @@ Density = Annotated[float, Field(gt=0, le=1)]
 RankFraction = Annotated[float, Field(gt=0, le=1)]
 """Singular directions kept as a fraction of min(m, d), in (0, 1]: r of DTS."""
 
+
+def in_range(number: float) -> bool:
+    """Whether a number is finite in float32, in which models are computed."""
+    return abs(number) <= torch.finfo(torch.float32).max
+
+
 Characteristics = Mapping[str, str | Sequence[str]]
 """Task name to what the task is about: class names, or a description."""
 

@@ -145,3 +145,12 @@ def test_a_hub_file_that_is_no_safetensors_file(hub: FakeHub) -> None:
     (hub.repos["org/single"] / "model.safetensors").write_bytes(b"\x05" + b"\0" * 7 + b"junk!")
     with pytest.raises(CheckpointError, match=r"^org/single: .*model\.safetensors"):
         open_checkpoint("org/single")
+
+
+@pytest.mark.parametrize("field", ['"shape": [1e999]', '"shape": 5', '"shape": [-1]'])
+def test_a_hub_header_that_is_not_valid(hub: FakeHub, field: str) -> None:
+    text = f'{{"x": {{"dtype": "U8", {field}, "data_offsets": [0, 1]}}}}'.encode()
+    raw = len(text).to_bytes(8, "little") + text + b"1"
+    (hub.repos["org/single"] / "model.safetensors").write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"org/single/model\.safetensors .*is not valid"):
+        open_checkpoint("org/single")

@@ -152,6 +152,13 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, objec
         ({"x": {"dtype": "U8", "shape": [1], "data_offsets": []}}, b"", "is not valid"),
         ({"x": {"dtype": "U8", "shape": [1]}}, b"", "is not valid"),
         ({"x": entry("U8", [-1, -1], 0, 1)}, b"1", "is not valid"),
+        (b'{"x":{"dtype":"U8","shape":[1e999],"data_offsets":[0,1]}}', b"1", "is not valid"),
+        (b'{"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1e999]}}', b"1", "is not valid"),
+        (b'{"x":{"dtype":"U8","shape":"1","data_offsets":[0,1]}}', b"1", "is not valid"),
+        (b'{"x":{"dtype":"U8","shape":[true],"data_offsets":[0,1]}}', b"1", "is not valid"),
+        (b'{"x":{"dtype":["U8"],"shape":[1],"data_offsets":[0,1]}}', b"1", "is not valid"),
+        ({"x": entry("U8", [0, 2**63], 0, 0)}, b"", "is not valid"),
+        ({"x": entry("U8", [1] * 65, 0, 1)}, b"1", "is not valid"),
         (b'{"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"x":0}', b"1", "is not valid"),
         ({"x": entry("F32", [2], 0, 8)}, b"1234567", "cut short or padded: 7 bytes"),
         ({"x": entry("F32", [2], 0, 8)}, b"123456789", "cut short or padded: 9 bytes"),
@@ -173,6 +180,15 @@ def test_damaged_and_foreign_files(tmp_path: Path, entries: object, data: bytes,
     with pytest.raises(CheckpointError, match=text) as refused:
         open_checkpoint(tmp_path)
     assert path.name in str(refused.value)
+
+
+@pytest.mark.parametrize("kept", ["5", "null", "[]", '{"x": "y"}'])
+def test_metadata_that_is_no_text_ties_nothing(tmp_path: Path, kept: str) -> None:
+    told = f'"__metadata__": {{"y": {kept}}}'
+    text = f'{{{told}, "x": {{"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}}}'
+    header_file(tmp_path / "model.safetensors", text.encode(), b"1")
+    opened = open_checkpoint(tmp_path)
+    assert list(opened.specs) == ["x"] and not opened.tied
 
 
 @pytest.mark.parametrize("length", [0, 3, 8, 9, 20])

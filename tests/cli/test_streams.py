@@ -1,5 +1,6 @@
 """Streams that are closed, full or of few letters: one line, and the work is done all the same."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from families import saved, small_base, tuned
 from personae.cli.console import plain
+from toys import INDEX, write_sharded
 
 BASE = small_base()
 
@@ -93,9 +95,24 @@ def test_names_cannot_give_orders_to_a_terminal(work):
     assert "\x1b" not in done.stderr
 
 
+def test_nor_can_names_that_are_logged(work):
+    folder = write_sharded(work / "sharded", {"one.safetensors": BASE})
+    content = json.loads((folder / INDEX).read_text())
+    content["weight_map"]["gone\x1b[2J\u202e"] = "one.safetensors"
+    (folder / INDEX).write_text(json.dumps(content))
+    done = _run(work, "personae inspect sharded")
+    assert done.returncode == 0
+    assert "they are ignored: gone\\x1b[2J\\u202e" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
 def test_plain_text_stays_as_it_is():
     assert plain("τ̂ = Σ\n\t[x]") == "τ̂ = Σ\n\t[x]"
-    assert plain("\x1b]0;\x07\x7f\x9b\r") == "\\x1b]0;\\x07\\x7f\\x9b\\x0d"
+    assert plain("\x1b]0;\x07\x7f\x9b\r") == "\\x1b]0;\\x07\\x7f\\x9b\\r"
+    assert plain("a\u2028b\u2066\u200e\ufeff\U000e0041") == (
+        "a\\u2028b\\u2066\\u200e\\ufeff\\U000e0041"
+    )
+    assert plain("می\u200cخواهم") == "می\u200cخواهم"
 
 
 def test_paths_that_are_no_text(work):

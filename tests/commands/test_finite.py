@@ -10,9 +10,10 @@ from families import State, as_many, saved
 from personae.commands.compose import compose
 from personae.commands.merge import merge
 from personae.commands.pack import pack
+from personae.commands.state_dicts import merge_state_dicts
 from personae.commands.unpack import unpack
 from personae.errors import CheckpointError, MethodError, PersonaeError
-from personae.methods import CODECS, MERGE_METHODS
+from personae.methods import CODECS, MERGE_METHODS, build
 from personae.recipe import MergeSettings, PackSettings
 from personae.run.work import Work
 from toys import load
@@ -76,7 +77,7 @@ def test_packs(tmp_path, codec, size):
 
 def test_a_scale_that_leaves_the_range_is_refused_with_the_tensor(tmp_path):
     base, experts = family(tmp_path, 1.0, torch.float32)
-    settings = MergeSettings(method="ties", parameters={"scale": 1e300})
+    settings = MergeSettings(method="ties", parameters={"scale": 3e38})
     with pytest.raises(MethodError, match=r"Tensor '\S+' comes out as (-?inf|nan) in \d+ place"):
         merge(base, experts, tmp_path / "out", settings=settings)
 
@@ -111,5 +112,52 @@ def test_composed_weights_that_leave_the_range(tmp_path):
     base, experts = family(tmp_path, 1.0, torch.float32)
     pack(base, experts, tmp_path / "p")
     with pytest.raises(MethodError, match="comes out as"):
-        compose(tmp_path / "p", {"a": 1e39}, tmp_path / "out")
+        compose(tmp_path / "p", {"a": 3e38}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_beyond_float32_are_refused_before_anything_is_read(tmp_path):
+    base, experts = family(tmp_path, 1.0, torch.float32)
+    pack(base, experts, tmp_path / "p")
+    for file in tmp_path.glob("*/model.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    beyond: dict[str, dict[str, Any]] = {
+        "drm": {"weight": 1e39},
+        "ties": {"scale": -1e300},
+        "della": {"weight": [1.0, 1e39]},
+    }
+    for method, parameters in beyond.items():
+        with pytest.raises(PersonaeError, match="exceeds the range of float32"):
+            settings = MergeSettings(method=method, parameters=parameters)
+            merge(base, experts, tmp_path / "out", settings=settings)
+    with pytest.raises(MethodError, match=r"gain = 1e.300: It exceeds the range of float32"):
+        build(CODECS["residual"], {"gain": 1e300})
+    with pytest.raises(PersonaeError, match=r"The weight of 'b' is 1e.39.* float32's range"):
+        compose(tmp_path / "p", {"a": 1.0, "b": 1e39}, tmp_path / "out")
+
+
+OVERFLOWING: dict[str, tuple[float, dict[str, Any]]] = {
+    "dare_ties": (1e38, {"density": 0.01, "trim": 1e-6}),
+    "drm": (1.5e38, {"renormalise": False}),
+    "ace_merging": (1e38, {}),
+}
+"""Methods whose steps, not their inputs, leave the range: magnitudes compared, matrices solved."""
+
+
+@pytest.mark.parametrize("method", OVERFLOWING)
+def test_steps_that_leave_the_range(tmp_path, method):
+    size, parameters = OVERFLOWING[method]
+    base, experts = family(tmp_path, size, torch.float32)
+    settings = MergeSettings(method=method, parameters=parameters)
+    with pytest.raises(MethodError, match=r"float32|cannot be decomposed"):
+        merge(base, experts, tmp_path / "out", settings=settings)
+    states = [state(size, seed, torch.float32) for seed in range(3)]
+    with pytest.raises(MethodError, match=r"float32|cannot be decomposed"):
+        merge_state_dicts(states[0], states[1:], build(MERGE_METHODS[method], parameters))
+
+
+def test_a_pass_of_a_codec_that_leaves_the_range(tmp_path):
+    base, experts = family(tmp_path, 1.5e38, torch.float32)
+    settings = PackSettings(method="ultradelta", parameters={"tensors": "all", "density": 0.2})
+    with pytest.raises(MethodError, match=r"Tensor '\S+' cannot be (decomposed|coded)"):
+        pack(base, experts, tmp_path / "p", settings=settings)

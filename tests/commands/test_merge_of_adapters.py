@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from families import saved
 from personae.commands.merge import merge
+from personae.errors import CheckpointError, PersonaeError
 from personae.recipe import MergeSettings
 from toys import load, toy_llama
 
@@ -113,3 +114,38 @@ def test_core_space_has_the_bases_of_the_factors(tmp_path: Path, rank: int):
         expected = u @ ties(cores.flatten(1), 0.3).view(cores.shape[1:]) @ vh
         change = found[name].double() - base[name].double()
         assert (change - expected).norm() < 1e-5 * expected.norm()
+
+
+def change(folder: Path, side: str, tensor: Tensor) -> str:
+    """Replace one factor of the first layer's q_proj; its module."""
+    file = folder / "adapter_model.safetensors"
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file(load_file(file) | {f"{module}.lora_{side}.weight": tensor}, file)
+    return module
+
+
+@pytest.mark.parametrize("method", ["core_space", "drm", "knots", "iso_c", "ties", "average"])
+@pytest.mark.parametrize("output", ["model", "adapter"])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_factors_that_are_not_finite_are_named(tmp_path, method, output, value):
+    adapters(tmp_path)
+    change(tmp_path / "adapter1", "B", torch.full((16, 2), value))
+    paths = {f"a{n}": tmp_path / f"adapter{n}" for n in range(2)}
+    settings = MergeSettings(method=method, output=output)
+    told = r"Expert 'a1': tensor 'model.layers.0.self_attn.q_proj.weight' holds 256 value"
+    with pytest.raises(PersonaeError, match=told):
+        merge(tmp_path / "base", paths, tmp_path / "out", settings=settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_factors_that_are_no_matrices_are_refused(tmp_path, side, at_hand):
+    adapters(tmp_path)
+    module = change(tmp_path / "adapter1", side, torch.tensor(1.0))
+    paths = {f"a{n}": tmp_path / f"adapter{n}" for n in range(2)}
+    settings = MergeSettings(method="average", output="adapter")
+    base = tmp_path / "base" if at_hand else None
+    module = module.removeprefix("base_model.model.")
+    with pytest.raises(CheckpointError, match=f"of '{module}'"):
+        merge(base, paths, tmp_path / "out", settings=settings)

@@ -117,6 +117,16 @@ def test_what_all_experts_share_may_be_said_of_each():
         apart.check(["a", "b"])
 
 
+def test_models_that_are_no_list(tmp_path):
+    """Read in mergekit's words, whose parameters are looked for wherever they may be."""
+    for models in ("{parameters: {weight: 1, density: 0.5}}", "{a: {parameters: {normalize: 1}}}"):
+        (tmp_path / "r.yaml").write_text(
+            f"merge_method: ties\nbase_model: base\nmodels: {models}\n"
+        )
+        with pytest.raises(RecipeError, match=r"line 3: models = .*: expected a list"):
+            read_merge_recipe(tmp_path / "r.yaml")
+
+
 def test_values_that_are_wrong_together():
     apart = ({"weight": [1.0, -1.0]}, {"weight": 1.0})
     with pytest.raises(RecipeError, match="sum to 0"):  # in the last layer

@@ -81,11 +81,18 @@ def _adapted_weights(source: Any) -> tuple[AdapterConfig, dict[str, Tensor]]:
         found: dict[str, Tensor] = {}
         for pair in (kept_pair(pair, tensors.tied) for pair in pairs):
             a, b = tensors.specs[pair.a], tensors.specs[pair.b]
+            if min(len(a.shape), len(b.shape)) < 2:
+                faults.add(
+                    f"{tensors.source}: A {a.shape} and B {b.shape} of '{pair.module}' are no "
+                    "matrices. Save the adapter again."
+                )
+                continue
             shape = (b.shape[0], *a.shape[1:])
             if pair.embedding or (config.fan_in_fan_out and len(shape) == 2):
                 shape = shape[::-1]
             weight = torch.empty(shape, dtype=a.dtype, device="meta")
             found[f"{pair.module}.weight"] = weight
+        faults.raise_if_any(CheckpointError)
         return config, found
     finally:
         tensors.close()

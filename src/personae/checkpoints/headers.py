@@ -4,7 +4,7 @@ Format: https://github.com/huggingface/safetensors#format
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from personae.errors import Faults
 LENGTH_BYTES = 8
 _LFS = b"version https://git-lfs"
 _LARGEST_HEADER = 100_000_000  # the format's own limit
+_MOST_SIDES = 64  # torch's
 
 Entry = tuple[str, tuple[int, ...], tuple[int, int]]
 """What a header says of one tensor: name of its dtype, shape, (begin, end) after the header."""
@@ -40,24 +41,45 @@ def read_header(path: Path) -> tuple[Header, list[str]]:
         text = file.read(header_bytes) if readable else b""
     try:
         content: Any = parse_json(text, _without_duplicates)
-        metadata = dict(content.pop("__metadata__", None) or {})
+        metadata = as_metadata(content.pop("__metadata__", None))
         entries = {name: as_entry(**fields) for name, fields in content.items()}
     except (ValueError, TypeError, AttributeError):
         return Header({}, {}, {}), [unreadable(path)]
     return make_header(str(path), entries, metadata, size - LENGTH_BYTES - header_bytes)
 
 
-def as_entry(dtype: str, shape: Iterable[int], data_offsets: Iterable[int]) -> Entry:
+def as_entry(dtype: object, shape: object, data_offsets: object) -> Entry:
     """Check the kind of each field of one tensor's entry.
 
     Raises:
         ValueError: A field is not of the kind the format prescribes.
     """
-    begin, end = map(int, data_offsets)
-    sizes = tuple(map(int, shape))
-    if min(sizes, default=0) < 0 or begin < 0:
-        raise ValueError("negative size or place")
-    return str(dtype), sizes, (begin, end)
+    sizes, places = _whole_numbers(shape), _whole_numbers(data_offsets)
+    if not isinstance(dtype, str) or len(sizes) > _MOST_SIDES or len(places) != 2:
+        raise ValueError("not the kind of field that the format prescribes")
+    return dtype, sizes, (places[0], places[1])
+
+
+def as_metadata(found: Any) -> dict[str, str]:
+    """The `__metadata__` of a header, which is text by name; what is no text is left out.
+
+    Raises:
+        AttributeError: It is something else.
+    """
+    return {name: text for name, text in (found or {}).items() if isinstance(text, str)}
+
+
+def _whole_numbers(values: object) -> tuple[int, ...]:
+    """A list of sizes or places, none beyond what 64 bits hold.
+
+    Raises:
+        ValueError: It is not that.
+    """
+    if not isinstance(values, list | tuple) or not all(
+        type(value) is int and 0 <= value < 2**63 for value in values
+    ):
+        raise ValueError("not a list of sizes or places")
+    return tuple(values)
 
 
 def make_header(
@@ -113,8 +135,13 @@ def unreadable(path: Path) -> str:
     """What is to be said of a file that is no safetensors file."""
     if is_lfs_pointer(path):
         return f"{path} is a git-lfs pointer, not the weights. Fetch them: git lfs pull."
+    return not_valid(str(path))
+
+
+def not_valid(where: str) -> str:
+    """What is to be said of a header that is none."""
     return (
-        f"{path} is not a safetensors file, or is damaged: its header is not valid. Copy or "
+        f"{where} is not a safetensors file, or is damaged: its header is not valid. Copy or "
         "download it again."
     )
 

@@ -18,7 +18,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 
 from personae.checkpoints.folders import Folder, local_folder
-from personae.checkpoints.headers import Header, as_entry, make_header, read_header
+from personae.checkpoints.headers import (
+    Header,
+    as_entry,
+    as_metadata,
+    make_header,
+    not_valid,
+    read_header,
+)
 from personae.errors import CheckpointError
 
 _Answer = TypeVar("_Answer")
@@ -77,14 +84,18 @@ def _remote_header(
     api: HfApi, source: str, repo: str, file: str, commit: str
 ) -> tuple[Header, list[str]]:
     """Fetch one file's header by range request."""
-    found: Any = _fetch(
-        source, lambda: api.parse_safetensors_file_metadata(repo, file, revision=commit)
-    )
-    entries = {
-        name: as_entry(tensor.dtype, tensor.shape, tensor.data_offsets)
-        for name, tensor in found.tensors.items()
-    }
-    return make_header(f"{source}/{file}", entries, found.metadata or {}, None)
+    where = f"{source}/{file}"
+    try:
+        found: Any = _fetch(
+            source, lambda: api.parse_safetensors_file_metadata(repo, file, revision=commit)
+        )
+        entries = {
+            name: as_entry(tensor.dtype, tensor.shape, tensor.data_offsets)
+            for name, tensor in found.tensors.items()
+        }
+        return make_header(where, entries, as_metadata(found.metadata), None)
+    except (ValueError, TypeError, AttributeError):
+        return Header({}, {}, {}), [not_valid(where)]
 
 
 def _remember(repo: str, revision: str, commit: str) -> None:

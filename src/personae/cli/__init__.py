@@ -27,7 +27,7 @@ from personae.cli import (
     verify,
 )
 from personae.cli.allocator import keep_freed_memory
-from personae.cli.console import err
+from personae.cli.console import err, show_warnings_plainly
 from personae.errors import PersonaeError
 
 _REFUSED = 2
@@ -55,6 +55,7 @@ def main() -> None:
     Exits 0 done, 1 failed on the work, 2 refused input, 130 interrupted, 141 broken pipe.
     """
     keep_freed_memory()
+    show_warnings_plainly()
     kernels.alone = True
     signal.signal(signal.SIGINT, _interrupt)
     try:

@@ -1,6 +1,7 @@
 """What a person sees: progress on a terminal, plain lines elsewhere, tables, sizes."""
 
 import json
+import logging
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -14,15 +15,31 @@ from rich.text import Text
 from personae.errors import OutputError
 from personae.run.work import Progress as Report
 
-_CONTROL = {
-    code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
-}
-_DIRECTION = {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+_SHOWN = "\n\t\u200c\u200d"
+"""Not printable by themselves, and yet a part of texts: the joiners of many scripts."""
 
 
 def plain(text: str) -> str:
     """Text without what a terminal obeys: names come from files that anybody may have written."""
-    return text.translate(_CONTROL | _DIRECTION)
+    if text.isprintable():
+        return text
+    return "".join(
+        letter
+        if letter.isprintable() or letter in _SHOWN
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
+def show_warnings_plainly() -> None:
+    """Make what is logged harmless too: it names tensors and files."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Plain())
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch import Tensor
 from personae.commands.merge_job import open_to_merge, prepare, settings_for
 from personae.errors import CheckpointError, Faults
 from personae.family.chunks import whole, whole_or_matrices
+from personae.family.finite import converging
 from personae.methods import DeltaBlocks, Entrywise, MergeMethod, Site, Statistics, joined
 from personae.recipe import MergeSettings
 from personae.writers import cast
@@ -79,7 +80,8 @@ def merge_state_dicts(
             for spec in job.specs
         }
         for chunk, stack, reference in read:
-            value = _merged(method, stack, reference, statistics, job.stacks.site(chunk))
+            with converging(chunk.spec.name):
+                value = _merged(method, stack, reference, statistics, job.stacks.site(chunk))
             rows = cast(value, specs[chunk.spec.name], computed=True)
             if chunk.is_whole:
                 result[chunk.spec.name] = rows

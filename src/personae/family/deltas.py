@@ -254,11 +254,16 @@ class Stacks:
 
         For most that is the stack as it is. Matrices of adapters enter as small as the method's
         symmetry allows (`MergeMethod.in_bases`). Stacks of rows are reused, as `read` says.
+
+        Raises:
+            NotFinite: if factors are not, of which no basis can be found.
         """
         factors = self.factors(chunk.spec.name) if undivided else None
         if factors is None:
             stack, reference = self.read(chunk, reuse=not undivided)
             return Given(stack, self.site(chunk), lambda merged: merged, reference)
+        if not all(is_finite(factor) for pair in factors for factor in pair):
+            raise NotFinite
         return method.in_bases(factors, self.site(chunk))
 
     def untouched(self, name: str) -> bool:

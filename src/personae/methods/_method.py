@@ -10,10 +10,12 @@ from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
+from personae._types import in_range
 from personae.errors import Faults
 from personae.methods._site import Site
 
@@ -38,6 +40,19 @@ class Parameters(BaseModel):
     """One line."""
     paper: ClassVar[str] = ""
     """Where it is from."""
+
+    @field_validator("*")
+    @classmethod
+    def _in_range(cls, value: Any) -> Any:
+        """Refuse numbers that are infinite where they are used.
+
+        Raises:
+            PydanticCustomError: if there is one.
+        """
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, float) and not in_range(one):
+                raise PydanticCustomError("out_of_range", "It exceeds the range of float32")
+        return value
 
     def check(self, experts: int, has_base: bool) -> str:
         """What is wrong with values that are sound one by one; empty if nothing.

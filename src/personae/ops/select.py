@@ -18,6 +18,8 @@ from jaxtyping import Bool, Float, Int64, UInt32
 from numpy import ndarray
 from torch import Tensor
 
+from personae.errors import MethodError
+
 TOP = 0x7F80_0000
 """The pattern of infinity, above that of every finite magnitude."""
 MOST_PATTERNS = 1 << 17
@@ -203,8 +205,16 @@ def _inside(
 
 
 def _beside(window: Window, above: bool) -> Window:
-    """All that lies on one side of a window that missed."""
-    assert not above or window.high < TOP, "magnitudes are selected among finite values"
+    """All that lies on one side of a window that missed.
+
+    Raises:
+        MethodError: if there is nothing above it but what is not finite.
+    """
+    if above and window.high >= TOP:
+        raise MethodError(
+            "Magnitudes that are compared exceed the range of float32, although the models are "
+            "finite. Give smaller weights, or densities that are not as small."
+        )
     return Window(window.high, TOP) if above else Window(0, window.low)
 
 

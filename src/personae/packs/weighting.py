@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from personae._types import in_range
 from personae.errors import Faults, MethodError, PackError, RecipeError, nearest
 from personae.ops.similarity import cosines, mean_embedding, ratio_weights, softmax_weights
 from personae.packs.manifest import Manifest
@@ -166,7 +167,7 @@ def given(weights: Mapping[str, float] | Weighting, manifest: Manifest, where: P
 
     Raises:
         PackError: naming every task the pack does not have.
-        RecipeError: if a weight is not finite, or all are 0.
+        RecipeError: if a weight is beyond float32's range, or all are 0.
     """
     weighting = weights if isinstance(weights, Weighting) else Weighting(dict(weights))
     faults = Faults()
@@ -175,8 +176,10 @@ def given(weights: Mapping[str, float] | Weighting, manifest: Manifest, where: P
             faults.add(f"{where} has no task '{name}'. {nearest(name, manifest.tasks)}")
     faults.raise_if_any(PackError)
     for name, value in weighting.weights.items():
-        if not math.isfinite(value):
-            faults.add(f"The weight of '{name}' is {value}. Give a finite number.")
+        if not in_range(value):
+            faults.add(
+                f"The weight of '{name}' is {value}. Give a finite number, within float32's range."
+            )
     if not any(weighting.weights.values()):
         faults.add(
             "No task has a weight other than 0, so the result would be the reference. "

@@ -68,7 +68,7 @@ class MergeFile(Strict):
     """All that a merge recipe can say."""
 
     merge_method: str
-    base_model: str | None = None
+    base_model: Annotated[str, Field(min_length=1)] | None = None
     models: list[Model]
     parameters: Values = Field(default={})
     dtype: Dtype | None = None

@@ -14,7 +14,7 @@ may have a `base_model` and (here alone) a `merge_method` of its own.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -38,7 +38,7 @@ class _Source(Strict):
 
 class _Slice(Strict):
     sources: list[_Source] = Field(default=[])
-    base_model: str | None = None
+    base_model: Annotated[str, Field(min_length=1)] | None = None
     merge_method: str | None = None
     parameters: Values = Field(default={})
     residual_weight: float | None = None

@@ -299,7 +299,7 @@ class _Passing:
                     self._say((*place, name), f"Its {self._method} has none.")
                 else:
                     self._say((*place, name), *_near(name, read - {"int8_mask"}))
-            elif len(place) > 1 and place[-3] in _ONE_MODEL_EACH and name not in _OF_A_MODEL:
+            elif len(place) > 2 and place[-3] in _ONE_MODEL_EACH and name not in _OF_A_MODEL:
                 del parameters[name]
                 self._say((*place, name), "It is one for all models, under 'parameters'.")
             else:

@@ -120,7 +120,8 @@ def passes_over_expert(
         blocks = codec.blocks(spec) or (whole(spec),)
         pairs = zip(blocks, known.of(spec, blocks), strict=True)
         parts = ((cut_out(delta, block), context) for block, context in pairs)
-        return [one.term(part, context) for part, context in parts if part.any()], []
+        with converging(name):
+            return [one.term(part, context) for part, context in parts if part.any()], []
 
     def cost(name: str) -> int:
         return coding_bytes([codec], deltas.reference.specs[name])
