@@ -29,6 +29,9 @@ from personae.recipe import MergeSettings, count_layers
 from personae.run.passes import MethodOf
 from personae.run.undecided import disk_bytes, waiting_bytes
 
+_COUNTS_AT_ONCE = 3
+"""Of a chunk, of its item so far, and of all items so far: what a pass counts."""
+
 
 @dataclass(frozen=True)
 class MergeJob:
@@ -106,6 +109,12 @@ class MergeJob:
         return found
 
     @cached_property
+    def _counts(self) -> int:
+        """Memory of what its passes count: of this item, of all so far, and on the way."""
+        first = next(self.method_of("").passes(self.stacks.experts), None)
+        return 0 if first is None else _COUNTS_AT_ONCE * first.term_bytes
+
+    @cached_property
     def _dtypes(self) -> Mapping[str, torch.dtype]:
         return {spec.name: spec.dtype for spec in self.specs}
 
@@ -141,7 +150,7 @@ class MergeJob:
             cast = 0 if stored_bytes(dtype) == dtype.itemsize else dtype.itemsize
             written = (stored_bytes(dtype) + cast) * chunk.numel
             row = self.method_of(name).row_entries(self.stacks.site(chunk))
-            return self.stacks.blocks_bytes(chunk, narrow, row) + written
+            return self.stacks.blocks_bytes(chunk, narrow, row) + max(written, self._counts)
         if not undivided:
             return self.method.row_bytes(chunk.numel, experts)
         method = self.method_of(chunk.spec.name)

@@ -174,6 +174,7 @@ def _fold(
             waiting[number] = found
         else:
             total = _total(found, total)
+        del found  # not held while the next is waited for
     faults.raise_if_any(CheckpointError)
     if one.apart:
         named = {
@@ -187,10 +188,13 @@ def _fold(
 
 
 def _total(terms: Iterable[Tensor], total: Tensor | None = None) -> Tensor | None:
-    """Terms added to a total, in place and in order; on one thread, as others are at work."""
+    """Terms added in order, in place, to a total or to the first of them, which nobody else holds.
+
+    On one thread, as others are at work.
+    """
     for term in terms:
         if total is None:
-            total = term.clone()
+            total = term
         else:
             np.add(total.numpy(), term.numpy(), out=total.numpy())
     return total
