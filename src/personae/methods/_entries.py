@@ -239,13 +239,13 @@ def find_magnitudes(
                 kernels.count_magnitudes(found[rank.row], low, high, window.shift, counted)
         return torch.from_numpy(counts)
 
+    most = len(ranks) * (2 + MOST_PATTERNS) * np.dtype(np.int64).itemsize
     if ranks:
-        most = len(ranks) * (2 + MOST_PATTERNS) * np.dtype(np.int64).itemsize
         sampled = yield Pass("sample", sample, sample=64, term_bytes=most)
         for n, (rank, counts) in enumerate(zip(ranks, sampled, strict=True)):
             windows[n] = guess(counts, rank.fraction)
     while not all(window.found for window in windows):
-        counted = yield Pass("thresholds", count)
+        counted = yield Pass("thresholds", count, term_bytes=most)
         for n, (rank, counts) in enumerate(zip(ranks, counted, strict=True)):
             entries = int(counts[0])
             place = rank.place(entries)

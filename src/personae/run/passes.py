@@ -1,6 +1,7 @@
 """Takes the passes of a merge method or codec: over a family, one expert, or one tensor."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -98,7 +99,8 @@ def passes_over_tensor(
     def take(one: Pass) -> Tensor | None:
         if one.late and late:
             return None
-        return _total(_term(one, method, stacks, chunk) for chunk in chunks)
+        parts = (part for chunk in chunks for part in parts_read(one, chunk))
+        return _total(_term(one, method, stacks, part) for part in parts)
 
     return statistics_of(method.passes(stacks.experts), take)
 
@@ -211,7 +213,8 @@ def _term_of_item(
         if stacks.untouched(chunk.spec.name) or not one.applies(method, site):
             continue
         try:
-            total = _total([_term(one, method, stacks, chunk, item.whole)], total)
+            for part in [chunk] if item.whole else parts_read(one, chunk):
+                total = _total([_term(one, method, stacks, part, item.whole)], total)
         except NotFinite:
             faults += stacks.why_not_finite(chunk)
     return [] if total is None else [total], faults
@@ -242,6 +245,15 @@ def _term(
         raise NotFinite
     with converging(chunk.spec.name):
         return one.term(stack, method, place)
+
+
+def parts_read(one: Pass, chunk: Chunk) -> list[Chunk]:
+    """The parts of a chunk that a pass reads, one after the other: half of one with large terms."""
+    rows = chunk.stop - chunk.start
+    if not one.term_bytes or one.sample > 1 or rows < 2 or len(chunk.spec.shape) < 2:
+        return [chunk]
+    middle = chunk.start + -(-rows // 2)
+    return [replace(chunk, stop=middle), replace(chunk, start=middle)]
 
 
 def _sampled(chunk: Chunk, sample: int) -> Chunk:
