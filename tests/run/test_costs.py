@@ -14,7 +14,7 @@ from personae.commands import merge as merging
 from personae.commands.merge_job import open_to_merge, prepare
 from personae.family.deltas import Deltas
 from personae.family.opened import open_family
-from personae.methods import CODECS, MERGE_METHODS, Codec
+from personae.methods import CODECS, MERGE_METHODS, Codec, _entries
 from personae.methods.codecs.svd import SVD
 from personae.ops.svd import svd_bytes
 from personae.packs.shared_file import SharedFile
@@ -155,7 +155,10 @@ METHODS = sorted(set(MERGE_METHODS) - {"core_space"})  # of adapters alone
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_merge_takes_what_is_planned(method: str, paths: dict[str, str], tmp_path: Path):
+def test_a_merge_takes_what_is_planned(
+    method: str, paths: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_entries, "MOST_PATTERNS", 0)  # what passes count has its own test
     parameters = {"steps": 2} if method == "wudi" else {}
     settings = MergeSettings(method=method, parameters=parameters)
     experts = as_many(MERGE_METHODS[method], {n: paths[n] for n in EXPERTS})
@@ -181,3 +184,40 @@ def test_a_merge_takes_what_is_planned(method: str, paths: dict[str, str], tmp_p
     most = 1.6 if method == "consensus" else 1.3  # its fp64 rows leave holes between blocks
     least, most = 1 / WORKSPACES, most * WORKSPACES
     assert [ratio for ratio in ratios if not least <= ratio <= most] == []
+
+
+class OnThisThread(Work):
+    """Work on the thread that asks: what other threads take is not counted."""
+
+    def map(self, items: Any, function: Any, **_: Any) -> Iterator[Any]:
+        """See `Work.map`."""
+        return ((item, function(item)) for item in items)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+@pytest.mark.parametrize("experts", [2, 6])
+def test_passes_take_no_more_than_is_planned(method: str, experts: int, tmp_path: Path):
+    """Magnitudes of fp32 spread over a window of 10^5 patterns, each counted for each expert."""
+    shape = (1024, 1024)
+    for name in range(experts + 1):
+        draw = torch.Generator().manual_seed(name)
+        saved({"w": torch.randn(shape, generator=draw)}, tmp_path / str(name))
+    given = {f"e{n}": str(tmp_path / str(n)) for n in range(1, experts + 1)}
+    parameters = {"trim": 0.2} if method == "dare_ties" else {}
+    settings = MergeSettings(method=method, parameters=parameters)
+    with open_to_merge(str(tmp_path / "0"), given, settings) as family:
+        job = prepare(family, settings)
+        (chunk,) = job.items[0].chunks
+        planned = job._counting_bytes(chunk, 1)  # pyright: ignore[reportPrivateUsage]
+        assert job.cost(job.items[0]) >= planned
+        alone = OnThisThread(workers=1)
+
+        def run() -> None:
+            merging._statistics(job, tmp_path, alone)  # pyright: ignore[reportPrivateUsage]
+            for file in tmp_path.glob("statistics-*"):
+                file.unlink()
+
+        run()
+        taken = peak_bytes(run)
+    # How far they spread headers do not tell: at most 2^17 patterns are counted for each.
+    assert taken / WORKSPACES <= planned <= 3 * taken

@@ -252,8 +252,11 @@ def test_what_the_other_sign_would_make_need_not_fit_the_dtype(tmp_path: Path):
     assert load(tmp_path / "out")["w"].tolist() == [float(torch.tensor(51792.0).half()), -1.5, -1.5]
 
 
-def test_what_is_left_open_goes_to_files_as_it_grows(tmp_path: Path):
-    # 20 entries a chunk, all undecided, with 3 to a file: each chunk goes to a file of its own.
+def test_what_is_left_open_goes_to_files_as_it_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # 20 entries a chunk, all undecided, with 25 to a file: 0-24, 25-49, and 10 that wait at last.
+    monkeypatch.setattr(undecided, "FILE_ENTRIES", 25)
     spec = TensorSpec("w", (3, 20), torch.float32)
     item = chunks.Item(0, tuple(chunks.Chunk(spec, row, row + 1) for row in range(3)), whole=False)
     left_open = undecided.UndecidedEntries(tmp_path).of(item)
@@ -265,17 +268,41 @@ def test_what_is_left_open_goes_to_files_as_it_grows(tmp_path: Path):
             told.votes += 5
             told.add(np.arange(20), np.full(20, 2, np.float32), np.full(20, -2, np.float32))
         told.done()
-    # 48 bytes for each entry that can wait at once: all 60, as fewer wait than 3 + 2^14 + a block.
-    assert undecided.waiting_bytes(item) == 48 * 60
+        assert told.count == 20
+    # 36 bytes for each entry that waits, in the buffer and in what is written of it: 25; 48 for
+    # each of a block on its way there: all 60, as they are fewer than a block.
+    assert undecided.waiting_bytes(item) == 36 * 25 + 48 * 60
     left_open.keep()
     written = {path.stem: load_file(path) for path in (tmp_path / ".undecided").iterdir()}
     assert {
-        stem: sum(len(v) for k, v in kept.items() if k.startswith("entries"))
+        stem: [(key, len(kept[key])) for key in kept if key.startswith("entries")]
         for stem, kept in written.items()
-    } == {"0-0": 20, "0-1": 20, "0-2": 20, "0": 0}
-    assert int(written["0"]["votes"]) == 15
-    assert written["0-2"]["positive/40/w"].tolist() == [22.0] * 20
-    assert written["0-2"]["negative/40/w"].tolist() == [18.0] * 20
+    } == {
+        "0-0": [("entries/0/w", 25)],
+        "0-1": [("entries/25/w", 25)],
+        "0": [("entries/50/w", 10)],
+    }
+    assert int(written["0"]["votes"]) == 15 and int(written["0"]["full_files"]) == 2
+    assert written["0-1"]["entries/25/w"].tolist() == list(range(25))
+    assert written["0-1"]["positive/25/w"].tolist() == [12.0] * 15 + [22.0] * 10
+    assert written["0"]["negative/50/w"].tolist() == [18.0] * 10
+
+
+def test_entries_that_32_bits_do_not_reach_begin_anew(monkeypatch: pytest.MonkeyPatch):
+    """A tensor of more than 2^31 entries: each place is told from one that is near enough."""
+    monkeypatch.setattr(undecided, "FILE_ENTRIES", 25)
+    waiting, far = undecided.Waiting(), 2**31
+    values = np.ones(2, np.float32)
+    for places in ([0, 9], [far - 1, far + 1], [far + 5, far + 6], [3, 4]):
+        waiting.add("w", np.array(places), values, -values)
+    waiting.add("v", np.array([5, 6]), values, -values)
+    told = {k: t.tolist() for k, t in waiting.tensors().items() if k.startswith("entries")}
+    assert told == {
+        "entries/0/w": [0, 9],
+        f"entries/{far - 1}/w": [0, 2, 6, 7],
+        "entries/3/w": [0, 1],
+        "entries/5/v": [0, 1],
+    }
 
 
 def test_one_expert_is_never_outvoted(tmp_path: Path):

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from personae._memory import uninitialised
 from personae._types import TensorSpec
 from personae.checkpoints.folders import AuxiliaryFiles, Folder, read_weight_map, warn_of_absent
 from personae.checkpoints.headers import LENGTH_BYTES, Header
@@ -111,7 +112,7 @@ class SafetensorsFiles:
 
     def _read_bytes(self, spec: TensorSpec, skip: int, shape: tuple[int, ...]) -> Tensor:
         file, begin = self._places[spec.name]
-        tensor = torch.empty(shape, dtype=spec.dtype)
+        tensor = uninitialised(shape, spec.dtype)
         left = tensor.reshape(-1).view(torch.uint8).numpy().data
         with self._handle(file) as (handle, data_start):
             offset = data_start + begin + skip

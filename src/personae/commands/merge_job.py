@@ -24,9 +24,9 @@ from personae.family.joint_adapter import check_joint, without_weights
 from personae.family.mean import MeanOf
 from personae.family.opened import Family, open_family
 from personae.family.vocabularies import MergedVocabulary, merge_vocabularies
-from personae.methods import Entrywise, MergeMethod, stored_bytes
+from personae.methods import Entrywise, MergeMethod, Pass, stored_bytes
 from personae.recipe import MergeSettings, count_layers
-from personae.run.passes import MethodOf
+from personae.run.passes import MethodOf, parts_read
 from personae.run.undecided import disk_bytes, waiting_bytes
 
 
@@ -141,11 +141,25 @@ class MergeJob:
             cast = 0 if stored_bytes(dtype) == dtype.itemsize else dtype.itemsize
             written = (stored_bytes(dtype) + cast) * chunk.numel
             row = self.method_of(name).row_entries(self.stacks.site(chunk))
-            return self.stacks.blocks_bytes(chunk, narrow, row) + written
+            merging = self.stacks.blocks_bytes(chunk, narrow, row) + written
+            return max(merging, self._counting_bytes(chunk, row))
         if not undivided:
-            return self.method.row_bytes(chunk.numel, experts)
+            most = self.method.row_bytes(chunk.numel, experts)
+            return most + most // 8  # holes between PyTorch's own blocks, as measured
         method = self.method_of(chunk.spec.name)
         return method.whole_bytes(self.stacks.site(chunk), experts)
+
+    def _counting_bytes(self, chunk: Chunk, row: int) -> int:
+        """Memory of passes that count much of a chunk: of a part of it, of its item and of all."""
+        first = self._first_pass
+        if first is None or not first.term_bytes:
+            return 0
+        part = parts_read(first._replace(sample=1), chunk)[0]
+        return self.stacks.blocks_bytes(part, None, row) + 3 * first.term_bytes
+
+    @cached_property
+    def _first_pass(self) -> Pass | None:
+        return next(self.method_of("").passes(self.stacks.experts), None)
 
 
 def settings_for(

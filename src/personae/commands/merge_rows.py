@@ -15,6 +15,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from personae import kernels
+from personae._memory import uninitialised
 from personae.commands.merge_job import MergeJob
 from personae.family.chunks import Chunk
 from personae.family.effects import PROBED, Effect, any_entry, differs, effect_of
@@ -119,7 +120,7 @@ def _form(
             value = method.apply(models, statistics, site).add_(added)
             return _Formed(value, False, lambda: changed)
         return _Formed(method.apply(stack, statistics, site) + reference, False, lambda: changed)
-    value = torch.empty(chunk.shape, dtype=dtype if dtype in ROUNDS_TO_INFINITY else torch.float32)
+    value = uninitialised(chunk.shape, dtype if dtype in ROUNDS_TO_INFINITY else torch.float32)
     coefficients = method.coefficients(stacks.experts)
     models = None
     if coefficients is not None and job.is_narrow(name):

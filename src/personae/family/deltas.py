@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from personae._memory import uninitialised
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.vocabulary import has_vocabulary_axis
@@ -54,7 +55,7 @@ class Deltas:
         raw = self.alignment.files[name]
         if not spec.shape:
             return checkpoint.read(raw).float() - self.reference.read(name).float()
-        delta = torch.empty(spec.shape)
+        delta = uninitialised(spec.shape)
         for rows in rows_of(spec):  # neither model is held whole beside it
             part = delta[rows.start : rows.stop]
             part.copy_(checkpoint.read_rows(raw, rows.start, rows.stop))
@@ -336,10 +337,10 @@ class Stacks:
     def _stack(self, chunk: Chunk, reuse: bool) -> Float[Tensor, "expert ..."]:
         shape = (self.experts, *chunk.shape)
         if not reuse:
-            return torch.empty(shape)
+            return uninitialised(shape)
         held = getattr(self._own, "stack", None)
         if held is None or held.numel() < math.prod(shape):
-            self._own.stack = held = torch.empty(math.prod(shape))
+            self._own.stack = held = uninitialised([math.prod(shape)])
         return held[: math.prod(shape)].view(shape)
 
     def _are_stored(self, chunk: Chunk) -> bool:

@@ -11,10 +11,12 @@ from numpy import ndarray
 from torch import Tensor
 
 from personae import kernels
+from personae._memory import uninitialised
 from personae.methods._deltas import DeltaBlocks, delta_blocks, joined
 from personae.methods._method import Pass, Statistics, one_each
 from personae.methods._site import Site
 from personae.ops.select import (
+    MOST_PATTERNS,
     SAMPLE_BINS,
     SAMPLE_FLOOR,
     SAMPLE_SHIFT,
@@ -230,19 +232,20 @@ def find_magnitudes(
 
     def count(vectors: Tensor | DeltaBlocks, own: Any, site: Site) -> Tensor:
         bins = max(window.bins for window in windows)
-        counts = np.zeros((len(ranks), 2 + bins), np.int64)
+        counts = uninitialised((len(ranks), 2 + bins), torch.int64).zero_().numpy()
         for found in rows(vectors, own, site):
             for rank, window, counted in zip(ranks, windows, counts, strict=True):
                 low, high = window
                 kernels.count_magnitudes(found[rank.row], low, high, window.shift, counted)
         return torch.from_numpy(counts)
 
+    most = len(ranks) * (2 + MOST_PATTERNS) * np.dtype(np.int64).itemsize
     if ranks:
-        sampled = yield Pass("sample", sample, sample=64)
+        sampled = yield Pass("sample", sample, sample=64, term_bytes=most)
         for n, (rank, counts) in enumerate(zip(ranks, sampled, strict=True)):
             windows[n] = guess(counts, rank.fraction)
     while not all(window.found for window in windows):
-        counted = yield Pass("thresholds", count)
+        counted = yield Pass("thresholds", count, term_bytes=most)
         for n, (rank, counts) in enumerate(zip(ranks, counted, strict=True)):
             entries = int(counts[0])
             place = rank.place(entries)

@@ -136,12 +136,14 @@ class Pass(NamedTuple):
             and rows). Of a merge method `term(task_vectors, method, site)`, with the method as it
             is for that tensor; entry-wise ones take the task vectors by `delta_blocks`, for they
             may be `DeltaBlocks`. Of a codec `term(delta, context)`, for each block that is coded
-            and not zero.
+            and not zero. A tensor of its own, to which others are added in place.
         applies: `applies(method, site)`: whether a merge method's pass reads a tensor.
         sample: Reads about one row in so many, spread over all tensors: enough for a guess.
         late: Whether it may be answered by None: the method merges all the same, telling in an
             `Undecided` what of its result depends on it.
         apart: Whether terms are not summed, but sent one by one: name to term, in order.
+        term_bytes: Memory of the largest term, of this pass and of those that follow from it; 0
+            where that is a few numbers.
     """
 
     name: str
@@ -150,6 +152,7 @@ class Pass(NamedTuple):
     sample: int = 1
     late: bool = False
     apart: bool = False
+    term_bytes: int = 0
 
 
 Passes = Generator[Pass, Any, Statistics]

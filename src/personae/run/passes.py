@@ -1,6 +1,7 @@
 """Takes the passes of a merge method or codec: over a family, one expert, or one tensor."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -98,7 +99,8 @@ def passes_over_tensor(
     def take(one: Pass) -> Tensor | None:
         if one.late and late:
             return None
-        return _total(_term(one, method, stacks, chunk) for chunk in chunks)
+        parts = (part for chunk in chunks for part in parts_read(one, chunk))
+        return _total(_term(one, method, stacks, part) for part in parts)
 
     return statistics_of(method.passes(stacks.experts), take)
 
@@ -175,6 +177,7 @@ def _fold(
             waiting[number] = found
         else:
             total = _total(found, total)
+        del found  # not held while the next is waited for
     faults.raise_if_any(CheckpointError)
     if one.apart:
         named = {
@@ -188,10 +191,13 @@ def _fold(
 
 
 def _total(terms: Iterable[Tensor], total: Tensor | None = None) -> Tensor | None:
-    """Terms added to a total, in place and in order; on one thread, as others are at work."""
+    """Terms added in order, in place, to a total or to the first of them, which nobody else holds.
+
+    On one thread, as others are at work.
+    """
     for term in terms:
         if total is None:
-            total = term.clone()
+            total = term
         else:
             np.add(total.numpy(), term.numpy(), out=total.numpy())
     return total
@@ -208,7 +214,8 @@ def _term_of_item(
         if stacks.untouched(chunk.spec.name) or not one.applies(method, site):
             continue
         try:
-            total = _total([_term(one, method, stacks, chunk, item.whole)], total)
+            for part in [chunk] if item.whole else parts_read(one, chunk):
+                total = _total([_term(one, method, stacks, part, item.whole)], total)
         except NotFinite:
             faults += stacks.why_not_finite(chunk)
     return [] if total is None else [total], faults
@@ -239,6 +246,15 @@ def _term(
         raise NotFinite
     with converging(chunk.spec.name):
         return one.term(stack, method, place)
+
+
+def parts_read(one: Pass, chunk: Chunk) -> list[Chunk]:
+    """The parts of a chunk that a pass reads, one after the other: half of one with large terms."""
+    rows = chunk.stop - chunk.start
+    if not one.term_bytes or one.sample > 1 or rows < 2 or len(chunk.spec.shape) < 2:
+        return [chunk]
+    middle = chunk.start + -(-rows // 2)
+    return [replace(chunk, stop=middle), replace(chunk, start=middle)]
 
 
 def _sampled(chunk: Chunk, sample: int) -> Chunk:

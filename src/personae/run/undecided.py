@@ -8,9 +8,12 @@ cancel often, the pass is taken.
 """
 
 import shutil
+import threading
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from jaxtyping import Float, Int64
@@ -28,23 +31,79 @@ _VOTES = "votes"
 _FULL_FILES = "full_files"
 
 FILE_ENTRIES = 1 << 15
-"""Undecided entries that wait in memory before they go to a file, about."""
-FEW = 1 << 14
-"""Undecided entries of one chunk that are handed on together, at least, but for its last ones."""
+"""Undecided entries that wait in memory before they go to a file."""
 BYTES_ON_DISK = 12
 """Bytes of a file that an undecided entry takes: its place, and what either sign makes of it."""
-_BYTES_WAITING = 4 * BYTES_ON_DISK
-"""Bytes of memory of an entry that waits: itself, and its way to a file or back."""
+_BYTES_TOLD = 48
+"""Bytes of memory of an undecided entry of the block that is merged, on its way to the buffer."""
 _HEADER_BYTES = 3 * 160
-"""What a file says of the entries told together, beside the tensor's name."""
+"""What a file says of the entries of one chunk, beside the tensor's name."""
+_FURTHEST = 1 << 31
+"""Entries of a tensor that places in 32 bits reach."""
+
+
+class Waiting:
+    """Undecided entries in memory: one buffer, which is used again.
+
+    In arrays of their own, some hundreds of entries each, they would lie between the blocks that
+    are merged, and keep the C library from using the memory of those again.
+    """
+
+    def __init__(self) -> None:
+        """Nothing waits."""
+        self._places = np.empty(FILE_ENTRIES, np.int32)
+        self._either = np.empty((2, FILE_ENTRIES), np.float32)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._held = 0
+        self._runs: list[tuple[str, int, int]] = []  # tensor, first place, where in the buffer
+
+    @property
+    def room(self) -> int:
+        """How many more entries fit."""
+        return FILE_ENTRIES - self._held
+
+    def add(
+        self,
+        name: str,
+        places: Int64[ndarray, " some"],
+        positive: Float[ndarray, " some"],
+        negative: Float[ndarray, " some"],
+    ) -> None:
+        """Take entries of a tensor, at least one, as many as there is room for at most.
+
+        Places are ascending.
+        """
+        first = int(places[0])
+        known, start = self._runs[-1][:2] if self._runs else ("", 0)
+        if known != name or not start <= first <= int(places[-1]) < start + _FURTHEST:
+            self._runs.append((name, first, self._held))
+            start = first
+        taken = slice(self._held, self._held + len(places))
+        self._places[taken] = places - start
+        self._either[0, taken], self._either[1, taken] = positive, negative
+        self._held += len(places)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What waits, as it is written; views of the buffer."""
+        found: dict[str, Tensor] = {}
+        bounds = pairwise([*(start for _, _, start in self._runs), self._held])
+        for (name, first, _), (start, end) in zip(self._runs, bounds, strict=True):
+            where = f"{first}/{name}"
+            found[f"entries/{where}"] = torch.from_numpy(self._places[start:end])
+            found[f"positive/{where}"] = torch.from_numpy(self._either[0, start:end])
+            found[f"negative/{where}"] = torch.from_numpy(self._either[1, start:end])
+        return found
 
 
 class LeftOpen:
     """The undecided entries of what one worker merges, and how all of its entries voted."""
 
-    def __init__(self, path: Path) -> None:
-        """Nothing is merged yet; files are named after `path`."""
-        self._path = path
+    def __init__(self, path: Path, waiting: Waiting) -> None:
+        """Nothing is merged yet; files are named after `path`, and entries wait in `waiting`."""
+        self._path, self._waiting = path, waiting
         self._clear()
 
     def of(self, chunk: Chunk, blocks: DeltaBlocks) -> "UndecidedOfChunk":
@@ -53,26 +112,24 @@ class LeftOpen:
 
     def add(
         self,
-        chunk: Chunk,
-        places: Int64[Tensor, " some"],
-        positive: Float[Tensor, " some"],
-        negative: Float[Tensor, " some"],
+        name: str,
+        places: Int64[ndarray, " some"],
+        positive: Float[ndarray, " some"],
+        negative: Float[ndarray, " some"],
     ) -> None:
-        """Take some entries of a chunk, and what either sign makes of them.
+        """Take some entries of a tensor, and what either sign makes of them.
 
         Raises:
             OutputError: if the disk refuses.
         """
-        first = int(places[0])
-        where = f"{chunk.first_entry + first}/{chunk.spec.name}"
-        self._values[f"entries/{where}"] = (places - first).int()
-        self._values[f"positive/{where}"] = positive
-        self._values[f"negative/{where}"] = negative
-        self._held += len(places)
-        if self._held >= FILE_ENTRIES:
-            _save(_full_file(self._path, self._full_files), self._values)
-            self._full_files += 1
-            self._values, self._held = {}, 0
+        while len(places):
+            now = slice(self._waiting.room)
+            self._waiting.add(name, places[now], positive[now], negative[now])
+            places, positive, negative = (told[now.stop :] for told in (places, positive, negative))
+            if not self._waiting.room:
+                _save(_full_file(self._path, self._full_files), self._waiting.tensors())
+                self._full_files += 1
+                self._waiting.clear()
 
     def keep(self) -> None:
         """Write what still waits in memory, and the votes: the sign that nothing is missing.
@@ -81,7 +138,7 @@ class LeftOpen:
             OutputError: if the disk refuses.
         """
         counts = {_VOTES: torch.tensor(self._votes), _FULL_FILES: torch.tensor(self._full_files)}
-        _save(self._path, {**counts, **self._values})
+        _save(self._path, {**counts, **self._waiting.tensors()})
 
     def decide(self, writer: CheckpointWriter) -> None:
         """Put what all that was added elects in place, and begin anew.
@@ -90,7 +147,7 @@ class LeftOpen:
             OutputError: if the disk refuses.
             MethodError: if a value does not fit in the dtype of its tensor.
         """
-        _replace(self._values, self._votes, writer)
+        _replace(self._waiting.tensors(), self._votes, writer)
         for number in range(self._full_files):
             path = _full_file(self._path, number)
             _replace(load_safetensors(path), self._votes, writer)
@@ -98,8 +155,8 @@ class LeftOpen:
         self._clear()
 
     def _clear(self) -> None:
-        self._votes = self._full_files = self._held = 0
-        self._values: dict[str, Tensor] = {}
+        self._votes = self._full_files = 0
+        self._waiting.clear()
 
     def count_votes(self, votes: int) -> None:
         """Take how a chunk voted."""
@@ -107,13 +164,12 @@ class LeftOpen:
 
 
 class UndecidedOfChunk(Undecided):
-    """Hands on what it is told of one chunk, so that not all of it waits in memory."""
+    """Hands on what it is told of one chunk: nothing of it waits here."""
 
     def __init__(self, left_open: LeftOpen, chunk: Chunk, blocks: DeltaBlocks) -> None:
         """Nothing of the chunk is merged yet."""
         super().__init__()
         self._left_open, self._chunk, self._blocks = left_open, chunk, blocks
-        self._waiting = 0
 
     def add(
         self,
@@ -126,28 +182,14 @@ class UndecidedOfChunk(Undecided):
         Raises:
             OutputError: if the disk refuses.
         """
+        self.count += len(places)
         own = self._blocks.reference[places - self._blocks.start]
-        super().add(places, positive + own, negative + own)
-        self._waiting += len(places)
-        if self._waiting >= FEW:
-            self._hand_on()
+        places = places + self._chunk.first_entry
+        self._left_open.add(self._chunk.spec.name, places, positive + own, negative + own)
 
     def done(self) -> None:
-        """The chunk is merged: its votes count.
-
-        Raises:
-            OutputError: if the disk refuses.
-        """
-        self._hand_on()
+        """The chunk is merged: its votes count."""
         self._left_open.count_votes(self.votes)
-
-    def _hand_on(self) -> None:
-        if not self._waiting:
-            return
-        told = map(torch.from_numpy, (self.places, self.positive, self.negative))
-        self._left_open.add(self._chunk, *told)
-        self._told.clear()
-        self._waiting = 0
 
 
 class UndecidedEntries:
@@ -156,6 +198,7 @@ class UndecidedEntries:
     def __init__(self, directory: Path) -> None:
         """Keep them in the directory that the merge writes to."""
         self._folder = directory / _FOLDER
+        self._of_worker = threading.local()
 
     def of(self, item: Item) -> LeftOpen:
         """Where an item that is to be merged leaves its own.
@@ -165,7 +208,9 @@ class UndecidedEntries:
         """
         with output_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
-        return LeftOpen(self._path(item.number))
+        if not hasattr(self._of_worker, "waiting"):
+            self._of_worker.waiting = Waiting()
+        return LeftOpen(self._path(item.number), self._of_worker.waiting)
 
     def decide(self, items: Sequence[Item], writer: CheckpointWriter, work: Work) -> None:
         """Count the votes of all items, and give undecided entries the sign of the majority.
@@ -214,15 +259,16 @@ class UndecidedEntries:
 def waiting_bytes(item: Item) -> int:
     """Memory of the undecided entries of an item that wait for their file, at most."""
     block = max(BLOCK, *(chunk.spec.shape[-1] for chunk in item.chunks if chunk.spec.shape), 0)
-    entries = min(FILE_ENTRIES + FEW + block, sum(chunk.numel for chunk in item.chunks))
-    return _BYTES_WAITING * entries
+    entries = sum(chunk.numel for chunk in item.chunks)
+    there_and_in_a_file = 3 * BYTES_ON_DISK * min(FILE_ENTRIES, entries)
+    return there_and_in_a_file + _BYTES_TOLD * min(block, entries)
 
 
 def disk_bytes(chunks: Iterable[Chunk]) -> int:
     """Bytes of the files of these chunks' undecided entries, if all are: the most there can be."""
     return sum(
         BYTES_ON_DISK * chunk.numel
-        + (chunk.numel // FEW + 2) * (_HEADER_BYTES + 3 * len(chunk.spec.name.encode()))
+        + (chunk.numel // FILE_ENTRIES + 2) * (_HEADER_BYTES + 3 * len(chunk.spec.name.encode()))
         for chunk in chunks
     )
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from personae._memory import give_back_freed
 from personae.errors import BudgetError, RecipeError
 
 Item = TypeVar("Item")
@@ -21,7 +22,7 @@ Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
 
-_KEPT = 11 << 20
+_SMALL = 16 << 20
 _MOST_KEPT = 208 << 20
 
 
@@ -158,11 +159,11 @@ def default_workers() -> int:
 def held_at_once(costs: Iterable[int], workers: int, memory: int | None) -> int:
     """Peak memory of the largest items that workers can have under way within the bound.
 
-    The C library keeps some of what is freed, and BLAS some for itself: an eighth, as measured
-    (`benchmarks/memory.py`), up to a limit; that is in no bound.
+    The C library keeps some of what is freed, and BLAS some for itself: of large items an eighth,
+    as measured (`benchmarks/memory.py`), up to a limit; that is in no bound.
     """
     largest = heapq.nlargest(workers, costs)
-    kept = sum(_KEPT + min(cost // 8, _MOST_KEPT) for cost in largest)
+    kept = sum(min(max(cost - _SMALL, 0) // 8, _MOST_KEPT) for cost in largest)
     return kept + (sum(largest) if memory is None else min(sum(largest), memory))
 
 
@@ -189,4 +190,5 @@ def _single_threaded(workers: int) -> Generator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        give_back_freed()
         torch.set_num_threads(before)  # the setting is per thread and per process at once

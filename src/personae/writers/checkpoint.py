@@ -41,6 +41,8 @@ _CODES = {
     torch.uint64: "U64",
 }
 _MOST_AT_ONCE = 1 << 30  # some systems refuse 2 GiB
+_REPLACED_AT_ONCE = 1 << 20
+"""Bytes of a file that are read to write single values into them."""
 _LAYOUT_ORDER = {dtype: -place for place, dtype in enumerate(_CODES)}
 
 SHARD_BYTES = 5_000_000_000
@@ -217,15 +219,19 @@ class CheckpointWriter:
             OutputError: if the disk refuses.
             MethodError: if a value does not fit in that dtype, or is computed and not finite.
         """
-        first, last = int(entries[0]), int(entries[-1])
         for spec, file, offset, _ in self._everywhere(name):
-            offset += first * spec.dtype.itemsize
-            with output_errors(Path(file.name)):
-                held = _read_at(file, (last + 1 - first) * spec.dtype.itemsize, offset)
-                torch.frombuffer(held, dtype=spec.dtype)[entries - first] = cast(
-                    values, spec, spec.name in self._computed
-                )
-                _write_at(file, held, offset)
+            size, start = spec.dtype.itemsize, 0
+            while start < len(entries):
+                first = int(entries[start])
+                stop = int(torch.searchsorted(entries, first + _REPLACED_AT_ONCE // size))
+                places, start = slice(start, stop), stop
+                at = offset + first * size
+                with output_errors(Path(file.name)):
+                    held = _read_at(file, (int(entries[stop - 1]) + 1 - first) * size, at)
+                    torch.frombuffer(held, dtype=spec.dtype)[entries[places] - first] = cast(
+                        values[places], spec, spec.name in self._computed
+                    )
+                    _write_at(file, held, at)
 
     def _everywhere(self, name: str) -> list[_Place]:
         """The places of one tensor: its own, and those of its copies."""
