@@ -96,6 +96,11 @@ class MergeJob:
         """What a tensor comes out in."""
         return self._dtypes[name]
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether rows are merged a block of entries at a time, straight from what is stored."""
+        return issubclass(self.method, Entrywise) and not self.method.of_models()
+
     @cached_property
     def pieces(self) -> Mapping[str, tuple[Sequence[Chunk], bool]]:
         """How each tensor is cut, and whether each piece is given whole to the method."""
@@ -133,29 +138,35 @@ class MergeJob:
         if chunk.spec.name not in self.merged:
             return 8 * chunk.numel
         experts = self.stacks.experts
-        in_blocks = issubclass(self.method, Entrywise) and not self.method.of_models()
-        if not undivided and in_blocks:
+        if not undivided and self.in_blocks:
             name = chunk.spec.name
             narrow = self.method_of(name).coefficients(experts) if self.is_narrow(name) else None
             dtype = self.dtype_of(name)
             cast = 0 if stored_bytes(dtype) == dtype.itemsize else dtype.itemsize
             written = (stored_bytes(dtype) + cast) * chunk.numel
             row = self.method_of(name).row_entries(self.stacks.site(chunk))
-            merging = self.stacks.blocks_bytes(chunk, narrow, row) + written
-            return max(merging, self._counting_bytes(chunk, row))
+            return self.stacks.blocks_bytes(chunk, narrow, row) + written
         if not undivided:
-            most = self.method.row_bytes(chunk.numel, experts)
-            return most + most // 8  # holes between PyTorch's own blocks, as measured
+            return self.method.row_bytes(chunk.numel, experts)
         method = self.method_of(chunk.spec.name)
         return method.whole_bytes(self.stacks.site(chunk), experts)
 
-    def _counting_bytes(self, chunk: Chunk, row: int) -> int:
-        """Memory of passes that count much of a chunk: of a part of it, of its item and of all."""
+    def counting_bytes(self, item: Item) -> int:
+        """Peak bytes of an item in passes that count much: of a part of it, of it and of all.
+
+        Headers tell no more than the most there can be, so that it is in no bound.
+        """
         first = self._first_pass
-        if first is None or not first.term_bytes:
+        if first is None or not first.term_bytes or not self.in_blocks:
             return 0
-        part = parts_read(first._replace(sample=1), chunk)[0]
-        return self.stacks.blocks_bytes(part, None, row) + 3 * first.term_bytes
+        counted = first._replace(sample=1)
+        parts = [(parts_read(counted, chunk)[0], self.stacks.site(chunk)) for chunk in item.chunks]
+        rows = [self.method_of(part.spec.name).row_entries(site) for part, site in parts]
+        reading = (
+            self.stacks.blocks_bytes(part, None, row)
+            for (part, _), row in zip(parts, rows, strict=True)
+        )
+        return max(reading) + 3 * first.term_bytes
 
     @cached_property
     def _first_pass(self) -> Pass | None:

@@ -167,6 +167,8 @@ def _plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
     """
     costs = [job.cost(item) for item in job.items]
     check_memory(max(costs, default=0), work.memory, "The largest tensor")
+    peaks = list(map(max, costs, map(job.counting_bytes, job.items)))
+    in_loops = job.in_blocks and not job.method.multiplies
     family = job.family
     own = [family.base] if family.has_base else []
     checkpoints = [*own, *(expert.checkpoint for expert in family.experts.values())]
@@ -185,7 +187,7 @@ def _plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
         bytes_read=bytes_in * (1 + passes),
         bytes_out=sum(spec.nbytes for spec in with_copies(job.specs, copies)),
         undecided_bytes=job.undecided_bytes(work.threads),
-        peak_memory=held_at_once(costs, work.threads, work.memory),
+        peak_memory=held_at_once(peaks, work.threads, work.memory, in_loops=in_loops),
         largest=max(costs, default=0),
         workers=work.threads,
         items=len(job.items),

@@ -17,7 +17,7 @@ from torch import Tensor
 from personae import kernels
 from personae._memory import uninitialised
 from personae.commands.merge_job import MergeJob
-from personae.family.chunks import Chunk
+from personae.family.chunks import Chunk, parts_of
 from personae.family.effects import PROBED, Effect, any_entry, differs, effect_of
 from personae.family.finite import is_finite
 from personae.methods import (
@@ -46,6 +46,10 @@ class Rows(NamedTuple):
     value: Float[Tensor, "..."]
     finite: bool
     effect: Effect
+
+
+_PARTS = 8
+"""In how many parts a chunk that comes out as the base's is looked at again."""
 
 
 class _Formed(NamedTuple):
@@ -79,11 +83,11 @@ def merge_rows(
         told.append(left_open.of(chunk, blocks))
         return told[-1]
 
-    def in_fp32() -> Tensor:
-        if rows.value.dtype == torch.float32:
+    def in_fp32(part: Chunk) -> Tensor:
+        if rows.value.dtype == torch.float32 and part == chunk:
             return rows.value
         again = None if left_open is None else lambda _: Undecided()
-        return _form(job, statistics, chunk, torch.float32, again).value
+        return _form(job, statistics, part, torch.float32, again).value
 
     dtype = job.dtype_of(chunk.spec.name)
     rows = _form(job, statistics, chunk, dtype, None if left_open is None else tell)
@@ -91,7 +95,7 @@ def merge_rows(
         one.done()
         asked = asked and not one.count  # what is decided late changes them
     if not rows.finite:
-        rows = rows._replace(value=in_fp32())  # the writer says what does not fit
+        rows = rows._replace(value=in_fp32(chunk))  # the writer says what does not fit
     effect = _effect(job, chunk, rows, in_fp32) if asked else "+"
     return Rows(rows.value, rows.finite, effect)
 
@@ -135,14 +139,17 @@ def _form(
         told = None if tell is None else tell(blocks)
         merged = method.merge_blocks(blocks, statistics or {}, site, told)
         largest = _store(merged, blocks, as_stored(value))
-        changed = partial(getattr, blocks, "changed")
+        changed = partial(bool, blocks.changed)  # without the blocks, which hold models' values
     return _Formed(value, largest < ROUNDS_TO_INFINITY[value.dtype], changed)
 
 
-def _effect(job: MergeJob, chunk: Chunk, rows: _Formed, in_fp32: Callable[[], Tensor]) -> Effect:
+def _effect(
+    job: MergeJob, chunk: Chunk, rows: _Formed, in_fp32: Callable[[Chunk], Tensor]
+) -> Effect:
     """What shows of the experts' changes: mostly told by a few entries of the base.
 
-    What is lost is rare enough for all to be read again: do more than roundings differ?
+    What is lost is rare enough for all to be read again, a part at a time: do more than roundings
+    differ?
     """
     if not rows.changed():
         return "."
@@ -151,10 +158,15 @@ def _effect(job: MergeJob, chunk: Chunk, rows: _Formed, in_fp32: Callable[[], Te
     few = rows.value[: head.stop - head.start] if chunk.spec.shape else rows.value
     if differs(few, stacks.reference(head), dtype):
         return "+"
-    reference = stacks.reference(chunk)
-    if differs(rows.value, reference, dtype):
+    if differs(rows.value, stacks.reference(chunk), dtype):
         return "+"
-    return effect_of(in_fp32(), reference, dtype, partial(stacks.changed, chunk, reference))
+    seen: set[Effect] = set()
+    for part in parts_of(chunk, _PARTS):
+        reference = stacks.reference(part)
+        changed = partial(stacks.changed, part, reference)
+        seen.add(effect_of(in_fp32(part), reference, dtype, changed))
+    told: tuple[Effect, ...] = ("+", "~", "0", ".")
+    return next(effect for effect in told if effect in seen)
 
 
 def _are_apart(models: Sequence[Tensor]) -> bool:

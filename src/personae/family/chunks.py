@@ -7,7 +7,7 @@ costs nothing beside the work. Both follow from headers and method alone, never 
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from personae._types import TensorSpec
 from personae.methods import stacked_matrices
@@ -64,6 +64,16 @@ def whole_or_matrices(spec: TensorSpec) -> list[Chunk]:
     """All of a tensor as one chunk, or the matrices of a stack as one each."""
     matrices = stacked_matrices(spec.name, spec.shape)
     return [Chunk(spec, m.start, m.stop, is_matrix=True) for m in matrices] or [whole(spec)]
+
+
+def parts_of(chunk: Chunk, count: int) -> list[Chunk]:
+    """A chunk of a matrix or stack in at most so many parts, by rows; of anything else itself."""
+    rows = chunk.stop - chunk.start
+    if len(chunk.spec.shape) < 2 or rows < 2:
+        return [chunk]
+    step = -(-rows // count)
+    starts = range(chunk.start, chunk.stop, step)
+    return [replace(chunk, start=start, stop=min(start + step, chunk.stop)) for start in starts]
 
 
 def rows_of(spec: TensorSpec, whole_vectors: bool = False) -> Iterator[Chunk]:

@@ -31,6 +31,7 @@ class FromGram(Linear):
     """
 
     rows: ClassVar[tuple[int, int]] = (0, 16)
+    multiplies: ClassVar[bool] = True
     usual_passes: ClassVar[int] = 1
     default_scope: ClassVar[Scope] = "tensor"
 

@@ -112,6 +112,8 @@ class MergeMethod(Parameters, ABC):
     """How many of these it takes; None for any number."""
     degenerates: ClassVar[str] = ""
     """On difference vectors, what it amounts to; empty if to nothing simpler."""
+    multiplies: ClassVar[bool] = True
+    """Whether it multiplies matrices: BLAS keeps memory for that."""
     usual_passes: ClassVar[int] = 0
     """How many passes it usually takes, without those that are answered late."""
     model_wide: ClassVar[tuple[str, ...]] = ()
@@ -322,6 +324,8 @@ class MergeMethod(Parameters, ABC):
 
 class Entrywise(MergeMethod):
     """Each entry of the result from that entry of the task vectors, and statistics."""
+
+    multiplies: ClassVar[bool] = False
 
     @abstractmethod
     def merge_blocks(

@@ -1,7 +1,6 @@
 """Takes the passes of a merge method or codec: over a family, one expert, or one tensor."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from personae._safetensors import load_safetensors
 from personae.errors import CheckpointError, Faults
-from personae.family.chunks import Chunk, Item
+from personae.family.chunks import Chunk, Item, parts_of
 from personae.family.deltas import Deltas, Stacks
 from personae.family.finite import converging, is_finite
 from personae.methods import (
@@ -250,11 +249,7 @@ def _term(
 
 def parts_read(one: Pass, chunk: Chunk) -> list[Chunk]:
     """The parts of a chunk that a pass reads, one after the other: half of one with large terms."""
-    rows = chunk.stop - chunk.start
-    if not one.term_bytes or one.sample > 1 or rows < 2 or len(chunk.spec.shape) < 2:
-        return [chunk]
-    middle = chunk.start + -(-rows // 2)
-    return [replace(chunk, stop=middle), replace(chunk, start=middle)]
+    return parts_of(chunk, 2 if one.term_bytes and one.sample == 1 else 1)
 
 
 def _sampled(chunk: Chunk, sample: int) -> Chunk:

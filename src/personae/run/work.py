@@ -22,6 +22,8 @@ Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
 
+_BESIDE = 2 << 20
+_KEPT = 11 << 20
 _SMALL = 16 << 20
 _MOST_KEPT = 208 << 20
 
@@ -156,14 +158,19 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def held_at_once(costs: Iterable[int], workers: int, memory: int | None) -> int:
+def held_at_once(
+    costs: Iterable[int], workers: int, memory: int | None, *, in_loops: bool = False
+) -> int:
     """Peak memory of the largest items that workers can have under way within the bound.
 
-    The C library keeps some of what is freed, and BLAS some for itself: of large items an eighth,
-    as measured (`benchmarks/memory.py`), up to a limit; that is in no bound.
+    BLAS keeps some memory for itself, and the C library some of what PyTorch frees: of large items
+    an eighth, as measured (`benchmarks/memory.py`), up to a limit. That is in no bound. Where all
+    is done `in_loops`, on chunks in blocks of their own (`_memory.py`), nothing is kept.
     """
     largest = heapq.nlargest(workers, costs)
-    kept = sum(min(max(cost - _SMALL, 0) // 8, _MOST_KEPT) for cost in largest)
+    kept = _BESIDE
+    if not in_loops:
+        kept += sum(_KEPT + min(max(cost - _SMALL, 0) // 8, _MOST_KEPT) for cost in largest)
     return kept + (sum(largest) if memory is None else min(sum(largest), memory))
 
 
