@@ -157,10 +157,11 @@ class MergeJob:
         Headers tell no more than the most there can be, so that it is in no bound.
         """
         first = self._first_pass
-        if first is None or not first.term_bytes or not self.in_blocks:
+        merged = [chunk for chunk in item.chunks if chunk.spec.name in self.merged]
+        if not merged or first is None or not first.term_bytes or not self.in_blocks:
             return 0
         counted = first._replace(sample=1)
-        parts = [(parts_read(counted, chunk)[0], self.stacks.site(chunk)) for chunk in item.chunks]
+        parts = [(parts_read(counted, chunk)[0], self.stacks.site(chunk)) for chunk in merged]
         rows = [self.method_of(part.spec.name).row_entries(site) for part, site in parts]
         reading = (
             self.stacks.blocks_bytes(part, None, row)
