@@ -56,3 +56,10 @@ def test_against_fp64_and_through_files(scale: float, tmp_path, monkeypatch: pyt
 def test_it_is_between_two():
     with pytest.raises(MethodError, match="arcee_fusion is between two models, and here are 3"):
         arcee_fusion(torch.ones(3, 2))
+
+
+def test_importances_beyond_float32_are_told():
+    """A change of 3e38 in a row that moved by more than log 3: the product is above 3.4e38."""
+    models = torch.tensor([[[0.0, 0, 0, 100]], [[3e38, 0, 0, 0]]])
+    with pytest.raises(MethodError, match="exceeds the range of float32"):
+        ArceeFusion()(models)

@@ -138,7 +138,8 @@ def _form(
         blocks = stacks.blocks(chunk).in_rows(method.row_entries(site))
         told = None if tell is None else tell(blocks)
         merged = method.merge_blocks(blocks, statistics or {}, site, told)
-        largest = _store(merged, blocks, as_stored(value))
+        with np.errstate(over="ignore", invalid="ignore"):  # refused when it is written
+            largest = _store(merged, blocks, as_stored(value))
         changed = partial(bool, blocks.changed)  # without the blocks, which hold models' values
     return _Formed(value, largest < ROUNDS_TO_INFINITY[value.dtype], changed)
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from personae.errors import MethodError
 from personae.methods._deltas import DeltaBlocks
 from personae.methods._entries import Rank, Seen, Undecided, find_magnitudes
 from personae.methods._merge import RowWise, as_function
@@ -69,20 +70,29 @@ class ArceeFusion(RowWise):
         undecided: Undecided | None = None,
     ) -> Iterator[Float[ndarray, " entry"]]:
         """See `Entrywise.merge_blocks`."""
-        first, median, third = statistics["quartiles"].numpy()
-        threshold = median + np.float32(1.5) * (third - first)
+        first, median, third = statistics["quartiles"].tolist()
+        threshold = median + 1.5 * (third - first)
         for _, models in blocks:
             base, expert = models
             yield np.where(importance(models, site.row_entries) >= threshold, expert, base)
 
 
 def importance(models: Float[ndarray, "2 entry"], row: int) -> Float[ndarray, " entry"]:
-    """Of each entry of whole rows of the base and an expert: change times divergence."""
+    """Of each entry of whole rows of the base and an expert: change times divergence.
+
+    Raises:
+        MethodError: if one is beyond float32.
+    """
     base, expert = models.reshape(2, -1, row).astype(np.float64)
     q, p = _softmax(base) + _SMALLEST, _softmax(expert) + _SMALLEST
     divergence = (p * np.log(p / q)).sum(axis=1, keepdims=True)
     found = np.abs((expert - base) * divergence).reshape(-1)
-    return np.minimum(found, np.finfo(np.float32).max).astype(np.float32)
+    if found.max(initial=0) > np.finfo(np.float32).max:
+        raise MethodError(
+            "The importance of an entry (its change times the divergence of its row) exceeds the "
+            "range of float32, although the models are finite. Is the expert one of this base?"
+        )
+    return found.astype(np.float32)
 
 
 def _softmax(rows: Float[ndarray, "row entry"]) -> Float[ndarray, "row entry"]:
