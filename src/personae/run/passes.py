@@ -208,8 +208,8 @@ def _term_of_item(
             continue
         try:
             total = _total([_term(one, method, stacks, chunk, item.whole)], total)
-        except NotFinite:
-            faults += stacks.why_not_finite(chunk)
+        except NotFinite as error:
+            faults += error.faults or stacks.why_not_finite(chunk)
     return [] if total is None else [total], faults
 
 
