@@ -27,7 +27,7 @@ from personae.writers import CheckpointWriter, output_directory
 from setting import RUNS, machine, show
 
 EXPERTS = ("a", "b", "c")
-SIZES = {"0.5b": (896, 24, 4864, 128), "1.5b": (1536, 28, 8960, 256), "tiny": (64, 2, 128, 32)}
+SIZES = {"0.1b": (512, 12, 2048, 128), "0.5b": (896, 24, 4864, 128), "1.5b": (1536, 28, 8960, 256), "tiny": (64, 2, 128, 32)}
 VOCABULARY = 151_936
 METHODS: dict[str, dict[str, Any]] = {
     "average": {"merge_method": "linear", "parameters": {"weight": 1.0}},
