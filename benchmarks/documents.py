@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from merging import make_family, rest, run
+from merging import Taken, make_family, rest, run
 from setting import machine, show
 
 SUM = {"merge_method": "task_arithmetic", "base": True, "parameters": {"scale": 0.4}}
@@ -36,7 +36,9 @@ CHAINS: dict[str, list[tuple[dict[str, Any], str]]] = {
 def document(root: Path, method: dict[str, Any], models: str, name: str | None) -> dict[str, Any]:
     """One recipe, whose models in between are named, or lie in the family's folder."""
     places = [
-        f"step{model}" if model.isdigit() and name != "alone" else str(root / f"step{model}")
+        f"step{model}"
+        if model.isdigit() and name != "alone"
+        else str(root / f"step{model}")
         if model.isdigit()
         else str(root / model)
         for model in models.split()
@@ -52,13 +54,13 @@ def document(root: Path, method: dict[str, Any], models: str, name: str | None) 
     return content if name in (None, "alone") else content | {"name": name}
 
 
-def timed(root: Path, documents: list[dict[str, Any]], out: Path) -> float:
-    """Seconds of a whole command, without the wait for the disk to settle before it."""
+def timed(root: Path, documents: list[dict[str, Any]], out: Path) -> Taken:
+    """What a whole command takes, without the wait for the disk to settle before it."""
     recipe = root / "recipe.yaml"
     recipe.write_text(yaml.safe_dump_all(documents), "utf-8")
     shutil.rmtree(out, ignore_errors=True)
     rest()
-    return run([Path(sys.executable).parent / "personae", "merge", recipe, out]).wall
+    return run([Path(sys.executable).parent / "personae", "merge", recipe, out])
 
 
 def main(
@@ -73,8 +75,8 @@ def main(
     for chain in chains.split(";"):
         steps = CHAINS[chain]
         last = len(steps) - 1
-        together: list[float] = []
-        alone: list[list[float]] = [[] for _ in steps]
+        together: list[Taken] = []
+        alone: list[list[Taken]] = [[] for _ in steps]
         for _ in range(turns):
             for n, (method, models) in enumerate(steps):
                 out = root / ("out" if n == last else f"step{n}")
@@ -86,16 +88,14 @@ def main(
             together.append(timed(root, documents, root / "out"))
         for n in range(last):
             shutil.rmtree(root / f"step{n}")
-        longest = max(map(median, alone))
-        rows.append(
-            {
-                "chain": chain,
-                "together_s": median(together),
-                "longest_s": longest,
-                "one_after_other_s": sum(map(median, alone)),
-                "over_longest": median(together) / longest,
-            }
-        )
+        row: dict[str, Any] = {"chain": chain}
+        for what in ("wall", "cpu"):
+            whole = median(getattr(taken, what) for taken in together)
+            each = [median(getattr(taken, what) for taken in one) for one in alone]
+            row |= {f"{what}_s": whole, f"{what}_longest_s": max(each), f"{what}_sum_s": sum(each)}
+            row[f"{what}_over_longest"] = whole / max(each)
+        row["anonymous_mib"] = max(taken.anonymous_mib for taken in together)
+        rows.append(row)
     if as_json:
         typer.echo(json.dumps({"rows": rows, "machine": machine()}, indent=2))
     else:

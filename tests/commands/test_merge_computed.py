@@ -1,21 +1,25 @@
 """Models in between that are merged as they are read: to the byte what their files would hold."""
 
-import threading
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from families import listing, saved, small_base, tuned
+from families import State, listing, saved, small_base, tuned
+from personae.checkpoints import open_checkpoint
 from personae.commands import merge_documents
 from personae.commands.merge_computed import ComputedModel, computed_as_read
 from personae.commands.merge_documents import merge_recipes, plan_recipes
+from personae.commands.merge_parts import open_parts
 from personae.errors import BudgetError, CheckpointError, MethodError
 from personae.family import chunks
 from personae.recipe import read_merge_recipes
 from personae.run.work import Work
+from toy_vocabularies import model, tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LINEAR = "merge_method: linear, conventions: papers, models: [{model: a}, {model: b}]"
@@ -114,9 +118,7 @@ LAST = f"{SUM}, models: [{{model: between}}, {{model: d}}], parameters: {{scale:
 
 
 @pytest.mark.parametrize("between", TWO.values(), ids=TWO)
-def test_two_recipes(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: str
-):
+def test_two_recipes(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: str):
     documents = document(LAST), document(between, "between")
     both_ways(models, tmp_path, monkeypatch, *documents, computed="between")
 
@@ -128,7 +130,8 @@ def test_two_recipes(
         f"{TIES}, models: [{{model: between}}, {{model: c}}, {{model: d}}]",
         "merge_method: linear, models: [{model: between}, {model: d, parameters: {weight: 3}}], "
         "parameters: {weight: 1}",
-        f"{SUM}, models: [{{model: c}}, {{model: d}}]".replace("base_model: base", "base_model: between"),
+        "merge_method: task_arithmetic, conventions: papers, base_model: between, models: "
+        "[{model: c}, {model: d}]",
     ],
     ids=["matrices", "passes over the model", "no base", "as the base"],
 )
@@ -159,8 +162,10 @@ CHAINS = {
     "matrices written beneath one that is computed": (
         "two",
         document(LAST.replace("between", "two")),
-        document("merge_method: linear, models: [{model: one}, {model: b}], parameters: "
-                 "{weight: 1}", "two"),
+        document(
+            "merge_method: linear, models: [{model: one}, {model: b}], parameters: {weight: 1}",
+            "two",
+        ),
         document(f"merge_method: tsv_m, {WITH_BASE}, models: [{{model: a}}, {{model: b}}]", "one"),
     ),
 }
@@ -172,3 +177,230 @@ def test_three_recipes(
 ):
     computed, *documents = chain
     both_ways(models, tmp_path, monkeypatch, *documents, computed=computed)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return family(tmp_path / "models", torch.float32)
+
+
+def test_an_adapter_on_a_model_in_between(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["layer"]}
+    factors = {"lora_A": torch.randn(2, 12), "lora_B": torch.randn(16, 2)}
+    saved({}, tmp_path / "lora")
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps(config))
+    named = {f"base_model.model.layer.{n}.weight": tensor for n, tensor in factors.items()}
+    save_file(named, tmp_path / "lora/adapter_model.safetensors")
+    (tmp_path / "lora/model.safetensors").unlink()
+    last = LAST.replace("between", f"between+{tmp_path / 'lora'}")
+    documents = document(last), document(TWO["a sum"], "between")
+    both_ways(small, tmp_path, monkeypatch, *documents, computed="between")
+    assert ".out.between" not in (tmp_path / "out/README.md").read_text()
+
+
+def stack_of_layers(seed: int) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {f"model.layers.{n}.q_proj.weight": (12, 16) for n in range(4)}
+    shapes["model.embed_tokens.weight"] = (20, 16)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+SLICES = (
+    "slices: [{sources: [{model: ONE, layer_range: [0, 2]}]}, "
+    "{sources: [{model: c, layer_range: [2, 4]}]}]"
+)
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        (
+            document(f"merge_method: passthrough, {SLICES.replace('ONE', 'between')}"),
+            document(LINEAR, "between"),
+        ),
+        (
+            document(
+                "merge_method: linear, parameters: {weight: 1}, "
+                "models: [{model: between}, {model: b}]"
+            ),
+            document(f"merge_method: passthrough, {SLICES.replace('ONE', 'a')}", "between"),
+        ),
+    ],
+    ids=["of it", "in it"],
+)
+def test_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: tuple[str, str]):
+    for seed, name in enumerate(("base", *"abcd")):
+        config = json.dumps({"num_hidden_layers": 4})
+        saved(stack_of_layers(seed), tmp_path / "models" / name, config)
+    both_ways(tmp_path / "models", tmp_path, monkeypatch, *documents, computed="between")
+
+
+@pytest.mark.parametrize("reader", ["union", ""])
+def test_a_union_of_vocabularies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str):
+    """Rows are merged apart in a model; whoever picks rows of one has it written."""
+    words = {"base": (), "a": ("<p>",), "b": ("<p>", "<q>"), "c": ("<q>",), "d": ()}
+    for name, added in words.items():
+        model(tmp_path / "models" / name, 4 + len(added), tokenizer(*added))
+    between = "merge_method: linear, parameters: {weight: 1}, tokenizer_source: union, models: "
+    last = "merge_method: linear, parameters: {weight: 1}, models: [{model: between}, {model: b}]"
+    documents = (
+        document(last + (", tokenizer_source: union" if reader else "")),
+        document(between + "[{model: a}, {model: c}]", "between"),
+    )
+    computed = "" if reader else "between"
+    both_ways(tmp_path / "models", tmp_path, monkeypatch, *documents, computed=computed)
+
+
+def refused(
+    folder: Path, into: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception], *docs: str
+) -> str:
+    """What is said; the same where every model in between is written."""
+    with pytest.raises(error) as caught:
+        merged(folder, into / "out", *docs)
+    with monkeypatch.context() as patch, pytest.raises(error) as written:
+        patch.setattr(merge_documents, "computed_as_read", lambda _: frozenset())
+        merged(folder, into / "written", *docs)
+    assert sorted(str(caught.value).split()) == sorted(str(written.value).split())
+    assert not [path.name for path in into.iterdir() if path.name.endswith(".between")]
+    return str(caught.value)
+
+
+LEFT_ALONE = (
+    "merge_method: task_arithmetic, conventions: papers, base_model: between, only: [embed*], "
+    "models: [{model: d}]"
+)
+
+
+@pytest.mark.parametrize("between", ["a sum", "ties over the model", "ties over each tensor"])
+@pytest.mark.parametrize("last", [LAST, LEFT_ALONE], ids=["merged", "left alone"])
+def test_values_that_are_not_finite(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: str, last: str
+):
+    odd = tuned(small_base(), 1)
+    odd["layer.weight"][3, 4] = torch.nan
+    odd["layer.bias"][:2] = torch.inf
+    shutil.rmtree(small / "a")
+    wide = load_file(small / "b/model.safetensors")["wide.weight"]
+    saved(odd | {"wide.weight": wide}, small / "a")
+    documents = document(last), document(TWO[between], "between")
+    told = refused(small, tmp_path, monkeypatch, CheckpointError, *documents)
+    assert "between: Expert 'a': tensor 'layer.weight' holds 1 value(s) that are NaN" in told
+    assert "between: Expert 'a': tensor 'layer.bias' holds 2 value(s) that are NaN" in told
+
+
+def test_values_beyond_the_dtype(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    between = f"{SUM}, {THREE}, only: [scale], dtype: float16, parameters: {{scale: 1e8}}"
+    last = f"{LAST}, dtype: float32"
+    documents = document(last), document(between, "between")
+    told = refused(small, tmp_path, monkeypatch, MethodError, *documents)
+    assert "between: Tensor 'scale' holds" in told
+
+
+def test_what_is_lost_in_between_is_told(small: Path, tmp_path: Path):
+    notes: list[str] = []
+    between = f"{TIES}, {THREE}, parameters: {{scale: 0.0}}"
+    work = Work(note=notes.append)
+    merged(small, tmp_path / "out", document(LAST), document(between, "between"), work=work)
+    (told,) = [note for note in notes if "merged to exactly 0" in note]
+    assert "conv.weight, embed.weight, layer.bias, layer.weight, scale and 1 more" in told
+
+
+def test_an_interrupted_run_goes_on(small: Path, tmp_path: Path):
+    documents = document(LAST), document(TWO["ties over the model"], "between")
+    expected = merged(small, tmp_path / "whole", *documents)
+
+    def stop(stage: str, done: int, _: int) -> None:
+        if stage == "merging (task_arithmetic)" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merged(small, tmp_path / "out", *documents, work=Work(workers=1, progress=stop))
+    assert not (tmp_path / ".out.between").exists()
+    notes: list[str] = []
+    assert merged(small, tmp_path / "out", *documents, work=Work(note=notes.append)) == expected
+    assert any("going on with an interrupted run: 2 of" in note for note in notes)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_nothing_of_it_is_written(small: Path, tmp_path: Path):
+    """Its file is as long as it would be, and takes no room."""
+    seen: list[tuple[int, int]] = []
+
+    def look(stage: str, done: int, _: int) -> None:
+        if stage == "merging (task_arithmetic)" and done:
+            status = (tmp_path / ".out.between/between/model.safetensors").stat()
+            seen.append((status.st_size, status.st_blocks * 512))
+
+    big = {"wide.weight": torch.ones(512, 1024)}
+    for name in ("base", *"abcd"):
+        shutil.rmtree(small / name)
+        saved(big, small / name)
+    documents = document(LAST), document(LINEAR, "between")
+    merged(small, tmp_path / "out", *documents, work=Work(progress=look))
+    size, room = seen[-1]
+    assert size > 512 * 1024 * 4
+    assert room < size / 10
+
+
+def test_the_plan_tells_memory_and_what_is_written(small: Path, tmp_path: Path):
+    documents = (
+        document(f"{SUM}, models: [{{model: one}}, {{model: two}}]"),
+        document(LINEAR, "one"),
+        document(f"merge_method: tsv_m, {WITH_BASE}, models: [{{model: c}}, {{model: d}}]", "two"),
+    )
+    recipe = small / "plan.yaml"
+    recipe.write_text("\n---\n".join(documents))
+    recipes = read_merge_recipes(recipe)
+    plans = plan_recipes(recipes, Work(workers=1))
+    assert {name: plan.computed for name, plan in plans.items()} == {
+        "one": True,
+        "two": False,
+        "the output": False,
+    }
+    assert plans["one"].bytes_out == 0
+    assert plans["two"].bytes_out == plans["the output"].bytes_out > 0
+    alone = document(f"{SUM}, models: [{{model: a}}, {{model: b}}]")
+    recipe.write_text(alone)
+    (single,) = plan_recipes(read_merge_recipes(recipe), Work(workers=1)).values()
+    assert plans["the output"].largest == single.largest + plans["one"].largest
+    with pytest.raises(BudgetError, match="the bound is"):
+        plan_recipes(recipes, Work(memory=plans["the output"].largest - 1))
+
+
+def test_which_are_computed(small: Path):
+    def computed(*documents: str) -> str:
+        recipe = small / "recipe.yaml"
+        recipe.write_text("\n---\n".join(documents))
+        return " ".join(sorted(computed_as_read(read_merge_recipes(recipe))))
+
+    ties = document(f"{TIES}, {THREE}", "between")
+    linear = document(LINEAR, "between")
+    matrices = document(f"merge_method: tsv_m, {WITH_BASE}, {THREE}", "between")
+    by_passes = document(f"{TIES}, models: [{{model: between}}, {{model: d}}]")
+    assert computed(document(LAST), ties) == "between"
+    assert computed(document(LAST), matrices) == ""
+    assert computed(by_passes, ties) == ""  # its passes would be taken, and it merged, twice
+    assert computed(by_passes, linear) == "between"
+    thrice = "models: [{model: between}, {model: between, name: n}, {model: between, name: m}]"
+    assert computed(document(f"{SUM}, {thrice}"), linear) == ""
+    assert computed(document(f"{LAST}, tokenizer_source: union"), linear) == ""
+
+
+def test_read_by_many_threads_at_once(small: Path, tmp_path: Path):
+    """Passes over one tensor are taken once, whoever asks first."""
+    recipe = small / "recipe.yaml"
+    recipe.write_text("\n---\n".join([document(TWO["ties over each tensor"])]))
+    (read,) = read_merge_recipes(recipe)
+    merge_recipes([read], tmp_path / "expected")
+    expected = load_file(tmp_path / "expected/model.safetensors")
+    with open_parts(read.parts, at_once=True) as opened:
+        hollow = open_checkpoint(tmp_path / "expected")
+        computed = ComputedModel("between", hollow, opened, Work())
+        names = [name for name in expected for _ in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(computed.read, names))
+        for name, tensor in zip(names, found, strict=True):
+            assert torch.equal(tensor, expected[name]), name
+        assert torch.equal(computed.read_rows("wide.weight", 5, 17), expected["wide.weight"][5:17])

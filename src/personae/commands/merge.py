@@ -497,8 +497,11 @@ def merge_card(
 
 
 def _renamed(source: Source, between: Mapping[str, Between]) -> Source:
-    known = between.get(source.place)
-    return source if known is None else replace(source, place=known.name)
+    for place, known in between.items():
+        rest = source.place.removeprefix(place)
+        if rest != source.place and rest[:1] in ("", "+"):
+            return replace(source, place=known.name + rest)
+    return source
 
 
 def _sources(opened: OpenedParts) -> list[Source]:

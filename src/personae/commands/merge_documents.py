@@ -21,7 +21,7 @@ from personae.commands.merge import Between, identity_of, merge_parts, tell_lost
 from personae.commands.merge_computed import ComputedModel, computed_as_read
 from personae.commands.merge_parts import OpenedParts, open_parts
 from personae.commands.merge_plan import MergePlan, plan_parts
-from personae.errors import CheckpointError, Faults, PersonaeError
+from personae.errors import CheckpointError, Faults, MethodError, PersonaeError
 from personae.family.opened import Family
 from personae.methods import NotFinite
 from personae.recipe import MergePart, MergeRecipe
@@ -242,6 +242,7 @@ def _telling(name: str | None) -> Generator[None, None, None]:
 
     Raises:
         CheckpointError: with the name before each fault.
+        MethodError: likewise, where a value does not fit in its dtype.
     """
     faults = Faults()
     try:
@@ -250,10 +251,10 @@ def _telling(name: str | None) -> Generator[None, None, None]:
         for fault in error.faults:
             faults.add(fault)
         faults.raise_if_any(CheckpointError)
-    except CheckpointError as error:
+    except (CheckpointError, MethodError) as error:
         for fault in error.faults or (str(error),):
             faults.add(fault if name is None else f"{name}: {fault}")
-        faults.raise_if_any(CheckpointError)
+        faults.raise_if_any(type(error))
 
 
 def _merge(
