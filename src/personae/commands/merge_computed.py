@@ -201,9 +201,9 @@ class ComputedModel:
         method, stacks = job.method_of(name), job.stacks
         if method.of_models() or (method.whole_rows and len(chunk.spec.shape) == 1):
             return False
-        coefficients = method.coefficients(stacks.experts)
-        is_sum = coefficients is not None and job.is_narrow(name)
-        return stacks.are_stored(chunk) or (is_sum and stacks.is_sum(chunk, coefficients))
+        coefficients = method.coefficients(stacks.experts) if job.is_narrow(name) else None
+        is_sum = coefficients is not None and stacks.is_sum(chunk, coefficients)
+        return is_sum or stacks.are_stored(chunk)
 
     def _merged(self, chunk: Chunk) -> Tensor:
         """A chunk as the model's file would hold it.
