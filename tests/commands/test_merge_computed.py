@@ -184,8 +184,17 @@ def small(tmp_path: Path) -> Path:
     return family(tmp_path / "models", torch.float32)
 
 
+@pytest.mark.parametrize(
+    "last",
+    [
+        LAST.replace("between", "between+FOLDER/lora"),
+        "merge_method: task_arithmetic, conventions: papers, base_model: between, models: "
+        "[{model: FOLDER/lora}, {model: d}]",
+    ],
+    ids=["merged into it", "an expert beside it"],
+)
 def test_an_adapter_on_a_model_in_between(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ):
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["layer"]}
     factors = {"lora_A": torch.randn(2, 12), "lora_B": torch.randn(16, 2)}
@@ -194,8 +203,7 @@ def test_an_adapter_on_a_model_in_between(
     named = {f"base_model.model.layer.{n}.weight": tensor for n, tensor in factors.items()}
     save_file(named, tmp_path / "lora/adapter_model.safetensors")
     (tmp_path / "lora/model.safetensors").unlink()
-    last = LAST.replace("between", f"between+{tmp_path / 'lora'}")
-    documents = document(last), document(TWO["a sum"], "between")
+    documents = document(last.replace("FOLDER", str(tmp_path))), document(TWO["a sum"], "between")
     both_ways(small, tmp_path, monkeypatch, *documents, computed="between")
     assert ".out.between" not in (tmp_path / "out/README.md").read_text()
 

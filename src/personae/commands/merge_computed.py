@@ -52,7 +52,7 @@ def computed_as_read(recipes: Sequence[MergeRecipe]) -> frozenset[str]:
             continue
         reads = 0
         for reader in recipes[n + 1 :]:
-            again = computed.get(str(reader.name), 1)
+            again = 1 if reader.name is None else computed.get(reader.name, 1)
             for part in reader.parts:
                 times = _reads(part.settings, at_once=reader.name in computed) * again
                 reads += times * _named_in(recipe.name, (part.base, *part.experts.values()))
