@@ -412,3 +412,34 @@ def test_read_by_many_threads_at_once(small: Path, tmp_path: Path):
         for name, tensor in zip(names, found, strict=True):
             assert torch.equal(tensor, expected[name]), name
         assert torch.equal(computed.read_rows("wide.weight", 5, 17), expected["wide.weight"][5:17])
+
+
+def test_an_output_layer_stored_beside_its_embedding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In some models it is a copy of it, in others a matrix of its own; config.json may not say."""
+    for seed, name in enumerate(("base", *"abcd")):
+        drawn = torch.Generator().manual_seed(seed)
+        embedding, other = torch.randn(2, 20, 16, generator=drawn)
+        for kind, output in (("copies", embedding), ("apart", other)):
+            state = {"model.embed_tokens.weight": embedding, "lm_head.weight": output.clone()}
+            saved(state, tmp_path / kind / "models" / name)
+    documents = document(LAST), document(TWO["a sum"], "between")
+    for kind in ("copies", "apart"):
+        folder = tmp_path / kind
+        both_ways(folder / "models", folder, monkeypatch, *documents, computed="between")
+        found = load_file(folder / "out/model.safetensors")
+        same = torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+        assert same == (kind == "copies")
+
+
+def test_modules_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    modules = [{"path": "", "type": "Transformer"}, {"path": "2_Dense", "type": "Dense"}]
+    for seed, name in enumerate(("base", *"abcd")):
+        folder = saved(tuned(small_base(), seed + 1), tmp_path / "models" / name)
+        (folder / "modules.json").write_text(json.dumps(modules))
+        drawn = torch.randn(8, 16, generator=torch.Generator().manual_seed(seed))
+        saved({"linear.weight": drawn}, folder / "2_Dense")
+    documents = document(LAST), document(TWO["a sum"], "between")
+    both_ways(tmp_path / "models", tmp_path, monkeypatch, *documents, computed="between")
+    assert load_file(tmp_path / "out/2_Dense/model.safetensors")["linear.weight"].shape == (8, 16)
