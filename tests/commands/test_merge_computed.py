@@ -72,7 +72,7 @@ def family(folder: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=DTYPES.values(), ids=DTYPES)
+@pytest.fixture(scope="module", params=DTYPES.values(), ids=[*DTYPES])
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return family(tmp_path_factory.mktemp("models"), request.param)
 
