@@ -27,7 +27,12 @@ from personae.writers import CheckpointWriter, output_directory
 from setting import RUNS, machine, show
 
 EXPERTS = ("a", "b", "c")
-SIZES = {"0.5b": (896, 24, 4864, 128), "1.5b": (1536, 28, 8960, 256), "tiny": (64, 2, 128, 32)}
+SIZES = {
+    "0.1b": (512, 12, 2048, 128),
+    "0.5b": (896, 24, 4864, 128),
+    "1.5b": (1536, 28, 8960, 256),
+    "tiny": (64, 2, 128, 32),
+}
 VOCABULARY = 151_936
 METHODS: dict[str, dict[str, Any]] = {
     "average": {"merge_method": "linear", "parameters": {"weight": 1.0}},
@@ -57,6 +62,11 @@ class Taken:
     user: float
     system: float
     anonymous_mib: float
+
+    @property
+    def cpu(self) -> float:
+        """Seconds of processor time."""
+        return self.user + self.system
 
 
 def qwen2_specs(size: str, tensors: int = 0, layers: int = 0) -> list[TensorSpec]:
@@ -255,7 +265,7 @@ def measure(root: Path, method: str, turns: int, theirs: Path | None, cold: bool
         "copy_s": median(copy.made for copy in copies),
         "synced_copy_s": median(copy.synced for copy in copies),
         "wall_s": median(t.wall for t in ours),
-        "cpu_s": median(t.user + t.system for t in ours),
+        "cpu_s": median(t.cpu for t in ours),
         "anonymous_mib": max(t.anonymous_mib for t in ours),
     }
     if others:

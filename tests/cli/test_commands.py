@@ -395,3 +395,19 @@ def test_an_interrupt_waits_for_no_worker(work, raised):
 def test_notes_are_not_folded_away_from_a_terminal(capsys):
     console.note("kept whole: " + "name " * 60)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_plan_of_several_recipes(work):
+    between = "{name: between, merge_method: METHOD, base_model: base, models: [{model: news}]}"
+    last = "{merge_method: average, base_model: base, models: [{model: between}]}"
+    Path("several.yaml").write_text(f"{last}\n---\n{between.replace('METHOD', 'average')}")
+    planned = facts("plan several.yaml")
+    assert planned["between"]["computed"]
+    assert planned["between"]["bytes_out"] == 0
+    assert planned["the output"]["bytes_out"] > 0
+    text = " ".join(done("plan several.yaml").split())
+    assert "is merged as it is read, and not written" in text
+    Path("several.yaml").write_text(f"{last}\n---\n{between.replace('METHOD', 'tsv_m')}")
+    text = " ".join(done("plan several.yaml").split())
+    assert "beside the output, removed when nothing more is merged from it" in text
+    assert "is merged as it is read" not in text

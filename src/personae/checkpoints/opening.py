@@ -36,7 +36,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def open_checkpoint(
-    source: str | Path | nn.Module | Mapping[str, Tensor],
+    source: str | Path | nn.Module | Mapping[str, Tensor] | Checkpoint,
     *,
     base: Checkpoint | None = None,
     as_stored: bool = False,
@@ -47,6 +47,7 @@ def open_checkpoint(
         source: A directory or file (safetensors or pickled state dict), a hub id
             `org/name[@revision]`, a module, or a mapping of names to tensors; or a model with an
             adapter merged into it, `MODEL+ADAPTER`. A path that exists is never taken for another.
+            What is open already is seen as any other.
         base: What an adapter sits on. A full checkpoint of a mixture of experts is read in its
             layout, one tensor an expert or stacks of all.
         as_stored: Opens an adapter as the tensors it stores; it needs no base then.
@@ -64,7 +65,7 @@ def open_checkpoint(
 
 
 def _open(
-    source: str | Path | nn.Module | Mapping[str, Tensor],
+    source: str | Path | nn.Module | Mapping[str, Tensor] | Checkpoint,
     base: Checkpoint | None,
     as_stored: bool,
 ) -> Checkpoint:
@@ -75,6 +76,8 @@ def _open(
     """
     if isinstance(source, nn.Module | Mapping):
         return InMemory(source)
+    if isinstance(source, Checkpoint):
+        return source
     text, path = str(source), Path(source)
     try:
         path = path.expanduser()
@@ -93,7 +96,7 @@ def _open(
         return _open_folder(hub_folder(text), base, as_stored)
     both = split_adapter(text, is_model)
     if both:
-        return _open_adapted(text, *both)
+        return open_adapted(text, *both)
     raise CheckpointError(_no_such_path(text, path))
 
 
@@ -118,8 +121,13 @@ def adapter_config_file(source: Any) -> Path | None:
     return found.locate(CONFIG_FILE) if CONFIG_FILE in found.names else None
 
 
-def _open_adapted(text: str, model: str, adapter: str) -> AdaptedModel:
+def open_adapted(text: str, model: str | Checkpoint, adapter: str) -> AdaptedModel:
     """Open a model and an adapter of it as one.
+
+    Args:
+        text: What both together are called.
+        model: The model.
+        adapter: What stands after the `+`.
 
     Raises:
         CheckpointError: There is no such model or adapter, or what stands after the `+` is none.
@@ -129,7 +137,7 @@ def _open_adapted(text: str, model: str, adapter: str) -> AdaptedModel:
     if adapter_of(merged) is None:
         raise CheckpointError(
             f"{text}: '{adapter}' is a whole model, and after a '+' stands an adapter of "
-            f"'{model}'. Give the whole model alone."
+            f"'{beneath.source}'. Give the whole model alone."
         )
     return AdaptedModel(text, merged, beneath)
 

@@ -191,11 +191,16 @@ def _print_merge(read: MergeRecipe, planned: MergePlan) -> None:
     rest = f"{len(planned.copied)} as in the base"
     if planned.adapter is not None:
         rest = f"into an adapter of {_adapter(planned.adapter, read.settings.energy is not None)}"
+    written = f"writes {size(planned.bytes_out)}"
+    if planned.computed:
+        written = "is merged as it is read, and not written"
+    elif read.name is not None:
+        written += " beside the output, removed when nothing more is merged from it"
     console.out.print(
         f"{planned.method} on {planned.vector} vectors: {planned.merged} tensors merged, "
         f"{rest}; {planned.parameters:,} parameters\n"
         f"reads {size(planned.bytes_in)} ({size(planned.bytes_read)} in all{passes}), "
-        f"writes {size(planned.bytes_out)}\n{waiting}"
+        f"{written}\n{waiting}"
         f"working memory at most {size(planned.peak_memory)} with {planned.workers} worker(s) on "
         f"{planned.items} items, the largest {size(planned.largest)}",
         markup=False,

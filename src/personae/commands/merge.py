@@ -3,7 +3,7 @@
 import hashlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import groupby
@@ -53,6 +53,19 @@ from personae.writers import (
 from personae.writers.model_card import CardFacts, Source, model_card
 
 
+@dataclass(frozen=True)
+class Between:
+    """A model that another recipe of the same file gives.
+
+    Attributes:
+        name: What recipes call it.
+        identity: What tells it from every other where its files do not: it is not written.
+    """
+
+    name: str
+    identity: Mapping[str, Any] | None = None
+
+
 def merge(
     base: Any,
     experts: Mapping[str, Any],
@@ -97,12 +110,13 @@ def merge_parts(
     parts: Sequence[MergePart],
     out: str | Path,
     *,
-    small_files: str | None = None,
+    small_files: str | Checkpoint | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     recipe: str | None = None,
     work: Work | None = None,
-    called: Mapping[str, str] | None = None,
+    between: Mapping[str, Between] | None = None,
+    beside: int = 0,
 ) -> Path:
     """Merge a family, or slices that are stacked on each other, into one checkpoint directory.
 
@@ -115,7 +129,8 @@ def merge_parts(
         shard_bytes: As for `merge`.
         recipe: As for `merge`.
         work: As for `merge`.
-        called: Path of a model to what the model card calls it, where that is another name.
+        between: Source of a model in between to what is known of it.
+        beside: Bytes that computing what these give takes beside an item.
 
     Returns:
         The directory written.
@@ -123,10 +138,10 @@ def merge_parts(
     Raises:
         PersonaeError: as for `merge`.
     """
-    work, out = work or Work(), Path(out).absolute()
+    work, out, between = work or Work(), Path(out).absolute(), between or {}
     models = [model for part in parts for model in (part.base, *part.experts.values())]
     check_output(out, overwrite, inputs=[*models, small_files])
-    with open_parts(parts, small_files) as opened:
+    with open_parts(parts, small_files, beside=beside) as opened:
         plan = plan_parts(opened, work)
         for text in plan.notes:
             work.note(text)
@@ -142,7 +157,7 @@ def merge_parts(
                 f"{plan.undecided_bytes:,} bytes more while they wait (usually one in some "
                 "hundreds is such); if it does, free some and run the same command, it goes on"
             )
-        identity = _identity(opened, shard_bytes)
+        identity = identity_text(identity_of(opened, between) | {"shard_bytes": shard_bytes})
         if finish({out: f"{identity}\n"}, JOURNAL):
             work.note(f"an earlier run of this command had finished '{out}'")
             return out
@@ -154,24 +169,32 @@ def merge_parts(
                         f"going on with an interrupted run: {done} of {plan.items} items are done"
                     )
                 lost = run(opened.jobs, directory, work, shard_bytes, journal)
-                _tell(lost, opened.families[0], work)
+                work.fact("unchanged", dict(lost))
+                tell_lost(lost, opened.families[0], work)
                 write_auxiliary_files(auxiliary_files, directory)
-                card = merge_card(opened, recipe, called or {})
+                card = merge_card(opened, recipe, between)
                 (directory / "README.md").write_text(card, encoding="utf-8")
     return out
 
 
-def _identity(opened: OpenedParts, shard_bytes: int) -> str:
+def identity_of(opened: OpenedParts, between: Mapping[str, Between]) -> dict[str, Any]:
     """What tells this merge from every other."""
+
+    def weights(checkpoint: Checkpoint) -> Any:
+        known = between.get(checkpoint.source)
+        if known is not None and known.identity is not None:
+            return known.identity
+        return _weights_of(checkpoint)
+
     parts = [
         {
             "settings": part.settings.model_dump(mode="json"),
-            "base": _weights_of(family.base) if family.has_base else None,
-            "experts": [_weights_of(e.checkpoint) for e in family.experts.values()],
+            "base": weights(family.base) if family.has_base else None,
+            "experts": [weights(e.checkpoint) for e in family.experts.values()],
         }
         for part, family in zip(opened.parts, opened.families, strict=True)
     ]
-    return identity_text({"parts": parts, "shard_bytes": shard_bytes})
+    return {"parts": parts}
 
 
 def run(
@@ -270,9 +293,8 @@ def _by_name(items: Sequence[Item], told: Mapping[int, str]) -> Iterator[tuple[s
             yield chunk.spec.name, effect
 
 
-def _tell(lost: Mapping[str, str], family: Family, work: Work) -> None:
+def tell_lost(lost: Mapping[str, str], family: Family, work: Work) -> None:
     """Say what came out as in the base although experts differ, and why."""
-    work.fact("unchanged", dict(lost))
     whose = "the base" if family.has_base else f"the first expert, {next(iter(family.experts))}"
     for why in sorted(set(lost.values())):
         names = [name for name in lost if lost[name] == why]
@@ -326,16 +348,19 @@ def _merge_item(
         chunks = list(group)
         if spec.name not in job.merged:
             for chunk in chunks:
-                effects.append(job.stacks.left_alone(chunk))
-                _put(writer, chunk, job.stacks.reference(chunk))
+                try:
+                    effects.append(job.stacks.left_alone(chunk))
+                    _put(writer, chunk, job.stacks.reference(chunk))
+                except NotFinite as error:  # of a model that is merged as it is read
+                    faults += error.faults
             continue
         own = statistics
         if job.per_tensor:
             method = job.method_of(spec.name)
             try:
                 own = passes_over_tensor(method, job.stacks, chunks, late=job.decides_late)
-            except NotFinite:
-                faults += job.stacks.why_not_finite(chunks[0])
+            except NotFinite as error:
+                faults += error.faults or job.stacks.why_not_finite(chunks[0])
                 continue
         for chunk in chunks:
             asked = job.family.has_base and spec.name not in seen
@@ -345,8 +370,8 @@ def _merge_item(
                     if item.whole
                     else merge_rows(job, own, chunk, left_open, asked)
                 )
-            except NotFinite:
-                faults += job.stacks.why_not_finite(chunk)
+            except NotFinite as error:
+                faults += error.faults or job.stacks.why_not_finite(chunk)
                 effects.append("+")
                 continue
             effects.append(rows.effect)
@@ -426,7 +451,9 @@ def _stamp(file: Path) -> tuple[str, int, int, int, int]:
 
 
 def merge_card(
-    opened: OpenedParts, recipe: str | None = None, called: Mapping[str, str] | None = None
+    opened: OpenedParts,
+    recipe: str | None = None,
+    between: Mapping[str, Between] | None = None,
 ) -> str:
     """The README of a merged model.
 
@@ -435,7 +462,7 @@ def merge_card(
     Args:
         opened: What is merged, and how.
         recipe: The recipe's text; by default one is written from the settings.
-        called: Path of a model to its name, where that is no path.
+        between: Source of a model in between to what is known of it.
     """
     (part, *others), family = opened.parts, opened.families[0]
     settings, method = part.settings, part.settings.merge_method()
@@ -449,8 +476,8 @@ def merge_card(
     text = recipe or merge_recipe_text(base.place if base else None, places, settings)
     if others:
         experts, base = _sources(opened), None
-    experts = [_renamed(expert, called or {}) for expert in experts]
-    base = base and _renamed(base, called or {})
+    experts = [_renamed(expert, between or {}) for expert in experts]
+    base = base and _renamed(base, between or {})
     facts = CardFacts(
         title=f"{', '.join(dict.fromkeys(one.name for one in experts))}: merged by {method.name}",
         method=method.name,
@@ -469,8 +496,12 @@ def merge_card(
     return model_card(facts)
 
 
-def _renamed(source: Source, called: Mapping[str, str]) -> Source:
-    return replace(source, place=called.get(source.place, source.place))
+def _renamed(source: Source, between: Mapping[str, Between]) -> Source:
+    for place, known in between.items():
+        rest = source.place.removeprefix(place)
+        if rest != source.place and rest[:1] in ("", "+"):
+            return replace(source, place=known.name + rest)
+    return source
 
 
 def _sources(opened: OpenedParts) -> list[Source]:

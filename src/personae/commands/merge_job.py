@@ -44,6 +44,8 @@ class MergeJob:
         items: The work, in order.
         per_tensor: Whether the method's passes are over each tensor alone.
         first: The number of its first item; after the last one comes that of its last step.
+        at_once: Whether rows come out as they stay: nothing is decided after they are merged.
+        beside: Bytes that computing what models in between give takes beside an item.
     """
 
     family: Family
@@ -55,6 +57,8 @@ class MergeJob:
     items: Sequence[Item]
     per_tensor: bool
     first: int = 0
+    at_once: bool = False
+    beside: int = 0
 
     @property
     def last_step(self) -> int:
@@ -67,6 +71,8 @@ class MergeJob:
 
         Only where these are few: two difference vectors cancel everywhere.
         """
+        if self.at_once:
+            return False
         few = self.family.has_base and self.stacks.experts > 1
         return few and all(self.method_of(name).is_late() for name in self.merged)
 
@@ -116,7 +122,7 @@ class MergeJob:
 
     def cost(self, item: Item) -> int:
         """Peak bytes of one item."""
-        most = max(self.chunk_cost(chunk, item.whole) for chunk in item.chunks)
+        most = self.beside + max(self.chunk_cost(chunk, item.whole) for chunk in item.chunks)
         return most + waiting_bytes(item) if self.decides_late else most
 
     def undecided_bytes(self, workers: int) -> int:

@@ -134,7 +134,11 @@ def _span(layers: Sequence[int]) -> tuple[int, int]:
 
 @contextmanager
 def open_parts(
-    parts: Sequence[MergePart], small_files: str | None = None
+    parts: Sequence[MergePart],
+    small_files: str | Checkpoint | None = None,
+    *,
+    at_once: bool = False,
+    beside: int = 0,
 ) -> Generator[OpenedParts, None, None]:
     """Open and align every part.
 
@@ -142,6 +146,8 @@ def open_parts(
         parts: What is merged, and how; at least one.
         small_files: The model whose small files the output has; by default the first part's base,
             or its first expert.
+        at_once: See `MergeJob`.
+        beside: See `MergeJob`.
 
     Raises:
         PersonaeError: as `open_to_merge` does, for all parts at once, and for parts that do not
@@ -165,6 +171,7 @@ def open_parts(
             _check_one_model(families, models, parts, faults)
         faults.raise_if_any(CheckpointError)
         jobs = [prepare(f, part.settings) for f, part in zip(families, parts, strict=True)]
+        jobs = [replace(job, at_once=at_once, beside=beside) for job in jobs]
         writes_adapter = parts[0].settings.output == "adapter"
         adapter = AdapterMerge(parts[0], jobs[0]) if writes_adapter else None
         opened = OpenedParts(parts, _numbered(jobs), donor, models, adapter)

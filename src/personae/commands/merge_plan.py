@@ -34,7 +34,7 @@ class MergePlan:
         passes: Passes over the experts before they are merged, usually.
         bytes_in: Bytes of base and experts.
         bytes_read: Bytes read in all: once to merge, and for each pass.
-        bytes_out: Bytes of the result's weights.
+        bytes_out: Bytes of the weights that are written.
         undecided_bytes: Bytes of disk that entries on which no sign wins take beside it until the
             majority is known, at most: as if all were such.
         peak_memory: Bytes of working memory with this number of workers.
@@ -44,6 +44,7 @@ class MergePlan:
         notes: What a person should know.
         layers: The layers of the output, where slices choose them.
         adapter: The adapter that is written, where one is.
+        computed: Whether it is a model in between that is merged as it is read, and not written.
     """
 
     method: str
@@ -63,6 +64,7 @@ class MergePlan:
     notes: list[str] = field(default_factory=list[str])
     layers: list[LayersPlan] = field(default_factory=list[LayersPlan])
     adapter: AdapterPlan | None = None
+    computed: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -106,6 +108,7 @@ def plan_parts(opened: OpenedParts, work: Work) -> MergePlan:
         _plan_job(job, part.settings, work)
         for job, part in zip(opened.jobs, opened.parts, strict=True)
     ]
+    computed = all(job.at_once for job in opened.jobs)
     return MergePlan(
         method=", ".join(dict.fromkeys(plan.method for plan in plans)),
         vector=plans[0].vector,
@@ -115,7 +118,7 @@ def plan_parts(opened: OpenedParts, work: Work) -> MergePlan:
         passes=max(plan.passes for plan in plans),
         bytes_in=sum(plan.bytes_in for plan in plans),
         bytes_read=sum(plan.bytes_read for plan in plans),
-        bytes_out=sum(plan.bytes_out for plan in plans),
+        bytes_out=0 if computed else sum(plan.bytes_out for plan in plans),
         undecided_bytes=max(plan.undecided_bytes for plan in plans),
         peak_memory=max(plan.peak_memory for plan in plans),
         largest=max(plan.largest for plan in plans),
@@ -123,6 +126,7 @@ def plan_parts(opened: OpenedParts, work: Work) -> MergePlan:
         items=sum(plan.items for plan in plans),
         notes=list(dict.fromkeys([n for plan in plans for n in plan.notes] + opened.notes)),
         layers=opened.layers(),
+        computed=computed,
     )
 
 

@@ -173,7 +173,7 @@ class Stacks:
         Raises:
             NotFinite: if one is that of an adapter or has no base.
         """
-        if not self._are_stored(chunk):
+        if not self.are_stored(chunk):
             stack, reference = self.read(chunk, reuse=True)
             if not (is_finite(stack) and is_finite(reference)):
                 raise NotFinite
@@ -191,7 +191,7 @@ class Stacks:
         if coefficients is None or not self.is_sum(chunk, coefficients) or _of_base(coefficients):
             dtypes.append(base)
         converted = [dtype.itemsize for dtype in dtypes if stored_bytes(dtype) != dtype.itemsize]
-        if self._are_stored(chunk):
+        if self.are_stored(chunk):
             own = sum(map(stored_bytes, dtypes)) + max(converted, default=0)
         else:
             own = 4 * self.experts + 8 + max(dtype.itemsize for dtype in dtypes)
@@ -218,6 +218,11 @@ class Stacks:
         narrow = all(d.is_stored and d.read_dtype(name).itemsize <= 2 for d in self._deltas)
         given = self._family.has_base or not _of_base(coefficients)
         return narrow and given and self._rows_present(chunk) is None
+
+    def are_stored(self, chunk: Chunk) -> bool:
+        """Whether all deltas are those of values stored in full, known from headers."""
+        stored = self._family.has_base and all(deltas.is_stored for deltas in self._deltas)
+        return stored and self._rows_present(chunk) is None
 
     def head(self, chunk: Chunk, entries: int) -> Chunk:
         """The first rows of a chunk: at least one, and so many entries at least if it has them."""
@@ -325,13 +330,17 @@ class Stacks:
         return self._named(chunk) or [beyond_fp32(chunk.spec.name)]
 
     def _named(self, chunk: Chunk) -> list[str]:
-        name, found = chunk.spec.name, list[str]()
-        if self._family.has_base:
-            found += not_finite("The base", name, self._reference.read(name))
+        name = chunk.spec.name
+        models = [("The base", self._reference, name)] if self._family.has_base else []
         for deltas in self._deltas:
-            raw = deltas.alignment.files[name]
-            tensor = deltas.alignment.checkpoint.read(raw)
-            found += not_finite(f"Expert '{deltas.alignment.name}'", raw, tensor)
+            expert = deltas.alignment
+            models.append((f"Expert '{expert.name}'", expert.checkpoint, expert.files[name]))
+        found: list[str] = []
+        for label, model, raw in models:
+            try:
+                found += not_finite(label, raw, model.read(raw))
+            except NotFinite as error:
+                found += error.faults
         return found
 
     def _stack(self, chunk: Chunk, reuse: bool) -> Float[Tensor, "expert ..."]:
@@ -342,11 +351,6 @@ class Stacks:
         if held is None or held.numel() < math.prod(shape):
             self._own.stack = held = uninitialised([math.prod(shape)])
         return held[: math.prod(shape)].view(shape)
-
-    def _are_stored(self, chunk: Chunk) -> bool:
-        """Whether all deltas are those of values stored in full, known from headers."""
-        stored = self._family.has_base and all(deltas.is_stored for deltas in self._deltas)
-        return stored and self._rows_present(chunk) is None
 
     def _rows_present(
         self, chunk: Chunk

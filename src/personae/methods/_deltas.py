@@ -1,6 +1,6 @@
 """Deltas a block of entries at a time: few enough for a core's cache, from whatever holds them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,7 +29,16 @@ that need no conversion."""
 
 
 class NotFinite(Exception):
-    """A delta is NaN or infinite."""
+    """A delta is NaN or infinite.
+
+    Attributes:
+        faults: What is to be said of it; nothing where the models that it is of are to be asked.
+    """
+
+    def __init__(self, faults: Sequence[str] = ()) -> None:
+        """Raise it with what is known."""
+        super().__init__(*faults)
+        self.faults = faults
 
 
 class DeltaBlocks:

@@ -215,8 +215,8 @@ def _term_of_item(
         try:
             for part in [chunk] if item.whole else parts_read(one, chunk):
                 total = _total([_term(one, method, stacks, part, item.whole)], total)
-        except NotFinite:
-            faults += stacks.why_not_finite(chunk)
+        except NotFinite as error:
+            faults += error.faults or stacks.why_not_finite(chunk)
     return [] if total is None else [total], faults
 
 

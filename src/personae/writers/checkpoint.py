@@ -367,6 +367,8 @@ def hollow_checkpoint(
 ) -> None:
     """A weight file with its header and no values: of its full length, which takes no room.
 
+    Only the first bytes are there of each tensor: no two are equal, as copies would be.
+
     Args:
         directory: An existing directory.
         specs: As for `CheckpointWriter`.
@@ -380,11 +382,16 @@ def hollow_checkpoint(
         with_copies(specs, {copy: tied[copy] for copy in copies}), key=lambda spec: spec.name
     )
     noted = {dropped: kept for dropped, kept in tied.items() if dropped not in copies}
-    header, _, size = _layout(ordered, noted, "")
+    header, starts, size = _layout(ordered, noted, "")
     path = directory / "model.safetensors"
+    numbers = {spec.name: number for number, spec in enumerate(ordered, 1)}
     with output_errors(path), path.open("xb") as file:
         file.write(header)
         file.truncate(size)
+        for spec in ordered:
+            number = numbers[tied[spec.name] if spec.name in copies else spec.name]
+            file.seek(starts[spec.name])
+            file.write(number.to_bytes(8, "little")[: min(spec.dtype.itemsize, spec.nbytes)])
 
 
 def _layout(
