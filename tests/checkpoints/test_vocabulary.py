@@ -166,7 +166,7 @@ def test_which_tensors_have_a_vocabulary_axis(tmp_path):
 
 # What transformers ties that is no embedding of tokens and no output layer over them, and modules.
 _OTHERS = re.compile(
-    r"\(|bbox|class_embed|score_head|patch|relative_attention_bias|positional_embedding|ctc_head"
+    r"\(|^head\.weight|bbox|class_embed|score_head|patch|relative_attention_bias|positional_embedding|ctc_head"
     r"|entity_|mim_head|image_head|eoi_embedding|additional_|layers$|norm\.weight|_head\.bias"
     r"|encoder\.out\.|embed_audio_tokens"
 )

@@ -50,10 +50,11 @@ def test_a_head_of_a_composed_task(packed: Path):
         runtime.compose("again", WEIGHTS, head="mix")
 
 
-def test_weights_whose_sum_is_infinite_are_told_as_such(packed: Path):
-    assert given({"a": 1e308, "b": 1e308}, Pack(packed).manifest, packed).notes == [
-        "the weights sum to inf, not to 1"
-    ]
+def test_weights_beyond_float32_are_refused(packed: Path):
+    with pytest.raises(
+        RecipeError, match=r"weight of 'b' is 1e\+308\. Give a finite number, within"
+    ):
+        given({"a": 1.0, "b": 1e308}, Pack(packed).manifest, packed)
 
 
 def test_what_cannot_be_composed(packed: Path):

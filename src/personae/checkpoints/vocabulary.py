@@ -31,7 +31,7 @@ _INPUT = re.compile(
 )
 _OUTPUT = re.compile(
     r"((^|\.)(\w*lm_head|lm_head\.out_proj|lm_loss|embed_out|output|decoder|predictions"
-    r"|output_projection|vocab_projector|unembedding_projection|codec_head|pred_layer\.proj)|^(proj_out|head))"
+    r"|output_projection|vocab_projector|unembedding_projection|codec_head|pred_layer\.proj)|^proj_out)"
     r"\.(weight|bias)$"
 )
 

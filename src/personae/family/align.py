@@ -38,7 +38,7 @@ Kind = Literal["shared", "grown", "buffer", "private", "skipped"]
 
 # Of batch normalisation: estimates of the data, no weights; a variance off by a little ruins it.
 _STATISTICS = re.compile(r"(^|\.)running_(mean|var)$")
-_VOCABULARY = re.compile(r"embed|wte|wpe|lm_head|shared\.weight|decoder\.weight")
+_VOCABULARY = re.compile(r"embed|wte|wpe|lm_head|shared\.weight|decoder\.weight|^proj_out")
 
 
 def align(
@@ -248,7 +248,7 @@ def _is_grown(spec: TensorSpec, own: TensorSpec) -> bool:
         and len(spec.shape) == len(own.shape) == 2
         and spec.shape[1] == own.shape[1]
         and own.shape[0] > spec.shape[0] > 0
-        and (_VOCABULARY.search(own.name) is not None or is_output_layer(own.name))
+        and _VOCABULARY.search(own.name) is not None
     )
 
 

@@ -53,7 +53,7 @@ class ArceeFusion(RowWise):
         """Those for the quartiles of the importance of a tensor's entries."""
 
         def seen(_: Any, site: Site) -> Seen:
-            return lambda _, models: [importance(models, site.row_entries)]
+            return lambda _, models: [importance(models, site)]
 
         def place(share: float, entries: int) -> int:
             return entries - int(share * (entries - 1)) if entries else 0
@@ -74,23 +74,24 @@ class ArceeFusion(RowWise):
         threshold = median + 1.5 * (third - first)
         for _, models in blocks:
             base, expert = models
-            yield np.where(importance(models, site.row_entries) >= threshold, expert, base)
+            yield np.where(importance(models, site) >= threshold, expert, base)
 
 
-def importance(models: Float[ndarray, "2 entry"], row: int) -> Float[ndarray, " entry"]:
+def importance(models: Float[ndarray, "2 entry"], site: Site) -> Float[ndarray, " entry"]:
     """Of each entry of whole rows of the base and an expert: change times divergence.
 
     Raises:
         MethodError: if one is beyond float32.
     """
-    base, expert = models.reshape(2, -1, row).astype(np.float64)
+    base, expert = models.reshape(2, -1, site.row_entries).astype(np.float64)
     q, p = _softmax(base) + _SMALLEST, _softmax(expert) + _SMALLEST
     divergence = (p * np.log(p / q)).sum(axis=1, keepdims=True)
     found = np.abs((expert - base) * divergence).reshape(-1)
     if found.max(initial=0) > np.finfo(np.float32).max:
         raise MethodError(
-            "The importance of an entry (its change times the divergence of its row) exceeds the "
-            "range of float32, although the models are finite. Is the expert one of this base?"
+            f"Tensor '{site.name}': the importance of an entry (its change times the divergence of "
+            f"its row) is {found.max():.3g}, which exceeds the range of float32, although the "
+            "models are finite. Is the expert one of this base?"
         )
     return found.astype(np.float32)
 
