@@ -22,10 +22,9 @@ _PRIVATE: dict[str, Any] = (
 def uninitialised(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor on the CPU, of any values, in the place of one that is no longer needed.
 
-    The C library would look for a place among all that was freed: next to what small things have
-    been put where a chunk was, the next chunk does not fit, and a loop over chunks takes ever more
-    memory, up to five times what is in use. Asking the system each time costs a fifth of the
-    processor time of a merge, since it clears every page.
+    The place of the chunk before, to be exact: for an aligned block, as PyTorch asks for, glibc
+    wants a hole larger than the block, so that a loop over chunks takes ever more memory, up to
+    five times what is in use. Asking the system each time would have it clear every page.
     """
     size = math.prod(shape) * dtype.itemsize
     if not _SMALLEST <= size <= _LARGEST:

@@ -80,10 +80,9 @@ def each_once(model: Checkpoint, apart: Collection[str] = ()) -> Checkpoint:
     Raises:
         CheckpointError: Its config.json is damaged, or a file changed since it was opened.
     """
-    may_go = model.specs.keys() - {*apart}
-    copies = _find_copies(
-        model, may_go, says_tied(model) is not False, has_two_models=_has_two_models(model)
-    )
+    may_go, config = model.specs.keys() - {*apart}, _config(model)
+    ties_output = config is None or ties_embedding(config)
+    copies = _find_copies(model, may_go, ties_output, has_two_models=_has_two_models(config))
     return WithCopies(model, copies) if copies else model
 
 
@@ -128,16 +127,12 @@ def says_tied(model: Checkpoint) -> bool | None:
     return None if config is None else ties_embedding(config)
 
 
-def _has_two_models(model: Checkpoint) -> bool:
+def _has_two_models(config: Mapping[str, Any] | None) -> bool:
     """Whether encoder and decoder are models of their own, or nothing says that they are not.
 
     Those of transformers' EncoderDecoderModel may begin as one, with equal embeddings, and are not
     tied; those of T5 or BART share one by the nature of their class.
-
-    Raises:
-        CheckpointError: config.json is damaged.
     """
-    config = _config(model)
     if config is None:
         return True
     parts = (config.get("encoder"), config.get("decoder"))
@@ -145,6 +140,11 @@ def _has_two_models(model: Checkpoint) -> bool:
 
 
 def _config(model: Checkpoint) -> dict[str, Any] | None:
+    """A model's config.json; None without one.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
     path = model.auxiliary_files.get(CONFIG)
     if path is None:
         return None

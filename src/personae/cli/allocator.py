@@ -10,8 +10,8 @@ def keep_freed_memory() -> None:
     """Keep freed blocks of up to 32 MiB in this process; elsewhere than with glibc, do nothing.
 
     By itself glibc returns them at once, and the next block of rows faults the same pages in
-    again: up to a fifth of the processor time of a merge. In packs and merges measured, the peak
-    of memory grew by a tenth at most.
+    again: up to a fifth of the processor time of a merge. What holes this leaves is in the plans
+    (`held_at_once`); chunks of rows have blocks of their own (`_memory.py`).
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from personae._memory import uninitialised
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.specs import check_rows, no_such_tensor
@@ -153,7 +154,7 @@ class ComputedModel:
             if (first, last) == (start, stop):
                 return rows
             if found is None:
-                found = torch.empty((stop - start, *spec.shape[1:]), dtype=spec.dtype)
+                found = uninitialised((stop - start, *spec.shape[1:]), spec.dtype)
             found[first - start : last - start] = rows
         return torch.empty((0, *spec.shape[1:]), dtype=spec.dtype) if found is None else found
 

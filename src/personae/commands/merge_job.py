@@ -24,9 +24,9 @@ from personae.family.joint_adapter import check_joint, without_weights
 from personae.family.mean import MeanOf
 from personae.family.opened import Family, open_family
 from personae.family.vocabularies import MergedVocabulary, merge_vocabularies
-from personae.methods import Entrywise, MergeMethod, Pass, stored_bytes
+from personae.methods import Entrywise, MergeMethod, stored_bytes
 from personae.recipe import MergeSettings, count_layers
-from personae.run.passes import MethodOf, parts_read
+from personae.run.passes import MethodOf, parts_counted
 from personae.run.undecided import disk_bytes, waiting_bytes
 
 
@@ -150,8 +150,7 @@ class MergeJob:
             dtype = self.dtype_of(name)
             cast = 0 if stored_bytes(dtype) == dtype.itemsize else dtype.itemsize
             written = (stored_bytes(dtype) + cast) * chunk.numel
-            row = self.method_of(name).row_entries(self.stacks.site(chunk))
-            return self.stacks.blocks_bytes(chunk, narrow, row) + written
+            return self.stacks.blocks_bytes(chunk, narrow, self._row_entries(chunk)) + written
         if not undivided:
             return self.method.row_bytes(chunk.numel, experts)
         method = self.method_of(chunk.spec.name)
@@ -162,22 +161,21 @@ class MergeJob:
 
         Headers tell no more than the most there can be, so that it is in no bound.
         """
-        first = self._first_pass
-        merged = [chunk for chunk in item.chunks if chunk.spec.name in self.merged]
-        if not merged or first is None or not first.term_bytes or not self.in_blocks:
-            return 0
-        counted = first._replace(sample=1)
-        parts = [(parts_read(counted, chunk)[0], self.stacks.site(chunk)) for chunk in merged]
-        rows = [self.method_of(part.spec.name).row_entries(site) for part, site in parts]
-        reading = (
-            self.stacks.blocks_bytes(part, None, row)
-            for (part, _), row in zip(parts, rows, strict=True)
-        )
-        return max(reading) + 3 * first.term_bytes
+        reading = [
+            self.stacks.blocks_bytes(parts_counted(chunk)[0], None, self._row_entries(chunk))
+            for chunk in item.chunks
+            if self._term_bytes and chunk.spec.name in self.merged
+        ]
+        return self.beside + max(reading) + 3 * self._term_bytes if reading else 0
 
     @cached_property
-    def _first_pass(self) -> Pass | None:
-        return next(self.method_of("").passes(self.stacks.experts), None)
+    def _term_bytes(self) -> int:
+        """Bytes of what a pass counts of one item, where that is much."""
+        first = next(self.method_of("").passes(self.stacks.experts), None)
+        return first.term_bytes if first is not None and self.in_blocks else 0
+
+    def _row_entries(self, chunk: Chunk) -> int:
+        return self.method_of(chunk.spec.name).row_entries(self.stacks.site(chunk))
 
 
 def settings_for(

@@ -98,7 +98,7 @@ def passes_over_tensor(
     def take(one: Pass) -> Tensor | None:
         if one.late and late:
             return None
-        parts = (part for chunk in chunks for part in parts_read(one, chunk))
+        parts = (part for chunk in chunks for part in _parts(one, chunk))
         return _total(_term(one, method, stacks, part) for part in parts)
 
     return statistics_of(method.passes(stacks.experts), take)
@@ -213,7 +213,7 @@ def _term_of_item(
         if stacks.untouched(chunk.spec.name) or not one.applies(method, site):
             continue
         try:
-            for part in [chunk] if item.whole else parts_read(one, chunk):
+            for part in [chunk] if item.whole else _parts(one, chunk):
                 total = _total([_term(one, method, stacks, part, item.whole)], total)
         except NotFinite as error:
             faults += error.faults or stacks.why_not_finite(chunk)
@@ -247,9 +247,13 @@ def _term(
         return one.term(stack, method, place)
 
 
-def parts_read(one: Pass, chunk: Chunk) -> list[Chunk]:
-    """The parts of a chunk that a pass reads, one after the other: half of one with large terms."""
-    return parts_of(chunk, 2 if one.term_bytes and one.sample == 1 else 1)
+def parts_counted(chunk: Chunk) -> list[Chunk]:
+    """The parts of a chunk that are read one after the other where much is counted: its halves."""
+    return parts_of(chunk, 2)
+
+
+def _parts(one: Pass, chunk: Chunk) -> list[Chunk]:
+    return parts_counted(chunk) if one.term_bytes and one.sample == 1 else [chunk]
 
 
 def _sampled(chunk: Chunk, sample: int) -> Chunk:

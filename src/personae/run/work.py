@@ -23,9 +23,11 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
 
 _BESIDE = 2 << 20
+"""Memory of the process beside its workers, as measured: what is summed, noted and written."""
 _KEPT = 11 << 20
-_SMALL = 16 << 20
-_MOST_KEPT = 208 << 20
+"""What BLAS and the C library keep for each worker, as measured, where it is at work..."""
+_SMALL, _MOST_KEPT = 16 << 20, 208 << 20
+"""...and of an item larger than the first, an eighth of what is beyond, up to the second."""
 
 
 def silent(_stage: str, _done: int, _total: int) -> None:
