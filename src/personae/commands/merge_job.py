@@ -145,37 +145,41 @@ class MergeJob:
             return 8 * chunk.numel
         experts = self.stacks.experts
         if not undivided and self.in_blocks:
-            name = chunk.spec.name
-            narrow = self.method_of(name).coefficients(experts) if self.is_narrow(name) else None
-            dtype = self.dtype_of(name)
+            dtype = self.dtype_of(chunk.spec.name)
             cast = 0 if stored_bytes(dtype) == dtype.itemsize else dtype.itemsize
-            written = (stored_bytes(dtype) + cast) * chunk.numel
-            return self.stacks.blocks_bytes(chunk, narrow, self._row_entries(chunk)) + written
+            return self._reading_bytes(chunk) + (stored_bytes(dtype) + cast) * chunk.numel
         if not undivided:
             return self.method.row_bytes(chunk.numel, experts)
         method = self.method_of(chunk.spec.name)
         return method.whole_bytes(self.stacks.site(chunk), experts)
 
+    def _reading_bytes(self, chunk: Chunk) -> int:
+        """Peak bytes of the models' values, and of a block of entries that is merged."""
+        name = chunk.spec.name
+        method = self.method_of(name)
+        assert isinstance(method, Entrywise)
+        coefficients = method.coefficients(self.stacks.experts) if self.is_narrow(name) else None
+        if coefficients is None or not self.stacks.is_sum(chunk, coefficients):
+            return self.stacks.blocks_bytes(chunk, method)
+        return self.stacks.summands_bytes(chunk, coefficients)
+
     def counting_bytes(self, item: Item) -> int:
-        """Peak bytes of an item in passes that count much: of a part of it, of it and of all.
+        """Peak bytes of an item in passes that count much: of a part of it, and of it so far.
 
         Headers tell no more than the most there can be, so that it is in no bound.
         """
-        reading = [
-            self.stacks.blocks_bytes(parts_counted(chunk)[0], None, self._row_entries(chunk))
-            for chunk in item.chunks
-            if self._term_bytes and chunk.spec.name in self.merged
-        ]
-        return self.beside + max(reading) + 3 * self._term_bytes if reading else 0
+        reading: list[int] = []
+        for chunk in item.chunks if self.term_bytes else ():
+            method = self.method_of(chunk.spec.name)
+            if chunk.spec.name in self.merged and isinstance(method, Entrywise):
+                reading.append(self.stacks.blocks_bytes(parts_counted(chunk)[0], method))
+        return self.beside + max(reading) + 2 * self.term_bytes if reading else 0
 
     @cached_property
-    def _term_bytes(self) -> int:
-        """Bytes of what a pass counts of one item, where that is much."""
+    def term_bytes(self) -> int:
+        """Bytes of what a pass counts of one item, or of all, where that is much."""
         first = next(self.method_of("").passes(self.stacks.experts), None)
         return first.term_bytes if first is not None and self.in_blocks else 0
-
-    def _row_entries(self, chunk: Chunk) -> int:
-        return self.method_of(chunk.spec.name).row_entries(self.stacks.site(chunk))
 
 
 def settings_for(

@@ -1,7 +1,7 @@
 """What a merge will do, from headers alone: which tensors, bytes and memory, and what to know."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -171,8 +171,6 @@ def _plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
     """
     costs = [job.cost(item) for item in job.items]
     check_memory(max(costs, default=0), work.memory, "The largest tensor")
-    peaks = list(map(max, costs, map(job.counting_bytes, job.items)))
-    in_loops = job.in_blocks and not job.method.multiplies
     family = job.family
     own = [family.base] if family.has_base else []
     checkpoints = [*own, *(expert.checkpoint for expert in family.experts.values())]
@@ -191,12 +189,29 @@ def _plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
         bytes_read=bytes_in * (1 + passes),
         bytes_out=sum(spec.nbytes for spec in with_copies(job.specs, copies)),
         undecided_bytes=job.undecided_bytes(work.threads),
-        peak_memory=held_at_once(peaks, work.threads, work.memory, in_loops=in_loops),
+        peak_memory=_peak_memory(job, costs, work),
         largest=max(costs, default=0),
         workers=work.threads,
         items=len(job.items),
         notes=_notes(job, settings),
     )
+
+
+def _peak_memory(job: MergeJob, costs: Sequence[int], work: Work) -> int:
+    """Peak of a job: of passes that count much, or of merging.
+
+    Passes over each tensor alone are taken by whoever merges it. In those over the model each
+    worker adds to what its item came to, and all of these to one more.
+    """
+    in_loops = job.in_blocks and not job.method.multiplies
+
+    def held(peaks: Iterable[int]) -> int:
+        return held_at_once(peaks, work.threads, work.memory, in_loops=in_loops)
+
+    counting = map(job.counting_bytes, job.items)
+    if job.per_tensor:
+        return held(map(max, costs, counting))
+    return max(held(costs), held(counting) + job.term_bytes)
 
 
 def _notes_of_models(job: MergeJob, settings: MergeSettings) -> list[str]:

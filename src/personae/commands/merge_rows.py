@@ -94,10 +94,13 @@ def merge_rows(
     for one in told:
         one.done()
         asked = asked and not one.count  # what is decided late changes them
+    changed = asked and rows.changed()
+    rows = Rows(rows.value, rows.finite, "+")  # without the models
     if not rows.finite:
         rows = rows._replace(value=in_fp32(chunk))  # the writer says what does not fit
-    effect = _effect(job, chunk, rows, in_fp32) if asked else "+"
-    return Rows(rows.value, rows.finite, effect)
+    if not asked:
+        return rows
+    return rows._replace(effect=_effect(job, chunk, rows.value, in_fp32) if changed else ".")
 
 
 def _form(
@@ -145,21 +148,19 @@ def _form(
 
 
 def _effect(
-    job: MergeJob, chunk: Chunk, rows: _Formed, in_fp32: Callable[[Chunk], Tensor]
+    job: MergeJob, chunk: Chunk, value: Tensor, in_fp32: Callable[[Chunk], Tensor]
 ) -> Effect:
-    """What shows of the experts' changes: mostly told by a few entries of the base.
+    """What shows in rows of the changes that there are: mostly told by a few entries of the base.
 
     What is lost is rare enough for all to be read again, a part at a time: do more than roundings
     differ?
     """
-    if not rows.changed():
-        return "."
     stacks, dtype = job.stacks, job.dtype_of(chunk.spec.name)
     head = stacks.head(chunk, PROBED)
-    few = rows.value[: head.stop - head.start] if chunk.spec.shape else rows.value
+    few = value[: head.stop - head.start] if chunk.spec.shape else value
     if differs(few, stacks.reference(head), dtype):
         return "+"
-    if differs(rows.value, stacks.reference(chunk), dtype):
+    if differs(value, stacks.reference(chunk), dtype):
         return "+"
     seen: set[Effect] = set()
     for part in parts_of(chunk, _PARTS):

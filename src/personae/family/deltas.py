@@ -20,7 +20,9 @@ from personae.family.effects import Effect, differs
 from personae.family.finite import beyond_fp32, is_finite, not_finite
 from personae.family.opened import Family
 from personae.methods import (
+    BLOCK,
     DeltaBlocks,
+    Entrywise,
     Factors,
     Given,
     MergeMethod,
@@ -181,21 +183,28 @@ class Stacks:
         models = (self._expert(deltas, chunk) for deltas in self._deltas)
         return DeltaBlocks(models, _rows(self._reference, chunk.spec.name, chunk))
 
-    def blocks_bytes(self, chunk: Chunk, coefficients: Sequence[float] | None, row: int = 1) -> int:
-        """Memory of `blocks` of whole rows of so many entries.
+    def blocks_bytes(self, chunk: Chunk, method: Entrywise) -> int:
+        """Memory of `blocks`, and of one of them while it is merged or counted."""
+        block = method.block_bytes(self.site(chunk), chunk.numel, self.experts)
+        return self._held_bytes(chunk, of_base=True) + block
 
-        Or of `summands` if there are coefficients and they are taken.
-        """
+    def summands_bytes(self, chunk: Chunk, coefficients: Sequence[float]) -> int:
+        """Memory of `summands`, and of a block of their sum beside that of the block before."""
+        block = 8 * min(chunk.numel, BLOCK)
+        return self._held_bytes(chunk, of_base=bool(_of_base(coefficients))) + block
+
+    def _held_bytes(self, chunk: Chunk, *, of_base: bool) -> int:
+        """Memory of models' values, as `blocks` and `summands` hold them."""
         name = chunk.spec.name
         base, dtypes = self._reference.specs[name].dtype, [d.read_dtype(name) for d in self._deltas]
-        if coefficients is None or not self.is_sum(chunk, coefficients) or _of_base(coefficients):
+        if of_base:
             dtypes.append(base)
         converted = [dtype.itemsize for dtype in dtypes if stored_bytes(dtype) != dtype.itemsize]
         if self.are_stored(chunk):
             own = sum(map(stored_bytes, dtypes)) + max(converted, default=0)
         else:
             own = 4 * self.experts + 8 + max(dtype.itemsize for dtype in dtypes)
-        return own * chunk.numel + DeltaBlocks.working_bytes(chunk.numel, self.experts, row)
+        return own * chunk.numel
 
     def summands(
         self, chunk: Chunk, coefficients: Sequence[float]

@@ -16,7 +16,7 @@ from personae.methods._deltas import (
     joined,
     stored_bytes,
 )
-from personae.methods._entries import Undecided
+from personae.methods._entries import MOST_TOLD, Undecided
 from personae.methods._merge import (
     Entrywise,
     Factors,
@@ -58,6 +58,7 @@ __all__ = [
     "MERGEKIT_METHODS",
     "MERGE_METHODS",
     "METHODS_BY_CONVENTIONS",
+    "MOST_TOLD",
     "ROUNDS_TO_INFINITY",
     "Bits",
     "Block",

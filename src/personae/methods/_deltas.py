@@ -14,8 +14,6 @@ BLOCK = 1 << 15
 """Entries of each expert in a block, at most, unless one row has more."""
 _ROOM = 1 << 17
 _LEAST = 1 << 12
-_WORKING = 48
-"""Bytes an entry of a block beside its deltas: reference, sums, signs, places; some in fp64."""
 _STORED = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
 INFINITY = 0x7F80_0000
 """The bits of infinity in fp32: those of a magnitude that is no number are no fewer."""
@@ -115,11 +113,6 @@ class DeltaBlocks:
                     raise NotFinite
             self.start = start
             yield start, deltas
-
-    @staticmethod
-    def working_bytes(entries: int, experts: int, row: int = 1) -> int:
-        """Memory of one block while it is merged: deltas, and what loops make on the way."""
-        return min(entries, block_entries(experts, row)) * (4 * experts + _WORKING)
 
 
 def delta_blocks(vectors: "Tensor | DeltaBlocks", row: int = 1) -> DeltaBlocks:

@@ -84,6 +84,11 @@ def _by_rank(
     return kept, factors.astype(np.float32)
 
 
+def rank_bytes(length: int, experts: int) -> int:
+    """Memory that `rank_dropper` takes for rows of so many entries: tables, and a row sorted."""
+    return (16 * experts + 32) * length
+
+
 def beyond_certainty(method: str, ranges: Iterable[tuple[float, float]]) -> str:
     """What is wrong with probabilities density ± half of a width; empty if nothing."""
     for density, half in ranges:

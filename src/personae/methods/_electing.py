@@ -6,14 +6,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy import ndarray
 from pydantic import Field
 from torch import Tensor
 
 from personae import kernels
 from personae.methods._deltas import DeltaBlocks, delta_blocks
-from personae.methods._entries import Fill, Undecided
+from personae.methods._entries import MOST_TOLD, Fill, Undecided
 from personae.methods._merge import RowWise
 from personae.methods._method import Pass, Passes, Statistics
 from personae.methods._site import Site
@@ -58,13 +58,21 @@ class Ballot:
             merged *= np.float32(scale)
         return merged
 
-    def merge_undecided(self, reduce: Reduce, scale: float) -> Float[ndarray, "2 undecided"]:
-        """What `merge` would make of the undecided entries alone, if they were +, and if -."""
-        either = np.empty((2, self.undecided.size), np.float32)
-        kernels.reduce_either(self.kept, self.undecided, reduce == "mean", reduce == "max", either)
+    def merge_undecided(
+        self, places: Int64[ndarray, " some"], reduce: Reduce, scale: float
+    ) -> Float[ndarray, "2 some"]:
+        """What `merge` would make of some of the undecided entries, if they were +, and if -."""
+        either = np.empty((2, places.size), np.float32)
+        kernels.reduce_either(self.kept, places, reduce == "mean", reduce == "max", either)
         if scale != 1:
             either *= np.float32(scale)
         return either
+
+
+def _a_few_at_once(places: Int64[ndarray, " undecided"]) -> Iterator[Int64[ndarray, " some"]]:
+    """The same, in order: what is told of them is several times as large as they are."""
+    for start in range(0, places.size, MOST_TOLD):
+        yield places[start : start + MOST_TOLD]
 
 
 class Electing(RowWise):
@@ -146,9 +154,11 @@ class Electing(RowWise):
             ballot = Ballot(deltas, self.elect)
             if undecided is not None:
                 undecided.votes += ballot.majority
-                if len(ballot.undecided):
-                    either = ballot.merge_undecided(self.reduce, self.scale)
-                    undecided.add(start + ballot.undecided, *either)
+                for some in _a_few_at_once(ballot.undecided):
+                    either = ballot.merge_undecided(some, self.reduce, self.scale)
+                    undecided.add(start + some, *either)
             elif majority:
                 ballot.give_undecided(majority)
-            yield ballot.merge(self.reduce, self.scale)
+            merged = ballot.merge(self.reduce, self.scale)
+            del ballot  # not held while the next block is voted on
+            yield merged

@@ -27,6 +27,9 @@ from personae.ops.select import (
     narrow,
 )
 
+MOST_TOLD = 1 << 12
+"""Undecided entries that are told of at once."""
+
 
 class Undecided:
     """Entries on which experts vote and none wins, which are merged as if neither sign did: to 0.

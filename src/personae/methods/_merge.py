@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from personae.errors import Faults, MethodError
-from personae.methods._deltas import DeltaBlocks, delta_blocks, joined
+from personae.methods._deltas import DeltaBlocks, block_entries, delta_blocks, joined
 from personae.methods._entries import Undecided
 from personae.methods._matrices import is_matrix
 from personae.methods._method import Parameters, Pass, Passes, Statistics, statistics_of
@@ -326,6 +326,19 @@ class Entrywise(MergeMethod):
     """Each entry of the result from that entry of the task vectors, and statistics."""
 
     multiplies: ClassVar[bool] = False
+
+    def working(self, experts: int) -> int:
+        """Bytes that an entry of a block takes beside its deltas and the reference's value.
+
+        While it is merged, or counted in a pass: sums, elected signs, places; the block before it,
+        until that is written.
+        """
+        return 28
+
+    def block_bytes(self, site: Site, entries: int, experts: int) -> int:
+        """Memory of one block of a chunk of so many entries, what is beside it included."""
+        block = min(entries, block_entries(experts, self.row_entries(site)))
+        return block * (4 * experts + 4 + self.working(experts))
 
     @abstractmethod
     def merge_blocks(

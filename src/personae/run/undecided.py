@@ -22,7 +22,7 @@ from torch import Tensor
 
 from personae._safetensors import load_safetensors, open_safetensors
 from personae.family.chunks import Chunk, Item
-from personae.methods import BLOCK, DeltaBlocks, Undecided
+from personae.methods import MOST_TOLD, DeltaBlocks, Undecided
 from personae.run.work import Work
 from personae.writers import CheckpointWriter, output_errors
 
@@ -35,7 +35,7 @@ FILE_ENTRIES = 1 << 15
 BYTES_ON_DISK = 12
 """Bytes of a file that an undecided entry takes: its place, and what either sign makes of it."""
 _BYTES_TOLD = 48
-"""Bytes of memory of an undecided entry of the block that is merged, on its way to the buffer."""
+"""Bytes of memory of an undecided entry that is told of, on its way to the buffer."""
 _HEADER_BYTES = 3 * 160
 """What a file says of the entries of one chunk, beside the tensor's name."""
 _FURTHEST = 1 << 31
@@ -258,10 +258,9 @@ class UndecidedEntries:
 
 def waiting_bytes(item: Item) -> int:
     """Memory of the undecided entries of an item that wait for their file, at most."""
-    block = max(BLOCK, *(chunk.spec.shape[-1] for chunk in item.chunks if chunk.spec.shape), 0)
     entries = sum(chunk.numel for chunk in item.chunks)
     there_and_in_a_file = 3 * BYTES_ON_DISK * min(FILE_ENTRIES, entries)
-    return there_and_in_a_file + _BYTES_TOLD * min(block, entries)
+    return there_and_in_a_file + _BYTES_TOLD * min(MOST_TOLD, entries)
 
 
 def disk_bytes(chunks: Iterable[Chunk]) -> int:

@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from personae._types import Density
-from personae.methods._dropping import beyond_certainty, rank_dropper
+from personae.methods._dropping import beyond_certainty, rank_bytes, rank_dropper
 from personae.methods._electing import Electing
 from personae.methods._entries import Fill
 from personae.methods._merge import as_function
@@ -68,6 +68,10 @@ class DELLA(Electing):
         """Probabilities beyond 0 or 1."""
         pairs = zip(one_each(self.density, experts), one_each(self.epsilon, experts), strict=True)
         return beyond_certainty(self.name, ((d, e / 2) for d, e in pairs))
+
+    def block_bytes(self, site: Site, entries: int, experts: int) -> int:
+        """See `Entrywise.block_bytes`; and the tables by rank."""
+        return super().block_bytes(site, entries, experts) + rank_bytes(site.row_entries, experts)
 
     def fill(self, site: Site, experts: int, statistics: Statistics) -> Fill:
         """Drops and rescales."""

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from personae._types import Density
 from personae.methods._deltas import DeltaBlocks
-from personae.methods._dropping import beyond_certainty, dropped_sums, rank_dropper
+from personae.methods._dropping import beyond_certainty, dropped_sums, rank_bytes, rank_dropper
 from personae.methods._entries import Undecided
 from personae.methods._merge import RowWise, as_function
 from personae.methods._method import Statistics, one_each
@@ -54,6 +54,10 @@ class DELLALinear(RowWise):
         """Probabilities beyond 0 or 1."""
         pairs = zip(one_each(self.density, experts), one_each(self.epsilon, experts), strict=True)
         return beyond_certainty(self.name, ((d, e / 2) for d, e in pairs))
+
+    def block_bytes(self, site: Site, entries: int, experts: int) -> int:
+        """See `Entrywise.block_bytes`; and the tables by rank."""
+        return super().block_bytes(site, entries, experts) + rank_bytes(site.row_entries, experts)
 
     def merge_blocks(
         self,

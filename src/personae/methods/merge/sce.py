@@ -62,6 +62,10 @@ class SCE(RowWise):
 
         return {"threshold": threshold, "squares": (yield Pass("squares", squares))}
 
+    def working(self, experts: int) -> int:
+        """Squares and deviations are formed in fp64, before signs are elected."""
+        return max(super().working(experts), 8 * experts + (20 if self.select_topk < 1 else 4))
+
     def merge_blocks(
         self,
         blocks: DeltaBlocks,
@@ -78,6 +82,7 @@ class SCE(RowWise):
             merged = np.empty(deltas.shape[1], np.float32)
             deltas *= weights[:, None]
             kernels.weighted_mean_agreeing(deltas, ballot.signs, weights, merged)
+            del ballot  # not held while the next block is voted on
             yield merged
 
     def _weights(self, statistics: Statistics, site: Site) -> Float[ndarray, " expert"]:

@@ -14,7 +14,13 @@ from torch import Tensor
 from personae import kernels
 from personae._types import Density
 from personae.methods._deltas import DeltaBlocks, delta_blocks
-from personae.methods._dropping import beyond_certainty, dropped_sums, dropper, rank_dropper
+from personae.methods._dropping import (
+    beyond_certainty,
+    dropped_sums,
+    dropper,
+    rank_bytes,
+    rank_dropper,
+)
 from personae.methods._electing import Ballot
 from personae.methods._entries import Fill, Undecided, between, find_bounds
 from personae.methods._merge import RowWise
@@ -168,6 +174,10 @@ class DroppingByRank(Dropping):
         pairs = zip(one_each(self.density, experts), one_each(self.epsilon, experts), strict=True)
         return beyond_certainty(self.name, pairs)
 
+    def block_bytes(self, site: Site, entries: int, experts: int) -> int:
+        """See `Entrywise.block_bytes`; and the tables by rank."""
+        return super().block_bytes(site, entries, experts) + rank_bytes(site.row_entries, experts)
+
     def fill(self, site: Site, statistics: Statistics, weights: tuple[float, ...]) -> Fill:
         """Drops at random, as in `della`, and weighs what is kept."""
         experts = len(weights)
@@ -218,4 +228,5 @@ def consensus(
         else:
             kernels.sum_agreeing(deltas, ballot.signs, merged)
         merged *= np.float32(scale)
+        del ballot  # not held while the next block is voted on
         yield merged
