@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 _MOST_LISTED = 16
 _MOST_FAULTS = 100
@@ -14,6 +15,8 @@ class PersonaeError(Exception):
     exit_code = 2
     faults: tuple[str, ...] = ()
     """The faults one by one, where it lists several."""
+    lines: tuple[str, ...] = ()
+    """The lines of its text, where these are several: no name in it can add one when shown."""
 
 
 class RecipeError(PersonaeError):
@@ -44,6 +47,17 @@ class WorkError(PersonaeError):
     """The input was fine but the work failed: a check did not hold."""
 
     exit_code = 1
+
+
+Error = TypeVar("Error", bound=PersonaeError)
+
+
+def listing(error: type[Error], heading: str, faults: Sequence[str]) -> Error:
+    """An error that lists faults as lines below a heading."""
+    lines = (heading, *numbered(faults))
+    made = error("\n".join(lines))
+    made.lines = lines
+    return made
 
 
 class Faults:
@@ -77,7 +91,7 @@ class Faults:
         if len(messages) == 1:
             raise error(messages[0])
         if messages:
-            raised = error("\n".join([f"{len(messages)} faults:", *numbered(messages)]))
+            raised = listing(error, f"{len(messages)} faults:", messages)
             raised.faults = tuple(messages)
             raise raised
 

@@ -107,7 +107,8 @@ def test_nor_can_names_that_are_logged(work):
 
 
 def test_plain_text_stays_as_it_is():
-    assert plain("τ̂ = Σ\n\t[x]") == "τ̂ = Σ\n\t[x]"
+    assert plain("τ̂ = Σ\t[x]") == "τ̂ = Σ\t[x]"
+    assert plain("a\nb") == "a\\nb"
     assert plain("\x1b]0;\x07\x7f\x9b\r") == "\\x1b]0;\\x07\\x7f\\x9b\\r"
     assert plain("a\u2028b\u2066\u200e\ufeff\U000e0041") == (
         "a\\u2028b\\u2066\\u200e\\ufeff\\U000e0041"

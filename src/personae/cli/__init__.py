@@ -98,7 +98,8 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **options)
         except PersonaeError as error:
-            err.print(f"error: {error}", markup=False, soft_wrap=True)
+            first, *more = error.lines or (str(error),)
+            err.print(f"error: {first}", *more, markup=False, soft_wrap=True)
             raise typer.Exit(error.exit_code) from error
         except BrokenPipeError:  # the reader of our output has left, as 'head' does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

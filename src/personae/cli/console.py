@@ -15,12 +15,15 @@ from rich.text import Text
 from personae.errors import OutputError
 from personae.run.work import Progress as Report
 
-_SHOWN = "\n\t\u200c\u200d"
+_SHOWN = "\t\u200c\u200d"
 """Not printable by themselves, and yet a part of texts: the joiners of many scripts."""
 
 
 def plain(text: str) -> str:
-    """Text without what a terminal obeys: names come from files that anybody may have written."""
+    """One line without what a terminal obeys: names come from files that anybody may have written.
+
+    Texts of several lines are shown line by line, so that no name can add one.
+    """
     if text.isprintable():
         return text
     return "".join(
@@ -33,7 +36,9 @@ def plain(text: str) -> str:
 
 class _Plain(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return plain(super().format(record))
+        message, *traceback = super().format(record).partition("\nTraceback ")
+        lines = "".join(traceback).split("\n")
+        return plain(message) + "\n".join(map(plain, lines))
 
 
 def show_warnings_plainly() -> None:
@@ -65,9 +70,10 @@ class _Console(Console):
     """One that shows texts as they are, and lets the command say what a reader that left means."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print, with texts made harmless."""
+        """Print, with texts made harmless; each is a line of its own."""
         with _report():
-            super().print(*(plain(o) if isinstance(o, str) else o for o in objects), **options)
+            shown = (plain(o) if isinstance(o, str) else o for o in objects)
+            super().print(*shown, sep="\n", **options)
 
     def on_broken_pipe(self) -> NoReturn:
         """Raise, where rich would leave with the code of a failed check."""
@@ -132,7 +138,13 @@ def _grid(
     title: str, columns: list[str], rows: list[list[str]], left: int, whole_numbers: bool
 ) -> Table:
     """A table whose numbers are on one line each, or folded like all else."""
-    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    grid = Table(
+        title=Text(plain(title)) if title else None,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
     for place, column in enumerate(columns):
         is_number = place >= left
         grid.add_column(

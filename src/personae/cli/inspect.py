@@ -117,7 +117,7 @@ def _analyse(
 
 def _print_analysis(found: dict[str, Any]) -> None:
     given = ", ".join(f"{key} {value}" for key, value in found["parameters"].items())
-    console.out.print(f"{found['summary']}\n{found['analysis']}: {given}", markup=False)
+    console.out.print(found["summary"], f"{found['analysis']}: {given}", markup=False)
     columns = ANALYSES[found["analysis"]].headlines
     narrow = console.out.width < 120
     names, around = _abridged(list(found["tensors"])) if narrow else (list(found["tensors"]), "")
@@ -153,7 +153,8 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False, uncoded: boo
     reference = described["reference"]
     made = f"{reference['source']}" if reference["kind"] == "base" else reference["method"]
     console.out.print(
-        f"{described['path']}\n{described['method']}, {described['vector']} vectors, "
+        described["path"],
+        f"{described['method']}, {described['vector']} vectors, "
         f"reference: {reference['kind']} ({made})",
         markup=False,
     )
@@ -196,8 +197,9 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False, uncoded: boo
     for name, task in described["tasks"].items() if uncoded else ():
         _print_uncoded(name, task["tensors"])
     for name, task in described["tasks"].items() if tensors else ():
+        console.out.print()
         console.table(
-            f"\n{name}",
+            name,
             ["tensor", "shape", "rank", "bytes", "error"],
             [
                 [

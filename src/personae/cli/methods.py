@@ -30,7 +30,8 @@ def methods(
             [p["name"], p["type"], str(p["default"]), p["description"]]
             for p in described[0]["parameters"]
         ]
-        console.table("\nparameters", ["name", "type", "default", "meaning"], rows, left=4)
+        console.out.print()
+        console.table("parameters", ["name", "type", "default", "meaning"], rows, left=4)
 
 
 def _describe(entry: type[Codec] | type[MergeMethod]) -> dict[str, Any]:

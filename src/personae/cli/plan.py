@@ -181,12 +181,12 @@ def _plan_merge(recipe: Path, workers: int | None, memory: str | None, json: boo
 def _print_merge(read: MergeRecipe, planned: MergePlan) -> None:
     size = console.size
     passes = f", usually including {planned.passes} earlier pass(es)" if planned.passes else ""
-    waiting = ""
+    waiting: list[str] = []
     if planned.undecided_bytes:
         most = size(planned.undecided_bytes)
-        waiting = (
+        waiting.append(
             f"temporary files on the same disk: {most} if no sign won for any entry (usually for "
-            "less than one in a hundred)\n"
+            "less than one in a hundred)"
         )
     rest = f"{len(planned.copied)} as in the base"
     if planned.adapter is not None:
@@ -198,9 +198,9 @@ def _print_merge(read: MergeRecipe, planned: MergePlan) -> None:
         written += " beside the output, removed when nothing more is merged from it"
     console.out.print(
         f"{planned.method} on {planned.vector} vectors: {planned.merged} tensors merged, "
-        f"{rest}; {planned.parameters:,} parameters\n"
-        f"reads {size(planned.bytes_in)} ({size(planned.bytes_read)} in all{passes}), "
-        f"{written}\n{waiting}"
+        f"{rest}; {planned.parameters:,} parameters",
+        f"reads {size(planned.bytes_in)} ({size(planned.bytes_read)} in all{passes}), {written}",
+        *waiting,
         f"working memory at most {size(planned.peak_memory)} with {planned.workers} worker(s) on "
         f"{planned.items} items, the largest {size(planned.largest)}",
         markup=False,

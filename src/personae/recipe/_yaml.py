@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from personae._small_files import MOST_YAML, Unfit, parse_documents, read_text, value_of
-from personae.errors import RecipeError, numbered
+from personae.errors import RecipeError, listing
 from personae.recipe._faults import Fault, Place
 
 
@@ -54,7 +54,7 @@ class Document:
         if len(texts) == 1:
             return RecipeError(f"The recipe {self.path} is wrong: {texts[0]}")
         head = f"The recipe {self.path} is wrong in {len(texts)} places:"
-        return RecipeError("\n".join([head, *numbered(texts)]))
+        return listing(RecipeError, head, texts)
 
 
 def read_document(path: Path) -> Document:
