@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field, ValidationError
 
 from personae.checkpoints.naming import name_of
-from personae.errors import MethodError
+from personae.errors import MethodError, RecipeError
 from personae.recipe._base import Given, Patterns, Strict, Vector
 from personae.recipe._faults import Fault, faults_in, file_name_faults, validated
 from personae.recipe._places import placed
@@ -90,8 +90,9 @@ def _settings(file: _File, faults: list[Fault]) -> PackSettings | None:
             skip=tuple(file.skip),
             private=tuple(file.private),
         )
-    except ValidationError as error:
-        faults += faults_in(error, PackSettings, {})
+    except RecipeError as error:
+        assert isinstance(error.__cause__, ValidationError)
+        faults += faults_in(error.__cause__, PackSettings, {})  # which say where
         return None
     try:
         settings.codec()

@@ -22,12 +22,13 @@ from personae.methods import (
 from personae.recipe._base import Convention, Dtype, Output, Size, Strict, Vector
 from personae.recipe._faults import Fault
 from personae.recipe._parameters import GivenParameters
+from personae.recipe._settings import Settings
 from personae.recipe._values import Values, filters_of, fits, is_gradient, is_scalar
 from personae.recipe.mergekit import refuse_mergekit_alone
 from personae.recipe.ranks import Ranks, ranks_asked
 
 
-class MergeSettings(Strict):
+class MergeSettings(Settings):
     """How to merge: method, parameters and all else that a recipe says, but the models.
 
     A parameter is a scalar; or a list of numbers, a gradient over the layers; or a list of

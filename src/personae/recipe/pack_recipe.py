@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, get_args
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from personae.errors import Faults, MethodError, RecipeError
+from personae.errors import Faults, MethodError
 from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, build, lookup
 from personae.packs.manifest import Counting, Rule
 from personae.recipe._base import Strict, Vector
-from personae.recipe._faults import faults_in
+from personae.recipe._settings import Settings
 from personae.recipe._sizes import parse_size
 
 COUNTING: tuple[Rule, ...] = get_args(Rule)
@@ -24,7 +24,7 @@ def _budget_reads(value: object) -> str | None:
 Budget = Annotated[str | None, BeforeValidator(_budget_reads)]
 
 
-class PackSettings(Strict):
+class PackSettings(Settings):
     """How to pack: codec, parameters and all else that a recipe says, but the models."""
 
     method: str = Field(default="dts", description="Codec")
@@ -167,8 +167,4 @@ def settings_from(options: Mapping[str, Any]) -> PackSettings:
     Raises:
         RecipeError: naming unknown options and values that cannot be.
     """
-    try:
-        return PackSettings(**options)
-    except ValidationError as error:
-        texts = dict.fromkeys(fault.text for fault in faults_in(error, PackSettings, {}))
-        raise RecipeError(" ".join(texts)) from error
+    return PackSettings(**options)
