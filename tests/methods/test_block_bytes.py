@@ -1,0 +1,52 @@
+"""What entry-wise methods hold of a block, counted by NumPy's own allocations, beside the plan."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+from personae.methods import MERGE_METHODS, DeltaBlocks, Entrywise, Site, Undecided
+
+SHAPE = 256, 512
+NAMES = sorted(
+    name
+    for name, method in MERGE_METHODS.items()
+    if issubclass(method, Entrywise) and not method.of_models() and name != "nearswap"
+)
+HEADERS = 40_000
+"""Bytes of the objects around the arrays."""
+
+
+class Unheard(Undecided):
+    """Keeps nothing of what it is told."""
+
+    def add(self, places: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> None:
+        """See `Undecided.add`."""
+        self.count += len(places)
+
+
+@pytest.mark.parametrize("experts", [2, 6])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_more_is_held_than_is_planned(name: str, experts: int):
+    method, site = MERGE_METHODS[name](), Site("w", SHAPE)
+    assert isinstance(method, Entrywise)
+    draw = torch.Generator().manual_seed(0)
+    base = torch.randn(SHAPE, generator=draw)
+    deltas = torch.randn(experts, *SHAPE, generator=draw)
+    models, statistics = list(base + deltas), method.statistics([(site, deltas)])
+
+    def merge() -> None:
+        blocks = DeltaBlocks(models, base).in_rows(method.row_entries(site))
+        told = Unheard() if method.can_decide_late else None
+        for _ in method.merge_blocks(blocks, statistics, site, told):
+            pass
+
+    merge()  # compiled, and what is kept is kept
+    tracemalloc.start()
+    merge()
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    planned = method.block_bytes(site, base.numel(), experts)
+    assert held <= planned + HEADERS
+    assert planned <= 2 * held
