@@ -4,8 +4,9 @@ It publishes, by class and model type, how names in files become those of its mo
 seconds to import, so it is asked only where names do not meet otherwise.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 from personae.checkpoints._protocol import Checkpoint
@@ -29,16 +30,16 @@ def published_renames(*models: Checkpoint) -> Iterator[Renames]:
     Raises:
         CheckpointError: A config.json is damaged.
     """
-    configs = [read_auxiliary_file(model.auxiliary_files, CONFIG) for model in models]
-    config = next((c for c in configs if isinstance(c, dict) and c.get("model_type")), None)
-    try:
-        rules = [] if config is None else _rules(config)
-    except (ImportError, AttributeError):  # before transformers 5 there were no such tables
-        return
+    yield from renames_of(published_rules(*models)[1])
+
+
+def renames_of(rules: Sequence[Any]) -> Iterator[Renames]:
+    """How these rules of transformers read names: four ways; nothing without rules."""
+    renaming = [_reading(rule) for rule in rules if _renames_alone(rule)]
 
     @cache
     def whole(name: str) -> str:
-        for rule in rules:
+        for rule in renaming:
             name = rule(name)
         return name
 
@@ -52,20 +53,34 @@ def published_renames(*models: Checkpoint) -> Iterator[Renames]:
         yield from (lambda name: canonical(whole(name)), lambda name: canonical(inner(name)))
 
 
-def _rules(config: Mapping[str, Any]) -> list[Renames]:
-    """The rules of a model, of its backbone, and of the models in it, in this order.
+def published_rules(*models: Checkpoint) -> tuple[Mapping[str, Any], list[Any]]:
+    """The first config.json of some models that transformers has rules for, and these rules.
+
+    The rules are those of the model, of its backbone, and of the models in it, in this order.
+    There are none where no model says its type, or transformers is not there.
 
     Raises:
-        ImportError: transformers, or its tables, are not there.
+        CheckpointError: A config.json is damaged.
     """
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+    configs = [read_auxiliary_file(model.auxiliary_files, CONFIG) for model in models]
+    for config in (c for c in configs if isinstance(c, dict) and c.get("model_type")):
+        try:
+            from transformers.conversion_mapping import get_checkpoint_conversion_mapping as rules
 
-    found: list[Renames] = []
-    for called in _called(config):
-        rules = get_checkpoint_conversion_mapping(called) or []
-        found += [_reading(rule) for rule in rules if isinstance(rule, WeightRenaming)]
-    return found
+            found = [*chain.from_iterable(rules(called) or [] for called in _called(config))]
+        except (ImportError, AttributeError):  # before transformers 5 there were no such tables
+            break
+        if found:
+            return config, found
+    return {}, []
+
+
+def _renames_alone(rule: Any) -> bool:
+    """Whether a rule changes names alone, one at a time.
+
+    Others make tensors of tensors, or rename several together, as their old and new names overlap.
+    """
+    return not hasattr(rule, "operations") and len(rule.source_patterns) == 1
 
 
 def _reading(rule: Any) -> Renames:
