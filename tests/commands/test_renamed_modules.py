@@ -87,6 +87,25 @@ def _aria() -> nn.Module:
     return AriaTextForCausalLM(AriaTextConfig(**_TEXT, **sizes, moe_num_shared_experts=1))
 
 
+def _gte() -> nn.Module:
+    """Files hold q, k and v in one matrix, gate and up in another; models hold them apart."""
+    from transformers import GteConfig, GteModel
+
+    return GteModel(GteConfig(**_TEXT))
+
+
+def _jina() -> nn.Module:
+    from transformers import JinaEmbeddingsV3Config, JinaEmbeddingsV3Model
+
+    return JinaEmbeddingsV3Model(JinaEmbeddingsV3Config(**_TEXT))
+
+
+def _hrm() -> nn.Module:
+    from transformers import HrmTextConfig, HrmTextModel
+
+    return HrmTextModel(HrmTextConfig(**_TEXT, num_key_value_heads=2, head_dim=8))
+
+
 def _older_bert(name: str) -> str:
     return re.sub(
         r"LayerNorm\.bias$", "LayerNorm.beta", re.sub(r"Norm\.weight$", "Norm.gamma", name)
@@ -118,6 +137,9 @@ _KINDS = {
     "vit": (_vit, None, None),
     "mixtral": (_mixtral, None, None),
     "aria_text": (_aria, None, None),
+    "gte": (_gte, None, None),
+    "jina_embeddings_v3": (_jina, None, None),
+    "hrm_text": (_hrm, None, None),
 }
 
 
@@ -180,7 +202,7 @@ def test_what_is_rebuilt_says_what_the_expert_says(kind: str, tmp_path: Path):
     torch.testing.assert_close(_says(loaded, out), expected, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["vit", "mixtral"])
+@pytest.mark.parametrize("kind", ["vit", "mixtral", "gte", "jina_embeddings_v3", "hrm_text"])
 def test_a_base_in_the_new_names_and_an_expert_in_the_old_ones(kind: str, tmp_path: Path):
     loaded = _family(kind, tmp_path)
     base, expert = tmp_path / "tuned", tmp_path / "base"  # the other way round

@@ -20,7 +20,7 @@ from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.laid_out import Kept, LaidOut, Made
 from personae.checkpoints.naming import find_names
-from personae.checkpoints.published_renames import published_rules, renames_of
+from personae.checkpoints.published_renames import converts, published_rules, renames_of
 
 _NUMBER = re.compile(r"\d+")
 _LAYER = re.compile(r"\d(\.|$)")
@@ -56,7 +56,7 @@ def with_layout_like(base: Checkpoint, model: Checkpoint) -> Checkpoint:
         shapes = {rename(name): spec.shape for name, spec in base.specs.items()}
         described = _Described(config, shapes)
         made: dict[TensorSpec, Made] = {}
-        for rule in rules:
+        for rule in chain.from_iterable(rules):
             if way := _direction(rule, stored, wanted):
                 made |= _made(way, stored, model.specs, described)
         if made:
@@ -91,7 +91,7 @@ def _unmet(base: Checkpoint, model: Checkpoint) -> tuple[set[str], set[str]]:
 
 def _direction(rule: Any, stored: Iterable[str], wanted: Iterable[str]) -> Any | None:
     """The rule, or its reverse, that makes tensors like the wanted ones of those stored."""
-    if hasattr(rule, "operations") or len(rule.source_patterns) > 1:
+    if converts(rule) or len(rule.source_patterns) > 1:
         back = rule.reverse_transform()
         for there, again in ((rule, back), (back, rule)):
             if _fits(there, stored) and _fits(again, wanted):
@@ -104,7 +104,7 @@ def _fits(rule: Any, names: Iterable[str]) -> bool:
 
     Their old and new names overlap, and only the first one is in one of the two alone.
     """
-    if hasattr(rule, "operations"):
+    if converts(rule):
         return any(rule.rename_source_key(name)[1] is not None for name in names)
     return any(re.search(rule.source_patterns[0], name) for name in names)
 
@@ -147,7 +147,7 @@ def _made(
     rule: Any, stored: Mapping[str, str], specs: Mapping[str, TensorSpec], described: _Described
 ) -> dict[TensorSpec, Made]:
     """What a rule makes of stored tensors, given by the names that transformers has for them."""
-    if not hasattr(rule, "operations"):
+    if not converts(rule):
         return dict(_renamed(rule, stored, specs))
     groups: dict[str, dict[str, list[str]]] = {}
     for name in sorted(stored, key=_in_order):

@@ -6,7 +6,6 @@ seconds to import, so it is asked only where names do not meet otherwise.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import chain
 from typing import Any
 
 from personae.checkpoints._protocol import Checkpoint
@@ -33,14 +32,27 @@ def published_renames(*models: Checkpoint) -> Iterator[Renames]:
     yield from renames_of(published_rules(*models)[1])
 
 
-def renames_of(rules: Sequence[Any]) -> Iterator[Renames]:
-    """How these rules of transformers read names: four ways; nothing without rules."""
-    renaming = [_reading(rule) for rule in rules if _renames_alone(rule)]
+def renames_of(rules: Sequence[Sequence[Any]]) -> Iterator[Renames]:
+    """How these rules of transformers read names: four ways; nothing without rules.
+
+    A tensor that is more than renamed by the rules of one model is none of the models in that:
+    their rules would take it for one of theirs.
+    """
+    levels = [
+        (
+            [_reading(rule) for rule in level if _renames_alone(rule)],
+            [way for rule in level if converts(rule) for way in (rule, rule.reverse_transform())],
+        )
+        for level in rules
+    ]
 
     @cache
     def whole(name: str) -> str:
-        for rule in renaming:
-            name = rule(name)
+        for renaming, converting in levels:
+            for rule in renaming:
+                name = rule(name)
+            if any(rule.rename_source_key(name)[1] is not None for rule in converting):
+                break
         return name
 
     @cache
@@ -53,11 +65,11 @@ def renames_of(rules: Sequence[Any]) -> Iterator[Renames]:
         yield from (lambda name: canonical(whole(name)), lambda name: canonical(inner(name)))
 
 
-def published_rules(*models: Checkpoint) -> tuple[Mapping[str, Any], list[Any]]:
+def published_rules(*models: Checkpoint) -> tuple[Mapping[str, Any], list[list[Any]]]:
     """The first config.json of some models that transformers has rules for, and these rules.
 
-    The rules are those of the model, of its backbone, and of the models in it, in this order.
-    There are none where no model says its type, or transformers is not there.
+    The rules are those of the model, of its backbone, and of the models in it, in this order, a
+    list each. There are none where no model says its type, or transformers is not there.
 
     Raises:
         CheckpointError: A config.json is damaged.
@@ -67,7 +79,7 @@ def published_rules(*models: Checkpoint) -> tuple[Mapping[str, Any], list[Any]]:
         try:
             from transformers.conversion_mapping import get_checkpoint_conversion_mapping as rules
 
-            found = [*chain.from_iterable(rules(called) or [] for called in _called(config))]
+            found = [rule for called in _called(config) if (rule := rules(called))]
         except (ImportError, AttributeError):  # before transformers 5 there were no such tables
             break
         if found:
@@ -80,7 +92,12 @@ def _renames_alone(rule: Any) -> bool:
 
     Others make tensors of tensors, or rename several together, as their old and new names overlap.
     """
-    return not hasattr(rule, "operations") and len(rule.source_patterns) == 1
+    return not converts(rule) and len(rule.source_patterns) == 1
+
+
+def converts(rule: Any) -> bool:
+    """Whether a rule of transformers makes tensors of tensors."""
+    return hasattr(rule, "operations")
 
 
 def _reading(rule: Any) -> Renames:
@@ -88,14 +105,13 @@ def _reading(rule: Any) -> Renames:
 
     `norm` becomes `mlp.norm`; that stays what it is, and does not become `mlp.mlp.norm`.
     """
-    back = rule.reverse_transform()
+    old, new = rule.compiled_sources, rule.reverse_transform().compiled_sources
 
     def read(name: str) -> str:
-        new = rule.rename_source_key(name)[0]
-        if new == name:
+        found, already = old.search(name), new.search(name)
+        if found and already and already.start() <= found.start() <= found.end() <= already.end():
             return name
-        old = back.rename_source_key(name)[0]
-        return name if old != name and rule.rename_source_key(old)[0] == name else new
+        return rule.rename_source_key(name)[0]
 
     return read
 
