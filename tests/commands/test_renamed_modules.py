@@ -226,6 +226,43 @@ def test_a_backbone_in_the_new_names_and_a_classifier_in_the_old_ones(tmp_path: 
     torch.testing.assert_close(_says(loaded, out), expected, atol=1e-4, rtol=1e-3)
 
 
+def _hyperclovax() -> tuple[type[Any], type[Any], Any]:
+    """Loaders rename its projector under `model.` alone, which the backbone does not have."""
+    import transformers
+
+    text = _TEXT | {"num_key_value_heads": 1, "head_dim": 8}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
+    vision |= {"patch_size": 8, "out_hidden_size": 16}
+    config = transformers.HyperCLOVAXVisionV2Config(text_config=text, vision_config=vision)
+    return (
+        transformers.HyperCLOVAXVisionV2ForConditionalGeneration,
+        transformers.HyperCLOVAXVisionV2Model,
+        config,
+    )
+
+
+@pytest.mark.parametrize("as_hubs_do", [True, False])
+def test_a_backbone_keeps_names_that_no_prefix_tells(as_hubs_do: bool, tmp_path: Path):
+    pytest.importorskip("transformers.models.hyperclovax_vision_v2")
+    whole, backbone, config = _hyperclovax()
+    whole(config).save_pretrained(tmp_path / "base")
+    expert = backbone.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    expert.save_pretrained(tmp_path / "expert", save_original_format=as_hubs_do)
+    pack(tmp_path / "base", {"x": tmp_path / "expert"}, tmp_path / "p", settings=_WHOLE, work=_WORK)
+    content = json.loads((tmp_path / "p" / "pack.json").read_text())
+    assert content["format_version"] == 2
+    given = content["tasks"]["x"]["renaming"]["given"]
+    assert given["model.vision_projector.weight"] == "projector.weight"
+    out = unpack(tmp_path / "p", "x", tmp_path / "out", work=_WORK)
+    found, info = backbone.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    for name, tensor in expert.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor, atol=1e-5, rtol=1e-4)
+
+
 def test_an_adapter_that_names_the_old_modules_fits_a_newer_base(tmp_path: Path):
     _family("vit", tmp_path)
     pair = {"lora_A": torch.ones(1, 16), "lora_B": torch.arange(16.0).reshape(16, 1)}
