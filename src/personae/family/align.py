@@ -36,6 +36,7 @@ from personae.checkpoints.vocabulary import (
 )
 from personae.errors import CheckpointError, Faults
 from personae.family.alignment import Alignment
+from personae.family.other_class import heads_left
 
 Kind = Literal["shared", "grown", "buffer", "private", "skipped"]
 
@@ -86,9 +87,17 @@ def align(
                 "Give the fine-tuned checkpoint."
             )
             continue
-        found = align_one(name, reference, checkpoint, skip, only, private, spared)
+        left = heads_left(checkpoint, reference) if may_lack_parts else set[str]()
+        found = align_one(name, reference, checkpoint, skip, only, private, spared, left)
         if found.shared or not (only and found.skipped):  # else 'only' leaves nothing to fit
-            check_fit(found, reference, may_lack, found_here, may_lack_parts=may_lack_parts)
+            fits = [may_lack, left.__contains__]
+            check_fit(
+                found,
+                reference,
+                lambda name, fits=fits: any(may(name) for may in fits),
+                found_here,
+                may_lack_parts=may_lack_parts,
+            )
         aligned[name] = found
     if faults is None:
         found_here.raise_if_any(CheckpointError)
@@ -125,8 +134,12 @@ def align_one(
     only: Sequence[str] = (),
     private_patterns: Sequence[str] = (),
     spared: Collection[str] = (),
+    left: Collection[str] = (),
 ) -> Alignment:
-    """Match one expert with the reference, however little it fits; see `align`."""
+    """Match one expert with the reference, however little it fits; see `align`.
+
+    What is `left`, by reference names, the expert is taken not to have.
+    """
     plain, renaming = _names(reference, expert)
     plain, renaming = _with_given(reference, expert, plain, renaming)
     known = {renaming.expert_name(name): name for name in (*reference.tied, *reference.specs)}
@@ -135,6 +148,7 @@ def align_one(
     ties = {plain(dropped): plain(kept) for dropped, kept in expert.tied.items()}
     own_name = _match(reference, raw_of, ties, renaming)
     matched = set(own_name.values())
+    own_name = {name: own for name, own in own_name.items() if name not in left}
     files: dict[str, str] = {}
     private = {
         name: raw
@@ -158,6 +172,7 @@ def align_one(
     moved = {found: renaming.expert_name(ref_name) for ref_name, found in own_name.items()}
     absent = tuple(name for name in reference.specs if name not in own_name)
     copies = [name for name in reference.copies if renaming.expert_name(name) not in private]
+    ties = {name: kept for name, kept in ties.items() if name not in left}
     if not (absent or private or renaming.add or renaming.strip):  # a model of the same class
         ties = {name: reference.tied[name] for name in copies} | ties
     return Alignment(
