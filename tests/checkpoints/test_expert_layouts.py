@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from personae.checkpoints import open_checkpoint
-from personae.checkpoints.expert_layouts import laid_out_like
+from personae.checkpoints.expert_layouts import with_experts_like
 from personae.errors import CheckpointError
 
 # Two experts of inner width 1 and hidden width 2. The stack has the gate's rows above the up's.
@@ -38,7 +38,7 @@ _MIXTRAL = _apart("w1", "w3", "w2")
 def test_the_same_values_under_the_names_of_the_base(
     base: dict[str, Tensor], model: dict[str, Tensor]
 ):
-    found = laid_out_like(open_checkpoint(base), open_checkpoint(model))
+    found = with_experts_like(open_checkpoint(base), open_checkpoint(model))
     assert {name: spec.shape for name, spec in found.specs.items()} == {
         name: tuple(tensor.shape) for name, tensor in base.items()
     }
@@ -52,26 +52,26 @@ def test_the_same_values_under_the_names_of_the_base(
 @pytest.mark.parametrize("model", [_QWEN, _STACKED, {"l.norm.weight": torch.ones(2)}])
 def test_a_model_in_the_layout_of_its_base_is_itself(model: dict[str, Tensor]):
     opened = open_checkpoint(model)
-    assert laid_out_like(open_checkpoint(model), opened) is opened
+    assert with_experts_like(open_checkpoint(model), opened) is opened
 
 
 def test_experts_that_are_not_alike_are_left_as_they_are():
     odd = _QWEN | {"l.mlp.experts.1.down_proj.weight": torch.ones(3, 1)}
-    found = laid_out_like(open_checkpoint(_STACKED), open_checkpoint(odd))
+    found = with_experts_like(open_checkpoint(_STACKED), open_checkpoint(odd))
     assert "l.mlp.experts.gate_up_proj" in found.specs
     assert "l.mlp.experts.1.down_proj.weight" in found.specs
 
 
 def test_a_gap_among_the_experts_is_no_stack():
     gap = {name.replace(".1.", ".5."): tensor for name, tensor in _QWEN.items()}
-    found = laid_out_like(open_checkpoint(_STACKED), open_checkpoint(gap))
+    found = with_experts_like(open_checkpoint(_STACKED), open_checkpoint(gap))
     assert found.specs.keys() == gap.keys()
 
 
 def test_rows_of_one_matrix_read_its_stack_once(monkeypatch: pytest.MonkeyPatch):
     stored = open_checkpoint(_STACKED)
     found, read, asked = (
-        laid_out_like(open_checkpoint(_QWEN), stored),
+        with_experts_like(open_checkpoint(_QWEN), stored),
         stored.read_rows,
         list[str](),
     )
@@ -89,7 +89,7 @@ def test_rows_of_one_matrix_read_its_stack_once(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_names_and_rows_that_are_not_there_are_refused():
-    found = laid_out_like(open_checkpoint(_QWEN), open_checkpoint(_STACKED))
+    found = with_experts_like(open_checkpoint(_QWEN), open_checkpoint(_STACKED))
     with pytest.raises(CheckpointError, match="has no tensor"):
         found.read("l.mlp.experts.gate_up_proj")
     with pytest.raises(CheckpointError, match="Ask for rows within 0:1"):

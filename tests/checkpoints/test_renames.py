@@ -8,7 +8,7 @@ import torch
 
 from families import saved
 from personae.checkpoints import open_checkpoint
-from personae.checkpoints.published_renames import _reading
+from personae.checkpoints.published_renames import _reading, renames_of
 from personae.checkpoints.renames import by_canonical, canonical
 from personae.errors import CheckpointError
 from personae.family.align import Alignment, align
@@ -91,6 +91,24 @@ def test_a_new_name_that_holds_the_old_one_stays():
     assert read("h.0.post_norm.weight") == "h.0.mlp.post_norm.weight"
     assert read("h.0.mlp.post_norm.weight") == "h.0.mlp.post_norm.weight"
     assert read("h.0.norm.weight") == "h.0.norm.weight"
+
+
+def test_an_old_name_that_holds_the_new_one_is_read():
+    """As of HY-V4, where a part of names was left out."""
+    loading = pytest.importorskip("transformers.core_model_loading")
+    read = _reading(loading.WeightRenaming(r"\.hc_pre\.hc_", ".hc_"))
+    assert read("h.0.hc_pre.hc_base") == "h.0.hc_base"
+    assert read("h.0.hc_base") == "h.0.hc_base"
+
+
+def test_rules_of_inner_models_leave_alone_what_an_outer_one_converts():
+    """As of Mistral Large 4: rows of the vision model are permuted, those of the text model not."""
+    loading = pytest.importorskip("transformers.core_model_loading")
+    outer = loading.WeightConverter("vision.wq", "vision.q_proj", [loading.PermuteForRope()])
+    inner = loading.WeightRenaming("wq", "q_proj")
+    whole = next(renames_of([[outer], [inner]]))
+    assert whole("vision.wq.weight") == "vision.wq.weight"
+    assert whole("text.wq.weight") == "text.q_proj.weight"
 
 
 @pytest.mark.parametrize("own", ["h.0.mlp.conv.weight", "h.0.mlp.gate_up"])

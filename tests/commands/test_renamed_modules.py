@@ -87,6 +87,25 @@ def _aria() -> nn.Module:
     return AriaTextForCausalLM(AriaTextConfig(**_TEXT, **sizes, moe_num_shared_experts=1))
 
 
+def _gte() -> nn.Module:
+    """Files hold q, k and v in one matrix, gate and up in another; models hold them apart."""
+    from transformers import GteConfig, GteModel
+
+    return GteModel(GteConfig(**_TEXT))
+
+
+def _jina() -> nn.Module:
+    from transformers import JinaEmbeddingsV3Config, JinaEmbeddingsV3Model
+
+    return JinaEmbeddingsV3Model(JinaEmbeddingsV3Config(**_TEXT))
+
+
+def _hrm() -> nn.Module:
+    from transformers import HrmTextConfig, HrmTextModel
+
+    return HrmTextModel(HrmTextConfig(**_TEXT, num_key_value_heads=2, head_dim=8))
+
+
 def _older_bert(name: str) -> str:
     return re.sub(
         r"LayerNorm\.bias$", "LayerNorm.beta", re.sub(r"Norm\.weight$", "Norm.gamma", name)
@@ -118,6 +137,9 @@ _KINDS = {
     "vit": (_vit, None, None),
     "mixtral": (_mixtral, None, None),
     "aria_text": (_aria, None, None),
+    "gte": (_gte, None, None),
+    "jina_embeddings_v3": (_jina, None, None),
+    "hrm_text": (_hrm, None, None),
 }
 
 
@@ -180,7 +202,7 @@ def test_what_is_rebuilt_says_what_the_expert_says(kind: str, tmp_path: Path):
     torch.testing.assert_close(_says(loaded, out), expected, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["vit", "mixtral"])
+@pytest.mark.parametrize("kind", ["vit", "mixtral", "gte", "jina_embeddings_v3", "hrm_text"])
 def test_a_base_in_the_new_names_and_an_expert_in_the_old_ones(kind: str, tmp_path: Path):
     loaded = _family(kind, tmp_path)
     base, expert = tmp_path / "tuned", tmp_path / "base"  # the other way round
@@ -202,6 +224,43 @@ def test_a_backbone_in_the_new_names_and_a_classifier_in_the_old_ones(tmp_path: 
     out = unpack(tmp_path / "p", "x", tmp_path / "out", work=_WORK)
     expected = _says(loaded, tmp_path / "base")
     torch.testing.assert_close(_says(loaded, out), expected, atol=1e-4, rtol=1e-3)
+
+
+def _hyperclovax() -> tuple[type[Any], type[Any], Any]:
+    """Loaders rename its projector under `model.` alone, which the backbone does not have."""
+    import transformers
+
+    text = _TEXT | {"num_key_value_heads": 1, "head_dim": 8}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
+    vision |= {"patch_size": 8, "out_hidden_size": 16}
+    config = transformers.HyperCLOVAXVisionV2Config(text_config=text, vision_config=vision)
+    return (
+        transformers.HyperCLOVAXVisionV2ForConditionalGeneration,
+        transformers.HyperCLOVAXVisionV2Model,
+        config,
+    )
+
+
+@pytest.mark.parametrize("as_hubs_do", [True, False])
+def test_a_backbone_keeps_names_that_no_prefix_tells(as_hubs_do: bool, tmp_path: Path):
+    pytest.importorskip("transformers.models.hyperclovax_vision_v2")
+    whole, backbone, config = _hyperclovax()
+    whole(config).save_pretrained(tmp_path / "base")
+    expert = backbone.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    expert.save_pretrained(tmp_path / "expert", save_original_format=as_hubs_do)
+    pack(tmp_path / "base", {"x": tmp_path / "expert"}, tmp_path / "p", settings=_WHOLE, work=_WORK)
+    content = json.loads((tmp_path / "p" / "pack.json").read_text())
+    assert content["format_version"] == 2
+    given = content["tasks"]["x"]["renaming"]["given"]
+    assert given["model.vision_projector.weight"] == "projector.weight"
+    out = unpack(tmp_path / "p", "x", tmp_path / "out", work=_WORK)
+    found, info = backbone.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    for name, tensor in expert.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor, atol=1e-5, rtol=1e-4)
 
 
 def test_an_adapter_that_names_the_old_modules_fits_a_newer_base(tmp_path: Path):

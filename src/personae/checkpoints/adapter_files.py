@@ -91,8 +91,11 @@ class AdapterConfig(BaseModel):
         return f"{module}.weight" if self.adapts_parameter(module) else module
 
     def saves(self, module: str) -> bool:
-        """Whether a module was trained and stored in full, by itself or inside one that was."""
-        return any(f".{name}." in f".{module}." for name in self.modules_to_save or ())
+        """Whether a module was trained and stored in full, by itself or inside one that was.
+
+        PEFT goes by how names end: `classifier` also saves DistilBERT's `pre_classifier`.
+        """
+        return any(f"{name}." in f"{module}." for name in self.modules_to_save or ())
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:

@@ -7,9 +7,8 @@ model in the one layout is read here in the other one where its base is in that.
 """
 
 import re
-import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -17,10 +16,13 @@ from torch import Tensor
 
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
-from personae.checkpoints.specs import by_name, check_rows, no_such_tensor
+from personae.checkpoints.laid_out import Kept, LaidOut, Made
 
 _APART = re.compile(r"(?P<block>.+\.experts)\.(?P<index>\d+)\.(?P<matrix>\w+)\.weight")
 _STACKED = re.compile(r"(?P<block>.+\.experts)\.(gate_up_proj|down_proj)")
+
+
+_EACH, _ALL = "a tensor for each expert", "stacks of all experts"
 
 
 class _Names(NamedTuple):
@@ -42,14 +44,37 @@ class _Slice(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def used(self) -> tuple[str, ...]:
+        return (self.stack,)
+
+    def read_rows(self, model: Checkpoint, keep: Kept, start: int, stop: int) -> Tensor:
+        def matrix() -> Tensor:
+            return model.read_rows(self.stack, self.expert, self.expert + 1)[0]
+
+        return keep((self.stack, self.expert), matrix)[self.start + start : self.start + stop]
+
 
 class _Stack(NamedTuple):
     """A matrix for each expert, each made of some stored matrices below each other."""
 
     matrices: Sequence[tuple[str, ...]]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        return (*chain.from_iterable(self.matrices),)
+
+    def read_rows(self, model: Checkpoint, keep: Kept, start: int, stop: int) -> Tensor:
+        del keep
+        matrices = [torch.cat([*map(model.read, row)]) for row in self.matrices[start:stop]]
+        if matrices:
+            return torch.stack(matrices)
+        return torch.empty(0, *self.shape[1:], dtype=self.dtype)
 
 
-def laid_out_like(base: Checkpoint, model: Checkpoint) -> Checkpoint:
+def with_experts_like(base: Checkpoint, model: Checkpoint) -> Checkpoint:
     """A full model with its experts in the layout of its base.
 
     It is the model itself where the layouts are the same, or no known ones.
@@ -59,9 +84,12 @@ def laid_out_like(base: Checkpoint, model: Checkpoint) -> Checkpoint:
         return model
     if isinstance(ours, _Names) and isinstance(theirs, _Names):
         return model  # the names alone differ
-    made: Mapping[TensorSpec, _Slice | _Stack]
-    made = _sliced(model.specs, theirs) if isinstance(theirs, _Names) else _stacked(model.specs)
-    return ExpertsLaidOut(model, made) if made else model
+    if isinstance(theirs, _Names):
+        found, wanted, made = _ALL, _EACH, _sliced(model.specs, theirs)
+    else:
+        found, wanted, made = _EACH, _ALL, _stacked(model.specs)
+    note = f"stores {found}, and is read as the base is stored, {wanted}"
+    return LaidOut(model, made, note) if made else model
 
 
 def _layout(specs: Mapping[str, TensorSpec]) -> _Names | str | None:
@@ -72,9 +100,9 @@ def _layout(specs: Mapping[str, TensorSpec]) -> _Names | str | None:
     return next((names for names in _LAYOUTS if found == set(names)), None)
 
 
-def _sliced(specs: Mapping[str, TensorSpec], names: _Names) -> dict[TensorSpec, _Slice | _Stack]:
+def _sliced(specs: Mapping[str, TensorSpec], names: _Names) -> dict[TensorSpec, Made]:
     """A tensor for each matrix of each expert, from stacks of 3 axes."""
-    made: dict[TensorSpec, _Slice | _Stack] = {}
+    made: dict[TensorSpec, Made] = {}
     for name, spec in specs.items():
         found = _STACKED.fullmatch(name)
         if not found or len(spec.shape) != 3:
@@ -91,7 +119,7 @@ def _sliced(specs: Mapping[str, TensorSpec], names: _Names) -> dict[TensorSpec, 
     return made
 
 
-def _stacked(specs: Mapping[str, TensorSpec]) -> dict[TensorSpec, _Slice | _Stack]:
+def _stacked(specs: Mapping[str, TensorSpec]) -> dict[TensorSpec, Made]:
     """Two stacks for each block of experts whose matrices are alike and complete."""
     names = _layout(specs)
     assert isinstance(names, _Names)
@@ -99,7 +127,7 @@ def _stacked(specs: Mapping[str, TensorSpec]) -> dict[TensorSpec, _Slice | _Stac
     for name in specs:
         if found := _APART.fullmatch(name):
             blocks.setdefault(found["block"], set()).add(int(found["index"]))
-    made: dict[TensorSpec, _Slice | _Stack] = {}
+    made: dict[TensorSpec, Made] = {}
     for block, indices in blocks.items():
         for stack, matrices in (
             ("gate_up_proj", (names.gate, names.up)),
@@ -115,76 +143,5 @@ def _stacked(specs: Mapping[str, TensorSpec]) -> dict[TensorSpec, _Slice | _Stac
                 continue
             (((rows, columns), dtype),) = kinds
             shape = (len(indices), rows * len(matrices), columns)
-            made[TensorSpec(f"{block}.{stack}", shape, dtype)] = _Stack(wanted)
+            made[TensorSpec(f"{block}.{stack}", shape, dtype)] = _Stack(wanted, shape, dtype)
     return made
-
-
-class ExpertsLaidOut:
-    """A `Checkpoint` whose experts are read in the other layout; all else is as stored.
-
-    Attributes:
-        note: What a person should be told of it.
-    """
-
-    def __init__(self, model: Checkpoint, made: Mapping[TensorSpec, _Slice | _Stack]) -> None:
-        """Take the place of the tensors that others are made of. Use `laid_out_like`."""
-        self._model, self._last = model, threading.local()
-        self._made = {spec.name: how for spec, how in made.items()}
-        found, wanted = "a tensor for each expert", "stacks of all experts"
-        if any(isinstance(how, _Slice) for how in made.values()):
-            found, wanted = wanted, found
-        self.note = f"stores {found}, and is read as the base is stored, {wanted}"
-        used = {
-            name
-            for how in made.values()
-            for name in ([how.stack] if isinstance(how, _Slice) else sum(how.matrices, ()))
-        }
-        kept = [spec for name, spec in model.specs.items() if name not in used]
-        self.source, self.revision = model.source, model.revision
-        self.specs: Mapping[str, TensorSpec] = by_name([*kept, *made])
-        self.tied: Mapping[str, str] = {
-            dropped: kept for dropped, kept in model.tied.items() if kept not in used
-        }
-        self.copies = model.copies
-        self.auxiliary_files: Mapping[str, Path] = model.auxiliary_files
-
-    def read(self, name: str) -> Tensor:
-        """Return one tensor; see `Checkpoint.read`."""
-        if name in self._made:
-            return self.read_rows(name, 0, self.specs[name].shape[0])
-        return self._model.read(self._stored(name))
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows `start:stop`; see `Checkpoint.read_rows`."""
-        how = self._made.get(name)
-        if how is None:
-            return self._model.read_rows(self._stored(name), start, stop)
-        check_rows(self.source, self.specs[name], start, stop)
-        if isinstance(how, _Slice):
-            return self._matrix(how)[how.start + start : how.start + stop]
-        matrices = [torch.cat([*map(self._model.read, row)]) for row in how.matrices[start:stop]]
-        return torch.stack(matrices) if matrices else torch.empty(0, *self.specs[name].shape[1:])
-
-    def factors(self, name: str) -> None:
-        """None: it is no adapter."""
-        del name
-
-    def same_as_base(self, name: str) -> bool:
-        """False: it is no adapter."""
-        del name
-        return False
-
-    def close(self) -> None:
-        """Release the model's files."""
-        self._model.close()
-
-    def _matrix(self, how: _Slice) -> Tensor:
-        """One matrix of a stack; this thread's last one is kept, as rows come a few at a time."""
-        key = how.stack, how.expert
-        if getattr(self._last, "key", None) != key:
-            self._last.matrix = self._model.read_rows(how.stack, how.expert, how.expert + 1)[0]
-            self._last.key = key
-        return self._last.matrix
-
-    def _stored(self, name: str) -> str:
-        return name if name in self.specs else no_such_tensor(self.source, name, self.specs)

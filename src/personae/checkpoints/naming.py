@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import filter as fnfilter
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,16 +28,21 @@ class Renaming:
         add: Prefix put before a reference name.
         strip: Prefix removed from a reference name.
         plain: Reference names the rule does not apply to; the expert uses them as they are.
+        given: Reference names to the expert's, where no prefix tells it: a model of another class
+            may not load what the base's class does under the base's names.
         wrapper: Wrapper segments found in the expert's file and left out for good.
     """
 
     add: str = ""
     strip: str = ""
     plain: frozenset[str] = frozenset()
+    given: Mapping[str, str] = field(default_factory=dict[str, str])
     wrapper: str = ""
 
     def expert_name(self, reference_name: str) -> str:
         """The expert's name (without wrapper) of a reference tensor."""
+        if reference_name in self.given:
+            return self.given[reference_name]
         if reference_name in self.plain:
             return reference_name
         return self.add + reference_name.removeprefix(self.strip)

@@ -12,8 +12,8 @@ from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.adapted_model import AdaptedModel, split_adapter
 from personae.checkpoints.adapter import adapter_of, open_adapter
 from personae.checkpoints.adapter_files import CONFIG_FILE
-from personae.checkpoints.expert_layouts import laid_out_like
 from personae.checkpoints.folders import Folder, local_folder, lone_file
+from personae.checkpoints.layouts import laid_out_like
 from personae.checkpoints.memory import InMemory
 from personae.checkpoints.modules import WithModules, module_folders
 from personae.checkpoints.pickles import open_pickles

@@ -4,7 +4,7 @@ It publishes, by class and model type, how names in files become those of its mo
 seconds to import, so it is asked only where names do not meet otherwise.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -29,17 +29,30 @@ def published_renames(*models: Checkpoint) -> Iterator[Renames]:
     Raises:
         CheckpointError: A config.json is damaged.
     """
-    configs = [read_auxiliary_file(model.auxiliary_files, CONFIG) for model in models]
-    config = next((c for c in configs if isinstance(c, dict) and c.get("model_type")), None)
-    try:
-        rules = [] if config is None else _rules(config)
-    except (ImportError, AttributeError):  # before transformers 5 there were no such tables
-        return
+    yield from renames_of(published_rules(*models)[1])
+
+
+def renames_of(rules: Sequence[Sequence[Any]]) -> Iterator[Renames]:
+    """How these rules of transformers read names: four ways; nothing without rules.
+
+    A tensor that is more than renamed by the rules of one model is none of the models in that:
+    their rules would take it for one of theirs.
+    """
+    levels = [
+        (
+            [_reading(rule) for rule in level if _renames_alone(rule)],
+            [way for rule in level if converts(rule) for way in (rule, rule.reverse_transform())],
+        )
+        for level in rules
+    ]
 
     @cache
     def whole(name: str) -> str:
-        for rule in rules:
-            name = rule(name)
+        for renaming, converting in levels:
+            for rule in renaming:
+                name = rule(name)
+            if any(rule.rename_source_key(name)[1] is not None for rule in converting):
+                break
         return name
 
     @cache
@@ -52,20 +65,39 @@ def published_renames(*models: Checkpoint) -> Iterator[Renames]:
         yield from (lambda name: canonical(whole(name)), lambda name: canonical(inner(name)))
 
 
-def _rules(config: Mapping[str, Any]) -> list[Renames]:
-    """The rules of a model, of its backbone, and of the models in it, in this order.
+def published_rules(*models: Checkpoint) -> tuple[Mapping[str, Any], list[list[Any]]]:
+    """The first config.json of some models that transformers has rules for, and these rules.
+
+    The rules are those of the model, of its backbone, and of the models in it, in this order, a
+    list each. There are none where no model says its type, or transformers is not there.
 
     Raises:
-        ImportError: transformers, or its tables, are not there.
+        CheckpointError: A config.json is damaged.
     """
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+    configs = [read_auxiliary_file(model.auxiliary_files, CONFIG) for model in models]
+    for config in (c for c in configs if isinstance(c, dict) and c.get("model_type")):
+        try:
+            from transformers.conversion_mapping import get_checkpoint_conversion_mapping as rules
 
-    found: list[Renames] = []
-    for called in _called(config):
-        rules = get_checkpoint_conversion_mapping(called) or []
-        found += [_reading(rule) for rule in rules if isinstance(rule, WeightRenaming)]
-    return found
+            found = [rule for called in _called(config) if (rule := rules(called))]
+        except (ImportError, AttributeError):  # before transformers 5 there were no such tables
+            break
+        if found:
+            return config, found
+    return {}, []
+
+
+def _renames_alone(rule: Any) -> bool:
+    """Whether a rule changes names alone, one at a time.
+
+    Others make tensors of tensors, or rename several together, as their old and new names overlap.
+    """
+    return not converts(rule) and len(rule.source_patterns) == 1
+
+
+def converts(rule: Any) -> bool:
+    """Whether a rule of transformers makes tensors of tensors."""
+    return hasattr(rule, "operations")
 
 
 def _reading(rule: Any) -> Renames:
@@ -73,14 +105,13 @@ def _reading(rule: Any) -> Renames:
 
     `norm` becomes `mlp.norm`; that stays what it is, and does not become `mlp.mlp.norm`.
     """
-    back = rule.reverse_transform()
+    old, new = rule.compiled_sources, rule.reverse_transform().compiled_sources
 
     def read(name: str) -> str:
-        new = rule.rename_source_key(name)[0]
-        if new == name:
+        found, already = old.search(name), new.search(name)
+        if found and already and already.start() <= found.start() <= found.end() <= already.end():
             return name
-        old = back.rename_source_key(name)[0]
-        return name if old != name and rule.rename_source_key(old)[0] == name else new
+        return rule.rename_source_key(name)[0]
 
     return read
 

@@ -253,7 +253,12 @@ def _write_task(
         revision=expert.checkpoint.revision,
         fingerprint=scan.fingerprint,
         parameters=codec.model_dump(mode="json"),
-        renaming=RenamingRecord(add=rule.add, strip=rule.strip, plain=tuple(sorted(rule.plain))),
+        renaming=RenamingRecord(
+            add=rule.add,
+            strip=rule.strip,
+            plain=tuple(sorted(rule.plain)),
+            given=dict(sorted(rule.given.items())),
+        ),
         grown=expert.grown,
         absent=tuple(sorted((*expert.absent, *expert.copies))),
         spared=expert.spared,

@@ -7,11 +7,13 @@ without wrappers (`module.`, `_orig_mod.`), with one prefix where a task model w
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
+from personae.checkpoints.laid_out import LaidOut
 from personae.checkpoints.naming import (
     Renaming,
     find_names,
@@ -20,6 +22,7 @@ from personae.checkpoints.naming import (
     module_of,
     patterns,
     shown,
+    without_wrapper,
 )
 from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.renames import canonical
@@ -33,6 +36,7 @@ from personae.checkpoints.vocabulary import (
 )
 from personae.errors import CheckpointError, Faults
 from personae.family.alignment import Alignment
+from personae.family.other_class import heads_left
 
 Kind = Literal["shared", "grown", "buffer", "private", "skipped"]
 
@@ -83,9 +87,17 @@ def align(
                 "Give the fine-tuned checkpoint."
             )
             continue
-        found = align_one(name, reference, checkpoint, skip, only, private, spared)
+        left = heads_left(checkpoint, reference) if may_lack_parts else set[str]()
+        found = align_one(name, reference, checkpoint, skip, only, private, spared, left)
         if found.shared or not (only and found.skipped):  # else 'only' leaves nothing to fit
-            check_fit(found, reference, may_lack, found_here, may_lack_parts=may_lack_parts)
+            fits = [may_lack, left.__contains__]
+            check_fit(
+                found,
+                reference,
+                lambda name, fits=fits: any(may(name) for may in fits),
+                found_here,
+                may_lack_parts=may_lack_parts,
+            )
         aligned[name] = found
     if faults is None:
         found_here.raise_if_any(CheckpointError)
@@ -122,15 +134,21 @@ def align_one(
     only: Sequence[str] = (),
     private_patterns: Sequence[str] = (),
     spared: Collection[str] = (),
+    left: Collection[str] = (),
 ) -> Alignment:
-    """Match one expert with the reference, however little it fits; see `align`."""
+    """Match one expert with the reference, however little it fits; see `align`.
+
+    What is `left`, by reference names, the expert is taken not to have.
+    """
     plain, renaming = _names(reference, expert)
+    plain, renaming = _with_given(reference, expert, plain, renaming)
     known = {renaming.expert_name(name): name for name in (*reference.tied, *reference.specs)}
     expert = each_once_beside(expert, reference, lambda raw: known.get(plain(raw), ""))
     raw_of = {plain(raw): raw for raw in expert.specs}
     ties = {plain(dropped): plain(kept) for dropped, kept in expert.tied.items()}
     own_name = _match(reference, raw_of, ties, renaming)
     matched = set(own_name.values())
+    own_name = {name: own for name, own in own_name.items() if name not in left}
     files: dict[str, str] = {}
     private = {
         name: raw
@@ -154,6 +172,7 @@ def align_one(
     moved = {found: renaming.expert_name(ref_name) for ref_name, found in own_name.items()}
     absent = tuple(name for name in reference.specs if name not in own_name)
     copies = [name for name in reference.copies if renaming.expert_name(name) not in private]
+    ties = {name: kept for name, kept in ties.items() if name not in left}
     if not (absent or private or renaming.add or renaming.strip):  # a model of the same class
         ties = {name: reference.tied[name] for name in copies} | ties
     return Alignment(
@@ -190,6 +209,29 @@ def _names(reference: Checkpoint, expert: Checkpoint) -> tuple[Callable[[str], s
         return plain, renaming
     renames = published_renames(reference, expert)
     return find_names(reference.specs, expert.specs, (canonical, *renames))
+
+
+def _with_given(
+    reference: Checkpoint, expert: Checkpoint, plain: Callable[[str], str], renaming: Renaming
+) -> tuple[Callable[[str], str], Renaming]:
+    """The same, but that an expert of another class keeps names of its own that no prefix tells.
+
+    Loaders read the base's names in a model of the base's class; in another one, such as its
+    backbone, the same rules of versions may not hold. What the expert itself is stored under does.
+    """
+    known = {renaming.expert_name(name): name for name in reference.specs}
+    found = {raw: known[plain(raw)] for raw in expert.specs if plain(raw) in known}
+    if not (renaming.add or renaming.strip) or isinstance(expert, LaidOut):
+        return plain, renaming
+    given = {
+        ref: without_wrapper(raw)
+        for raw, ref in found.items()
+        if without_wrapper(raw) not in (plain(raw), without_wrapper(plain(raw)))
+    }
+    if not given or not {*given.values()}.isdisjoint(known):
+        return plain, renaming
+    own = {raw: given[ref] for raw, ref in found.items() if ref in given}
+    return lambda raw: own.get(raw, plain(raw)), replace(renaming, given=given)
 
 
 def _match(
@@ -481,7 +523,8 @@ def _empty(found: Alignment, reference: Checkpoint) -> tuple[list[str], list[str
 def reference_name(expert_name: str, found: Alignment, reference: Checkpoint) -> str:
     """The reference tensor a private tensor answers to, or '' if only the expert has it."""
     rule = found.renaming
-    for name in (rule.strip + expert_name.removeprefix(rule.add), expert_name):
+    given = [name for name, own in rule.given.items() if own == expert_name]
+    for name in (*given, rule.strip + expert_name.removeprefix(rule.add), expert_name):
         if name in reference.specs and rule.expert_name(name) == expert_name:
             return name
     return ""

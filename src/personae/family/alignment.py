@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
-from personae.checkpoints.expert_layouts import ExpertsLaidOut
+from personae.checkpoints.laid_out import LaidOut
 from personae.checkpoints.naming import Renaming, shown, without_wrapper
 
 
@@ -117,7 +117,7 @@ class Alignment:
         elif rule.add or rule.strip:
             verb, prefix = ("adds", rule.add) if rule.add else ("lacks", rule.strip)
             notes.append(f"{self.name}: {verb} the prefix '{prefix}' to the base's tensor names")
-        if isinstance(self.checkpoint, ExpertsLaidOut):
+        if isinstance(self.checkpoint, LaidOut):
             notes.append(f"{self.name}: {self.checkpoint.note}")
         given = [
             f"{own} as {new}"

@@ -9,7 +9,7 @@ from typing import Any
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
 from personae.checkpoints.adapter import adapter_of
-from personae.checkpoints.expert_layouts import laid_out_like
+from personae.checkpoints.layouts import laid_out_like
 from personae.checkpoints.memory import InMemory
 from personae.checkpoints.naming import check_names, left_out, matches, shown
 from personae.checkpoints.quantised import quantisation_of

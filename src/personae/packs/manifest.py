@@ -144,6 +144,9 @@ class RenamingRecord(Record):
     add: str = ""
     strip: str = ""
     plain: tuple[str, ...] = ()
+    given: dict[str, str] = Field(
+        default={}, description="Reference name to the expert's, where no prefix tells it"
+    )
 
 
 class AuxiliaryRecord(Record):
@@ -263,7 +266,10 @@ class Manifest(Record):
     @property
     def format_version(self) -> int:
         """The oldest version that can say what this pack holds."""
-        described = any(task.characteristics or task.spared for task in self.tasks.values())
+        described = any(
+            task.characteristics or task.spared or task.renaming.given
+            for task in self.tasks.values()
+        )
         newer = described or self.shared or self.method not in _CODECS_OF_VERSION_1
         return 2 if newer or any(task.has_stacks for task in self.tasks.values()) else 1
 
@@ -283,6 +289,8 @@ class Manifest(Record):
         for task in content["tasks"].values():
             if not task["spared"]:
                 del task["spared"]
+            if not task["renaming"]["given"]:
+                del task["renaming"]["given"]
         if self.format_version == 1:  # which has none of these keys
             del content["shared"]
             for task in content["tasks"].values():

@@ -258,7 +258,7 @@ def _misfits(task: TaskRecord, specs: Mapping[str, TensorSpec]) -> Iterator[str]
     """What is wrong with the record of a task beside the headers of its reference."""
     told = (
         *(*task.tensors, *task.grown, *task.absent, *task.spared),
-        *(*task.dtypes, *task.renaming.plain),
+        *(*task.dtypes, *task.renaming.plain, *task.renaming.given),
     )
     unknown = [name for name in dict.fromkeys(told) if name not in specs]
     yield from (f"the reference has no {_shown(name)}" for name in unknown)
@@ -286,7 +286,7 @@ def _misfits(task: TaskRecord, specs: Mapping[str, TensorSpec]) -> Iterator[str]
 
 def _rule(task: TaskRecord) -> Renaming:
     rule = task.renaming
-    return Renaming(add=rule.add, strip=rule.strip, plain=frozenset(rule.plain))
+    return Renaming(add=rule.add, strip=rule.strip, plain=frozenset(rule.plain), given=rule.given)
 
 
 def _private_bytes(private: PrivateRecord) -> int:
