@@ -4,7 +4,7 @@ import heapq
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -252,6 +252,7 @@ def prepare(family: Family, settings: MergeSettings) -> MergeJob:
     layers = count_layers(family.base.specs) - first
     experts = len(family.experts)
 
+    @cache
     def method_of(name: str) -> MergeMethod:
         return settings.for_tensor(name, layers=layers, experts=experts)
 

@@ -27,6 +27,7 @@ class Parameters(BaseModel):
     """
 
     model_config = ConfigDict(
+        defer_build=True,  # of dozens of methods one runs
         frozen=True,
         extra="forbid",
         allow_inf_nan=False,

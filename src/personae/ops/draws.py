@@ -32,7 +32,8 @@ class Draws:
             expert: The expert's place in the recipe.
         """
         digest = hashlib.sha256(f"{seed}/{expert}/{name}".encode()).digest()
-        self._first = np.random.PCG64(int.from_bytes(digest, "little")).state
+        self._stream = np.random.PCG64(int.from_bytes(digest, "little"))
+        self._first = self._stream.state
         self._word = -1
         self._state = np.empty(0, np.uint64)
 
@@ -55,9 +56,8 @@ class Draws:
         return self._state, skipped
 
     def _after(self, word: int) -> UInt64[ndarray, "4"]:
-        stream = np.random.PCG64(0)
-        stream.state = self._first
-        state = stream.advance(word).state["state"]
+        self._stream.state = self._first
+        state = self._stream.advance(word).state["state"]
         halves = [half for key in ("state", "inc") for half in _halves(state[key])]
         return np.array(halves, np.uint64)
 

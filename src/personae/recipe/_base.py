@@ -33,4 +33,4 @@ Patterns = Annotated[list[str], _or([])]
 class Strict(BaseModel):
     """Frozen, and unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)

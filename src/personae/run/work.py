@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -116,27 +117,30 @@ class Work:
         Raises:
             BudgetError: if one item alone exceeds the memory bound.
         """
-        order = list(items) if in_order else sorted(items, key=cost, reverse=True)  # stable
-        check_memory(max(map(cost, order), default=0), self.memory, "The largest tensor")
+        order = [(item, cost(item)) for item in items]
+        if not in_order:
+            order.sort(key=itemgetter(1), reverse=True)  # stable
+        check_memory(max((need for _, need in order), default=0), self.memory, "The largest tensor")
         waiting = iter(order)
         held = next(waiting, None)
-        under_way: dict[Future[Result], Item] = {}
+        under_way: dict[Future[Result], tuple[Item, int]] = {}
         used, total, progress = 0, done + len(order), self.progress if stage else silent
         progress(stage, done, total)
         with _single_threaded(self.threads) as pool:
             while held is not None or under_way:
                 while held is not None and len(under_way) < self.threads:
-                    if under_way and self.memory is not None and used + cost(held) > self.memory:
+                    item, need = held
+                    if under_way and self.memory is not None and used + need > self.memory:
                         break
-                    used += cost(held)
-                    under_way[pool.submit(function, held)] = held
+                    used += need
+                    under_way[pool.submit(function, item)] = held
                     held = next(waiting, None)
                 finished, _ = wait(under_way, return_when=FIRST_COMPLETED)
                 while finished:  # emptied, so that no result outlives the caller's use of it
                     future = finished.pop()
-                    item = under_way.pop(future)
+                    item, need = under_way.pop(future)
                     yield item, future.result()
-                    used -= cost(item)
+                    used -= need
                     del future
                     done += 1
                     progress(stage, done, total)
