@@ -37,8 +37,11 @@ from personae.errors import PersonaeError as PersonaeError
 from personae.errors import RecipeError as RecipeError
 from personae.methods import CODECS as CODECS
 from personae.methods import Codec as Codec
+from personae.methods import LEARNED_METHODS as LEARNED_METHODS
+from personae.methods import LearnedMethod as LearnedMethod
 from personae.methods import MERGE_METHODS as MERGE_METHODS
 from personae.methods import MergeMethod as MergeMethod
+from personae.methods import RoutedModel as RoutedModel
 from personae.methods.codecs.bitdelta import BitDelta as BitDelta
 from personae.methods.codecs.delta_come import DeltaCoMe as DeltaCoMe
 from personae.methods.codecs.dts import DTS as DTS
@@ -49,6 +52,10 @@ from personae.methods.codecs.t_switch import TSwitch as TSwitch
 from personae.methods.codecs.tall_mask import TALLMask as TALLMask
 from personae.methods.codecs.tsv_c import TSVCompress as TSVCompress
 from personae.methods.codecs.ultradelta import UltraDelta as UltraDelta
+from personae.methods.learned.adamerging import AdaMerging as AdaMerging
+from personae.methods.learned.adamerging import adamerging as adamerging
+from personae.methods.learned.fisher import Fisher as Fisher
+from personae.methods.learned.fisher import fisher as fisher
 from personae.methods.merge.ace_merging import ACEMerging as ACEMerging
 from personae.methods.merge.ace_merging import ace_merging as ace_merging
 from personae.methods.merge.arcee_fusion import ArceeFusion as ArceeFusion
