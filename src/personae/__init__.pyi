@@ -56,6 +56,8 @@ from personae.methods.learned.adamerging import AdaMerging as AdaMerging
 from personae.methods.learned.adamerging import adamerging as adamerging
 from personae.methods.learned.fisher import Fisher as Fisher
 from personae.methods.learned.fisher import fisher as fisher
+from personae.methods.learned.regmean import RegMean as RegMean
+from personae.methods.learned.regmean import regmean as regmean
 from personae.methods.merge.ace_merging import ACEMerging as ACEMerging
 from personae.methods.merge.ace_merging import ace_merging as ace_merging
 from personae.methods.merge.arcee_fusion import ArceeFusion as ArceeFusion

@@ -78,11 +78,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def token_mask(batch: Batch, shape: tuple[int, ...]) -> Bool[Tensor, "*shape"] | None:
-    """Which of (sample, token) are no padding, if a mask of this shape says so."""
+    """Which of (sample, token), or of both in one axis, are no padding, if a mask says so."""
     for name in _MASKS:
         mask = batch.get(name)
-        if mask is not None and mask.ndim == 2 and tuple(mask.shape) == shape:
-            return mask.bool()
+        if mask is not None and mask.ndim == 2 and shape in {(*mask.shape,), (mask.numel(),)}:
+            return mask.bool().reshape(shape)
     return None
 
 

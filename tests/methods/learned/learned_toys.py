@@ -24,7 +24,8 @@ _TEXT: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 12,
-    "max_position_embeddings": 10,
+    "max_position_embeddings": 12,
+    "pad_token_id": 0,
 }
 
 
