@@ -54,10 +54,16 @@ from personae.methods.codecs.tsv_c import TSVCompress as TSVCompress
 from personae.methods.codecs.ultradelta import UltraDelta as UltraDelta
 from personae.methods.learned.adamerging import AdaMerging as AdaMerging
 from personae.methods.learned.adamerging import adamerging as adamerging
+from personae.methods.learned.auto_switch import AutoSwitch as AutoSwitch
+from personae.methods.learned.auto_switch import auto_switch as auto_switch
 from personae.methods.learned.fisher import Fisher as Fisher
 from personae.methods.learned.fisher import fisher as fisher
 from personae.methods.learned.regmean import RegMean as RegMean
 from personae.methods.learned.regmean import regmean as regmean
+from personae.methods.learned.twin_merging import TwinMerging as TwinMerging
+from personae.methods.learned.twin_merging import twin_merging as twin_merging
+from personae.methods.learned.wemoe import WEMoE as WEMoE
+from personae.methods.learned.wemoe import wemoe as wemoe
 from personae.methods.merge.ace_merging import ACEMerging as ACEMerging
 from personae.methods.merge.ace_merging import ace_merging as ace_merging
 from personae.methods.merge.arcee_fusion import ArceeFusion as ArceeFusion

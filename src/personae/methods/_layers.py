@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +82,8 @@ def _of_attention(
     name: str, module: nn.MultiheadAttention, names: Mapping[int, str]
 ) -> list[LinearLayer]:
     """Queries, keys and values; the output projection is found as the `nn.Linear` that it is."""
-    stacked, width = module.in_proj_weight, module.embed_dim
-    if isinstance(stacked, nn.Parameter):
+    stacked, width = cast("nn.Parameter | None", module.in_proj_weight), module.embed_dim
+    if stacked is not None:
         whole = names[id(stacked)]
         return [LinearLayer(name, whole, first=n * width, rows=width) for n in range(3)]
     apart = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
@@ -143,8 +143,8 @@ def _attention_hook(layers: list[LinearLayer], output: list[LinearLayer], given:
             return
         width, weight = module.embed_dim, module.out_proj.weight
         plain = {"out_proj.weight": torch.eye(width, device=weight.device, dtype=weight.dtype)}
-        if module.out_proj.bias is not None:
-            plain["out_proj.bias"] = torch.zeros_like(module.out_proj.bias)
+        if (bias := cast("Tensor | None", module.out_proj.bias)) is not None:
+            plain["out_proj.bias"] = torch.zeros_like(bias)
         inside = True
         try:
             mixed = functional_call(module, plain, args, kwargs)[0]

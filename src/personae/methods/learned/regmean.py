@@ -6,9 +6,12 @@ averaged. With `inputs="merged"` (RegMean++) blocks are merged one after the oth
 a block is given when task n's data has run through the blocks that are merged already.
 
 Departs from the original code in two things: padding is left out of the Gram matrices, by the
-batch's attention mask; and a ridge towards the plain average stands in for the inverse of what
-is singular. Memory beside the experts: of each linear layer two Gram matrices and two copies of
-its weight in fp64, of all layers at once, or (RegMean++) of those of one block. RegMean++ runs each example up to each block: half as many full passes as there are blocks.
+batch's attention mask; and a pull towards the plain average stands in for the inverse of what is
+singular.
+
+Memory beside the experts: of each linear layer two Gram matrices and two copies of its weight in
+fp64; of all layers at once, or with RegMean++ of those of one block. RegMean++ runs each example up
+to each block: half as many full passes as there are blocks.
 """
 
 from collections.abc import Mapping
@@ -123,7 +126,7 @@ class RegMean(LearnedMerge):
                 raise _Enough
 
         with watched(model, layers, given):
-            for batch in limited(experts.batches[task], self.examples):  # noqa: B007
+            for batch in limited(experts.batches[task], self.examples):
                 left = calls or 0
                 try:
                     run(model, batch, weights)
