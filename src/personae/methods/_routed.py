@@ -114,7 +114,8 @@ class MixedModel(RoutedModel):
             pool: How features are made of the states of tokens.
         """
         super().__init__(experts, reference)
-        self.codec, self.router, self.pool = codec, router, pool
+        self.codec, self.router = codec, router
+        self.pool: Pool = pool
         self.parts: dict[str, dict[str, Parts]] = {
             task: {
                 name: codec.encode(own.to(reference[name]) - reference[name])

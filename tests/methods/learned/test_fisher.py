@@ -139,7 +139,53 @@ def test_parameters_without_a_gradient_are_averaged():
     assert merged["unused"].tolist() == [2.5, 2.5]
 
 
-def test_one_regression_without_labels_and_tokens_are_told_before_work():
+class Tagger(nn.Module):
+    """Logits for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.table(input_ids))
+
+
+def test_logits_of_tokens_take_labels_drawn_for_each_and_no_padding():
+    draws = torch.Generator().manual_seed(0)
+    experts: dict[str, nn.Module] = {"a": Tagger(), "b": Tagger()}
+    for own in [own for model in experts.values() for own in model.parameters()]:
+        own.data = 0.5 * torch.randn(own.shape, generator=draws)
+    ids, mask = (
+        torch.tensor([[1, 2, 0, 0], [3, 3, 1, 0]]),
+        torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]),
+    )
+    weights = {}
+    for task, model in experts.items():  # by hand: Σ over tokens and classes
+        table, total = model.get_parameter("table.weight"), torch.zeros(5, 4)
+        for token in ids[mask.bool()].tolist():
+            log = (model.get_submodule("head")(table[token])).log_softmax(dim=0)
+            for y in range(3):
+                grad = torch.autograd.grad(log[y], table, retain_graph=True)[0]
+                total += log[y].exp().detach() * grad**2
+        weights[task] = (total / 2).clamp(min=1e-6)
+    own = [model.get_parameter("table.weight").detach() for model in experts.values()]
+    expected = (weights["a"] * own[0] + weights["b"] * own[1]) / (weights["a"] + weights["b"])
+    batch = {"input_ids": ids.repeat(1000, 1), "attention_mask": mask.repeat(1000, 1)}
+    found = fisher(
+        experts,
+        {"a": [batch], "b": [batch]},
+        shared=["table.weight"],
+        estimator="sampled",
+        examples=2000,
+        samples_at_once=500,
+        normalise=False,
+    )
+    torch.testing.assert_close(found["table.weight"], expected, rtol=0.1, atol=0.05)
+    with pytest.raises(MethodError, match=r"logits for each token.*\n.*estimator sampled"):
+        fisher(experts, {"a": [batch], "b": [batch]})
+
+
+def test_a_regression_without_labels_is_told_before_work():
     family = toys(labels=(1, 3))
     with pytest.raises(MethodError, match=r"'a' has one output, a regression.*no `labels`"):
         Fisher()(family.experts, family.batches)

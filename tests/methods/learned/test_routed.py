@@ -76,12 +76,12 @@ def test_a_head_that_is_not_there_is_told(number: int):
 def test_twin_merging_at_full_rank_and_a_certain_router_is_the_expert():
     """θ* + v_n = θ_n; the router tells apart what lies far apart."""
     family = toys("bert", noise=0.1)
-    routed = TwinMerging(rank_fraction=1.0)(family.experts, family.batches, family.base)
-    routed.router.weights = lambda seen: torch.tensor([[0.0, 1.0]]).expand(len(seen), 2)  # pyright: ignore[reportAttributeAccessIssue]
+    routed: Any = TwinMerging(rank_fraction=1.0)(family.experts, family.batches, family.base)
+    routed.router.weights = lambda seen: torch.tensor([[0.0, 1.0]]).expand(len(seen), 2)
     batch = family.batches["b"][0]
     expected = _logits(family, "b", {}, batch)
     torch.testing.assert_close(routed("b", **batch), expected, rtol=1e-4, atol=1e-4)
-    routed.router.weights = lambda seen: torch.zeros(len(seen), 2)  # pyright: ignore[reportAttributeAccessIssue]
+    routed.router.weights = lambda seen: torch.zeros(len(seen), 2)
     expected = _logits(family, "b", arithmetic(family, 0.3), batch)
     torch.testing.assert_close(routed("b", **batch), expected, rtol=1e-4, atol=1e-4)
 
@@ -172,12 +172,12 @@ def test_wemoe_mixes_weights_as_its_gates_say():
     """By hand: gates of each sample from the router, weights put together for it, run alone."""
     family = toys(noise=0.3)
     method = WEMoE(steps=5, learning_rate=0.1, mlp="second")
-    routed = method(family.experts, family.batches, family.base)
+    routed: Any = method(family.experts, family.batches, family.base)
     merged = arithmetic(family, 0.3)
     base = {n: family.base.get_parameter(n).detach().double() for n in shared_of(family)}
     for n, x in enumerate(family.batches["a"][0]["x"].double()):
         hidden = torch.tanh(x @ merged["first.weight"].T + merged["first.bias"])
-        gates = routed.routers[0](hidden.float()).double()  # pyright: ignore[reportIndexIssue]
+        gates = routed.routers[0](hidden.float()).double()
         for kind in ("second.weight", "second.bias"):
             each = [m.get_parameter(kind).double() - base[kind] for m in family.experts.values()]
             merged[kind] = base[kind] + sum(g * v for g, v in zip(gates, each, strict=True))
