@@ -17,8 +17,9 @@ import typer
 from typer.testing import CliRunner
 
 import personae
-from personae import CODECS, MERGE_METHODS
+from personae import CODECS, LEARNED_METHODS, MERGE_METHODS
 from personae.cli import app
+from personae.cli.methods import _type
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -68,22 +69,55 @@ def codecs() -> Iterator[str]:
     return _methods("codec", {name: entry.__name__ for name, entry in CODECS.items()})
 
 
+def learned_methods() -> Iterator[str]:
+    """The learned methods and what they look at, then the parameters of each."""
+    yield "| name | in Python | paper | looks at | result | what it does |"
+    yield "|---|---|---|---|---|---|"
+    for name, entry in sorted(LEARNED_METHODS.items()):
+        result = "routed" if entry.routed else "one model"
+        cells = (f"`{entry.__name__}`", _paper(entry.paper), entry.sees, result, entry.summary)
+        yield f"| [`{name}`](#{name}) | {' | '.join(map(_cell, cells))} |"
+    for name, entry in sorted(LEARNED_METHODS.items()):
+        schema = entry.model_json_schema()["properties"]
+        parameters = [
+            {
+                "name": key,
+                "type": _type(schema[key]),
+                "default": field.default,
+                "description": field.description,
+            }
+            for key, field in entry.fields().items()
+        ]
+        yield from _section(name, entry.summary, parameters)
+
+
 def _methods(kind: str, classes: dict[str, str]) -> Iterator[str]:
     found = [one for one in _told("methods", "--json") if one["kind"] == kind]
     described = sorted(found, key=lambda one: one["name"])
     yield from ("| name | in Python | paper | what it does |", "|---|---|---|---|")
     for one in described:
-        name, (kind_of, _, number) = one["name"], one["paper"].partition(":")
-        at = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}.get(kind_of)
-        paper = f"[{number}]({at}{number})" if at else f"[source]({one['paper']})"
-        yield f"| [`{name}`](#{name}) | `{classes[name]}` | {paper} | {_cell(one['summary'])} |"
+        name, summary = one["name"], _cell(one["summary"])
+        yield f"| [`{name}`](#{name}) | `{classes[name]}` | {_paper(one['paper'])} | {summary} |"
     for one in described:
-        yield from ("", f"### `{one['name']}`", "", one["summary"], "")
-        yield from ("| parameter | type | default | meaning |", "|---|---|---|---|")
-        for parameter in _told("methods", one["name"], "--json")["parameters"]:
-            cells = ("type", "default", "description")
-            kind_, default, meaning = (_cell(parameter[key]) for key in cells)
-            yield f"| `{parameter['name']}` | {kind_} | `{default}` | {meaning} |"
+        parameters = _told("methods", one["name"], "--json")["parameters"]
+        yield from _section(one["name"], one["summary"], parameters)
+
+
+def _paper(paper: str) -> str:
+    """A link to it."""
+    kind, _, number = paper.partition(":")
+    at = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}.get(kind)
+    return f"[{number}]({at}{number})" if at else f"[source]({paper})"
+
+
+def _section(name: str, summary: str, parameters: list[dict[str, Any]]) -> Iterator[str]:
+    """What a method does, and its parameters."""
+    yield from ("", f"### `{name}`", "", summary, "")
+    yield from ("| parameter | type | default | meaning |", "|---|---|---|---|")
+    for parameter in parameters:
+        cells = ("type", "default", "description")
+        kind, default, meaning = (_cell(parameter[key]) for key in cells)
+        yield f"| `{parameter['name']}` | {kind} | `{default}` | {meaning} |"
 
 
 def options() -> Iterator[str]:
@@ -116,7 +150,7 @@ def _default(parameter: Any) -> str:
 
 def functions() -> Iterator[str]:
     """What can be imported, but for methods and codecs."""
-    known = {**MERGE_METHODS, **CODECS}
+    known = {**MERGE_METHODS, **CODECS, **LEARNED_METHODS}
     methods = {*known, *(entry.__name__ for entry in known.values())}
     named = [name for name in personae.__all__ if name not in methods]
     public = {name: getattr(personae, name) for name in named}
@@ -148,6 +182,7 @@ def _cell(value: Any) -> str:
 PARTS = {
     "merge_methods": merge_methods,
     "codecs": codecs,
+    "learned_methods": learned_methods,
     "options": options,
     "functions": functions,
 }

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from personae.cli import app
-from personae.methods import CODECS, MERGE_METHODS
+from personae.methods import CODECS, LEARNED_METHODS, MERGE_METHODS
 from personae.recipe._merge_file import MergeFile
 from personae.recipe._pack_reading import _File as PackFile
 from toy_encoders import toy_sentence_encoder
@@ -153,7 +153,8 @@ def test_every_method_has_a_section_with_its_parameters() -> None:
         name: set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE))
         for name, text in zip(sections[::2], sections[1::2], strict=True)
     }
-    assert told == {name: {*m.fields()} for name, m in {**MERGE_METHODS, **CODECS}.items()}
+    known = {**MERGE_METHODS, **CODECS, **LEARNED_METHODS}
+    assert told == {name: {*method.fields()} for name, method in known.items()}
 
 
 @pytest.mark.parametrize(

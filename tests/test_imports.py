@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import personae
-from personae import CODECS, MERGE_METHODS
+from personae import CODECS, LEARNED_METHODS, MERGE_METHODS
 
 SOURCE = Path(__file__).parents[1] / "src"
 OPTIONAL = ("transformers", "peft", "sklearn", "ray", "datasets", "accelerate", "matplotlib")
@@ -78,8 +78,8 @@ print(Midway(scale=0.5)(torch.ones(2, 3)).tolist(), midway(torch.ones(2, 1), sca
 def test_every_public_name_is_there():
     for name in personae.__all__:
         assert getattr(personae, name) is not None, name
-    methods = [*MERGE_METHODS.values(), *CODECS.values()]
-    named = {*MERGE_METHODS, *(cls.__name__ for cls in methods)}
+    methods = [*MERGE_METHODS.values(), *CODECS.values(), *LEARNED_METHODS.values()]
+    named = {*MERGE_METHODS, *LEARNED_METHODS, *(cls.__name__ for cls in methods)}
     assert named <= set(personae.__all__) == set(dir(personae))
     try:
         personae.no_such_name  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]

@@ -47,8 +47,11 @@ _HOMES = {
     "RecipeError": "errors",
     "CODECS": "methods",
     "Codec": "methods",
+    "LEARNED_METHODS": "methods",
+    "LearnedMethod": "methods",
     "MERGE_METHODS": "methods",
     "MergeMethod": "methods",
+    "RoutedModel": "methods",
     "MergeSettings": "recipe",
     "PackSettings": "recipe",
     "Work": "run.work",
@@ -56,7 +59,8 @@ _HOMES = {
     "load": "runtime.loading",
 }
 _METHOD = re.compile(
-    r"^@(?:merge_method|codec)\(.*?^class (\w+)|^(\w+) = as_function\(", re.MULTILINE | re.DOTALL
+    r"^@(?:merge_method|codec|learned_method)\(.*?^class (\w+)|^(\w+) = as_\w*function\(",
+    re.MULTILINE | re.DOTALL,
 )
 
 
@@ -64,7 +68,7 @@ _METHOD = re.compile(
 def _homes() -> dict[str, str]:
     """The module of each public name; those of methods and codecs are read from their files."""
     found: dict[str, str] = {}
-    for kind in ("merge", "codecs"):
+    for kind in ("merge", "codecs", "learned"):
         for path in sorted(Path(__file__).parent.glob(f"methods/{kind}/[!_]*.py")):
             for cls, function in _METHOD.findall(path.read_text("utf-8")):
                 found[cls or function] = f"methods.{kind}.{path.stem}"

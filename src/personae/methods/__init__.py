@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from personae.methods import codecs, merge, mergekit
+from personae.methods import codecs, learned, merge, mergekit
 from personae.methods._blocks import block_bits, block_layout, decode_block, encode_block, misfits
 from personae.methods._codec import Bits, Codec, Context, Treatment, decompose_touched
 from personae.methods._deltas import (
@@ -17,6 +17,8 @@ from personae.methods._deltas import (
     stored_bytes,
 )
 from personae.methods._entries import MOST_TOLD, Undecided
+from personae.methods._experts import Experts, Weights
+from personae.methods._learned import LearnedMerge, LearnedMethod, LearnedRouting
 from personae.methods._merge import (
     Entrywise,
     Factors,
@@ -37,6 +39,7 @@ from personae.methods._method import (
 from personae.methods._registry import (
     ALIASES,
     CODECS,
+    LEARNED_METHODS,
     MERGE_METHODS,
     MERGEKIT_METHODS,
     METHODS_BY_CONVENTIONS,
@@ -44,9 +47,10 @@ from personae.methods._registry import (
     build,
     lookup,
 )
+from personae.methods._routed import RoutedModel
 from personae.methods._site import Block, Site, has_matrices, stacked_matrices
 
-for _package in (codecs, merge, mergekit):
+for _package in (codecs, learned, merge, mergekit):
     for _module in pkgutil.iter_modules(_package.__path__):
         importlib.import_module(f"{_package.__name__}.{_module.name}")
 
@@ -55,6 +59,7 @@ __all__ = [
     "BLOCK",
     "CODECS",
     "INFINITY",
+    "LEARNED_METHODS",
     "MERGEKIT_METHODS",
     "MERGE_METHODS",
     "METHODS_BY_CONVENTIONS",
@@ -67,17 +72,23 @@ __all__ = [
     "Conventions",
     "DeltaBlocks",
     "Entrywise",
+    "Experts",
     "Factors",
     "Given",
+    "LearnedMerge",
+    "LearnedMethod",
+    "LearnedRouting",
     "MergeMethod",
     "NotFinite",
     "Parameters",
     "Pass",
     "Passes",
+    "RoutedModel",
     "Site",
     "Statistics",
     "Treatment",
     "Undecided",
+    "Weights",
     "as_stored",
     "block_bits",
     "block_layout",

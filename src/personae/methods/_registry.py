@@ -1,4 +1,4 @@
-"""The catalogue of methods: merge methods and codecs are frozen classes, registered by decorators.
+"""The catalogue of merge methods, codecs and learned methods: classes that decorators register.
 
 The file that a class stands in gives its name. Everything that lists, validates or documents
 methods reads this registry.
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from personae.errors import Faults, MethodError, nearest
 from personae.methods._codec import Codec
+from personae.methods._learned import LearnedMethod
 from personae.methods._merge import Conventions, MergeMethod
 from personae.methods._method import Parameters, flag_fault, percent_hint
 
@@ -23,8 +24,10 @@ METHODS_BY_CONVENTIONS: dict[Conventions, dict[str, type[MergeMethod]]] = {
 }
 ALIASES: dict[str, str] = {}
 CODECS: dict[str, type[Codec]] = {}
+LEARNED_METHODS: dict[str, type[LearnedMethod]] = {}
 
 C = TypeVar("C", bound=type[Codec])
+L = TypeVar("L", bound=type[LearnedMethod])
 M = TypeVar("M", bound=type[MergeMethod])
 
 
@@ -59,7 +62,17 @@ def codec(*, paper: str) -> Callable[[C], C]:
     return register
 
 
-Entry = TypeVar("Entry", bound=type[MergeMethod] | type[Codec])
+def learned_method(*, paper: str) -> Callable[[L], L]:
+    """Register a class of methods that look at data; its pydantic fields are its parameters."""
+
+    def register(cls: L) -> L:
+        _add(LEARNED_METHODS, cls, paper)
+        return cls
+
+    return register
+
+
+Entry = TypeVar("Entry", bound=type[MergeMethod] | type[Codec] | type[LearnedMethod])
 
 
 def lookup(registry: Mapping[str, Entry], name: str) -> Entry:

@@ -1,0 +1,62 @@
+"""What a router looks at: one vector a sample, from a model that runs."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from personae.errors import MethodError
+from personae.methods._batches import LABELS, Batch, device_of, run, samples, token_mask
+from personae.methods._layers import LinearLayer, linear_layers, watched
+
+Pool = Literal["mean", "first"]
+"""Of the states of tokens their mean without padding, or the first."""
+
+
+def features(
+    model: nn.Module, batch: Batch, weights: Mapping[str, Tensor], pool: Pool
+) -> Float[Tensor, "sample dim"]:
+    """The last hidden states of a model of `transformers`; of others what its last layer is given.
+
+    Raises:
+        MethodError: if these are not one vector, or one a token, for each sample.
+    """
+    with torch.no_grad():
+        states = _states(model, batch, weights).float()
+    count = samples(batch)
+    if states.ndim not in (2, 3) or len(states) != count:
+        raise MethodError(
+            f"The router looks at hidden states of shape {tuple(states.shape)}, for {count} "
+            "samples. They must be (sample, dim) or (sample, token, dim)."
+        )
+    if states.ndim == 2:
+        return states
+    if pool == "first":
+        return states[:, 0]
+    mask = token_mask(batch, tuple(states.shape[:2]))
+    if mask is None:
+        return states.mean(dim=1)
+    shares = mask.to(states).unsqueeze(-1)
+    return (states * shares).sum(dim=1) / shares.sum(dim=1).clamp(min=1)
+
+
+def _states(model: nn.Module, batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:
+    if hasattr(getattr(model, "config", None), "output_hidden_states"):
+        device = device_of(model)
+        given = {name: one.to(device) for name, one in batch.items() if name != LABELS}
+        output = functional_call(model, dict(weights), (), {**given, "output_hidden_states": True})
+        found = getattr(output, "hidden_states", None)
+        found = getattr(output, "encoder_hidden_states", None) if found is None else found
+        if found:
+            return found[-1]
+    last: list[Tensor] = []
+
+    def given_to(_: LinearLayer, inputs: Tensor) -> None:
+        last[:] = [inputs]
+
+    with watched(model, linear_layers(model), given_to):
+        run(model, batch, weights)
+    return last[0]
