@@ -19,7 +19,7 @@ from personae import DTS, pack
 from personae.serve.app import build
 from personae.serve.limits import Limits
 from personae.serve.tasks import Loading, Tasks
-from toys import perturb, toy_bert, toy_gpt2
+from toys import perturb, toy_bert, toy_gpt2, toy_t5
 
 WORDS = ["[PAD]", "[UNK]", "[END]", *(f"w{n}" for n in range(3, 40))]
 TEMPLATE = (
@@ -54,6 +54,18 @@ def gpt2_pack(root: Path, tasks: str = "ab", scale: float = 0.3) -> Path:
         file.write_text(json.dumps(content))
     tokenizer(base, TEMPLATE)
     experts = {t: perturb(base, root / t, seed, scale) for seed, t in enumerate(tasks, 1)}
+    return pack(base, experts, root / "pack", DTS(rank_fraction=1.0)).directory
+
+
+def t5_pack(root: Path, scale: float = 0.3) -> Path:
+    """A pack of encoder-decoders, which begin answers with [PAD]."""
+    base = toy_t5(root / "base")
+    for name in ("config.json", "generation_config.json"):
+        file = base / name
+        ends = {"eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 0}
+        file.write_text(json.dumps(json.loads(file.read_text()) | ends))
+    tokenizer(base)
+    experts = {t: perturb(base, root / t, seed, scale) for seed, t in enumerate("ab", 1)}
     return pack(base, experts, root / "pack", DTS(rank_fraction=1.0)).directory
 
 

@@ -36,8 +36,8 @@ def recorder() -> Recorder:
 def scheduler(recorder: Recorder) -> Iterator[Callable[..., Scheduler]]:
     made: list[Scheduler] = []
 
-    def make(**how: Any) -> Scheduler:
-        made.append(Scheduler(**({"max_wait": 0.0} | how)))
+    def make(max_wait: float = 0.0, **how: Any) -> Scheduler:
+        made.append(Scheduler(max_wait=max_wait, **how))
         return made[-1]
 
     yield make

@@ -1,14 +1,16 @@
 """Completions and chats: what `generate` of the unpacked checkpoint gives, whole and streamed."""
 
 import json
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from running import LONGEST, WORDS, Client, gpt2_pack, running
-from transformers import GPT2LMHeadModel
+from running import LONGEST, WORDS, Client, gpt2_pack, running, t5_pack
+from transformers import GPT2LMHeadModel, T5ForConditionalGeneration
 
 from personae import unpack
 
@@ -21,7 +23,7 @@ class Unpacked:
     def __init__(self, root: Path) -> None:
         packed = gpt2_pack(root)
         self.pack = packed
-        self.models = {
+        self.models: dict[str, Any] = {
             task: GPT2LMHeadModel.from_pretrained(unpack(packed, task, root / "out" / task))
             for task in "ab"
         }
@@ -183,8 +185,6 @@ def test_models_are_the_tasks(client: Client):
     ],
 )
 def test_what_is_refused(client: Client, change: dict[str, Any], text: str):
-    import re
-
     body = greedy("a", PROMPTS[0]) | change
     assert re.search(text, client.refused(400, "/v1/completions", body))
     assert re.search(text, client.refused(400, "/v1/completions", body | {"stream": True}))
@@ -195,3 +195,22 @@ def test_other_kinds_of_requests(client: Client):
         400, "/v1/predict", {"model": "a", "texts": ["w3"]}
     )
     assert "Known: a, b" in client.refused(404, "/v1/completions", greedy("zz", "w3"))
+
+
+def test_encoder_decoders_answer_prompts(tmp_path: Path):
+    """T5's rows are computed one task after another, which shows in the first batch alone."""
+    packed = t5_pack(tmp_path)
+    prompts = {"a": ["w3 w4 w9", "w7"], "b": ["w11 w12"]}
+    with running(packed, max_batch=3, max_wait=60.0) as client:
+        with ThreadPoolExecutor(2) as workers:
+            got = workers.map(
+                lambda task: client.ok("/v1/completions", greedy(task, prompts[task])), prompts
+            )
+            texts = {answer["model"]: [c["text"] for c in answer["choices"]] for answer in got}
+    for task, asked in prompts.items():
+        unpacked = unpack(packed, task, tmp_path / "out" / task)
+        model: Any = T5ForConditionalGeneration.from_pretrained(unpacked)
+        for prompt, text in zip(asked, texts[task], strict=True):
+            tokens = torch.tensor([[WORDS.index(word) for word in prompt.split()]])
+            made = model.generate(tokens, max_new_tokens=5, do_sample=False)[0].tolist()
+            assert text == " ".join(WORDS[n] for n in made if n > 2)

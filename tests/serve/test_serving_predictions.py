@@ -3,13 +3,14 @@
 import base64
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from running import WORDS, Client, bert_pack, running, tokenizer
+from running import WORDS, bert_pack, running, tokenizer
 from transformers import (
     AutoModel,
     BertForSequenceClassification,
@@ -40,7 +41,7 @@ def test_labels_and_values_are_those_of_the_checkpoint(packed: Path, mode: str, 
     with running(packed, mode=mode) as client:
         for task in ("three", "two", "value"):
             unpacked = unpack(packed, task, tmp_path / task)
-            model = BertForSequenceClassification.from_pretrained(unpacked)
+            model: Any = BertForSequenceClassification.from_pretrained(unpacked)
             got = client.ok("/v1/predict", {"model": task, "texts": TEXTS})["data"]
             for place, (text, answer) in enumerate(zip(TEXTS, got, strict=True)):
                 expected = own_logits(model, text)
@@ -80,8 +81,6 @@ def test_what_tasks_are(packed: Path):
     ],
 )
 def test_what_is_refused_of_texts(packed: Path, change: dict[str, Any], text: str):
-    import re
-
     with running(packed) as client:
         body = {"model": "two", "texts": ["w3"]} | change
         assert re.search(text, client.refused(400, "/v1/predict", body))
@@ -162,8 +161,6 @@ def test_images_as_files_and_as_pixels(pictures: Path, tmp_path: Path):
     ],
 )
 def test_what_is_no_image(pictures: Path, given: Any, text: str):
-    import re
-
     with running(pictures) as client:
         body = {"model": "a", "images": [given]}
         assert re.search(text, client.refused(400, "/v1/predict", body))
@@ -199,8 +196,3 @@ def test_classifiers_without_a_padding_token(tmp_path: Path):
     for text, answer in zip(TEXTS, got, strict=True):
         shares = own_logits(model, text).softmax(0).tolist()
         assert [*answer["scores"].values()] == pytest.approx(shares, abs=1e-5)
-
-
-def test_clients_are_typed(packed: Path):
-    with running(packed) as client:
-        assert isinstance(client, Client) and client.ok("/openapi.json")["info"]["title"]
