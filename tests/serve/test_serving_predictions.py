@@ -4,13 +4,14 @@ import base64
 import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from running import WORDS, bert_pack, running, tokenizer
+from running import WORDS, Client, bert_pack, running, tokenizer
 from transformers import (
     AutoModel,
     BertForSequenceClassification,
@@ -36,6 +37,12 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bert_pack(tmp_path_factory.mktemp("classifiers"))
 
 
+@pytest.fixture(scope="module")
+def client(packed: Path) -> Iterator[Client]:
+    with running(packed) as found:
+        yield found
+
+
 @pytest.mark.parametrize("mode", ["factored", "merged"])
 def test_labels_and_values_are_those_of_the_checkpoint(packed: Path, mode: str, tmp_path: Path):
     with running(packed, mode=mode) as client:
@@ -57,9 +64,8 @@ def test_labels_and_values_are_those_of_the_checkpoint(packed: Path, mode: str, 
                 assert answer["score"] == max(answer["scores"].values())
 
 
-def test_what_tasks_are(packed: Path):
-    with running(packed) as client:
-        told = {task["id"]: task for task in client.ok("/v1/tasks")["data"]}
+def test_what_tasks_are(client: Client):
+    told = {task["id"]: task for task in client.ok("/v1/tasks")["data"]}
     assert {name: task["kind"] for name, task in told.items()} == {
         "three": "classification",
         "two": "classification",
@@ -80,18 +86,16 @@ def test_what_tasks_are(packed: Path):
         ({"text": ["w3"]}, "text: Extra inputs"),
     ],
 )
-def test_what_is_refused_of_texts(packed: Path, change: dict[str, Any], text: str):
-    with running(packed) as client:
-        body = {"model": "two", "texts": ["w3"]} | change
-        assert re.search(text, client.refused(400, "/v1/predict", body))
-        assert client.ok("/v1/predict", {"model": "two", "texts": ["w3"]})
+def test_what_is_refused_of_texts(client: Client, change: dict[str, Any], text: str):
+    body = {"model": "two", "texts": ["w3"]} | change
+    assert re.search(text, client.refused(400, "/v1/predict", body))
+    assert client.ok("/v1/predict", {"model": "two", "texts": ["w3"]})
 
 
-def test_long_texts_are_cut_off_on_request(packed: Path):
-    with running(packed) as client:
-        ask = {"model": "two", "texts": ["w3 w4 w5 w6 w7 w8 " * 3], "truncate": True}
-        short = {"model": "two", "texts": ["w3 w4 w5 w6 w7 w8 " * 2]}
-        cut, whole = (client.ok("/v1/predict", body)["data"][0] for body in (ask, short))
+def test_long_texts_are_cut_off_on_request(client: Client):
+    ask = {"model": "two", "texts": ["w3 w4 w5 w6 w7 w8 " * 3], "truncate": True}
+    short = {"model": "two", "texts": ["w3 w4 w5 w6 w7 w8 " * 2]}
+    cut, whole = (client.ok("/v1/predict", body)["data"][0] for body in (ask, short))
     assert cut["scores"] == pytest.approx(whole["scores"])
 
 
@@ -134,20 +138,25 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(base, experts, root / "pack", DTS(rank_fraction=1.0)).directory
 
 
-def test_images_as_files_and_as_pixels(pictures: Path, tmp_path: Path):
+@pytest.fixture(scope="module")
+def gallery(pictures: Path) -> Iterator[Client]:
+    with running(pictures) as found:
+        yield found
+
+
+def test_images_as_files_and_as_pixels(gallery: Client, pictures: Path, tmp_path: Path):
     (red, red_text), (blue, blue_text) = image((250, 0, 9)), image((3, 5, 200))
-    with running(pictures) as client:
-        for task in "ab":
-            unpacked = unpack(pictures, task, tmp_path / task)
-            model = ViTForImageClassification.from_pretrained(unpacked)
-            pixels = ViTImageProcessor.from_pretrained(unpacked)([red, blue], return_tensors="pt")
-            with torch.no_grad():
-                expected = model(**pixels).logits.softmax(-1).tolist()
-            images = [red_text, f"data:image/png;base64,{blue_text}"]
-            for given in (images, pixels["pixel_values"].tolist()):
-                got = client.ok("/v1/predict", {"model": task, "images": given})["data"]
-                for answer, shares in zip(got, expected, strict=True):
-                    assert [*answer["scores"].values()] == pytest.approx(shares, abs=1e-5)
+    for task in "ab":
+        unpacked = unpack(pictures, task, tmp_path / task)
+        model = ViTForImageClassification.from_pretrained(unpacked)
+        pixels = ViTImageProcessor.from_pretrained(unpacked)([red, blue], return_tensors="pt")
+        with torch.no_grad():
+            expected = model(**pixels).logits.softmax(-1).tolist()
+        images = [red_text, f"data:image/png;base64,{blue_text}"]
+        for given in (images, pixels["pixel_values"].tolist()):
+            got = gallery.ok("/v1/predict", {"model": task, "images": given})["data"]
+            for answer, shares in zip(got, expected, strict=True):
+                assert [*answer["scores"].values()] == pytest.approx(shares, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +169,9 @@ def test_images_as_files_and_as_pixels(pictures: Path, tmp_path: Path):
         ([[["a"]]], "neither base64 nor nested lists"),
     ],
 )
-def test_what_is_no_image(pictures: Path, given: Any, text: str):
-    with running(pictures) as client:
-        body = {"model": "a", "images": [given]}
-        assert re.search(text, client.refused(400, "/v1/predict", body))
+def test_what_is_no_image(gallery: Client, given: Any, text: str):
+    body = {"model": "a", "images": [given]}
+    assert re.search(text, gallery.refused(400, "/v1/predict", body))
 
 
 def test_without_an_image_processor_pixels_alone_are_taken(tmp_path: Path):

@@ -1,10 +1,12 @@
 """What goes on at the same time: many clients, tasks that come and go, packs that vanish."""
 
+import gc
 import http.client
 import json
 import shutil
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,13 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.move(bert_pack(root / "bert"), root / "packs" / "bert")
     shutil.move(gpt2_pack(root / "gpt2"), root / "packs" / "gpt2")
     return root / "packs"
+
+
+@pytest.fixture(scope="module")
+def client(packs: Path) -> Iterator[Client]:
+    """A server of one pack that may load the other."""
+    with running(packs / "bert", folder=packs) as found:
+        yield found
 
 
 def predicted(client: Client, task: str, text: str) -> Any:
@@ -133,10 +142,21 @@ def test_tasks_and_packs_come_and_go(packs: Path):
         (400, {"pack": 3}, "pack: Input should be a valid string"),
     ],
 )
-def test_what_cannot_be_loaded(packs: Path, status: int, body: Any, text: str):
-    with running(packs / "bert", folder=packs) as client:
-        assert text in client.refused(status, "/v1/tasks", body)
+def test_what_cannot_be_loaded(client: Client, status: int, body: Any, text: str):
+    assert text in client.refused(status, "/v1/tasks", body)
+    assert predicted(client, "two", "w3")
+
+
+def test_a_pack_without_tasks_leaves_the_memory(packs: Path):
+    with running(packs / "bert", packs / "gpt2", folder=packs) as client:
+        assert completed(client, "a", "w7")
+        runtime = weakref.ref(client.tasks["a"].runtime)
+        for task in "ab":
+            assert runtime() is not None
+            client.ok(f"/v1/tasks/{task}", method="DELETE")
         assert predicted(client, "two", "w3")
+        gc.collect()  # the last request may have ended after the task was unloaded
+        assert runtime() is None
 
 
 def test_without_a_folder_requests_change_nothing(packs: Path):
