@@ -11,9 +11,12 @@ import personae
 from personae import CODECS, LEARNED_METHODS, MERGE_METHODS
 
 SOURCE = Path(__file__).parents[1] / "src"
-OPTIONAL = ("transformers", "peft", "sklearn", "ray", "datasets", "accelerate", "matplotlib")
-# What needs an extra says so where it is used; these are run by `personae demo` alone.
-EXTRA = ("personae.demo", "personae.evaluate", "personae.__main__")
+OPTIONAL = (
+    *("transformers", "peft", "sklearn", "ray", "datasets", "accelerate", "matplotlib"),
+    *("fastapi", "uvicorn", "prometheus_client"),
+)
+# What needs an extra says so where it is used; these are run by commands that need it.
+EXTRA = ("personae.demo", "personae.evaluate", "personae.serve", "personae.__main__")
 
 
 def _run(code: str, source: Path = SOURCE) -> str:

@@ -23,6 +23,7 @@ from personae.cli import (
     methods,
     pack,
     plan,
+    serve,
     unpack,
     verify,
 )
@@ -147,6 +148,7 @@ for _command in (
     unpack.unpack,
     compose.compose,
     export.export,
+    serve.serve,
     plan.plan,
     check.check,
     diff.diff,

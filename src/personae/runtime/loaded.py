@@ -3,10 +3,11 @@
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
+from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -124,6 +125,29 @@ class Runtime:
             self._refuse_others("use the reference")
             self._put_back()
             return self._shells.bare()
+
+    def model_of(self, task: str) -> nn.Module:
+        """The module of a task, with its configuration; it computes for it while it is active.
+
+        Raises:
+            PackError: if there is no such task, or its file is missing or damaged.
+            CheckpointError: if the class of the task is not known.
+        """
+        return self._view(task)
+
+    def files_of(self, task: str) -> dict[str, Path | bytes]:
+        """The small files of a task's checkpoint, such as its tokenizer, and the reference's.
+
+        Raises:
+            PackError: if there is no such task, or one of its files is missing or changed.
+        """
+        reference = self._shells.of_reference.auxiliary_files()
+        return {**reference, **self._variant(task).outline.auxiliary_files()}
+
+    def together(self, task: str) -> Hashable:
+        """Equal for tasks whose rows are computed in one pass."""
+        shell = self._shell(task)
+        return task if self.mode == "merged" or shell.apart else id(shell)
 
     def activate(self, task: str) -> "Activation":
         """Make a task the one that `model` computes for, in this thread.
@@ -294,11 +318,9 @@ class Runtime:
 
     def _passes(self, tasks: Sequence[str]) -> list[list[str]]:
         """The tasks of a batch, those together that are computed at once."""
-        found: dict[object, list[str]] = {}
+        found: dict[Hashable, list[str]] = {}
         for task in tasks:
-            shell = self._shell(task)
-            alone = self.mode == "merged" or shell.apart
-            found.setdefault(task if alone else id(shell), []).append(task)
+            found.setdefault(self.together(task), []).append(task)
         return [*found.values()]
 
     @contextmanager
