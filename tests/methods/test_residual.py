@@ -11,7 +11,7 @@ from personae._types import Parts
 from personae.errors import BudgetError, PackError, RecipeError
 from personae.methods import Context, Site
 from personae.methods._method import scalars
-from personae.methods._trellis import write
+from personae.methods._trellis import Writer
 from personae.methods._triplets import greedy_triplets
 from personae.methods.codecs.dts import DTS
 from personae.methods.codecs.residual import Residual
@@ -39,8 +39,10 @@ def _nbytes(parts: Parts) -> int:
 
 
 def _codes(*vectors: list[int], model: int = 3) -> Tensor:
-    paths = [torch.tensor(each, dtype=torch.int8) for each in vectors]
-    return write(paths, [model] * len(paths))
+    writer = Writer()
+    for vector in vectors:
+        writer.add(torch.tensor(vector, dtype=torch.int8), model)
+    return writer.end()
 
 
 def test_decoded_by_hand():
@@ -61,12 +63,14 @@ def test_decoded_by_hand():
 
 
 def test_a_vector_by_hand():
-    # One row: p = 2, q = (2, -1, 1), as bytes in `test_trellis.py`; one more step of these:
-    # 223590820 = 230982 · 968 + 244, then 230982 · 4096 + 244 + 1880. The third is 0.
+    # One row: p = 2, q = (2, -1, 1), q read first; 2, -1 and 1 have the widths and starts that
+    # `test_trellis.py` names. 2^23 = 8665 · 968 + 888, 8665 · 4096 + 888 + 1880 = 35494608
+    # = 21749 · 1632 + 240, 21749 · 4096 + 240 + 2 = 89084146 = 54585 · 1632 + 1426,
+    # 54585 · 4096 + 1426 + 1634 = 223583220 = 230974 · 968 + 388, then + 1880. The third is 0.
     parts = {
         "singular_values": torch.tensor([0.25]).bfloat16(),
         "models": _bytes(3),
-        "codes": _bytes(*(230982 * 4096 + 2124).to_bytes(4, "big")),
+        "codes": _bytes(*(230974 * 4096 + 388 + 1880).to_bytes(4, "big")),
         "zeros": _bytes(0b100),
     }
     assert Residual().decode(parts, (3,)).tolist() == [1, -0.5, 0]

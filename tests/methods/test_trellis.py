@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from personae.errors import PackError
-from personae.methods._trellis import MODELS, Reader, quantise, write
+from personae.methods._trellis import MODELS, Reader, Writer, quantise
 
 NEXT = ((0, 2), (2, 0), (1, 3), (3, 1))
 
@@ -32,6 +32,14 @@ def bits_of(path: list[int], model: int) -> float:
         total += 12 - np.log2((MODELS[model].odd if state // 2 else MODELS[model].even)[k])
         state = NEXT[state][k % 2]
     return total
+
+
+def write(vectors: list[torch.Tensor], models: list[int]) -> torch.Tensor:
+    """A code that gives these vectors in this order."""
+    writer = Writer()
+    for vector, model in reversed(list(zip(vectors, models, strict=True))):
+        writer.add(vector, model)
+    return writer.end()
 
 
 def test_frequencies_add_up():

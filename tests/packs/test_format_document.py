@@ -177,8 +177,8 @@ def decode_triplets(parts: Any, shape: tuple[int, ...]) -> Any:
     m, n = (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
     rows = bits(parts["rows"], 1)[:m] > 0 if "rows" in parts else np.ones(m, bool)
     sizes = (parts["singular_values"].astype("<u4") << 16).view("<f4")
-    wanted = [(i, length) for i in parts["models"].tolist() for length in (int(rows.sum()), n)]
-    vectors = paths(parts["codes"].tobytes(), wanted)
+    wanted = [(i, length) for i in parts["models"][::-1] for length in (n, int(rows.sum()))]
+    vectors = paths(parts["codes"].tobytes(), wanted)[::-1]
     delta = np.zeros((m, n))
     for s, p, q in zip(sizes, vectors[::2], vectors[1::2], strict=True):
         delta[rows] += s * np.outer(p, q)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     )
     from personae.kernels.stored import add_multiple, store, store_sum, subtract, widen
     from personae.kernels.sums import keep_marked, multi_task_vector, weighted_sum
-    from personae.kernels.trellis import follow, read_codes, write_codes
+    from personae.kernels.trellis import follow, read_path, write_path
 
 alone = False
 """Whether nothing else in this process uses Numba, so that it need not load SciPy for its BLAS."""
@@ -61,7 +61,7 @@ _HOMES = {
     ),
     "stored": ("add_multiple", "store", "store_sum", "subtract", "widen"),
     "sums": ("keep_marked", "multi_task_vector", "weighted_sum"),
-    "trellis": ("follow", "read_codes", "write_codes"),
+    "trellis": ("follow", "read_path", "write_path"),
 }
 
 __all__ = [
@@ -78,7 +78,7 @@ __all__ = [
     "max_agreeing",
     "mean_agreeing",
     "multi_task_vector",
-    "read_codes",
+    "read_path",
     "reduce_either",
     "sample",
     "store",
@@ -90,7 +90,7 @@ __all__ = [
     "weighted_mean_agreeing",
     "weighted_sum",
     "widen",
-    "write_codes",
+    "write_path",
 ]
 
 

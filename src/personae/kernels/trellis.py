@@ -77,55 +77,42 @@ def follow(values: ndarray, step: float, weight: float, bits: ndarray, path: nda
 
 
 @kernel
-def write_codes(
-    integers: ndarray, lengths: ndarray, models: ndarray, first: ndarray, codes: ndarray
-) -> int:
-    """Code paths, one after the other.
+def write_path(path: ndarray, first: ndarray, state: ndarray, codes: ndarray) -> int:
+    """Code a path; it is read before those that were written before it.
 
     Args:
-        integers: Of all paths; int8.
-        lengths: Of each.
-        models: Of each, the place of its frequencies in `first`.
-        first: Where symbols begin among 4096: (model, quantiser, symbol), and 4096 at the end.
-        codes: Filled; two bytes an integer, and four, are enough.
+        path: Integers; int8.
+        first: Where symbols begin among 4096: (quantiser, symbol), and 4096 at the end.
+        state: Of the code; int64, moved on.
+        codes: Filled, in the order from the last to the first; two bytes an integer are enough.
 
     Returns:
         How many bytes were filled.
     """
-    symbols, quantisers = np.empty(integers.size, np.uint8), np.empty(integers.size, np.uint8)
-    i = 0
-    for path in range(lengths.size):
-        state = 0
-        for _ in range(lengths[path]):
-            q, value = state >> 1, np.int64(integers[i])
-            k = (abs(value) + q) >> 1
-            symbols[i] = 2 * k - (value > 0)
-            quantisers[i] = q
-            state = _NEXT[state, k & 1]
-            i += 1
-    # What is read first is written last.
-    x, filled = np.int64(_LEAST), 0
-    for path in range(lengths.size - 1, -1, -1):
-        for _ in range(lengths[path]):
-            i -= 1
-            begins = first[models[path], quantisers[i]]
-            start = np.int64(begins[symbols[i]])
-            width = np.int64(begins[symbols[i] + 1]) - start
-            while x >= width << (31 - _BITS):
-                codes[filled] = x & 255
-                filled += 1
-                x >>= 8
-            x = (x // width << _BITS) + x % width + start
-    for _ in range(4):
-        codes[filled] = x & 255
-        filled += 1
-        x >>= 8
-    codes[:filled] = codes[:filled][::-1].copy()
+    symbols, quantisers = np.empty(path.size, np.uint8), np.empty(path.size, np.uint8)
+    at = 0
+    for i in range(path.size):
+        q, value = at >> 1, np.int64(path[i])
+        k = (abs(value) + q) >> 1
+        symbols[i] = 2 * k - (value > 0)
+        quantisers[i] = q
+        at = _NEXT[at, k & 1]
+    x, filled = state[0], 0
+    for i in range(path.size - 1, -1, -1):
+        begins = first[quantisers[i]]
+        start = np.int64(begins[symbols[i]])
+        width = np.int64(begins[symbols[i] + 1]) - start
+        while x >= width << (31 - _BITS):
+            codes[filled] = x & 255
+            filled += 1
+            x >>= 8
+        x = (x // width << _BITS) + x % width + start
+    state[0] = x
     return filled
 
 
 @kernel
-def read_codes(
+def read_path(
     codes: ndarray, place: ndarray, first: ndarray, symbols: ndarray, path: ndarray
 ) -> None:
     """Read the next path; whatever the bytes are, it is one of the model.

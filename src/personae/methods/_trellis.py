@@ -4,7 +4,6 @@ A model is what a Gaussian vector comes to at one step: how often which integer 
 frequencies are integers, and so is all arithmetic that reads a code: it is the same everywhere.
 """
 
-from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -108,18 +107,28 @@ def quantise(
     return torch.from_numpy(found), cost
 
 
-def write(vectors: Sequence[Int8[Tensor, " _"]], models: Iterable[int]) -> UInt8[Tensor, " byte"]:
-    """Code paths of so many models, one after the other."""
-    integers = torch.cat(list(vectors)).cpu().numpy()
-    codes = np.empty(2 * len(integers) + STATE_BYTES, np.uint8)
-    lengths = np.array([len(vector) for vector in vectors])
-    places = np.array(list(models))
-    filled = kernels.write_codes(integers, lengths, places, _first(), codes)
-    return torch.from_numpy(codes[:filled].copy())
+class Writer:
+    """Paths in one code; the last one is read first."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._codes: list[ndarray] = []
+        self._state = np.array([_LEAST_STATE])
+
+    def add(self, path: Int8[Tensor, " length"], model: int) -> None:
+        """Code one more."""
+        codes = np.empty(2 * len(path), np.uint8)
+        filled = kernels.write_path(path.cpu().numpy(), _first()[model], self._state, codes)
+        self._codes.append(codes[:filled].copy())
+
+    def end(self) -> UInt8[Tensor, " byte"]:
+        """The code."""
+        state = self._state.astype("<u4").view(np.uint8)
+        return torch.from_numpy(np.concatenate([*self._codes, state])[::-1].copy())
 
 
 class Reader:
-    """Paths in the order in which they were written."""
+    """Paths from the last that was written to the first."""
 
     def __init__(self, codes: UInt8[Tensor, " byte"]) -> None:
         """Begin to read.
@@ -138,7 +147,7 @@ class Reader:
     def read(self, length: int, model: int) -> Int8[Tensor, " length"]:
         """The next path; whatever the code is, it is one of this model."""
         path = np.empty(length, np.int8)
-        kernels.read_codes(self._codes, self._place, _first()[model], _symbols()[model], path)
+        kernels.read_path(self._codes, self._place, _first()[model], _symbols()[model], path)
         return torch.from_numpy(path)
 
     def end(self) -> None:

@@ -25,7 +25,7 @@ from personae.errors import PackError
 from personae.methods._codec import Bits, Codec, Context
 from personae.methods._method import Pass, Passes, scalars
 from personae.methods._registry import codec
-from personae.methods._trellis import MODELS, MOST_SYMBOL_BITS, STATE_BYTES, Reader, write
+from personae.methods._trellis import MODELS, MOST_SYMBOL_BITS, STATE_BYTES, Reader, Writer
 from personae.methods._triplets import Triplet, greedy_triplets
 from personae.ops.bits import pack, unpack
 from personae.ops.chunks import chunk_bytes
@@ -61,7 +61,7 @@ class Residual(Codec):
     Parts:
         singular_values: s, bfloat16, [k].
         models: uint8, of each triplet, [k].
-        codes: uint8, of each triplet p and then q, one code.
+        codes: uint8, one code, which from the last triplet to the first gives q and then p.
         rows: one bit a row, set for the rows of a matrix that have codes; only if some are zero.
         zeros, or zero_positions: of what is no matrix, where exact zeros are (see `ops.zeros`).
         exact: fp32, [1], a scalar as it is.
@@ -116,19 +116,20 @@ class Residual(Codec):
         known = (context or self.alone(delta)).numbers
         values: list[float] = []
         models: list[int] = []
-        vectors: list[Tensor] = []
+        writer = Writer()
         for triplet, worth, _ in self._priced(delta, known["price"]):
             if worth < known["least"]:
                 break
             values.append(triplet.value)
             models.append(triplet.model)
-            vectors += [triplet.left, triplet.right]
+            for vector in (triplet.left, triplet.right):
+                writer.add(vector, triplet.model)
         if not values:
             return {}
         return {
             "singular_values": torch.tensor(values, device=delta.device).bfloat16(),
             "models": torch.tensor(models, device=delta.device).byte(),
-            "codes": write(vectors, [m for m in models for _ in range(2)]).to(delta.device),
+            "codes": writer.end().to(delta.device),
             **_places(delta),
         }
 
@@ -158,7 +159,7 @@ class Residual(Codec):
             return None
         touched = _touched(parts, shape)
         kept = shape[0] if touched is None else int(touched.count_nonzero())
-        found = list(self._vectors(parts, kept, shape[1]))
+        found = list(self._vectors(parts, kept, shape[1]))[::-1]
         left = torch.cat([one for one, _, _ in found], dim=1)
         right = torch.cat([one for _, _, one in found], dim=1).T
         left = left if touched is None else restore_rows(left, touched)
@@ -247,7 +248,7 @@ class Residual(Codec):
     ) -> Iterator[
         tuple[Float[Tensor, "out some"], Float[Tensor, " some"], Float[Tensor, "in some"]]
     ]:
-        """Vectors and scales of some triplets at a time.
+        """Vectors and scales of some triplets at a time, the last ones first.
 
         Raises:
             PackError: if models or codes are not those of triplets of these lengths.
@@ -261,14 +262,14 @@ class Residual(Codec):
                 "is damaged: fetch or write it again."
             )
         reader = Reader(codes)
-        for start in range(0, len(models), _AT_ONCE):
-            some = models[start : start + _AT_ONCE]
-            factors = [torch.empty(length, len(some)) for length in (rows, columns)]
-            for place, model in enumerate(some):
-                for factor in factors:
+        for stop in range(len(models), 0, -_AT_ONCE):
+            some = models[max(stop - _AT_ONCE, 0) : stop]
+            left, right = (torch.empty(length, len(some)) for length in (rows, columns))
+            for place, model in reversed(list(enumerate(some))):
+                for factor in (right, left):
                     factor[:, place] = reader.read(len(factor), model)
-            left, right = (factor.to(codes.device) for factor in factors)
-            yield left, values[start : start + _AT_ONCE], right
+            sizes = values[stop - len(some) : stop]
+            yield left.to(codes.device), sizes, right.to(codes.device)
         reader.end()
 
 
