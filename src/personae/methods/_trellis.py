@@ -69,7 +69,7 @@ MODELS = (
         (2, 547, 505, 404, 251, 154, 86, 49, 28, 11, 9, 1, 1, 1),
     ),
 )
-"""Found by alternating paths of Gaussian numbers and the frequencies on them."""
+"""Found by `benchmarks/trellis_models.py`; readers hold them too, so that none may change."""
 _STRETCHES = (0.88, 1.0, 1.15, 1.35)
 """Steps tried over those of the model: tails heavier than a Gaussian's want longer ones."""
 
