@@ -77,6 +77,7 @@ def test_parts_are_flat_and_do_not_share_memory(name: str, shape: tuple[int, ...
     assert {tensor.dtype for tensor in parts.values()} <= {
         torch.uint8,
         torch.int32,
+        torch.bfloat16,
         torch.float16,
         torch.float32,
     }

@@ -11,9 +11,10 @@ from personae._types import Parts
 from personae.errors import BudgetError, PackError, RecipeError
 from personae.methods import Context, Site
 from personae.methods._method import scalars
+from personae.methods._trellis import Writer
+from personae.methods._triplets import greedy_triplets
 from personae.methods.codecs.dts import DTS
 from personae.methods.codecs.residual import Residual
-from personae.ops.residual import greedy_triplets
 from toys import load
 
 
@@ -37,49 +38,55 @@ def _nbytes(parts: Parts) -> int:
     return sum(values.nbytes for values in parts.values())
 
 
+def _codes(*vectors: list[int], model: int = 3) -> Tensor:
+    writer = Writer()
+    for vector in vectors:
+        writer.add(torch.tensor(vector, dtype=torch.int8), model)
+    return writer.end()
+
+
 def test_decoded_by_hand():
-    # Rows 1 and 2 of three. Triplet 1, of 3 levels: p = (2, 0), digits 2 1, byte 2 + 1·3 = 5;
-    # q = (-2, 0, 2, 2), digits 0 1 2 2, byte 0 + 3 + 18 + 54 = 75. Triplet 2, of 4 levels:
-    # p = (-3, 1), digits 0 2, byte 0 + 8 = 8; q = (1, -1, 3, -3), digits 2 1 3 0, byte 2 + 4 + 48.
+    # Rows 1 and 2 of three. Even integers, and odd ones from the first k that is odd on.
     parts = {
-        "singular_values": torch.tensor([0.5, 1.0]),
-        "levels": _bytes(3, 4),
-        "codes": _bytes(5, 75, 8, 54),
+        "singular_values": torch.tensor([0.5, 1.0]).bfloat16(),
+        "models": _bytes(3, 3),
+        "codes": _codes([0, 2], [-2, -1, 3, 0], [2, -1], [4, 0, -2, 1]),
         "rows": _bytes(0b110),
     }
-    first = torch.tensor([[0.0, 0, 0, 0], [-2, 0, 2, 2], [0, 0, 0, 0]])
-    second = torch.tensor([[0.0, 0, 0, 0], [-3, 3, -9, 9], [1, -1, 3, -3]])
+    first = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 0], [-2, -1, 3, 0]])
+    second = torch.tensor([[0.0, 0, 0, 0], [8, 0, -4, 2], [-4, 0, 2, -1]])
     assert torch.equal(Residual().decode(parts, (3, 4)), first + second)
     found = Residual().triplets(parts, (3, 4))
     assert found is not None
-    assert found.u.tolist() == [[0, 0], [2, -3], [0, 1]]
-    assert found.vh.tolist() == [[-2, 0, 2, 2], [1, -1, 3, -3]]
+    assert found.u.tolist() == [[0, 0], [0, 2], [2, -1]]
+    assert found.vh.tolist() == [[-2, -1, 3, 0], [4, 0, -2, 1]]
 
 
 def test_a_vector_by_hand():
-    # One row: p = 1, digit 1 of 2 levels; q = (1, -1, 1), digits 1 0 1, byte 5; the third is 0.
+    # One row: p = 2, q = (2, -1, 1), q read first; 2, -1 and 1 have the widths and starts that
+    # `test_trellis.py` names. 2^23 = 8665 · 968 + 888, 8665 · 4096 + 888 + 1880 = 35494608
+    # = 21749 · 1632 + 240, 21749 · 4096 + 240 + 2 = 89084146 = 54585 · 1632 + 1426,
+    # 54585 · 4096 + 1426 + 1634 = 223583220 = 230974 · 968 + 388, then + 1880. The third is 0.
     parts = {
-        "singular_values": torch.tensor([0.25]),
-        "levels": _bytes(2),
-        "codes": _bytes(1, 5),
+        "singular_values": torch.tensor([0.25]).bfloat16(),
+        "models": _bytes(3),
+        "codes": _bytes(*(230974 * 4096 + 388 + 1880).to_bytes(4, "big")),
         "zeros": _bytes(0b100),
     }
-    assert Residual().decode(parts, (3,)).tolist() == [0.25, -0.25, 0]
+    assert Residual().decode(parts, (3,)).tolist() == [1, -0.5, 0]
 
 
 def test_encoded_by_hand():
-    # 8 x 8 of ±2: squared norm 256, of which a byte of fp32 holds 1. Of 4 levels a triplet takes
-    # 5 + 2 + 2 bytes, each of which saves 256 / 9 = 28.4. Values ±1 are ±3, so that 9 s = 2.
-    left, right = torch.tensor([1.0, 1, -1, 1, 1, 1, 1, 1]), torch.tensor([1.0, -1] * 4)
+    # 32 x 32 of ±2: one triplet, of integers of one size but where the path begins.
+    draw = torch.Generator().manual_seed(0)
+    left, right = (2.0 * torch.randint(0, 2, (32,), generator=draw) - 1 for _ in range(2))
     delta = 2 * torch.outer(left, right)
-    parts = Residual(gain=28).encode(delta)
-    assert parts["levels"].tolist() == [4]
-    assert parts["singular_values"].tolist() == pytest.approx([2 / 9], rel=1e-6)
-    # Digits 3 3 0 3 | 3 3 3 3 are bytes 3 + 12 + 192, 255; 3 0 3 0 | 3 0 3 0 are 3 + 48 twice.
-    # Or both vectors turned round: 48, 0 and 12 + 192 twice.
-    assert parts["codes"].tolist() in ([207, 255, 51, 51], [48, 0, 204, 204])
-    torch.testing.assert_close(Residual().decode(parts, (8, 8)), delta)
-    assert Residual(gain=29).encode(delta) == {}
+    parts = Residual(gain=20).encode(delta)
+    assert len(parts["models"]) == 1
+    # A byte of fp32 holds 1 of the squared norm 4096; that of a code is to save 20 and saves more.
+    assert 40 < 4096 / _nbytes(parts) < 4096 / 17
+    torch.testing.assert_close(Residual().decode(parts, (32, 32)).sign(), delta.sign())
+    assert Residual(gain=200).encode(delta) == {}
 
 
 def test_a_triplet_is_what_fits_best_in_fp64():
@@ -87,11 +94,8 @@ def test_a_triplet_is_what_fits_best_in_fp64():
     left = delta.double()
     for _, triplet in zip(range(12), greedy_triplets(delta, 0.1, 5), strict=False):
         p, q = triplet.left.double(), triplet.right.double()
-        for vector in (p, q):
-            assert int(vector.abs().max()) <= triplet.levels - 1
-            assert ((vector + triplet.levels - 1) % 2 == 0).all()
         scale = p @ left @ q / (p @ p * (q @ q))
-        assert triplet.value == pytest.approx(float(scale), rel=1e-3)
+        assert triplet.value == pytest.approx(float(scale), rel=2.0**-8)
         before = float(left.square().sum())
         left -= triplet.value * torch.outer(p, q)
         saved = before - float(left.square().sum())
@@ -103,10 +107,10 @@ def test_what_is_taken_is_a_beginning_of_what_could_be():
     codec = Residual()
     least = [30.0, 5.0, 0.5]
     found = [codec.encode(delta, None, _at(0.5, each)) for each in least]
-    assert 0 < len(found[0]["levels"]) < len(found[1]["levels"]) < len(found[2]["levels"])
+    assert 0 < len(found[0]["models"]) < len(found[1]["models"]) < len(found[2]["models"])
     for fewer, more in pairwise(found):
-        for part, values in fewer.items():
-            assert torch.equal(more[part][: len(values)], values)
+        for part in ("singular_values", "models"):
+            assert torch.equal(more[part][: len(fewer[part])], fewer[part])
     errors = [float((codec.decode(one, (60, 40)) - delta).square().sum()) for one in found]
     assert errors[0] > errors[1] > errors[2]
 
@@ -120,11 +124,11 @@ def test_a_byte_saves_what_is_asked():
         assert whole - lost >= 0.99 * gain * whole / delta.nbytes * _nbytes(parts)
 
 
-def test_dear_bytes_leave_few_levels_and_large_triplets_have_more():
+def test_dear_bytes_leave_coarse_steps_and_large_triplets_have_finer_ones():
     delta = _low_rank(200, 200)
-    cheap, dear = (Residual(gain=gain).encode(delta)["levels"].tolist() for gain in (1.0, 20.0))
-    assert cheap[0] == 16 and cheap[0] > cheap[-1]
-    assert max(dear) <= 16 and len(dear) < len(cheap)
+    cheap, dear = (Residual(gain=gain).encode(delta)["models"].tolist() for gain in (1.0, 20.0))
+    assert cheap[0] > cheap[-1]
+    assert len(dear) < len(cheap) and sum(dear) < sum(cheap[: len(dear)])
 
 
 @pytest.mark.parametrize("size", [700, 1500])
@@ -156,17 +160,19 @@ def test_less_is_lost_than_by_dts_in_as_many_bytes():
         assert left < lost, (fraction, left / whole, lost / whole)
 
 
-def test_levels_that_no_triplet_has_are_refused():
-    parts = {"singular_values": torch.ones(1), "levels": _bytes(5), "codes": _bytes(0, 0)}
-    with pytest.raises(PackError, match="'levels' has 5, expected one of 2, 3, 4, 6, 16"):
-        Residual().decode(parts, (2, 2))
+def test_a_model_that_there_is_not_is_refused():
+    parts = {"singular_values": torch.ones(1), "models": _bytes(8), "codes": _codes([2], [2])}
+    with pytest.raises(PackError, match="'models' has 8, expected less than 8"):
+        Residual().decode(parts, (1, 1))
 
 
-def test_codes_of_other_levels_are_refused():
-    # 9 codes of 2 levels are 2 bytes, of 16 levels 5.
-    parts = {"singular_values": torch.ones(1), "levels": _bytes(16), "codes": _bytes(0, 0, 0, 0)}
-    with pytest.raises(PackError, match="'codes' has 4 elements, expected 10"):
-        Residual().decode(parts, (9, 9))
+def test_codes_of_other_triplets_are_refused():
+    codes = _codes([2, 1], [2, -1])
+    parts = {"singular_values": torch.ones(1), "models": _bytes(3), "codes": codes}
+    assert Residual().decode(parts, (2, 2)).tolist() == [[4, -2], [2, -1]]
+    for damaged in (codes[:-1], torch.cat([codes, codes]), _codes([2, 1], [2, -1], model=2)):
+        with pytest.raises(PackError, match="bytes is no code of its triplets"):
+            Residual().decode(parts | {"codes": damaged}, (2, 2))
 
 
 BASE = {
@@ -207,9 +213,9 @@ def test_a_budget_is_met_from_below(tmp_path, budget, vector):
 
 
 def test_a_budget_below_the_smallest_is_refused_with_it(tmp_path):
-    # Header 768, the scalar 4, and a triplet of the layer: 5 + 1 + 8 bytes (of the bias: 22).
-    settings = PackSettings(method="residual", budget="780B")
-    with pytest.raises(BudgetError, match=r"budget of 780 bytes cannot be met.* costs 786 bytes"):
+    # Header 768, the scalar 4, and a triplet: 3 + 4 bytes, and its codes.
+    settings = PackSettings(method="residual", budget="774B")
+    with pytest.raises(BudgetError, match=r"budget of 774 bytes cannot be met.* costs 779 bytes"):
         pack(BASE, {"x": _expert(1)}, tmp_path / "p", settings=settings)
 
 

@@ -17,7 +17,7 @@ from personae import PackSettings, pack, unpack
 # The reader. Nothing of personae below, until the tests.
 
 WEIGHTS = "model.safetensors"
-DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
+DTYPES = {"F32": "<f4", "BF16": "<u2", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
@@ -134,19 +134,54 @@ def decode_bands(parts: Any, shape: tuple[int, int], parameters: Any) -> Any:
     return delta
 
 
+FREQUENCIES = [  # model by model, as the page lists them
+    [[3236, 424, 5, 1], [28, 1980, 53, 1]],
+    [[2812, 625, 15, 1, 1], [2, 1926, 117, 3, 1]],
+    [[2356, 819, 49, 1, 1], [2, 1791, 244, 11, 1]],
+    [[1880, 968, 130, 8, 1, 1], [2, 1632, 380, 33, 1, 1]],
+    [[1472, 1000, 259, 46, 5, 1, 1], [2, 1313, 592, 125, 15, 1, 1]],
+    [[1304, 957, 344, 81, 9, 3, 1, 1], [2, 1159, 660, 177, 44, 5, 1, 1]],
+    [[836, 755, 479, 236, 108, 39, 10, 1, 1, 1], [2, 790, 632, 389, 151, 55, 20, 7, 2, 1]],
+    [
+        [496, 528, 414, 345, 244, 128, 78, 32, 19, 6, 3, 1, 1, 1],
+        [2, 547, 505, 404, 251, 154, 86, 49, 28, 11, 9, 1, 1, 1],
+    ],
+]
+
+
+def paths(codes: bytes, wanted: list[tuple[int, int]]) -> list[list[int]]:
+    """The integers of vectors of these models and lengths."""
+    x, rest, found = int.from_bytes(codes[:4], "big"), list(codes[4:]), list[list[int]]()
+    for model, length in wanted:
+        state, integers = 0, list[int]()
+        for _ in range(length):
+            odd, place, start, symbol = state >= 2, x % 4096, 0, -1
+            zero, *others = FREQUENCIES[model][odd]
+            for width in [zero, *(f for f in others for _ in range(2))]:
+                symbol += 1
+                if place < start + width:
+                    break
+                start += width
+            x = width * (x // 4096) + place - start
+            while x < 2**23:
+                x = 256 * x + rest.pop(0)
+            k = (symbol + 1) // 2
+            integers.append((2 * k - odd if k else 0) * (1 if symbol % 2 else -1))
+            state = [[0, 2], [2, 0], [1, 3], [3, 1]][state][k % 2]
+        found.append(integers)
+    assert not rest and x == 2**23
+    return found
+
+
 def decode_triplets(parts: Any, shape: tuple[int, ...]) -> Any:
     m, n = (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
     rows = bits(parts["rows"], 1)[:m] > 0 if "rows" in parts else np.ones(m, bool)
-    delta, byte = np.zeros((m, n)), 0
-    for s, base in zip(parts["singular_values"], parts["levels"].astype(int), strict=True):
-        p = next(p for p in range(8, 0, -1) if base**p <= 256)
-        vectors: list[Any] = []
-        for length in (int(rows.sum()), n):
-            size = -(-length // p)
-            digits = parts["codes"][byte : byte + size, None] // base ** np.arange(p) % base
-            vectors.append(2 * digits.ravel()[:length] + 1 - base)
-            byte += size
-        delta[rows] += s * np.outer(*vectors)
+    sizes = (parts["singular_values"].astype("<u4") << 16).view("<f4")
+    wanted = [(i, length) for i in parts["models"][::-1] for length in (n, int(rows.sum()))]
+    vectors = paths(parts["codes"].tobytes(), wanted)[::-1]
+    delta = np.zeros((m, n))
+    for s, p, q in zip(sizes, vectors[::2], vectors[1::2], strict=True):
+        delta[rows] += s * np.outer(p, q)
     if "zeros" in parts:
         delta.ravel()[bits(parts["zeros"], 1)[: m * n] > 0] = 0
     if "zero_positions" in parts:

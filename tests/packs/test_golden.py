@@ -299,18 +299,20 @@ def test_characteristics_are_kept(tmp_path):
 
 
 def test_residual_triplets_byte_for_byte(tmp_path):
-    """Worked by hand in `tests/methods/test_residual.py`, which decodes the first of them."""
+    """Integers of the matrix as in `tests/methods/test_residual.py`; the vector is worked there."""
+    coded_matrix = list(bytes.fromhex("01f2aefaeac200d0"))
+    coded_vector = list(bytes.fromhex("3863e8dc"))
     parts = {
         "matrix": {
-            "singular_values": torch.tensor([0.5, 1.0]),
-            "levels": _bytes(3, 4),
-            "codes": _bytes(5, 75, 8, 54),
+            "singular_values": torch.tensor([0.5, 1.0]).bfloat16(),
+            "models": _bytes(3, 3),
+            "codes": _bytes(*coded_matrix),
             "rows": _bytes(6),
         },
         "vector": {
-            "singular_values": torch.tensor([0.25]),
-            "levels": _bytes(2),
-            "codes": _bytes(1, 5),
+            "singular_values": torch.tensor([0.25]).bfloat16(),
+            "models": _bytes(3),
+            "codes": _bytes(*coded_vector),
             "zeros": _bytes(4),
         },
     }
@@ -321,7 +323,7 @@ def test_residual_triplets_byte_for_byte(tmp_path):
             shape=shapes[name],
             blocks=((0, 0, 3),),
             parts=(own,),
-            ranks=(len(own["levels"]),),
+            ranks=(len(own["models"]),),
             energy=1.0,
             relative_error=0.5,
         )
@@ -349,14 +351,14 @@ def test_residual_triplets_byte_for_byte(tmp_path):
     )
     raw = (tmp_path / "p/tasks/x.safetensors").read_bytes()
     assert raw[8 + int.from_bytes(raw[:8], "little") :] == (
-        struct.pack("<3f", 0.5, 1, 0.25)  # singular_values
-        + bytes([5, 75, 8, 54, 1, 5])  # codes
-        + bytes([3, 4, 2])  # levels
+        bytes([0x00, 0x3F, 0x80, 0x3F, 0x80, 0x3E])  # singular_values 0.5, 1, 0.25
+        + bytes([*coded_matrix, *coded_vector])  # codes
+        + bytes([3, 3, 3])  # models
         + bytes([6])  # rows
         + bytes([4])  # zeros
     )
     assert Pack(tmp_path / "p").manifest.format_version == 2
     unpack(tmp_path / "p", "x", tmp_path / "out", base=reference)
     rebuilt = load(tmp_path / "out")
-    assert rebuilt["matrix"].tolist() == [[1, 1, 1, 1], [-4, 4, -6, 12], [2, 0, 4, -2]]
-    assert rebuilt["vector"].tolist() == [1.25, 0.75, 1]
+    assert rebuilt["matrix"].tolist() == [[1, 1, 1, 1], [9, 1, -3, 3], [-5, 0, 6, 0]]
+    assert rebuilt["vector"].tolist() == [2, 0.5, 1]

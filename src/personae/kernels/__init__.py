@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from personae.kernels.stored import add_multiple, store, store_sum, subtract, widen
     from personae.kernels.sums import keep_marked, multi_task_vector, weighted_sum
+    from personae.kernels.trellis import follow, read_path, write_path
 
 alone = False
 """Whether nothing else in this process uses Numba, so that it need not load SciPy for its BLAS."""
@@ -60,6 +61,7 @@ _HOMES = {
     ),
     "stored": ("add_multiple", "store", "store_sum", "subtract", "widen"),
     "sums": ("keep_marked", "multi_task_vector", "weighted_sum"),
+    "trellis": ("follow", "read_path", "write_path"),
 }
 
 __all__ = [
@@ -71,10 +73,12 @@ __all__ = [
     "drop_ties",
     "elect_by_count",
     "elect_by_mass",
+    "follow",
     "keep_marked",
     "max_agreeing",
     "mean_agreeing",
     "multi_task_vector",
+    "read_path",
     "reduce_either",
     "sample",
     "store",
@@ -86,6 +90,7 @@ __all__ = [
     "weighted_mean_agreeing",
     "weighted_sum",
     "widen",
+    "write_path",
 ]
 
 

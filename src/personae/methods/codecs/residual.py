@@ -1,10 +1,11 @@
-"""Triplets in few levels, each coding what those before it left, taken where bytes gain most.
+"""Triplets of small integers, each coding what those before it left, taken where bytes gain most.
 
 Not of a paper, but of several: that one factor is fitted by least squares to the other as it was
 quantised, and that triplets have as many bits as their size pays for, is in PrinMix
 (arXiv:2506.11087); that each triplet is one of what is left, in the semi-discrete decomposition
-(O'Leary and Peleg, 1983). Here all tensors of an expert, vectors and embeddings too, share one
-budget: a triplet is taken if each of its bytes saves squared norm enough.
+(O'Leary and Peleg, 1983); that integers follow a trellis and are entropy-coded, in JPEG 2000 and
+VVC. Here all tensors of an expert, vectors and embeddings too, share one budget: a triplet is taken
+if each of its bytes saves squared norm enough.
 """
 
 import math
@@ -24,17 +25,17 @@ from personae.errors import PackError
 from personae.methods._codec import Bits, Codec, Context
 from personae.methods._method import Pass, Passes, scalars
 from personae.methods._registry import codec
+from personae.methods._trellis import MODELS, MOST_SYMBOL_BITS, STATE_BYTES, Reader, Writer
+from personae.methods._triplets import Triplet, greedy_triplets
 from personae.ops.bits import pack, unpack
 from personae.ops.chunks import chunk_bytes
-from personae.ops.digits import digits_size, pack_digits, unpack_digits
 from personae.ops.parts import cut, part
-from personae.ops.residual import LEVELS, Triplet, greedy_triplets
 from personae.ops.rows import restore_rows, rows_spec, spread_rows, touched_rows
 from personae.ops.sums import squared_norm
 from personae.ops.zeros import decode_zeros, encode_zeros, zeros_layout
 
-_OVERHEAD = 5
-"""Bytes of a triplet beside its vectors: scale and levels."""
+_OVERHEAD = 3
+"""Bytes of a triplet beside its vectors: scale and model."""
 _MOST_PER_RANK = 4
 """Triplets of a matrix at most, over its smaller side."""
 _AT_ONCE = 32
@@ -50,16 +51,17 @@ _MOST_PASSES = 6
 class Residual(Codec):
     """Triplets of small integers, each of what those before left, where a byte gains most.
 
-    A matrix is Σ s · p qᵀ. A vector of L levels holds integers 1 - L, 3 - L, … L - 1, L one of 2,
-    3, 4, 6 and 16 by how large the triplet is. p is quantised, q fitted to it and quantised, p
-    fitted and quantised anew, so that later triplets correct the coding errors of earlier ones.
+    A matrix is Σ s · p qᵀ. Integers of p and q are even, or else odd or 0, which follows from those
+    before (see `kernels.trellis`). They are coded by one of a few models, the finer the larger the
+    triplet is. p is quantised, q fitted to it and quantised, p fitted and quantised anew, so that
+    later triplets correct the coding errors of earlier ones.
     Vectors are matrices of one row; of three and more axes all but the first are one. Scalars are
     exact.
 
     Parts:
-        singular_values: s, fp32, [k].
-        levels: uint8, L of each triplet, [k].
-        codes: uint8, of each triplet p and then q, as digits of base L (see `ops.digits`).
+        singular_values: s, bfloat16, [k].
+        models: uint8, of each triplet, [k].
+        codes: uint8, one code, which from the last triplet to the first gives q and then p.
         rows: one bit a row, set for the rows of a matrix that have codes; only if some are zero.
         zeros, or zero_positions: of what is no matrix, where exact zeros are (see `ops.zeros`).
         exact: fp32, [1], a scalar as it is.
@@ -82,7 +84,7 @@ class Residual(Codec):
     def passes(self) -> Passes:
         """The squared norm of all; then what triplets gain, until the size is used up.
 
-        How many levels pay depends on the price of a byte, and that on the size: a first guess is
+        How fine a step pays depends on the price of a byte, and that on the size: a first guess is
         mended until the price and the threshold found at it are about the same.
         """
         energy, entries = (yield Pass("energy", _energy)).tolist()
@@ -99,7 +101,7 @@ class Residual(Codec):
             paid, least = price, _threshold(torch.cat(list(found.values())), self.size)
             if price / _SLACK < least <= price * _SLACK:
                 break
-            # Nothing fits, or all does: a triplet has too many levels, or could have more.
+            # Nothing fits, or all does: a triplet is too fine, or could be finer.
             price = least if 0 < least < math.inf else price * _SLACK ** (2 if least else -2)
         return scalars({"price": paid, "least": least or paid / _SLACK})
 
@@ -113,22 +115,21 @@ class Residual(Codec):
             return {"exact": delta.reshape(1).clone()}
         known = (context or self.alone(delta)).numbers
         values: list[float] = []
-        levels: list[int] = []
-        codes: list[Tensor] = []
+        models: list[int] = []
+        writer = Writer()
         for triplet, worth, _ in self._priced(delta, known["price"]):
             if worth < known["least"]:
                 break
             values.append(triplet.value)
-            levels.append(triplet.levels)
-            for integers in (triplet.left, triplet.right):
-                digits = (integers + (triplet.levels - 1)) // 2
-                codes.append(pack_digits(digits.byte(), triplet.levels))
+            models.append(triplet.model)
+            for vector in (triplet.left, triplet.right):
+                writer.add(vector, triplet.model)
         if not values:
             return {}
         return {
-            "singular_values": torch.tensor(values, device=delta.device),
-            "levels": torch.tensor(levels, device=delta.device).byte(),
-            "codes": torch.cat(codes),
+            "singular_values": torch.tensor(values, device=delta.device).bfloat16(),
+            "models": torch.tensor(models, device=delta.device).byte(),
+            "codes": writer.end().to(delta.device),
             **_places(delta),
         }
 
@@ -142,8 +143,7 @@ class Residual(Codec):
             return cut(parts, "exact", [1])[0].reshape(()).clone()
         (rows, columns), touched = _matrix(shape), _touched(parts, shape)
         kept = rows if touched is None else int(touched.count_nonzero())
-        values = part(parts, "singular_values")
-        delta = values.new_zeros(rows, columns)
+        delta = torch.zeros(rows, columns, device=part(parts, "codes").device)
         for left, some, right in self._vectors(parts, kept, columns):
             delta[:kept].addmm_(left * some, right.T)
         if touched is not None:
@@ -159,26 +159,25 @@ class Residual(Codec):
             return None
         touched = _touched(parts, shape)
         kept = shape[0] if touched is None else int(touched.count_nonzero())
-        found = list(self._vectors(parts, kept, shape[1]))
+        found = list(self._vectors(parts, kept, shape[1]))[::-1]
         left = torch.cat([one for one, _, _ in found], dim=1)
         right = torch.cat([one for _, _, one in found], dim=1).T
         left = left if touched is None else restore_rows(left, touched)
-        return SVD(left, part(parts, "singular_values"), right)
+        return SVD(left, part(parts, "singular_values").float(), right)
 
     def layout(self, shape: tuple[int, ...], rank: int | None = None) -> Layout:
-        """Scale, levels and codes of each triplet; of two to sixteen levels, of one row or more."""
+        """Scale, model and codes of each triplet; codes may be short, if they are always 0."""
         if not shape:
             return {"exact": PartSpec.of(torch.float32, 1)}
         rows, columns = _matrix(shape)
         most = _MOST_PER_RANK * min(rows, columns)
         kept, matrix = min(rank or 0, most), len(shape) == 2
-        least = sum(digits_size(count, LEVELS[0]) for count in (1 if matrix else rows, columns))
-        largest = sum(digits_size(count, LEVELS[-1]) for count in (rows, columns))
+        largest = STATE_BYTES + -(-MOST_SYMBOL_BITS * kept * (rows + columns) // 8)
         entries = [prod(shape)]
         return {
-            "singular_values": PartSpec(torch.float32, 1, most),
-            "levels": PartSpec.of(torch.uint8, kept),
-            "codes": PartSpec(torch.uint8, kept * least, kept * largest),
+            "singular_values": PartSpec(torch.bfloat16, 1, most),
+            "models": PartSpec.of(torch.uint8, kept),
+            "codes": PartSpec(torch.uint8, STATE_BYTES, largest),
             **({"rows": rows_spec(rows)} if matrix else zeros_layout(entries, entries)),
         }
 
@@ -195,10 +194,10 @@ class Residual(Codec):
         return None if self.size is None else 8 * self.size
 
     def least_bits(self, shape: tuple[int, ...]) -> int:
-        """One triplet of two levels, of one row; or a scalar."""
+        """One triplet whose codes cost nothing; or a scalar."""
         if not shape or not prod(shape):
             return 32 * prod(shape)
-        return 8 * (_OVERHEAD + 1 + digits_size(_matrix(shape)[1], LEVELS[0]))
+        return 8 * (_OVERHEAD + STATE_BYTES)
 
     def working_bytes(self, shape: tuple[int, ...]) -> int:
         """What is left to code, or what is decoded, and vectors."""
@@ -210,14 +209,15 @@ class Residual(Codec):
 
     def _priced(
         self, delta: Float[Tensor, "..."], price: float
-    ) -> Iterator[tuple[Triplet, float, int]]:
+    ) -> Iterator[tuple[Triplet, float, float]]:
         """Triplets of a delta; what each of its bytes saves, or the least before; and its bytes.
 
-        The first one pays for the parts that say which rows are there and where zeros are.
+        The first one pays for the last state of the code, and for the parts that say which rows are
+        there and where zeros are.
         """
         rows, columns = _matrix(tuple(delta.shape))
         matrix = delta.reshape(rows, columns)
-        extra = sum(values.nbytes for values in _places(delta).values())
+        extra = STATE_BYTES + sum(values.nbytes for values in _places(delta).values())
         kept = touched_rows(matrix)
         copied = delta.ndim == 2 and not kept.all()
         found = greedy_triplets(
@@ -233,7 +233,7 @@ class Residual(Codec):
         self, delta: Float[Tensor, "..."], context: Context, price: float, least: float
     ) -> Float64[Tensor, "triplet 2"]:
         """What a byte of each triplet saves, and its bytes; as far as that is more than `least`."""
-        found: list[tuple[float, int]] = []
+        found: list[tuple[float, float]] = []
         if not delta.ndim:
             found.append((math.inf, 4))
         else:
@@ -248,28 +248,29 @@ class Residual(Codec):
     ) -> Iterator[
         tuple[Float[Tensor, "out some"], Float[Tensor, " some"], Float[Tensor, "in some"]]
     ]:
-        """Vectors and scales of some triplets at a time.
+        """Vectors and scales of some triplets at a time, the last ones first.
 
         Raises:
-            PackError: if levels or codes are not those of triplets of these lengths.
+            PackError: if models or codes are not those of triplets of these lengths.
         """
-        values = part(parts, "singular_values")
-        levels = cut(parts, "levels", [len(values)])[0].cpu().tolist()
-        if set(levels) - set(LEVELS):
+        codes = part(parts, "codes")
+        values = part(parts, "singular_values").to(codes.device).float()
+        models = cut(parts, "models", [len(values)])[0].cpu().tolist()
+        if models and max(models) >= len(MODELS):
             raise PackError(
-                f"Part 'levels' has {sorted(set(levels) - set(LEVELS))[0]}, expected one of "
-                f"{', '.join(map(str, LEVELS))}. The task file is damaged: fetch or write it again."
+                f"Part 'models' has {max(models)}, expected less than {len(MODELS)}. The task file "
+                "is damaged: fetch or write it again."
             )
-        sizes = [digits_size(length, count) for count in levels for length in (rows, columns)]
-        codes = cut(parts, "codes", sizes)
-        for start in range(0, len(levels), _AT_ONCE):
-            some = levels[start : start + _AT_ONCE]
-            factors = [values.new_empty(length, len(some)) for length in (rows, columns)]
-            for place, count in enumerate(some):
-                for side, factor in enumerate(factors):
-                    digits = unpack_digits(codes[2 * (start + place) + side], len(factor), count)
-                    factor[:, place] = 2 * digits.float() - (count - 1)
-            yield factors[0], values[start : start + _AT_ONCE], factors[1]
+        reader = Reader(codes)
+        for stop in range(len(models), 0, -_AT_ONCE):
+            some = models[max(stop - _AT_ONCE, 0) : stop]
+            left, right = (torch.empty(length, len(some)) for length in (rows, columns))
+            for place, model in reversed(list(enumerate(some))):
+                for factor in (right, left):
+                    factor[:, place] = reader.read(len(factor), model)
+            sizes = values[stop - len(some) : stop]
+            yield left.to(codes.device), sizes, right.to(codes.device)
+        reader.end()
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
