@@ -136,14 +136,14 @@ class CachedRow:
 
 
 def of_task(task: Task) -> str:
-    """A digest of what a model is asked; its name and its metric change no answer."""
+    """A digest of what a model is asked, under which head; the metric changes no answer."""
     examples = {name: tensor_digest(values) for name, values in task.test.items()}
     head = task.zero_shot and [
         tensor_digest(task.zero_shot.embeddings),
         task.zero_shot.scale,
         _digests(task.zero_shot.projection.state_dict()),
     ]
-    return digest(task.model_class, examples, task.pixels and str(task.pixels), head)
+    return digest(task.name, task.model_class, examples, task.pixels and str(task.pixels), head)
 
 
 def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -66,8 +66,10 @@ def compare(
     Returns:
         A record a row, in the order of the rows. Both AMR are means over tasks.
     """
+    work = work or Work()
+    work = replace(work, note=_once(work.note))  # every merge has the same to say of the family
     with _folder(cache) as folder:
-        study = _Study(base, experts, tasks, tuple(heads), Cache(folder), keep, work or Work())
+        study = _Study(base, experts, tasks, tuple(heads), Cache(folder), keep, work)
         individual = study.scores(study.answers("individual", "individual"))
         found: dict[str, Record] = {}
         for group in _together(rows):
@@ -93,6 +95,17 @@ def _together(rows: Mapping[str, Row]) -> list[list[str]]:
         key = row.common().model_dump_json() if isinstance(row, PackSettings) else f"row {name}"
         groups.setdefault(key, []).append(name)
     return list(groups.values())
+
+
+def _once(tell: Callable[[str], None]) -> Callable[[str], None]:
+    told: set[str] = set()
+
+    def note(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            tell(text)
+
+    return note
 
 
 @contextmanager
