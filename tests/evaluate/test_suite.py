@@ -104,7 +104,7 @@ def test_nothing_is_computed_twice(suite, tmp_path, monkeypatch):
     assert len(merges) == 1  # the model was there still
     assert evaluate_suite(suite(SUITE), cache=tmp_path) == records and len(asked) == 8
     # Another metric needs no other answers; other parameters do.
-    evaluate_suite(suite(SUITE.replace("matthews", "f1_macro")), cache=tmp_path)
+    evaluate_suite(suite(SUITE.replace("matthews", "accuracy")), cache=tmp_path)
     assert len(asked) == 8
     evaluate_suite(suite(SUITE.replace("density: 0.5", "density: 0.3")), cache=tmp_path)
     assert asked[8:] == ["TIES: a", "TIES: b"]
@@ -139,7 +139,7 @@ def test_every_fault_at_once_with_its_line(suite):
     assert "line 7: There is no model 'c' whose task this could be." in told
     assert "line 8: Task 'b': Unknown metric 'f2'. Did you mean 'f1'?" in told
     assert "line 12: Unknown preset 'statik'. Did you mean 'static'?" in told
-    assert "line 15: Unknown merge method 'tees'. Did you mean 'ties'?" in told
+    assert "line 15: Unknown method 'tees'. Did you mean 'ties'?" in told
 
 
 @pytest.mark.parametrize(

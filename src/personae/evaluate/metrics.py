@@ -56,11 +56,18 @@ def accuracy_f1(answers: Answers, labels: Answers) -> float:
 
 
 def matthews(answers: Answers, labels: Answers) -> float:
-    """Matthews correlation, of two classes or more; 0 where one class is all there is."""
-    if _constant(answers) or _constant(labels):
-        return 0.0
-    metrics: Any = importlib.import_module("sklearn.metrics")
-    return float(metrics.matthews_corrcoef(labels, answers))
+    """Matthews correlation, of two classes or more; 0 where one class is all there is.
+
+    With s examples, c of them right, and p_k answered and t_k true ones of class k:
+    (c s - Σ p_k t_k) / √((s² - Σ p_k²) (s² - Σ t_k²)) (Gorodkin 2004, eq. 8). By NumPy, as
+    intervals ask for it a thousand times; scikit-learn's takes milliseconds.
+    """
+    kinds = int(max(answers.max(), labels.max())) + 1
+    answered = np.bincount(answers, minlength=kinds).astype(float)
+    true = np.bincount(labels, minlength=kinds).astype(float)
+    examples, right = float(len(labels)), float((answers == labels).sum())
+    spread = (examples**2 - answered @ answered) * (examples**2 - true @ true)
+    return float((right * examples - answered @ true) / np.sqrt(spread)) if spread else 0.0
 
 
 def pearson(answers: Answers, labels: Answers) -> float:
