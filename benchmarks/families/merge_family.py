@@ -13,7 +13,8 @@ from rich.console import Console
 
 from personae import Work
 from personae.evaluate import Record, records_to_json
-from personae.evaluate.comparison import compare, merge_rows
+from personae.evaluate.comparison import compare
+from personae.evaluate.rows import static_rows
 from personae.report.table import accuracy_size_table, markdown
 
 
@@ -31,9 +32,7 @@ def main(family: str, threads: int = 1, data: Path = DATA, runs: Path = RUNS) ->
         directory / "base",
         {task.name: directory / task.name for task in tasks},
         tasks,
-        {},
-        runs / "packs" / family,
-        merges=merge_rows(),
+        static_rows(),
         work=Work(workers=threads),
         report=report,
     )

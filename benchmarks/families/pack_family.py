@@ -16,9 +16,10 @@ from common import DATA, RUNS, say
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from personae import Work
+from personae import MergeSettings, Work
 from personae.evaluate import Record, Task, choose_thresholds, records_to_json
-from personae.evaluate.comparison import compare, dts_rows, method_rows, sweep_rows
+from personae.evaluate.comparison import compare
+from personae.evaluate.rows import demo_rows, method_rows, sweep_rows
 from personae.report.table import accuracy_size_table, markdown
 
 ROWS = ("dts", "methods", "sweep")
@@ -55,7 +56,7 @@ def main(
         say(f"{one.method}: average {100 * one.average:.2f} %, ADR {one.adr:.2f} %")
 
     base, experts = directory / "base", {task.name: directory / task.name for task in tasks}
-    packed = dts_rows() if rows == "dts" else sweep_rows()
+    packed = demo_rows() if rows == "dts" else sweep_rows()
     if rows == "methods":
         chosen = choose_thresholds(base, experts, tasks, work=Work(workers=threads))
         say(f"thresholds of TALL-masks: {chosen}")
@@ -64,8 +65,8 @@ def main(
         base,
         experts,
         tasks,
-        packed,
-        runs / "packs" / family,
+        {"individual": "individual", "weight averaging": MergeSettings(), **packed},
+        keep=runs / "packs" / family,
         work=Work(workers=threads),
         report=report,
     )

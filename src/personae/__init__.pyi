@@ -35,6 +35,9 @@ from personae.errors import OutputError as OutputError
 from personae.errors import PackError as PackError
 from personae.errors import PersonaeError as PersonaeError
 from personae.errors import RecipeError as RecipeError
+from personae.evaluate.suite import Suite as Suite
+from personae.evaluate.suite import evaluate_suite as evaluate_suite
+from personae.evaluate.suite import read_suite as read_suite
 from personae.methods import CODECS as CODECS
 from personae.methods import Codec as Codec
 from personae.methods import LEARNED_METHODS as LEARNED_METHODS

@@ -32,9 +32,13 @@ def compared(tmp_path_factory):
         family / "base",
         {name: family / name for name in NAMES},
         tasks,
-        ROWS,
-        packs,
-        merges={"TIES": MergeSettings(method="ties")},
+        {
+            "individual": "individual",
+            "weight averaging": MergeSettings(),
+            "TIES": MergeSettings(method="ties"),
+            **ROWS,
+        },
+        keep=packs,
         work=Work(workers=1),
         report=told.append,
     )

@@ -6,7 +6,7 @@ import pytest
 
 from personae.errors import RecipeError
 from personae.evaluate import choose_thresholds, evaluate_model, load_model
-from personae.evaluate.comparison import method_rows
+from personae.evaluate.rows import method_rows
 from personae.evaluate.thresholds import THRESHOLDS
 from toy_tasks import toy_text_family, toy_text_task
 

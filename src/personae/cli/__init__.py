@@ -17,6 +17,7 @@ from personae.cli import (
     compose,
     demo,
     diff,
+    evaluate,
     export,
     inspect,
     merge,
@@ -116,7 +117,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(_REFUSED) from error
         except KeyboardInterrupt as error:
             err.print("Interrupted. No incomplete output has its final name.", markup=False)
-            if command in (merge.merge, pack.pack):
+            if command in (merge.merge, pack.pack, evaluate.evaluate):
                 err.print("Run the same command again to continue.", markup=False)
             raise typer.Exit(_INTERRUPTED) from error
 
@@ -158,3 +159,4 @@ for _command in (
     demo.demo,
 ):
     app.command(cls=_Command)(_guarded(_command))
+app.command("eval", cls=_Command)(_guarded(evaluate.evaluate))

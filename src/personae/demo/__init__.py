@@ -7,7 +7,8 @@ import torch
 
 from personae.demo.digits import THREADS, train_family
 from personae.evaluate import Record
-from personae.evaluate.comparison import compare, dts_rows
+from personae.evaluate.comparison import compare
+from personae.evaluate.rows import demo_rows
 from personae.run.work import Work
 
 
@@ -30,8 +31,8 @@ def run_demo(directory: Path, say: Callable[[str], None], work: Work) -> list[Re
             directory / "base",
             {name: directory / name for name in tasks},
             list(tasks.values()),
-            dts_rows(),
-            directory / "packs",
+            demo_rows(),
+            keep=directory / "packs",
             work=work,
         )
     finally:

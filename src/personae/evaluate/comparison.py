@@ -1,212 +1,283 @@
-"""Packs of one family, rebuilt and scored beside the individual models and their average."""
+"""Methods on one family, side by side: every row made, scored on every task, and measured."""
 
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+from torch import nn
+
 from personae.commands.accounting import task_amr_percent
+from personae.commands.merge import merge
 from personae.commands.pack import pack_many
-from personae.commands.unpack import unpack
-from personae.evaluate.evaluation import evaluate_checkpoint
-from personae.evaluate.merged import evaluate_merge
+from personae.evaluate.cache import Cache, CachedRow, of_task
+from personae.evaluate.evaluation import score
+from personae.evaluate.intervals import bootstrap_interval
+from personae.evaluate.measuring import measured
+from personae.evaluate.merged import attach_head, heads_of
+from personae.evaluate.metrics import Answers
+from personae.evaluate.models import for_task, load_task_model
+from personae.evaluate.predictions import predict
 from personae.evaluate.records import Record, record
+from personae.evaluate.rows import Row
 from personae.evaluate.tasks import Task
 from personae.packs.reader import Pack
-from personae.recipe import MergeSettings, PackSettings, Vector
+from personae.recipe import MergeSettings, PackSettings
 from personae.run.work import Work
-
-RANK_FRACTION = 0.3
-RANK_FRACTIONS = (0.05, 0.07, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-BUDGETS = ("5%", "2%", "1%")
-
-_METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "DTS": ("dts", {"rank_fraction": RANK_FRACTION}),
-    "SVD": ("svd", {}),
-    "TSV-C": ("tsv_c", {}),
-    "T-Switch": ("t_switch", {}),
-    "T-Switch model": ("t_switch", {"scope": "model"}),
-    "EMR": ("emr", {}),
-    "TALL-Mask": ("tall_mask", {}),
-    "BitDelta": ("bitdelta", {}),
-    "BitDelta all": ("bitdelta", {"tensors": "all"}),
-    "Delta-CoMe": ("delta_come", {}),
-    "UltraDelta": ("ultradelta", {}),
-    "Residual": ("residual", {}),
-}
-_ABLATIONS = {
-    "no decomposition": "decomposition",
-    "binarised": "thresholding",
-    "no scaling": "scaling",
-}
-
-
-def dts_rows(
-    rank_fraction: float = RANK_FRACTION, budgets: Sequence[str] = BUDGETS
-) -> dict[str, PackSettings]:
-    """DTS-T and DTS-D (relative to the average), at one rank fraction and under budgets on disk."""
-    rows: dict[str, PackSettings] = {}
-    vectors: dict[str, Vector] = {"DTS-T": "task", "DTS-D": "difference"}
-    for codec, vector in vectors.items():
-        at_rank = {"rank_fraction": rank_fraction}
-        rows[f"{codec} r={rank_fraction:g}"] = PackSettings(vector=vector, parameters=at_rank)
-        for budget in budgets:
-            rows[f"{codec} {budget}"] = PackSettings(vector=vector, budget=budget)
-    return rows
-
-
-def merge_rows() -> dict[str, MergeSettings]:
-    """The static methods that differ in kind, at the defaults of their papers; DRM both ways.
-
-    Core Space is left out: it merges LoRA adapters alone.
-    """
-    rows = {
-        "task arithmetic 0.3": MergeSettings(method="task_arithmetic", parameters={"scale": 0.3}),
-        "TIES": MergeSettings(method="ties"),
-        "DARE 0.2, scale 0.3": MergeSettings(
-            method="dare", parameters={"density": 0.2, "scale": 0.3}
-        ),
-        "DARE-TIES": MergeSettings(method="dare_ties", parameters={"density": 0.2}),
-        "Consensus 0.3": MergeSettings(method="consensus", parameters={"scale": 0.3}),
-        "TSV-M": MergeSettings(method="tsv_m"),
-        "Iso-C": MergeSettings(method="iso_c"),
-        "Iso-CTS": MergeSettings(method="iso_cts"),
-        "KnOTS-TIES": MergeSettings(method="knots"),
-        "CART": MergeSettings(method="cart"),
-        "WUDI": MergeSettings(method="wudi"),
-        "DC-Merge": MergeSettings(method="dc_merge"),
-        "ACE-Merging": MergeSettings(method="ace_merging"),
-        "Model Stock": MergeSettings(method="model_stock"),
-        "SCE": MergeSettings(method="sce"),
-        "geometric median": MergeSettings(method="geometric_median"),
-    }
-    for letter, direction in (("H", "horizontal"), ("V", "vertical")):
-        rows[f"DRM-{letter}"] = MergeSettings(method="drm", parameters={"direction": direction})
-    return rows
-
-
-def method_rows(thresholds: Mapping[str, float] | None = None) -> dict[str, PackSettings]:
-    """Every personalised method at its defaults: on task vectors, and on difference vectors.
-
-    DTS stands at the rank fraction of its paper's tables.
-
-    Args:
-        thresholds: Of TALL-masks, one a task, for a row of their own; see `choose_thresholds`.
-    """
-    rows: dict[str, PackSettings] = {}
-    vectors: dict[str, Vector] = {"": "task", "-diff": "difference"}
-    for suffix, vector in vectors.items():
-        for title, (method, parameters) in _METHODS.items():
-            rows[title + suffix] = PackSettings(
-                method=method, parameters=dict(parameters), vector=vector
-            )
-            if method == "tall_mask" and vector == "task" and thresholds:
-                rows["TALL-Mask chosen"] = PackSettings(
-                    method=method, parameters={"threshold": dict(thresholds)}
-                )
-    return rows
-
-
-def sweep_rows(
-    rank_fractions: Sequence[float] = RANK_FRACTIONS,
-    budgets: Sequence[str] = BUDGETS,
-    vector: Vector = "task",
-) -> dict[str, PackSettings]:
-    """The DTS paper's ablations, sweep over ranks and budgets; one decomposition serves them all.
-
-    Args:
-        rank_fractions: Ranks of the sweep.
-        budgets: On disk.
-        vector: Of the deltas.
-    """
-    name = "DTS-T" if vector == "task" else "DTS-D"
-    rows: dict[str, PackSettings] = {}
-    for fraction in rank_fractions:
-        at_rank = {"rank_fraction": fraction}
-        rows[f"{name} r={fraction:g}"] = PackSettings(vector=vector, parameters=at_rank)
-    for ablation, parameter in _ABLATIONS.items():
-        without = {"rank_fraction": RANK_FRACTION, parameter: False}
-        rows[f"{name} {ablation}"] = PackSettings(vector=vector, parameters=without)
-    for budget in budgets:
-        rows[f"{name} {budget}"] = PackSettings(vector=vector, budget=budget)
-    return rows
+from personae.runtime.loading import load
 
 
 def compare(
     base: Path,
     experts: Mapping[str, Path],
     tasks: Sequence[Task],
-    rows: Mapping[str, PackSettings],
-    directory: Path,
+    rows: Mapping[str, Row],
     *,
-    merges: Mapping[str, MergeSettings] | None = None,
-    work: Work,
+    cache: Path | None = None,
+    keep: Path | None = None,
+    heads: Sequence[str] = (),
+    work: Work | None = None,
     report: Callable[[Record], None] = lambda _: None,
 ) -> list[Record]:
-    """Score the experts, merged models, and each expert rebuilt from each pack.
+    """Make every row, score it on every task under that task's own head, and measure it.
 
-    Packs of difference vectors from the experts' average are made without the base, so that heads
-    are told by their shapes alone.
+    At most one model is in memory, beside it the reference of a pack. What is in the cache is not
+    computed again.
 
     Args:
         base: The base's checkpoint directory.
         experts: Task name to the expert's checkpoint directory.
         tasks: What to score on.
-        rows: Row name to the settings of its pack.
-        directory: Where the packs go; a pack that is there is replaced.
-        merges: Row name to the settings of a merged model, beside the weight average.
-        work: Workers, memory bound, progress.
+        rows: Row name to what it is.
+        cache: Where answers are kept; by default nowhere.
+        keep: Where merged models and packs stay, under the names of their rows; by default they
+            are removed once they are scored.
+        heads: Patterns of tensors that are each expert's own, beside those of which the shapes
+            tell it.
+        work: Workers, memory bound, device, progress.
         report: Told each record as soon as it is known.
 
     Returns:
-        A record a row, "individual" and "weight averaging" first. Both AMR are means over tasks.
+        A record a row, in the order of the rows. Both AMR are means over tasks.
     """
-    individual = {task.name: evaluate_checkpoint(experts[task.name], task) for task in tasks}
-    records: list[Record] = []
-
-    def add(method: str, scores: Mapping[str, float], paper: float, on_disk: float) -> None:
-        records.append(
-            record(method, scores, individual=individual, amr_paper=paper, amr_on_disk=on_disk)
-        )
-        report(records[-1])
-
-    add("individual", individual, 100.0, 100.0)
-    for name, merging in ({"weight averaging": MergeSettings()} | dict(merges or {})).items():
-        add(name, evaluate_merge(base, experts, tasks, merging, work=work), 0.0, 0.0)
-    for group in _sharing_decompositions(rows):
-        outs: dict[str | Path, PackSettings] = {
-            directory / name.replace(" ", "-").replace("%", "-percent"): rows[name]
-            for name in group
-        }
-        needed = None if rows[group[0]].from_average else base
-        packs = pack_many(needed, experts, outs, overwrite=True, work=work)
-        for name, pack in zip(group, packs, strict=True):
-            amr = [task_amr_percent(task, pack.manifest) for task in pack.manifest.tasks.values()]
-            add(
-                name,
-                _scores(pack, base, tasks, work),
-                fmean(one["amr_paper"] for one in amr),
-                fmean(one["on_disk_native"] for one in amr),
-            )
-    return records
+    work = work or Work()
+    work = replace(work, note=_once(work.note))  # every merge has the same to say of the family
+    with _folder(cache) as folder:
+        study = _Study(base, experts, tasks, tuple(heads), Cache(folder), keep, work)
+        individual = study.scores(study.answers("individual", "individual"))
+        found: dict[str, Record] = {}
+        for group in _together(rows):
+            study.make({name: rows[name] for name in group})
+            for name in group:
+                answers = study.answers(name, rows[name])
+                costs = study.row(rows[name]).costs
+                found[name] = record(
+                    name,
+                    study.scores(answers),
+                    individual=individual,
+                    interval=study.interval(answers),
+                    **costs,
+                )
+                report(found[name])
+    return [found[name] for name in rows]
 
 
-def _sharing_decompositions(rows: Mapping[str, PackSettings]) -> list[list[str]]:
-    """Row names grouped so that one decomposition of each delta serves a group."""
+def _together(rows: Mapping[str, Row]) -> list[list[str]]:
+    """Row names, those together of which one decomposition of each delta serves all."""
     groups: dict[str, list[str]] = {}
-    for name, settings in rows.items():
-        groups.setdefault(settings.common().model_dump_json(), []).append(name)
+    for name, row in rows.items():
+        key = row.common().model_dump_json() if isinstance(row, PackSettings) else f"row {name}"
+        groups.setdefault(key, []).append(name)
     return list(groups.values())
 
 
-def _scores(pack: Pack, base: Path, tasks: Sequence[Task], work: Work) -> dict[str, float]:
-    """Rebuild each expert into a temporary directory and score it."""
-    scores: dict[str, float] = {}
-    for task in tasks:
-        with tempfile.TemporaryDirectory() as folder:
-            rebuilt = Path(folder) / task.name
-            source = None if pack.reference_directory else base
-            unpack(pack.directory, task.name, rebuilt, base=source, work=work)
-            scores[task.name] = evaluate_checkpoint(rebuilt, task)
-    return scores
+def _once(tell: Callable[[str], None]) -> Callable[[str], None]:
+    told: set[str] = set()
+
+    def note(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            tell(text)
+
+    return note
+
+
+@contextmanager
+def _folder(cache: Path | None) -> Generator[Path]:
+    if cache is not None:
+        yield cache
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@dataclass
+class _Study:
+    """A family, what it is scored on, and where answers are kept."""
+
+    base: Path
+    experts: Mapping[str, Path]
+    tasks: Sequence[Task]
+    own: tuple[str, ...]
+    cache: Cache
+    keep: Path | None
+    work: Work
+
+    @cached_property
+    def heads(self) -> tuple[str, ...]:
+        """Patterns of tensors that are no part of a merge: those named, and those of any shape."""
+        return (*self.own, *heads_of(self.base, self.experts))
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Digests of the tasks' examples."""
+        return {task.name: of_task(task) for task in self.tasks}
+
+    @cached_property
+    def _inputs(self) -> list[Any]:
+        models = {name: self.cache.of_model(path) for name, path in self.experts.items()}
+        return [self.cache.of_model(self.base), list(models.items()), list(self.own)]
+
+    def row(self, row: Row) -> CachedRow:
+        """What is known of a row."""
+        said = row if isinstance(row, str) else [type(row).__name__, row.model_dump(mode="json")]
+        return self.cache.row(self._inputs, said, str(self.work.torch_device))
+
+    def scores(self, answers: Mapping[str, Answers]) -> dict[str, float]:
+        """Task name to the score of the answers."""
+        return {task.name: score(answers[task.name], task) for task in self.tasks}
+
+    def interval(self, answers: Mapping[str, Answers]) -> tuple[float, float]:
+        """The interval of the average."""
+        labels = {task.name: task.test["labels"].numpy() for task in self.tasks}
+        return bootstrap_interval(answers, labels, {task.name: task.metric for task in self.tasks})
+
+    def make(self, group: Mapping[str, Row]) -> None:
+        """Make the models of rows that share their work, but for those that need none any more."""
+        missing: dict[str, MergeSettings | PackSettings] = {}
+        for name, row in group.items():
+            if isinstance(row, str):
+                whole = 100.0 if row == "individual" else 0.0
+                self.row(row).costs = _costs(whole, whole)
+            elif self._is_missing(name, row):
+                missing[name] = row
+        if not missing:
+            return
+        outs = {name: self.place(name, row) for name, row in missing.items()}
+        with measured() as taken:
+            rates = self._made(missing, outs)
+        for name, row in missing.items():
+            self.row(row).costs = _costs(
+                *rates[name],
+                seconds=taken.seconds,
+                peak_bytes=taken.peak_bytes,
+                made_with=len(missing),
+            )
+
+    def _is_missing(self, name: str, row: Row) -> bool:
+        """Whether a row's model has to be made: it was not, or is asked more than is known."""
+        known, there = self.row(row), self.place(name, row).is_dir()
+        answered = all(known.answers(key) is not None for key in self.keys.values())
+        if not known.costs:
+            return True
+        return not (answered or there) if self.keep is None else not (answered and there)
+
+    def place(self, name: str, row: Row) -> Path:
+        """Where the model of a row is, or will be."""
+        if self.keep is None:
+            return self.row(row).model
+        return self.keep / name.replace(" ", "-").replace("%", "-percent").replace("/", "-")
+
+    def _made(
+        self, rows: Mapping[str, MergeSettings | PackSettings], outs: Mapping[str, Path]
+    ) -> dict[str, tuple[float, float]]:
+        """Make the models of rows: one merge, or packs that share their decompositions.
+
+        Returns:
+            Row name to AMR, as the papers count it and on disk.
+        """
+        packs: dict[str | Path, PackSettings] = {}
+        for name, row in rows.items():
+            outs[name].parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(row, PackSettings):
+                packs[outs[name]] = row.model_copy(update={"private": (*row.private, *self.own)})
+                continue
+            settings = row.model_copy(update={"skip": (*row.skip, *self.heads)})
+            merge(
+                self.base,
+                self.experts,
+                outs[name],
+                settings=settings,
+                overwrite=True,
+                work=self.work,
+            )
+        if not packs:
+            return dict.fromkeys(rows, (0.0, 0.0))
+        # Packs of differences from the average need no base, so that shapes alone tell heads.
+        base = None if next(iter(packs.values())).from_average else self.base
+        made = pack_many(base, self.experts, packs, overwrite=True, work=self.work)
+        return {name: _rates(pack) for name, pack in zip(rows, made, strict=True)}
+
+    def answers(self, name: str, row: Row) -> dict[str, Answers]:
+        """A row's answers to every task; its model is removed when all are known."""
+        known = self.row(row)
+        found: dict[str, Answers] = {}
+        missing: list[Task] = []
+        for task in self.tasks:
+            answers = known.answers(self.keys[task.name])
+            if answers is None:
+                missing.append(task)
+            else:
+                found[task.name] = answers
+        if missing:
+            for task, model in self._models(name, row, missing):
+                found[task.name] = predict(
+                    model, task, task.test, work=self.work, stage=f"{name}: {task.name}"
+                )
+                known.keep(self.keys[task.name], found[task.name])
+        if self.keep is None and not isinstance(row, str):
+            shutil.rmtree(known.model, ignore_errors=True)
+        return {task.name: found[task.name] for task in self.tasks}
+
+    def _models(
+        self, name: str, row: Row, tasks: Sequence[Task]
+    ) -> Iterator[tuple[Task, nn.Module]]:
+        """A row's model for each of some tasks, one in memory at a time."""
+        device = self.work.torch_device
+        if isinstance(row, PackSettings):
+            pack = Pack(self.place(name, row))
+            base = None if pack.reference_directory else self.base
+            runtime = load(pack, base=base, device=device, dtype=torch.float32, work=self.work)
+            for task in tasks:
+                with runtime.activate(task.name) as model:
+                    yield task, for_task(model, task)
+            runtime.close()
+            return
+        for task in tasks:
+            expert = self.experts[task.name]
+            if row == "individual":
+                yield task, load_task_model(expert, task).to(device)
+                continue
+            merged = self.base if row == "base" else self.place(name, row)
+            skipped = () if isinstance(row, str) else row.skip
+            with tempfile.TemporaryDirectory() as folder:
+                directory = Path(folder)
+                attach_head(self.base, merged, expert, directory, (*skipped, *self.heads))
+                model = load_task_model(directory, task).to(device)
+            yield task, model
+
+
+def _costs(paper: float, on_disk: float, **taken: Any) -> dict[str, Any]:
+    return {"amr_paper": paper, "amr_on_disk": on_disk, **taken}
+
+
+def _rates(pack: Pack) -> tuple[float, float]:
+    """AMR of a task, on average: as the papers count it, and on disk."""
+    amr = [task_amr_percent(task, pack.manifest) for task in pack.manifest.tasks.values()]
+    return fmean(one["amr_paper"] for one in amr), fmean(one["on_disk_native"] for one in amr)

@@ -2,15 +2,21 @@
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from personae.evaluate.metrics import METRICS
-from personae.evaluate.models import load_model
-from personae.evaluate.tasks import Task, batches
+from personae.evaluate.metrics import METRICS, Answers
+from personae.evaluate.models import load_task_model
+from personae.evaluate.predictions import BATCH, predict
+from personae.evaluate.tasks import Task
+from personae.run.work import Work
 
 
-def evaluate_model(model: nn.Module, task: Task, batch_size: int = 128) -> float:
+def score(answers: Answers, task: Task) -> float:
+    """The score of answers to the test examples, by the task's metric, as a fraction."""
+    return METRICS[task.metric].score(answers, task.test["labels"].numpy())
+
+
+def evaluate_model(model: nn.Module, task: Task, batch_size: int = BATCH) -> float:
     """Return the model's score on the task's test examples, by the task's metric.
 
     Args:
@@ -22,21 +28,19 @@ def evaluate_model(model: nn.Module, task: Task, batch_size: int = 128) -> float
     Returns:
         The score as a fraction, not in percent.
     """
-    model.eval()
-    device = next(model.parameters()).device
-    predictions, labels = [], []
-    with torch.inference_mode():
-        for batch in batches(task.test, batch_size):
-            labels.append(batch.pop("labels"))
-            on_device = {name: values.to(device) for name, values in batch.items()}
-            predictions.append(model(**on_device).logits.argmax(dim=-1).cpu())
-    return METRICS[task.metric](torch.cat(predictions), torch.cat(labels))
+    return score(predict(model, task, task.test, batch_size=batch_size), task)
 
 
-def evaluate_checkpoint(directory: Path, task: Task, batch_size: int = 128) -> float:
+def evaluate_checkpoint(directory: Path, task: Task, batch_size: int = BATCH) -> float:
     """Return the score of the checkpoint in `directory`; see `evaluate_model`.
 
     Raises:
         CheckpointError: if there is no such directory.
     """
-    return evaluate_model(load_model(directory, task.model_class), task, batch_size)
+    return evaluate_model(load_task_model(directory, task), task, batch_size)
+
+
+def predict_checkpoint(directory: Path, task: Task, work: Work, stage: str = "") -> Answers:
+    """A checkpoint's answers to the test examples, computed on the device of `work`."""
+    model = load_task_model(directory, task).to(work.torch_device)
+    return predict(model, task, task.test, work=work, stage=stage)

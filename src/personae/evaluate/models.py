@@ -7,6 +7,8 @@ from torch import nn
 
 from personae._quiet import quiet_transformers
 from personae.errors import CheckpointError
+from personae.evaluate.tasks import Task
+from personae.evaluate.zero_shot import ZeroShotModel
 
 
 def load_model(directory: Path, model_class: str, **options: Any) -> nn.Module:
@@ -30,6 +32,16 @@ def load_model(directory: Path, model_class: str, **options: Any) -> nn.Module:
     with quiet_transformers():
         loader = getattr(transformers, model_class)
         return loader.from_pretrained(directory, dtype="float32", **options).eval()
+
+
+def load_task_model(directory: Path, task: Task) -> nn.Module:
+    """Load a checkpoint as the model that answers a task; see `load_model`."""
+    return for_task(load_model(directory, task.model_class), task)
+
+
+def for_task(model: nn.Module, task: Task) -> nn.Module:
+    """The model that answers a task: as it is, or with the head that is made of class names."""
+    return model if task.zero_shot is None else ZeroShotModel(model, task.zero_shot).eval()
 
 
 def save_model(model: nn.Module, directory: Path) -> None:

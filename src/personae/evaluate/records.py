@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,11 @@ class Record:
         adr: Accuracy drop rate against the individual models, in percent.
         amr_paper: Additional memory rate per task by the papers' rule, in percent.
         amr_on_disk: Bytes of one task's file over the bytes of the reference, in percent.
+        seconds: What making it took; None if that was not measured.
+        peak_bytes: Memory it took meanwhile, above what was held before; None as for seconds.
+        made_with: How many rows were made at once, of whose common work both are.
+        interval: Ends of the interval of the average, as fractions; None if there is none.
+        data: The data that the method saw beside the models; empty for none.
     """
 
     method: str
@@ -25,6 +31,11 @@ class Record:
     adr: float
     amr_paper: float
     amr_on_disk: float
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    made_with: int = 1
+    interval: tuple[float, float] | None = None
+    data: str = ""
 
 
 def record(
@@ -34,6 +45,7 @@ def record(
     individual: Mapping[str, float],
     amr_paper: float,
     amr_on_disk: float,
+    **rest: Any,
 ) -> Record:
     """Compute average and ADR and return the record.
 
@@ -46,6 +58,7 @@ def record(
         individual: The same of the individual experts, on the same tasks.
         amr_paper: See `Record`.
         amr_on_disk: See `Record`.
+        **rest: The other attributes of `Record`.
 
     Raises:
         ValueError: if the two cover different tasks.
@@ -60,9 +73,11 @@ def record(
         method=method,
         scores=dict(scores),
         average=average,
-        adr=100 * (best - average) / best,
+        # There is nothing to lose where the experts themselves score 0.
+        adr=100 * (best - average) / best if best else 0.0,
         amr_paper=amr_paper,
         amr_on_disk=amr_on_disk,
+        **rest,
     )
 
 
@@ -73,4 +88,8 @@ def records_to_json(records: Sequence[Record]) -> str:
 
 def records_from_json(text: str) -> list[Record]:
     """Return the records that `records_to_json` wrote."""
-    return [Record(**fields) for fields in json.loads(text)]
+    found: list[dict[str, Any]] = json.loads(text)
+    for fields in found:
+        if fields.get("interval") is not None:
+            fields["interval"] = tuple(fields["interval"])
+    return [Record(**fields) for fields in found]

@@ -20,10 +20,10 @@ from personae.commands.compose import compose
 from personae.commands.merge import merge
 from personae.commands.pack import pack_many
 from personae.errors import RecipeError, nearest
-from personae.evaluate.comparison import merge_rows
 from personae.evaluate.evaluation import evaluate_checkpoint
 from personae.evaluate.merged import heads_of, score_merged
 from personae.evaluate.records import Record, record
+from personae.evaluate.rows import merge_rows
 from personae.evaluate.tasks import Task
 from personae.methods import CODECS
 from personae.packs.reader import Pack

@@ -1,6 +1,7 @@
 """The accuracy–size table: one row a method, one column a task, then what it costs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -13,13 +14,38 @@ NARROWEST_TASK = 4
 """Columns of `97.3`, a score in percent."""
 NARROWEST_METHOD = 15
 """Columns a long method name is folded to, where the room is needed for tasks."""
-COST_WIDTH = 5
-COSTS = ("avg", "ADR\n%", "AMR %\ncount", "AMR %\ndisk")
 EXPLANATION = (
     "Scores and their average in %. ADR: drop of the average against the individual models. "
     "AMR: additional memory per task, as the papers count it and as bytes on disk, "
     "over the shared model."
 )
+EXPLANATION_OF_MEASURES = (
+    " Interval: where the average lies with 95 % certainty, by drawing the examples anew. Time and "
+    "memory are what making it took; /n where n methods were made at once."
+)
+
+
+class Cost(NamedTuple):
+    """A column beside the tasks.
+
+    Attributes:
+        title: On a terminal.
+        name: In full.
+        width: On a terminal.
+        cell: What a record has in it.
+        always: Whether it is there for records that know nothing of it, too.
+    """
+
+    title: str
+    name: str
+    width: int
+    cell: Callable[[Record], str]
+    always: bool = True
+
+
+def costs_of(records: Sequence[Record]) -> list[Cost]:
+    """The columns beside the tasks: all that some record knows something of."""
+    return [one for one in _COSTS if one.always or any(map(one.cell, records))]
 
 
 def accuracy_size_table(records: Sequence[Record], width: int) -> RenderableType:
@@ -37,7 +63,8 @@ def accuracy_size_table(records: Sequence[Record], width: int) -> RenderableType
     """
     tasks = list(records[0].scores)
     longest_method = max(len(one.method) for one in records)
-    costs_width = len(COSTS) * (COST_WIDTH + 1)
+    costs = costs_of(records)
+    costs_width = sum(cost.width + 1 for cost in costs)
     widths = [_natural_width(task) for task in tasks]
     method_width = longest_method
     if method_width + sum(widths) + len(widths) + costs_width > width:
@@ -50,23 +77,40 @@ def accuracy_size_table(records: Sequence[Record], width: int) -> RenderableType
     ):
         cap -= 1
     tables = [
-        _table(records, block, method_width, cap, with_costs=block is blocks[-1])
+        _table(records, block, method_width, cap, costs if block is blocks[-1] else [])
         for block in blocks
     ]
     cut = max(widths) > cap
     names = [Text(f"Tasks: {', '.join(tasks)}.", style="dim")] if cut else []
-    return Group(*tables, *names, Text(EXPLANATION, style="dim"))
+    return Group(*tables, *names, Text(explanation_of(records), style="dim"))
+
+
+def explanation_of(records: Sequence[Record]) -> str:
+    """What the columns beside the tasks mean."""
+    measured = len(costs_of(records)) > len([one for one in _COSTS if one.always])
+    return EXPLANATION + (EXPLANATION_OF_MEASURES if measured else "")
 
 
 def markdown(records: Sequence[Record]) -> str:
     """Return the same table in Markdown, with full names, ending in a newline."""
-    tasks = list(records[0].scores)
-    header = ["method", *tasks, "average", "ADR %", "AMR % paper", "AMR % on disk"]
-    rows = [
-        [one.method, *(_score(one.scores[task]) for task in tasks), *_costs(one)] for one in records
-    ]
+    header, *rows = cells_of(records)
     rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
+    escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in (header, rule, *rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)
+
+
+def cells_of(records: Sequence[Record]) -> list[list[str]]:
+    """The table as text: its header, and a row a record."""
+    tasks, costs = list(records[0].scores), costs_of(records)
+    rows = [
+        [
+            one.method,
+            *(_score(one.scores[task]) for task in tasks),
+            *(cost.cell(one) for cost in costs),
+        ]
+        for one in records
+    ]
+    return [["method", *tasks, *(cost.name for cost in costs)], *rows]
 
 
 def _table(
@@ -74,19 +118,18 @@ def _table(
     tasks: Sequence[str],
     method_width: int,
     cap: int,
-    *,
-    with_costs: bool,
+    costs: Sequence[Cost],
 ) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False, header_style="bold")
     table.add_column("method", width=method_width, overflow="fold", vertical="bottom")
     for task in tasks:
         pieces = "\n".join(piece[:cap] for piece in task.split("_"))
         table.add_column(pieces, width=min(_natural_width(task), cap), justify="right")
-    for cost in COSTS if with_costs else ():
-        table.add_column(cost, width=COST_WIDTH, justify="right")
+    for cost in costs:
+        table.add_column(cost.title, width=cost.width, justify="right")
     for one in records:
-        costs = _costs(one) if with_costs else []
-        table.add_row(one.method, *(_score(one.scores[task]) for task in tasks), *costs)
+        scores = (_score(one.scores[task]) for task in tasks)
+        table.add_row(one.method, *scores, *(cost.cell(one) for cost in costs))
     return table
 
 
@@ -104,11 +147,33 @@ def _score(fraction: float) -> str:
     return percent if len(percent) <= NARROWEST_TASK else f"{100 * fraction:.0f}"
 
 
-def _costs(one: Record) -> list[str]:
-    """Average, ADR and both AMR, in percent."""
-    return [f"{100 * one.average:.2f}", *map(_rate, (one.adr, one.amr_paper, one.amr_on_disk))]
-
-
 def _rate(percent: float) -> str:
     # Rounded first, and 0 added: nobody loses -0.00 %.
     return f"{round(percent, 2) + 0.0:.2f}" if abs(percent) < 99.995 else f"{percent:.0f}"
+
+
+def _interval(one: Record) -> str:
+    return "" if one.interval is None else "–".join(f"{100 * end:.1f}" for end in one.interval)
+
+
+def _time(one: Record) -> str:
+    if one.seconds is None:
+        return ""
+    seconds = f"{one.seconds:.1f}" if one.seconds < 1000 else f"{one.seconds:.0f}"
+    return f"{seconds}/{one.made_with}" if one.made_with > 1 else seconds
+
+
+def _memory(one: Record) -> str:
+    return "" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:.0f}"
+
+
+_COSTS = (
+    Cost("avg", "average", 5, lambda one: f"{100 * one.average:.2f}"),
+    Cost("ADR\n%", "ADR %", 5, lambda one: _rate(one.adr)),
+    Cost("AMR %\ncount", "AMR % paper", 5, lambda one: _rate(one.amr_paper)),
+    Cost("AMR %\ndisk", "AMR % on disk", 5, lambda one: _rate(one.amr_on_disk)),
+    Cost("interval", "95 % interval", 9, _interval, always=False),
+    Cost("time\ns", "seconds", 6, _time, always=False),
+    Cost("mem\nMB", "peak MB", 5, _memory, always=False),
+    Cost("data", "data", 10, lambda one: one.data, always=False),
+)
