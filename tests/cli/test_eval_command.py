@@ -33,7 +33,7 @@ class Page(HTMLParser):
             self.cells.append("")
 
     def handle_data(self, data):
-        if self.tags[-1] in ("td", "th"):
+        if self.tags and self.tags[-1] in ("td", "th"):
             self.cells[-1] += data.strip()
 
 
