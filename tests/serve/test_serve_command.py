@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def test_a_pack_that_is_damaged(packed: Path, tmp_path: Path):
     assert "pack.json" in run(tmp_path).output
 
 
-def test_ctrl_c_ends_it(packed: Path):
+def test_what_is_let_in_and_ctrl_c_ends_it(packed: Path):
     words = ["-m", "personae", "serve", str(packed), "--port", "0"]
     source = str(Path(serve.__file__).parents[2])
     server = subprocess.Popen(
@@ -111,6 +112,10 @@ def test_ctrl_c_ends_it(packed: Path):
         place = server.stdout.readline().split()[-1]
         with urllib.request.urlopen(f"{place}/health", timeout=60) as answer:
             assert json.load(answer)["status"] == "ok"
+        # A page of the web whose name is made to mean this machine is not let in.
+        other = urllib.request.Request(f"{place}/v1/tasks", headers={"Host": "example.com"})
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(other, timeout=60)
         server.send_signal(signal.SIGINT)
         _, errors = server.communicate(timeout=60)
     finally:

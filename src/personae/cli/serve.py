@@ -21,6 +21,7 @@ from personae.serve.tasks import Loading, Tasks
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "transformers")
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _GRACE = 5
 """Seconds that requests under way have after Ctrl-C."""
 
@@ -95,7 +96,13 @@ def serve(
             name, equals, path = pack.rpartition("=")
             tasks.load(Path(path), name if equals else None)
         app_module = importlib.import_module("personae.serve.app")
-        app = app_module.build(tasks, limits, max_batch=max_batch, max_wait=max_wait_ms / 1000)
+        app = app_module.build(
+            tasks,
+            limits,
+            max_batch=max_batch,
+            max_wait=max_wait_ms / 1000,
+            hosts=[*_LOOPBACK, _spelt(host)] if _is_loopback(host) else ["*"],
+        )
         place = f"http://{_spelt(host)}:{listener.getsockname()[1]}"
         console.out.print(f"{', '.join(task.name for task in tasks)} at {place}", markup=False)
         if not _is_loopback(host):

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRouter
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from personae import __version__
 from personae.errors import PersonaeError
@@ -55,7 +56,12 @@ class Server:
 
 
 def build(
-    tasks: Tasks, limits: Limits | None = None, *, max_batch: int = 32, max_wait: float = 0.005
+    tasks: Tasks,
+    limits: Limits | None = None,
+    *,
+    max_batch: int = 32,
+    max_wait: float = 0.005,
+    hosts: Sequence[str] = ("*",),
 ) -> FastAPI:
     """An application that serves tasks; its scheduler ends with it.
 
@@ -64,6 +70,8 @@ def build(
         limits: Bounds of requests.
         max_batch: Most rows computed at once.
         max_wait: Seconds that a row waits for others.
+        hosts: By which names requests may call the server; "*": by any. A page of the web reaches
+            a server of this machine by a name of its own, which is made to mean this machine.
     """
     limits = limits or Limits()
     metrics = Metrics()
@@ -87,6 +95,7 @@ def build(
         app.add_exception_handler(kind, _refused)
     app.add_middleware(_bounded, most=limits.body_bytes)
     app.add_middleware(metrics.measured)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts])
     return app
 
 
