@@ -122,8 +122,13 @@ class MergeJob:
 
     def cost(self, item: Item) -> int:
         """Peak bytes of one item."""
-        most = self.beside + max(self.chunk_cost(chunk, item.whole) for chunk in item.chunks)
+        most = self.kept_bytes + max(self.chunk_cost(chunk, item.whole) for chunk in item.chunks)
         return most + waiting_bytes(item) if self.decides_late else most
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that a worker holds beside what it merges: of models in between, and of experts."""
+        return self.beside + sum(one.kept_bytes for one in self.family.experts.values())
 
     def undecided_bytes(self, workers: int) -> int:
         """Bytes of files that entries without a winner take while they wait, at most.
@@ -166,7 +171,7 @@ class MergeJob:
             for chunk in item.chunks
             if self._term_bytes and chunk.spec.name in self.merged
         ]
-        return self.beside + max(reading) + 3 * self._term_bytes if reading else 0
+        return self.kept_bytes + max(reading) + 3 * self._term_bytes if reading else 0
 
     @cached_property
     def _term_bytes(self) -> int:
