@@ -6,7 +6,9 @@ from torch import Tensor
 
 from personae.checkpoints import open_checkpoint
 from personae.checkpoints.expert_layouts import with_experts_like
+from personae.commands.merge_plan import plan_merge
 from personae.errors import CheckpointError
+from personae.run.work import Work
 
 # Two experts of inner width 1 and hidden width 2. The stack has the gate's rows above the up's.
 _GATE, _UP = [[[1.0, 2.0]], [[3.0, 4.0]]], [[[5.0, 6.0]], [[7.0, 8.0]]]
@@ -94,3 +96,13 @@ def test_names_and_rows_that_are_not_there_are_refused():
         found.read("l.mlp.experts.gate_up_proj")
     with pytest.raises(CheckpointError, match="Ask for rows within 0:1"):
         found.read_rows("l.mlp.experts.0.up_proj.weight", 0, 2)
+
+
+def test_a_matrix_that_a_thread_keeps_is_counted_in_a_plan():
+    base, expert = _QWEN, {name: tensor + 1 for name, tensor in _STACKED.items()}
+    largest = [
+        plan_merge(base, {"a": model, "b": model}, work=Work(workers=1)).largest
+        for model in ({name: tensor + 1 for name, tensor in base.items()}, expert)
+    ]
+    one_expert = 4 * 4 * 2  # gate and up, two columns each, of the largest stack
+    assert largest[1] - largest[0] == 2 * one_expert // 2  # of each of two experts

@@ -303,7 +303,13 @@ def _replacement_fault(
 
 def adapter_of(checkpoint: Checkpoint) -> Adapter | None:
     """The checkpoint if it is an adapter, whatever it is seen through; else None."""
+    model = seen_through(checkpoint)
+    return model if isinstance(model, Adapter) else None
+
+
+def seen_through(checkpoint: Checkpoint) -> Checkpoint | None:
+    """What a checkpoint is inside, where it is seen through others."""
     model: Checkpoint | None = checkpoint
     while isinstance(model, WithRows | WithModules | WithCopies | WithLayers):
         model = model.model
-    return model if isinstance(model, Adapter) else None
+    return model

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from personae._quiet import quiet_transformers
+from personae.checkpoints.naming import module_of
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,17 @@ class BuiltModel:
         modules: Their names.
         linear: Names of the linear layers, GPT-2's Conv1D among them.
         shared: Name of a parameter to all names it has; only of those that have several.
+        beside: Names of the tensors that the model itself holds, in no module of it.
     """
 
     modules: frozenset[str] = frozenset()
     linear: frozenset[str] = frozenset()
     shared: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
+    beside: frozenset[str] = frozenset()
+
+    def has_place(self, name: str) -> bool:
+        """Whether a tensor by this name, as it is called in memory, can be one of the model's."""
+        return module_of(name) in self.modules if "." in name else name in self.beside
 
 
 def build(config: Mapping[str, Any], model_class: str | None) -> BuiltModel | None:
@@ -60,6 +67,7 @@ def _told(model: nn.Module) -> BuiltModel:
         frozenset(modules),
         frozenset(name for name, module in modules.items() if _is_linear(module)),
         {name: group for group in groups for name in group},
+        frozenset(name for name in model.state_dict() if "." not in name),
     )
 
 

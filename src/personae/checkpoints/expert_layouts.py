@@ -43,6 +43,7 @@ class _Slice(NamedTuple):
     expert: int
     start: int
     stop: int
+    kept_bytes: int
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -61,6 +62,7 @@ class _Stack(NamedTuple):
     matrices: Sequence[tuple[str, ...]]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    kept_bytes: int = 0
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -115,7 +117,7 @@ def _sliced(specs: Mapping[str, TensorSpec], names: _Names) -> dict[TensorSpec, 
             for matrix, (start, stop) in parts.items():
                 own = f"{found['block']}.{index}.{matrix}.weight"
                 apart = TensorSpec(own, (stop - start, columns), spec.dtype)
-                made[apart] = _Slice(name, index, start, stop)
+                made[apart] = _Slice(name, index, start, stop, spec.nbytes // experts)
     return made
 
 

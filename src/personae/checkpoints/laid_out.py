@@ -21,6 +21,11 @@ class Made(Protocol):
         """Names of the stored tensors that it takes the place of."""
         ...
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of what a thread keeps of it between reads, and of making that, at most."""
+        ...
+
     def read_rows(self, model: Checkpoint, keep: "Kept", start: int, stop: int) -> Tensor:
         """Rows `start:stop` of it, from what `model` stores."""
         ...
@@ -47,6 +52,7 @@ class LaidOut:
 
     Attributes:
         note: What a person should be told of it.
+        kept_bytes: Memory that each thread holds beside what it reads, at most.
     """
 
     def __init__(self, model: Checkpoint, made: Mapping[TensorSpec, Made], note: str) -> None:
@@ -54,6 +60,7 @@ class LaidOut:
         self._model, self._kept = model, Kept()
         self._made = {spec.name: how for spec, how in made.items()}
         self.note = note
+        self.kept_bytes = max((how.kept_bytes for how in made.values()), default=0)
         used = {name for how in made.values() for name in how.used}
         kept = [spec for name, spec in model.specs.items() if name not in used]
         self.source, self.revision = model.source, model.revision

@@ -198,6 +198,10 @@ class _Renamed:
     def used(self) -> tuple[str, ...]:
         return (self.name,)
 
+    @property
+    def kept_bytes(self) -> int:
+        return 0
+
     def read_rows(self, model: Checkpoint, keep: Kept, start: int, stop: int) -> Tensor:
         del keep
         return model.read_rows(self.name, start, stop)
@@ -222,6 +226,14 @@ class _Conversion:
     @property
     def used(self) -> tuple[str, ...]:
         return tuple(spec.name for specs in self.sources.values() for spec in specs)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of all that comes out, or of one row of stacks, and a copy of it on the way."""
+        if self.rows_alone or self.stacks:
+            return 0
+        specs = [spec for specs in self.sources.values() for spec in specs]
+        return 2 * sum(s.nbytes // (s.shape[0] if self.unstacks else 1) for s in specs)
 
     def results(self) -> dict[TensorSpec, Made]:
         """What becomes of them, from headers; nothing if the operations do not suit them."""
@@ -292,6 +304,10 @@ class _Result:
     @property
     def used(self) -> tuple[str, ...]:
         return self.conversion.used
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.conversion.kept_bytes
 
     def read_rows(self, model: Checkpoint, keep: Kept, start: int, stop: int) -> Tensor:
         """Rows `start:stop`, of no more than they are made of where the operations allow."""

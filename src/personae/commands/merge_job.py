@@ -122,8 +122,13 @@ class MergeJob:
 
     def cost(self, item: Item) -> int:
         """Peak bytes of one item."""
-        most = self.beside + max(self.chunk_cost(chunk, item.whole) for chunk in item.chunks)
+        most = self.kept_bytes + max(self.chunk_cost(chunk, item.whole) for chunk in item.chunks)
         return most + waiting_bytes(item) if self.decides_late else most
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that a worker holds beside what it merges: of models in between, and of experts."""
+        return self.beside + sum(one.kept_bytes for one in self.family.experts.values())
 
     def undecided_bytes(self, workers: int) -> int:
         """Bytes of files that entries without a winner take while they wait, at most.
@@ -173,7 +178,7 @@ class MergeJob:
             method = self.method_of(chunk.spec.name)
             if chunk.spec.name in self.merged and isinstance(method, Entrywise):
                 reading.append(self.stacks.blocks_bytes(parts_counted(chunk)[0], method))
-        return self.beside + max(reading) + 2 * self.term_bytes if reading else 0
+        return self.kept_bytes + max(reading) + 2 * self.term_bytes if reading else 0
 
     @cached_property
     def term_bytes(self) -> int:

@@ -294,12 +294,14 @@ def _item_costs(family: Family, settings: PackSettings) -> Sequence[Sequence[int
         job = job_of(family, lambda _: method)
         stages.append([job.cost(item) for item in job.items])
     if codec.shares:
-        stages.append([sharing_bytes(spec.numel, experts) for spec in base.values()])
+        kept = sum(expert.kept_bytes for expert in family.experts.values())
+        stages.append([kept + sharing_bytes(spec.numel, experts) for spec in base.values()])
     for name, expert in family.experts.items():
         own = family.shared_specs(name)
         coder = _codec(settings, own).for_family([{}] * experts)
-        stages.append([scanning_bytes(spec) for spec in expert.checkpoint.specs.values()])
-        stages.append([coding_bytes([coder], base[spec.name]) for spec in own])
+        kept = expert.kept_bytes
+        stages.append([kept + scanning_bytes(s) for s in expert.checkpoint.specs.values()])
+        stages.append([kept + coding_bytes([coder], base[spec.name]) for spec in own])
     return stages
 
 

@@ -124,7 +124,11 @@ def _compare(rebuilt: Rebuilt, deltas: Deltas, work: Work, faults: Faults) -> Ve
     for _, (error, norm) in work.map(
         original.shared,
         measure,
-        cost=lambda name: delta_bytes(rebuilt.reference.specs[name].numel) + rebuilt.cost(name),
+        cost=lambda name: (
+            original.kept_bytes
+            + delta_bytes(rebuilt.reference.specs[name].numel)
+            + rebuilt.cost(name)
+        ),
         stage=f"comparing {original.name}",
     ):
         lost.append(error)

@@ -36,7 +36,7 @@ from personae.checkpoints.vocabulary import (
 )
 from personae.errors import CheckpointError, Faults
 from personae.family.alignment import Alignment
-from personae.family.other_class import heads_left
+from personae.family.other_class import has_no_place, heads_left
 
 Kind = Literal["shared", "grown", "buffer", "private", "skipped"]
 
@@ -429,8 +429,9 @@ def lacking(found: Alignment, reference: Checkpoint) -> list[str]:
 def _lacking_parts(found: Alignment, reference: Checkpoint) -> list[str]:
     """Parts of the reference of which the expert has nothing, as 'cls' or 'bert.pooler'.
 
-    A part is whatever stands at the top, a pooler, or an output layer, and less than what the
-    expert has. Where the expert has the like of each of its tensors, it is there under another
+    A part is whatever stands at the top, a pooler, or an output layer. All are less than what the
+    expert has, or its class has no place for any of them, as a classifier of images has none for
+    the other tower. Where the expert has the like of each of its tensors, it is there under another
     name; but not where it also has what the reference knows nothing like, as another class has.
     """
     rows = embedding_rows(reference.specs) or 0
@@ -444,7 +445,17 @@ def _lacking_parts(found: Alignment, reference: Checkpoint) -> list[str]:
     whole = [part for part in parts if not any(_is_in(name, [part]) for name in held)]
     gone = sum(reference.specs[name].numel for name, part in here.items() if part in whole)
     coded = sum(reference.specs[name].numel for name in found.shared)
-    return sorted(whole) if gone < coded else []
+    own_name = found.renaming.expert_name
+    return (
+        sorted(whole)
+        if gone < coded
+        or has_no_place(
+            found.checkpoint,
+            held=[*map(own_name, found.files), *found.private],
+            lacked=[own_name(name) for name, part in here.items() if part in whole],
+        )
+        else []
+    )
 
 
 def _part_of(spec: TensorSpec, rows: int) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
+from personae.checkpoints.adapter import seen_through
 from personae.checkpoints.laid_out import LaidOut
 from personae.checkpoints.naming import Renaming, shown, without_wrapper
 
@@ -104,6 +105,12 @@ class Alignment:
         return notes
 
     @property
+    def kept_bytes(self) -> int:
+        """Memory that a thread which reads the expert holds beside what it reads."""
+        stored = seen_through(self.checkpoint)
+        return stored.kept_bytes if isinstance(stored, LaidOut) else 0
+
+    @property
     def naming_notes(self) -> list[str]:
         """How the expert's names were matched, where they are not the reference's."""
         notes: list[str] = []
@@ -117,8 +124,8 @@ class Alignment:
         elif rule.add or rule.strip:
             verb, prefix = ("adds", rule.add) if rule.add else ("lacks", rule.strip)
             notes.append(f"{self.name}: {verb} the prefix '{prefix}' to the base's tensor names")
-        if isinstance(self.checkpoint, LaidOut):
-            notes.append(f"{self.name}: {self.checkpoint.note}")
+        if isinstance(stored := seen_through(self.checkpoint), LaidOut):
+            notes.append(f"{self.name}: {stored.note}")
         given = [
             f"{own} as {new}"
             for name, own in self.files.items()

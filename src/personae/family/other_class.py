@@ -1,15 +1,17 @@
-"""What an adapter with a head of its own has no place for: the base's own head.
+"""What an expert of another class than its base's has no place for, as transformers tells.
 
 An adapter is seen as its base with some tensors changed. Where it brings a classifier, and the
-base has the head of a language model, the class it was trained with does not have that.
+base has the head of a language model, the class it was trained with does not have that. A
+classifier of images has one of the two towers of its base.
 """
+
+from collections.abc import Callable, Iterable
 
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.adapter import adapter_of
-from personae.checkpoints.built import build
+from personae.checkpoints.built import BuiltModel, build
 from personae.checkpoints.configuration import CONFIG, class_of, fit_config, is_head
 from personae.checkpoints.modules import read_auxiliary_file
-from personae.checkpoints.naming import module_of
 from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.vocabulary import is_output_layer
 
@@ -35,13 +37,33 @@ def heads_left(expert: Checkpoint, reference: Checkpoint) -> set[str]:
     built = build(fitted, class_of(fitted))
     if built is None:
         return set()
-    renames = [*published_renames(reference)]
-    found = {
-        name
-        for name in names
-        if any(module_of(place) in built.modules for place in (name, *(r(name) for r in renames)))
-    }
+    found = {*filter(_has_place(built, reference), names)}
     left = {name for name in names if name not in found}
     parts = {name.partition(".")[0] for name in left}
     beside = parts.isdisjoint(name.partition(".")[0] for name in found)
     return left if beside and left.isdisjoint((*adapter.adapted, *adapter.whole)) else set()
+
+
+def has_no_place(expert: Checkpoint, held: Iterable[str], lacked: Iterable[str]) -> bool:
+    """Whether the class of a full model has no place for any of some tensors, by its own names.
+
+    Args:
+        expert: The model, whose config.json says the class.
+        held: What it has. The class tells nothing unless there is a place for each of these.
+        lacked: What it might have had.
+
+    Raises:
+        CheckpointError: A config.json is damaged.
+    """
+    config = read_auxiliary_file(expert.auxiliary_files, CONFIG)
+    built = build(config, class_of(config)) if isinstance(config, dict) else None
+    if built is None:
+        return False
+    has_place = _has_place(built, expert)
+    return all(map(has_place, held)) and not any(map(has_place, lacked))
+
+
+def _has_place(built: BuiltModel, model: Checkpoint) -> Callable[[str], bool]:
+    """Whether a tensor has a place in a class, under its name or one that loaders give it."""
+    renames = [*published_renames(model)]
+    return lambda name: any(map(built.has_place, (name, *(rename(name) for rename in renames))))

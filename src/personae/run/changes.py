@@ -64,7 +64,9 @@ def of_expert(alignment: Alignment, reference: Checkpoint) -> Changes:
         delta=lambda name: deltas.read(ref_names[name]),
         factors=lambda name: deltas.factors(ref_names[name]),
         value=lambda name: expert.read(files[name]),
-        cost=lambda name: delta_bytes(specs[name].numel) + 2 * specs[name].nbytes,
+        cost=lambda name: (
+            alignment.kept_bytes + delta_bytes(specs[name].numel) + 2 * specs[name].nbytes
+        ),
         why_not_finite=lambda name: _why_not_finite(name, expert.read(files[name])),
     )
 

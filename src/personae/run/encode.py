@@ -49,7 +49,9 @@ def encode_expert(
     for name, tensors in work.map(
         names,
         partial(_encode_tensor, deltas, codecs, known, work.torch_device),
-        cost=lambda name: coding_bytes(codecs, deltas.reference.specs[name]),
+        cost=lambda name: (
+            deltas.alignment.kept_bytes + coding_bytes(codecs, deltas.reference.specs[name])
+        ),
         stage=f"packing {deltas.alignment.name}",
     ):
         for place, tensor in zip(coded, tensors, strict=True):

@@ -83,6 +83,8 @@ def write_shared(
         if any(scans[deltas.alignment.name].tensors[name].changed for deltas in having)
     ]
 
+    kept = sum(deltas.alignment.kept_bytes for deltas in experts)
+
     def fill(file: CheckpointWriter) -> None:
         def share(spec: TensorSpec) -> None:
             file.write(spec.name, codec.share([d.read(spec.name) for d in sharing[spec.name]]))
@@ -90,7 +92,7 @@ def write_shared(
         work.each(
             changed,
             share,
-            cost=lambda spec: sharing_bytes(spec.numel, len(experts)),
+            cost=lambda spec: kept + sharing_bytes(spec.numel, len(experts)),
             stage="computing what all tasks share",
         )
 

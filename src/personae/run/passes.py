@@ -125,7 +125,7 @@ def passes_over_expert(
             return [one.term(part, context) for part, context in parts if part.any()], []
 
     def cost(name: str) -> int:
-        return coding_bytes([codec], deltas.reference.specs[name])
+        return deltas.alignment.kept_bytes + coding_bytes([codec], deltas.reference.specs[name])
 
     def take(one: Pass) -> Tensor | dict[str, Tensor]:
         stage = f"pass over {known.task}: {one.name}"

@@ -72,7 +72,7 @@ def scan(deltas: Deltas, work: Work, faults: Faults) -> ExpertScan:
     results = work.map(
         list(taken),
         partial(_see, deltas, taken),
-        cost=lambda raw: scanning_bytes(alignment.checkpoint.specs[raw]),
+        cost=lambda raw: alignment.kept_bytes + scanning_bytes(alignment.checkpoint.specs[raw]),
     )
     for raw, seen in sorted(results, key=itemgetter(0)):  # faults in an order of their own
         digests[raw] = seen.digest
