@@ -26,7 +26,8 @@ def requirements(pyproject: Path) -> list[str]:
     """What users install: the dependencies, and those of every extra but `dev`."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"].items()
-    return project["dependencies"] + [line for name, of in extras if name != "dev" for line in of]
+    lines = project["dependencies"] + [line for name, of in extras if name != "dev" for line in of]
+    return [line for line in lines if not line.startswith(f"{project['name']}[")]  # of others here
 
 
 def floors(lines: Iterable[str]) -> dict[str, str]:

@@ -164,9 +164,10 @@ def test_a_merge_method_that_cannot_be_is_refused_before_any_work(tmp_path, sett
 def test_a_memory_bound_too_small_for_merging_is_refused_before_any_work(tmp_path):
     base, experts = _family()
     # Packing 20 x 16 needs 18,432 bytes. Consensus on three experts holds, of each entry, base and
-    # experts and the result in fp32, and as all is one block 4 bytes for each delta and 48 to work.
-    assert 320 * (4 * 4 + 4 + 3 * 4 + 48) == 25_600
+    # experts and the result in fp32, and as all is one block 4 bytes for each delta, 4 for the base
+    # and 28 to work.
+    assert 320 * (4 * 4 + 4 + 3 * 4 + 4 + 28) == 20_480
     settings = _settings(reference="consensus")
-    with pytest.raises(PersonaeError, match=r"The largest tensor needs 25,600 bytes"):
+    with pytest.raises(PersonaeError, match=r"The largest tensor needs 20,480 bytes"):
         pack(base, experts, tmp_path / "p", settings=settings, work=Work(memory=18_432))
     assert list(tmp_path.iterdir()) == []

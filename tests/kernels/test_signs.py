@@ -52,7 +52,7 @@ def test_the_sign_is_that_of_the_exact_sum(rows: np.ndarray, elect: Any, majorit
 @given(integers, st.sampled_from(["mass", "count"]), st.sampled_from(["mean", "sum", "max"]))
 def test_what_agrees_is_merged(rows: np.ndarray, elect: Any, reduce: Any):
     ballot = Ballot(rows, elect)
-    either = iter(ballot.merge_undecided(reduce, 2.0).T.tolist())
+    either = iter(ballot.merge_undecided(ballot.undecided, reduce, 2.0).T.tolist())
     ballot.give_undecided(1)
     merged = ballot.merge(reduce, 2.0)
     for p, column in enumerate(rows.T.tolist()):

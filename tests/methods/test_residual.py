@@ -228,5 +228,5 @@ def test_packs_of_several_sizes_are_made_one_by_one(tmp_path):
 
 
 def test_budget_and_size_say_the_same():
-    with pytest.raises(ValueError, match="a budget sets the size: give budget or size, not both"):
+    with pytest.raises(RecipeError, match="a budget sets the size: give budget or size, not both"):
         PackSettings(method="residual", budget="1%", parameters={"size": 5})
