@@ -244,6 +244,8 @@ def test_methods():
     listed = {entry["name"]: entry for entry in facts("methods")}
     assert {"dts", "svd", "ties", "average"} <= set(listed)
     assert (listed["dts"]["kind"], listed["ties"]["kind"]) == ("codec", "merge")
+    assert (listed["regmean"]["kind"], listed["dts"]["sees"]) == ("learned", None)
+    assert listed["adamerging"]["sees"] == "unlabelled test inputs (transductive)"
     dts = facts("methods dts")
     parameters = {p["name"]: p for p in dts["parameters"]}
     assert parameters["rank_fraction"]["default"] == 0.3

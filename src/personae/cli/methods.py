@@ -5,8 +5,18 @@ from typing import Annotated, Any
 import typer
 
 from personae.cli import console, options
-from personae.methods import CODECS, MERGE_METHODS, Codec, MergeMethod, lookup
+from personae.methods import (
+    CODECS,
+    LEARNED_METHODS,
+    MERGE_METHODS,
+    Codec,
+    LearnedMethod,
+    MergeMethod,
+    lookup,
+)
 from personae.recipe import refuse_mergekit_alone
+
+Entry = type[Codec] | type[MergeMethod] | type[LearnedMethod]
 
 
 def methods(
@@ -14,7 +24,7 @@ def methods(
     json: options.Json = False,
 ) -> None:
     """List every method, or describe one with its parameters and defaults."""
-    known: dict[str, type[Codec] | type[MergeMethod]] = {**MERGE_METHODS, **CODECS}
+    known: dict[str, Entry] = {**MERGE_METHODS, **CODECS, **LEARNED_METHODS}
     if name:
         refuse_mergekit_alone(name)
     chosen = [lookup(known, name)] if name else list(known.values())
@@ -23,7 +33,7 @@ def methods(
         console.facts(described[0] if name else described)
         return
     columns = ["method", "kind", "paper", "summary"]
-    rows = [[d["name"], d["kind"], d["paper"], d["summary"]] for d in described]
+    rows = [[d["name"], d["kind"], d["paper"], _told(d)] for d in described]
     console.table("", columns, rows, left=4)
     if name:
         rows = [
@@ -34,11 +44,24 @@ def methods(
         console.table("parameters", ["name", "type", "default", "meaning"], rows, left=4)
 
 
-def _describe(entry: type[Codec] | type[MergeMethod]) -> dict[str, Any]:
+def _told(described: dict[str, Any]) -> str:
+    """The summary, and what a learned method sees."""
+    sees = f" Sees {described['sees']}." if described["sees"] else ""
+    return described["summary"] + sees
+
+
+def _kind(entry: Entry) -> str:
+    if issubclass(entry, LearnedMethod):
+        return "learned"
+    return "codec" if issubclass(entry, Codec) else "merge"
+
+
+def _describe(entry: Entry) -> dict[str, Any]:
     schema = entry.model_json_schema()["properties"]
     return {
         "name": entry.name,
-        "kind": "codec" if issubclass(entry, Codec) else "merge",
+        "kind": _kind(entry),
+        "sees": entry.sees if issubclass(entry, LearnedMethod) else None,
         "paper": entry.paper,
         "summary": entry.summary,
         "parameters": [

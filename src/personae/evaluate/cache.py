@@ -7,7 +7,7 @@ suites that have rows in common share them, and whatever changes is computed ane
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache as once
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 import personae
 from personae._small_files import Unfit, read_json
+from personae.evaluate.learning import LearnSettings
 from personae.evaluate.metrics import Answers
 from personae.evaluate.tasks import Task
 from personae.packs.fingerprint import tensor_digest
@@ -138,12 +139,23 @@ class CachedRow:
 def of_task(task: Task) -> str:
     """A digest of what a model is asked, under which head; the metric changes no answer."""
     examples = {name: tensor_digest(values) for name, values in task.test.items()}
-    head = task.zero_shot and [
+    pixels = task.pixels and str(task.pixels)
+    return digest(task.name, task.model_class, examples, pixels, _head(task))
+
+
+def of_data(settings: LearnSettings, tasks: Sequence[Task]) -> str:
+    """A digest of the examples that a learned method sees, and of the models that it runs."""
+    seen = {task.name: _digests(settings.examples_of(task)) for task in tasks}
+    return digest(seen, [(task.model_class, str(task.pixels), _head(task)) for task in tasks])
+
+
+def _head(task: Task) -> Any:
+    """A digest of the head of a model that has none."""
+    return task.zero_shot and [
         tensor_digest(task.zero_shot.embeddings),
         task.zero_shot.scale,
         _digests(task.zero_shot.projection.state_dict()),
     ]
-    return digest(task.name, task.model_class, examples, task.pixels and str(task.pixels), head)
 
 
 def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:

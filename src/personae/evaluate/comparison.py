@@ -16,9 +16,11 @@ from torch import nn
 from personae.commands.accounting import task_amr_percent
 from personae.commands.merge import merge
 from personae.commands.pack import pack_many
-from personae.evaluate.cache import Cache, CachedRow, of_task
+from personae.evaluate.cache import Cache, CachedRow, of_data, of_task
 from personae.evaluate.evaluation import score
 from personae.evaluate.intervals import bootstrap_interval
+from personae.evaluate.learned import learn
+from personae.evaluate.learning import LearnSettings
 from personae.evaluate.measuring import measured
 from personae.evaluate.merged import attach_head, heads_of
 from personae.evaluate.metrics import Answers
@@ -47,8 +49,8 @@ def compare(
 ) -> list[Record]:
     """Make every row, score it on every task under that task's own head, and measure it.
 
-    At most one model is in memory, beside it the reference of a pack. What is in the cache is not
-    computed again.
+    At most one model is in memory, beside it the reference of a pack; of learned methods all
+    experts. What is in the cache is not computed again.
 
     Args:
         base: The base's checkpoint directory.
@@ -57,7 +59,7 @@ def compare(
         rows: Row name to what it is.
         cache: Where answers are kept; by default nowhere.
         keep: Where merged models and packs stay, under the names of their rows; by default they
-            are removed once they are scored.
+            are removed once they are scored. Of learned methods nothing is written.
         heads: Patterns of tensors that are each expert's own, beside those of which the shapes
             tell it.
         work: Workers, memory bound, device, progress.
@@ -147,7 +149,9 @@ class _Study:
     def row(self, row: Row) -> CachedRow:
         """What is known of a row."""
         said = row if isinstance(row, str) else [type(row).__name__, row.model_dump(mode="json")]
-        return self.cache.row(self._inputs, said, str(self.work.torch_device))
+        # Models of learned methods are made of data, too.
+        seen = [of_data(row, self.tasks)] if isinstance(row, LearnSettings) else []
+        return self.cache.row(self._inputs, said, *seen, str(self.work.torch_device))
 
     def scores(self, answers: Mapping[str, Answers]) -> dict[str, float]:
         """Task name to the score of the answers."""
@@ -165,6 +169,8 @@ class _Study:
             if isinstance(row, str):
                 whole = 100.0 if row == "individual" else 0.0
                 self.row(row).costs = _costs(whole, whole)
+            elif isinstance(row, LearnSettings):
+                continue  # made when it is asked, for it is never on disk
             elif self._is_missing(name, row):
                 missing[name] = row
         if not missing:
@@ -250,6 +256,10 @@ class _Study:
     ) -> Iterator[tuple[Task, nn.Module]]:
         """A row's model for each of some tasks, one in memory at a time."""
         device = self.work.torch_device
+        if isinstance(row, LearnSettings):
+            models = self._learned(row)
+            yield from ((task, models[task.name]) for task in tasks)
+            return
         if isinstance(row, PackSettings):
             pack = Pack(self.place(name, row))
             base = None if pack.reference_directory else self.base
@@ -271,6 +281,26 @@ class _Study:
                 attach_head(self.base, merged, expert, directory, (*skipped, *self.heads))
                 model = load_task_model(directory, task).to(device)
             yield task, model
+
+    def _learned(self, row: LearnSettings) -> Mapping[str, nn.Module]:
+        """The models of a learned method, a task each."""
+        with measured() as taken:
+            learned = learn(
+                self.base,
+                self.experts,
+                self.tasks,
+                row,
+                heads=self.heads,
+                device=self.work.torch_device,
+            )
+        self.row(row).costs = _costs(
+            learned.amr_paper,
+            learned.amr_on_disk,
+            seconds=taken.seconds,
+            peak_bytes=taken.peak_bytes,
+            data=row.seen(self.tasks),
+        )
+        return learned.models
 
 
 def _costs(paper: float, on_disk: float, **taken: Any) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from personae.evaluate.learning import LearnSettings
 from personae.recipe import MergeSettings, PackSettings, Vector
 
-Row = Literal["individual", "base"] | MergeSettings | PackSettings
-"""The experts as they are; the base, under each expert's head; a merged model; a pack."""
+Row = Literal["individual", "base"] | MergeSettings | PackSettings | LearnSettings
+"""The experts as they are; the base, under each expert's head; a merged model; a pack; what a
+method learned from data."""
 
 RANK_FRACTION = 0.3
 RANK_FRACTIONS = (0.05, 0.07, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

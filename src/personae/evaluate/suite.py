@@ -18,6 +18,7 @@ from personae.evaluate.comparison import compare
 from personae.evaluate.data import DataSettings
 from personae.evaluate.declared import TaskSettings, read_task
 from personae.evaluate.fetching import fetched
+from personae.evaluate.learning import LearnData, LearnSettings
 from personae.evaluate.records import Record
 from personae.evaluate.rows import PRESETS, Row
 from personae.evaluate.tasks import Task
@@ -45,16 +46,17 @@ class _Method(Strict):
     base: Literal[True] | None = None
     merge: MergeSettings | None = None
     pack: PackSettings | None = None
+    learn: LearnSettings | None = None
     preset: str | None = None
 
     @model_validator(mode="after")
     def _is_one(self) -> "_Method":
-        kinds = ("individual", "base", "merge", "pack", "preset")
+        kinds = ("individual", "base", "merge", "pack", "learn", "preset")
         given = [kind for kind in kinds if getattr(self, kind) is not None]
         if len(given) != 1:
             told = " and ".join(given) or "nothing"
             raise ValueError(
-                f"a method is one of individual, base, merge, pack and preset, not {told}"
+                f"a method is one of individual, base, merge, pack, learn and preset, not {told}"
             )
         return self
 
@@ -67,13 +69,15 @@ class _File(Strict):
     methods: list[Annotated[_Method, BeforeValidator(_word)]] = Field(min_length=1)
 
 
-_NESTED: dict[str, type[BaseModel]] = {
+_NESTED: dict[str | tuple[str, ...], type[BaseModel]] = {
     "models": _Model,
     "tasks": TaskSettings,
     "methods": _Method,
     "data": DataSettings,
     "merge": MergeSettings,
     "pack": PackSettings,
+    "learn": LearnSettings,
+    ("learn", "data"): LearnData,
 }
 
 
@@ -223,7 +227,7 @@ def _rows(file: _File, experts: Sequence[str], faults: list[Fault]) -> dict[str,
             # The first rows of every preset are those of the others, too.
             rows |= {k: v for k, v in PRESETS[method.preset]().items() if k not in rows}
             continue
-        row = _row(method, place, experts, faults)
+        row = _row(method, place, experts, file.tasks, faults)
         name = method.name or _called(row)
         if name in rows:
             text = f"Two methods are named '{name}'. Give each its own 'name'."
@@ -232,12 +236,23 @@ def _rows(file: _File, experts: Sequence[str], faults: list[Fault]) -> dict[str,
     return rows
 
 
-def _row(method: _Method, place: Place, experts: Sequence[str], faults: list[Fault]) -> Row:
+def _row(
+    method: _Method,
+    place: Place,
+    experts: Sequence[str],
+    tasks: Sequence[TaskSettings],
+    faults: list[Fault],
+) -> Row:
     """What a method is; what is wrong with its settings is noted."""
     if method.merge is not None:
         for fault in method.merge.faults(experts):
             faults.append(Fault((*place, "merge", *fault.place), fault.text))
         return method.merge
+    if method.learn is not None:
+        splits = {task.name: task.data.splits for task in tasks}
+        for fault in method.learn.faults({name: splits.get(name, ()) for name in experts}):
+            faults.append(Fault((*place, "learn", *fault.place), fault.text))
+        return method.learn
     if method.pack is not None:
         for check in (method.pack.codec, lambda: method.pack and method.pack.merge(len(experts))):
             try:
@@ -256,6 +271,8 @@ def _called(row: Row) -> str:
     if isinstance(row, PackSettings) and row.budget:
         said["budget"] = row.budget
     words = [row.method] + [f"{key}={value}" for key, value in said.items()]
+    if isinstance(row, LearnSettings):
+        return " ".join(words)
     if row.vector == "difference":
         words.append("diff")
     return " ".join(words)

@@ -41,14 +41,17 @@ def faults_in(
     Args:
         error: What pydantic raised.
         model: Of the whole.
-        nested: Of what lies under these keys of it, or of one inside.
+        nested: Of what lies under these keys of it, or of one inside; two keys for one that means
+            different things in different places.
     """
     faults: list[Fault] = []
     for fault in error.errors()[:_MOST]:
         place: Place = fault["loc"]
         shown = ".".join(str(p) for p in place)
         if fault["type"] == "extra_forbidden":
-            inside = (nested[key] for key in reversed(place[:-1]) if key in nested)
+            outer = [*range(len(place) - 1, 0, -1)]
+            ways = (way for n in outer for way in (place[:n][-2:], place[n - 1]))
+            inside = (nested[way] for way in ways if way in nested)
             known = next(inside, model)
             hint = nearest(str([*place][-1]), known.model_fields)
             text = f"Unknown key '{shown}'. {hint}"

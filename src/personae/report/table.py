@@ -31,7 +31,7 @@ class Cost(NamedTuple):
     Attributes:
         title: On a terminal.
         name: In full.
-        width: On a terminal.
+        width: On a terminal; 0 for what is said below the table there.
         cell: What a record has in it.
         always: Whether it is there for records that know nothing of it, too.
     """
@@ -63,7 +63,7 @@ def accuracy_size_table(records: Sequence[Record], width: int) -> RenderableType
     """
     tasks = list(records[0].scores)
     longest_method = max(len(one.method) for one in records)
-    costs = costs_of(records)
+    costs = [cost for cost in costs_of(records) if cost.width]
     costs_width = sum(cost.width + 1 for cost in costs)
     widths = [_natural_width(task) for task in tasks]
     method_width = longest_method
@@ -82,7 +82,8 @@ def accuracy_size_table(records: Sequence[Record], width: int) -> RenderableType
     ]
     cut = max(widths) > cap
     names = [Text(f"Tasks: {', '.join(tasks)}.", style="dim")] if cut else []
-    return Group(*tables, *names, Text(explanation_of(records), style="dim"))
+    seen = [Text(f"{one.method} sees {one.data}.", style="dim") for one in records if one.data]
+    return Group(*tables, *names, *seen, Text(explanation_of(records), style="dim"))
 
 
 def explanation_of(records: Sequence[Record]) -> str:
@@ -175,5 +176,5 @@ _COSTS = (
     Cost("interval", "95 % interval", 9, _interval, always=False),
     Cost("time\ns", "seconds", 6, _time, always=False),
     Cost("mem\nMB", "peak MB", 5, _memory, always=False),
-    Cost("data", "data", 10, lambda one: one.data, always=False),
+    Cost("sees", "sees", 0, lambda one: one.data, always=False),
 )
