@@ -38,6 +38,9 @@ from personae.errors import RecipeError as RecipeError
 from personae.evaluate.suite import Suite as Suite
 from personae.evaluate.suite import evaluate_suite as evaluate_suite
 from personae.evaluate.suite import read_suite as read_suite
+from personae.evaluate.tuning import Trial as Trial
+from personae.evaluate.tuning import Tuned as Tuned
+from personae.evaluate.tuning import tune_suite as tune_suite
 from personae.methods import CODECS as CODECS
 from personae.methods import Codec as Codec
 from personae.methods import LEARNED_METHODS as LEARNED_METHODS

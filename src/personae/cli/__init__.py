@@ -25,6 +25,7 @@ from personae.cli import (
     pack,
     plan,
     serve,
+    tune,
     unpack,
     verify,
 )
@@ -117,7 +118,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(_REFUSED) from error
         except KeyboardInterrupt as error:
             err.print("Interrupted. No incomplete output has its final name.", markup=False)
-            if command in (merge.merge, pack.pack, evaluate.evaluate):
+            if command in (merge.merge, pack.pack, evaluate.evaluate, tune.tune):
                 err.print("Run the same command again to continue.", markup=False)
             raise typer.Exit(_INTERRUPTED) from error
 
@@ -160,3 +161,4 @@ for _command in (
 ):
     app.command(cls=_Command)(_guarded(_command))
 app.command("eval", cls=_Command)(_guarded(evaluate.evaluate))
+app.command(cls=_Command)(_guarded(tune.tune))

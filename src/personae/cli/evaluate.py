@@ -36,12 +36,7 @@ def evaluate(
 
     An interrupted run goes on where it stopped.
     """
-    try:
-        import scipy  # noqa: F401  # pyright: ignore[reportUnusedImport]
-        import sklearn  # noqa: F401  # pyright: ignore[reportUnusedImport]
-        import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    except ImportError as error:
-        raise RecipeError(f"eval needs {error.name}: pip install 'personae[eval]'.") from error
+    require_extra("eval")
     from personae.evaluate import records_to_json
     from personae.evaluate.suite import evaluate_suite
     from personae.report.files import write_results
@@ -66,3 +61,17 @@ def evaluate(
         console.out.print(accuracy_size_table(records, max(60, console.out.width)))
     if out is not None:
         console.note(f"results.json, results.csv, results.md and report.html are in {out}")
+
+
+def require_extra(command: str) -> None:
+    """Refuse a command that scores models where what it needs is not installed.
+
+    Raises:
+        RecipeError: naming what is missing, and how to install it.
+    """
+    try:
+        import scipy  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import sklearn  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise RecipeError(f"{command} needs {error.name}: pip install 'personae[eval]'.") from error

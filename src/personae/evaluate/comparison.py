@@ -68,25 +68,19 @@ def compare(
     Returns:
         A record a row, in the order of the rows. Both AMR are means over tasks.
     """
-    work = work or Work()
-    work = replace(work, note=_once(work.note))  # every merge has the same to say of the family
     with _folder(cache) as folder:
-        study = _Study(base, experts, tasks, tuple(heads), Cache(folder), keep, work)
+        study = Study(base, experts, tasks, tuple(heads), Cache(folder), keep, work or Work())
         individual = study.scores(study.answers("individual", "individual"))
         found: dict[str, Record] = {}
-        for group in _together(rows):
-            study.make({name: rows[name] for name in group})
-            for name in group:
-                answers = study.answers(name, rows[name])
-                costs = study.row(rows[name]).costs
-                found[name] = record(
-                    name,
-                    study.scores(answers),
-                    individual=individual,
-                    interval=study.interval(answers),
-                    **costs,
-                )
-                report(found[name])
+        for name, answers in study.answered(rows):
+            found[name] = record(
+                name,
+                study.scores(answers),
+                individual=individual,
+                interval=study.interval(answers),
+                **study.row(rows[name]).costs,
+            )
+            report(found[name])
     return [found[name] for name in rows]
 
 
@@ -120,7 +114,7 @@ def _folder(cache: Path | None) -> Generator[Path]:
 
 
 @dataclass
-class _Study:
+class Study:
     """A family, what it is scored on, and where answers are kept."""
 
     base: Path
@@ -130,6 +124,17 @@ class _Study:
     cache: Cache
     keep: Path | None
     work: Work
+
+    def __post_init__(self) -> None:
+        """Say once what every merge has to say of the family."""
+        self.work = replace(self.work, note=_once(self.work.note))
+
+    def answered(self, rows: Mapping[str, Row]) -> Iterator[tuple[str, dict[str, Answers]]]:
+        """Make rows, and give the name of each with its answers as soon as they are known."""
+        for group in _together(rows):
+            self.make({name: rows[name] for name in group})
+            for name in group:
+                yield name, self.answers(name, rows[name])
 
     @cached_property
     def heads(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ methods, missing columns, labels outside a head's range, splits without examples
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from personae.evaluate.fetching import fetched
 from personae.evaluate.learning import LearnData, LearnSettings
 from personae.evaluate.records import Record
 from personae.evaluate.rows import PRESETS, Row
+from personae.evaluate.search import Search, SearchSettings, read_search
 from personae.evaluate.tasks import Task
 from personae.recipe import MergeSettings, PackSettings
 from personae.recipe._base import Patterns, Strict
@@ -67,12 +68,14 @@ class _File(Strict):
     heads: Patterns = Field(default=[])
     tasks: list[TaskSettings] = Field(min_length=1)
     methods: list[Annotated[_Method, BeforeValidator(_word)]] = Field(min_length=1)
+    search: SearchSettings | None = None
 
 
 _NESTED: dict[str | tuple[str, ...], type[BaseModel]] = {
     "models": _Model,
     "tasks": TaskSettings,
     "methods": _Method,
+    "search": SearchSettings,
     "data": DataSettings,
     "merge": MergeSettings,
     "pack": PackSettings,
@@ -92,6 +95,8 @@ class Suite:
         rows: Row name to what it is.
         heads: Patterns of tensors that are each expert's own, beside those of which the shapes
             tell it.
+        search: What `tune_suite` searches; None if nothing.
+        fixed: Checkpoint directory to the hub id or absolute path that the suite calls it by.
     """
 
     base: Path
@@ -99,6 +104,8 @@ class Suite:
     tasks: Sequence[Task]
     rows: Mapping[str, Row]
     heads: tuple[str, ...] = ()
+    search: Search | None = None
+    fixed: Mapping[Path, str] = field(default_factory=dict)
 
 
 def evaluate_suite(
@@ -152,6 +159,7 @@ def read_suite(path: str | Path) -> Suite:
     names = [entry.name or name_of(entry.model) for entry in file.models]
     faults += file_name_faults((("models", n), name) for n, name in enumerate(names))
     rows = _rows(file, names, faults)
+    search = read_search(file.search, names, faults) if file.search else None
     places = _Places(document, faults)
     base = places.directory(file.base_model, ("base_model",))
     experts = {
@@ -163,7 +171,7 @@ def read_suite(path: str | Path) -> Suite:
         raise document.refusal(faults)
     known = {name: found for name, found in experts.items() if found is not None}
     assert base is not None
-    return Suite(base, known, tasks, rows, tuple(file.heads))
+    return Suite(base, known, tasks, rows, tuple(file.heads), search, places.fixed)
 
 
 def _with_defaults(content: dict[str, Any], faults: list[Fault]) -> Any:
@@ -204,14 +212,19 @@ class _Places:
 
     document: Document
     faults: list[Fault]
+    fixed: dict[Path, str] = field(default_factory=dict)
 
     def directory(self, model: str, place: Place) -> Path | None:
         """A checkpoint's directory, from the hub if it is there; None if there is none."""
+        where = placed(model, place, self.document.path, self.faults)
         try:
-            return fetched(placed(model, place, self.document.path, self.faults))
+            found = fetched(where)
         except PersonaeError as error:
             self.faults.append(Fault(place, str(error)))
             return None
+        if where == model and found.is_absolute():
+            self.fixed[found] = model
+        return found
 
 
 def _rows(file: _File, experts: Sequence[str], faults: list[Fault]) -> dict[str, Row]:

@@ -8,6 +8,7 @@ from personae.recipe._merge_reading import (
 )
 from personae.recipe._merge_text import merge_recipe_text
 from personae.recipe._pack_reading import read_recipe
+from personae.recipe._pack_text import pack_recipe_text
 from personae.recipe._sizes import parse_size
 from personae.recipe._values import count_layers
 from personae.recipe.merge_recipe import MergePart, MergeRecipe, MergeSettings
@@ -33,6 +34,7 @@ __all__ = [
     "Vector",
     "count_layers",
     "merge_recipe_text",
+    "pack_recipe_text",
     "parse_size",
     "ranks_asked",
     "read_merge_recipe",
