@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from personae import MergeSettings, Work
 from personae.evaluate import Record, Task, choose_thresholds, records_to_json
 from personae.evaluate.comparison import compare
-from personae.evaluate.rows import demo_rows, method_rows, sweep_rows
+from personae.evaluate.rows import Row, demo_rows, method_rows, sweep_rows
 from personae.report.table import accuracy_size_table, markdown
 
 ROWS = ("dts", "methods", "sweep")
@@ -61,11 +61,12 @@ def main(
         chosen = choose_thresholds(base, experts, tasks, work=Work(workers=threads))
         say(f"thresholds of TALL-masks: {chosen}")
         packed = method_rows(chosen)
+    compared: dict[str, Row] = {"individual": "individual", "weight averaging": MergeSettings()}
     records = compare(
         base,
         experts,
         tasks,
-        {"individual": "individual", "weight averaging": MergeSettings(), **packed},
+        compared | packed,
         keep=runs / "packs" / family,
         work=Work(workers=threads),
         report=report,

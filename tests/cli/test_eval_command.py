@@ -3,6 +3,7 @@
 import csv
 import json
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -22,7 +23,7 @@ class Page(HTMLParser):
     def __init__(self, text: str):
         super().__init__()
         self.cells: list[str] = []
-        self.loaded: list[str] = []
+        self.loaded: list[Any] = []
         self.tags: list[str] = []
         self.feed(text)
 

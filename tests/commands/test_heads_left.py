@@ -51,7 +51,8 @@ def test_the_base_s_head_is_left_out(model_type: str, base: str, target: str, tm
     told = next(note for note in notes if "will be missing" in note)
     assert any(head in told for head in ("cls.", "vocab_", "lm_head", "generator", "predictions"))
     out = unpack(tmp_path / "p", "x", tmp_path / "out", work=work)
-    class_name = transformers.AutoConfig.from_pretrained(out).architectures[0]
+    config: Any = transformers.AutoConfig.from_pretrained(out)
+    class_name = config.architectures[0]
     found, info = getattr(transformers, class_name).from_pretrained(out, output_loading_info=True)
     if info["missing_keys"]:  # what the adapter never saved: a new pooler or pre-classifier
         assert all("pool" in name or "pre_class" in name for name in info["missing_keys"])

@@ -103,7 +103,8 @@ def _jina() -> nn.Module:
 def _hrm() -> nn.Module:
     from transformers import HrmTextConfig, HrmTextModel
 
-    return HrmTextModel(HrmTextConfig(**_TEXT, num_key_value_heads=2, head_dim=8))
+    heads: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
+    return HrmTextModel(HrmTextConfig(**_TEXT, **heads))
 
 
 def _older_bert(name: str) -> str:

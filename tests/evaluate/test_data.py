@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from personae.errors import RecipeError
-from personae.evaluate.data import DataSettings, Part, choose, read_splits
+from personae.evaluate.data import Column, DataSettings, Part, choose, read_splits
 from personae.evaluate.images import ImageSettings, as_bytes
 from personae.evaluate.tasks import Pixels
 
@@ -57,13 +57,14 @@ def test_every_kind_of_source_gives_the_same(tmp_path: Path, kind: str):
 def test_arrays_are_named_after_the_split(tmp_path: Path):
     images = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
     np.savez(tmp_path / "d.npz", test_images=images, test_labels=np.array([1, 0]))
-    columns = {"image": "{split}_images", "label": "{split}_labels"}
+    columns: dict[Column, str] = {"image": "{split}_images", "label": "{split}_labels"}
     data = DataSettings(source="d.npz", columns=columns)
     found = read_splits(data, ["image"], tmp_path, CLASSES)["test"]
     assert np.array_equal(np.asarray(found["image"]), images)
     assert list(found["label"]) == [1, 0]
     with pytest.raises(RecipeError, match=r"no column 'test_x' for the image"):
-        wrong = DataSettings(source="d.npz", columns=columns | {"image": "{split}_x"})
+        columns["image"] = "{split}_x"
+        wrong = DataSettings(source="d.npz", columns=columns)
         read_splits(wrong, ["image"], tmp_path, CLASSES)
 
 

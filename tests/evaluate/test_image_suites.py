@@ -1,6 +1,7 @@
 """Suites of images: a trained head, and CLIP's head made of class names."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_clip_without_a_head(tmp_path):
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base = CLIPModel(config).eval()
+        base: Any = CLIPModel(config).eval()
     base.save_pretrained(tmp_path / "base")
     add_tokenizer(tmp_path / "base")
     path = suite(tmp_path, "zero_shot")
@@ -74,7 +75,7 @@ def test_clip_without_a_head(tmp_path):
     sentences = tokenizer([f"a photo of a w{n}." for n in (1, 2, 3)], return_tensors="pt")
     sentences.pop("token_type_ids", None)
     for name in "ab":
-        model = load_model(tmp_path / name, "CLIPModel")
+        model: Any = load_model(tmp_path / name, "CLIPModel")
         with torch.inference_mode():
             text = base.get_text_features(**sentences).pooler_output
             images = model.get_image_features(pixel_values=pixels()).pooler_output

@@ -1,5 +1,7 @@
 """Metrics: worked by hand, and against scikit-learn and SciPy."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -54,13 +56,13 @@ def test_scores_are_scikit_learn_s(drawn: list[tuple[int, int]]):
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     answers, labels = map(list, zip(*drawn, strict=True))
-    close = {"abs": 1e-12}
+    zero: Any = 0
     wanted = matthews_corrcoef(labels, answers)
-    assert score("matthews", answers, labels) == pytest.approx(wanted, **close)
+    assert score("matthews", answers, labels) == pytest.approx(wanted, abs=1e-12)
     wanted = accuracy_score(labels, answers)
-    assert score("accuracy", answers, labels) == pytest.approx(wanted, **close)
-    wanted = f1_score(labels, answers, average="macro", zero_division=0)
-    assert score("f1_macro", answers, labels) == pytest.approx(wanted, **close)
+    assert score("accuracy", answers, labels) == pytest.approx(wanted, abs=1e-12)
+    wanted = f1_score(labels, answers, average="macro", zero_division=zero)
+    assert score("f1_macro", answers, labels) == pytest.approx(wanted, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -56,9 +57,9 @@ def test_what_a_suite_says(suite, family):
 def test_each_row_is_what_its_own_command_makes(suite, family, tmp_path):
     records = {one.method: one for one in evaluate_suite(suite(SUITE), cache=tmp_path / "cache")}
     read = read_suite(family / "suite.yaml")
-    experts = dict(read.experts)
-    merged = merge(read.base, experts, tmp_path / "m", settings=read.rows["TIES"])
-    made = pack(read.base, experts, tmp_path / "p", settings=read.rows["DTS"])
+    experts, rows = dict(read.experts), cast("dict[str, Any]", read.rows)
+    merged = merge(read.base, experts, tmp_path / "m", settings=rows["TIES"])
+    made = pack(read.base, experts, tmp_path / "p", settings=rows["DTS"])
     for task in read.tasks:
         individual = evaluate_checkpoint(experts[task.name], task)
         assert records["individual"].scores[task.name] == individual

@@ -60,7 +60,7 @@ def _plain_rows(records: Sequence[Record]) -> list[list[object]]:
     tasks = list(records[0].scores)
     facts = ("average", "adr", "amr_paper", "amr_on_disk", "seconds", "peak_bytes", "made_with")
     header: list[object] = ["method", *tasks, *facts, "interval_low", "interval_high", "data"]
-    rows = [
+    rows: list[list[object]] = [
         [
             one.method,
             *(one.scores[task] for task in tasks),
