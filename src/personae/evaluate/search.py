@@ -83,8 +83,10 @@ def read_search(said: SearchSettings, experts: Sequence[str], faults: list[Fault
         faults: Gets what is wrong.
     """
     place: Place = ("search",)
+    settings = said.settings
     try:
-        entry = said.merge.merge_method() if said.merge else type(said.settings.codec())
+        is_merge = isinstance(settings, MergeSettings)
+        entry = settings.merge_method() if is_merge else type(settings.codec())
     except MethodError:
         entry = None
     wrong = _wrong(said.settings, experts)
@@ -141,7 +143,7 @@ def _choice(name: str, given: Any) -> Choice:
         if key not in _KEYS:
             raise RecipeError(f"Unknown key '{key}' of {name}. {nearest(key, _KEYS)}")
     low, high, step = (given.get(key) for key in _KEYS)
-    numbers = [value for key, value in given.items() if _is_number(value)]
+    numbers = [value for value in given.values() if _is_number(value)]
     if low is None or high is None or len(numbers) < len(given):
         raise RecipeError(f"{name} = {given!r}: expected numbers from and to, with a step or none.")
     if high < low:
@@ -153,7 +155,7 @@ def _choice(name: str, given: Any) -> Choice:
     return _steps(name, low, high, step)
 
 
-def _steps(name: str, low: float, high: float, step: float) -> tuple[Any, ...]:
+def _steps(name: str, low: int | float, high: int | float, step: int | float) -> tuple[Any, ...]:
     """The numbers of a range, as a person would write them: 1.1, not 1.1000000000000001.
 
     Raises:
