@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_a_manifest_in_place_of_its_pack(made: Path):
 
 
 def test_tasks_of_rows_may_be_a_generator(made: Path):
-    with load(made / "pack") as runtime, torch.no_grad():
+    with closing(load(made / "pack")) as runtime, torch.no_grad():
         rows, tasks = TOKENS.repeat(2, 1), ("cola", "sst2")
         expected = runtime(input_ids=rows, tasks=tasks).logits
         assert torch.equal(runtime(input_ids=rows, tasks=(t for t in tasks)).logits, expected)
