@@ -18,6 +18,8 @@ from personae.recipe import MergeSettings, PackSettings
 from personae.run.work import Work
 from toys import load
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
 SIZES = {
     "tiny": 1e-38,  # squares vanish in fp32
     "large": 1e18,  # squares stay, their sums do not

@@ -4,22 +4,22 @@ import copy
 import functools
 import hashlib
 import json
-import operator
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from families import listing, saved, small_base, tuned
+from hostile import PHASES, Json, edit, places, within_bounds
 from personae import PackSettings
 from personae.checkpoints import open_checkpoint
 from personae.commands.inspect import inspect_pack
@@ -46,11 +46,6 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 """So that every kind of part occurs."""
 OTHER_MODELS = {"renaming", "absent", "dtypes", "tied", "grown", "parameters"}
 """What can be said otherwise without a contradiction: of names, dtypes, how codes are read."""
-
-PHASES = (Phase.generate,)
-"""Without shrinking: what is drawn is told, and is short."""
-
-Json = Any
 
 
 class Made(NamedTuple):
@@ -127,76 +122,24 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 # Edits of pack.json
 
 
-def _paths(node: Json, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every place in a manifest below its root."""
-    listed = enumerate(node) if isinstance(node, list) else ()
-    for key, value in node.items() if isinstance(node, dict) else listed:
-        yield (*path, key)
-        yield from _paths(value, (*path, key))
-
-
-ODD: list[Json] = [
-    *(None, True, False, "", [], {}, [[]], -1, 0, 1, 2, 3, 4, 7, 8, 16, 20, 2**31, 2**53, 2**63),
-    *(10**30, -0.5, 0.5, 1e308, float("inf"), float("nan"), "1", "load", "__dict__", "float32"),
-    *("int64", "complex64", "float8_e4m3fn", "base", "merged", "reference", "difference", "svd"),
-    *("~nosuchuser/x", "/dev/zero", "../x", "tasks/x", "pack.json", "\0", "a" * 300, "\x1b[2J"),
-    *([30000000, 32], [-4, -4], [0], [1] * 70, ["a"], {"a": "b"}, {"a": 1}, {"exact": 4}),
-    *("layer.weight", "embed.weight", "head.weight", ["layer.weight"], ["layer.weight"] * 2),
-    *({"layer.weight": "float16"}, {"layer.weight": "int8"}, {"x": "layer.weight"}),
-    *({"x": "y", "y": "layer.weight"}, {"model.safetensors": {"stored_in": "task", "sha256": ""}}),
-]
-
-
-def _edited(content: Json, data: st.DataObject, paths: list[tuple[Any, ...]]) -> Json:
-    """The manifest with one place replaced, removed, doubled, renamed, or moved elsewhere."""
-    path = data.draw(st.sampled_from(paths), "path")
-    parent = functools.reduce(operator.getitem, path[:-1], content)
-    how = data.draw(
-        st.sampled_from(["odd", "odd", "odd", "near", "other", "drop", "rename"]), "how"
-    )
-    value = parent[path[-1]]
-    if how == "drop":
-        del parent[path[-1]]
-    elif how == "rename" and isinstance(parent, dict):
-        parent[data.draw(st.sampled_from(["x", "head.weight", "scale", "rows", "é"]))] = parent.pop(
-            path[-1]
-        )
-    elif how == "near" and isinstance(value, int):
-        parent[path[-1]] = value + data.draw(st.sampled_from([-1, 1, 7, 8]), "by")
-    elif how == "other":
-        other = data.draw(st.sampled_from(paths), "from")
-        source = functools.reduce(
-            lambda node, key: node[key] if node is not None and _has(node, key) else None,
-            other,
-            content,
-        )
-        parent[path[-1]] = copy.deepcopy(source)
-    else:
-        parent[path[-1]] = data.draw(st.sampled_from(ODD), "value")
-    return path
-
-
-def _has(node: Json, key: Any) -> bool:
-    return key in node if isinstance(node, dict) else isinstance(node, list) and key < len(node)
-
-
 @pytest.mark.parametrize("method", sorted(CODECS))
 def test_an_edited_manifest_is_refused_or_gives_the_right_model(
     method: str, make: Callable[[str], Made]
 ):
     made = make(method)
     # The record of one task is most of what can be edited; the other's is like it.
-    paths = [path for path in _paths(made.content) if path[:2] != ("tasks", "law")]
+    paths = [path for path in places(made.content) if path[:2] != ("tasks", "law")]
     whole = [path for path in paths if len(path) < 4]
 
     @settings(phases=PHASES, max_examples=150)
     @given(st.data(), st.booleans())
     def fuzz(data: st.DataObject, shallow: bool) -> None:
         content = copy.deepcopy(made.content)
-        path = _edited(content, data, whole if shallow else paths)
+        path = edit(content, data, whole if shallow else paths)
         _write(made.folder, content)
         try:
-            model = _rebuild(Pack(made.folder), own_reference=path[0] == "reference")
+            with within_bounds():
+                model = _rebuild(Pack(made.folder), own_reference=path[0] == "reference")
         except PersonaeError as error:
             assert str(error)
         else:
@@ -260,7 +203,8 @@ def test_an_edited_task_file_is_refused_or_gives_a_finite_model(
         (made.folder / file).write_bytes(raw)
         _write(made.folder, content)
         try:
-            model = _rebuild(Pack(made.folder), own_reference=False)
+            with within_bounds():
+                model = _rebuild(Pack(made.folder), own_reference=False)
         except PersonaeError as error:
             assert str(error)
         else:

@@ -166,6 +166,12 @@ random: 1
     [
         (f"{STACK}models: [{{model: x}}]\n", "'models' and 'slices' both say what is merged."),
         (f"{STACK}modules: {{}}\n", "'slices' and 'modules' both say what is merged."),
+        ("merge_method: linear\nmodules: {}\n", "'modules' is empty: list what is merged."),
+        ("merge_method: linear\nslices: []\n", "'slices' is empty: list what is merged."),
+        (
+            "merge_method: linear\nmodules: {default: {slices: []}}\n",
+            "'slices' is empty: list what is merged.",
+        ),
         (
             "merge_method: linear\nmodules: {default: {}}\n",
             "A module has 'slices' or 'models'; 'default' has both or none.",

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,20 @@ def _run(target: Any) -> None:
     thread = threading.Thread(target=target)
     thread.start()
     thread.join()
+
+
+def test_a_cache_below_nothing(made: Path):
+    with pytest.raises(RecipeError, match="cache: -1 is below 0"):
+        load(made / "pack", cache=-1)
+
+
+def test_a_manifest_in_place_of_its_pack(made: Path):
+    with pytest.raises(PackError, match=r"is a file of a pack: give its folder"):
+        load(made / "pack/pack.json")
+
+
+def test_tasks_of_rows_may_be_a_generator(made: Path):
+    with closing(load(made / "pack")) as runtime, torch.no_grad():
+        rows, tasks = TOKENS.repeat(2, 1), ("cola", "sst2")
+        expected = runtime(input_ids=rows, tasks=tasks).logits
+        assert torch.equal(runtime(input_ids=rows, tasks=(t for t in tasks)).logits, expected)

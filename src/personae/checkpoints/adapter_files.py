@@ -6,8 +6,10 @@ https://huggingface.co/docs/peft/package_reference/lora
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,6 +44,10 @@ _NOT_STATIC_LORA = (
 # Alpha is divided by the rank.
 Rank = Annotated[int, Field(ge=1, le=1 << 30)]
 Alpha = Annotated[float, Field(allow_inf_nan=False)]
+# Patterns come from anybody, and matching tries every choice that one leaves with every other.
+_LONGEST_PATTERN, _MOST_GROUPS, _MOST_REPEATS = 500, 3, 2
+_LITERAL = re.compile(r"\\.|\[\^?\]?[^\]]*\]")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -213,11 +219,36 @@ def _matched(pattern: Mapping[str, Any] | None, module: str, default: Any) -> An
         CheckpointError: A pattern is not a regular expression.
     """
     for key, value in (pattern or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except re.error as error:
-            raise CheckpointError(
-                f"{CONFIG_FILE}: the pattern {key!r} is not a regular expression ({error})."
-            ) from error
+        if _compiled(key).match(module):
+            return value
     return default
+
+
+@lru_cache(1 << 14)
+def _compiled(key: str) -> re.Pattern[str]:
+    """A pattern of ends of modules' names.
+
+    Raises:
+        CheckpointError: It is not a regular expression, or one that may take for ever.
+    """
+    bare = _LITERAL.sub("x", key)
+    choices = Counter(bare)
+    repeats = sum(choices[letter] for letter in "*+{")
+    if (
+        len(key) > _LONGEST_PATTERN
+        or _REPEATED_GROUP.search(bare)
+        or repeats > _MOST_REPEATS
+        or choices["("] > _MOST_GROUPS
+        or choices["?"] > 2 * _MOST_GROUPS
+    ):
+        raise CheckpointError(
+            f"{CONFIG_FILE}: the pattern {key[:80]!r} may take too long to match: expected at most "
+            f"{_LONGEST_PATTERN} characters, {_MOST_GROUPS} groups and {_MOST_REPEATS} repeats, "
+            "and no group repeated. List the modules by name."
+        )
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"{CONFIG_FILE}: the pattern {key!r} is not a regular expression ({error})."
+        ) from error

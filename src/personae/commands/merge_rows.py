@@ -141,8 +141,7 @@ def _form(
         blocks = stacks.blocks(chunk).in_rows(method.row_entries(site))
         told = None if tell is None else tell(blocks)
         merged = method.merge_blocks(blocks, statistics or {}, site, told)
-        with np.errstate(over="ignore", invalid="ignore"):  # refused when it is written
-            largest = _store(merged, blocks, as_stored(value))
+        largest = _store(merged, blocks, as_stored(value))
         changed = partial(bool, blocks.changed)  # without the blocks, which hold models' values
     return _Formed(value, largest < ROUNDS_TO_INFINITY[value.dtype], changed)
 

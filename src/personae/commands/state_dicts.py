@@ -11,6 +11,7 @@ from personae.family.chunks import whole, whole_or_matrices
 from personae.family.finite import converging
 from personae.methods import DeltaBlocks, Entrywise, MergeMethod, Site, Statistics, joined
 from personae.recipe import MergeSettings
+from personae.run.work import quiet_numbers
 from personae.writers import cast
 
 StateDict = Mapping[str, Tensor]
@@ -55,7 +56,7 @@ def merge_state_dicts(
         named = {str(number): state for number, state in enumerate(named, 1)}
     settings = MergeSettings.of(method, len(named), skip=tuple(skip), only=tuple(only))
     settings = settings_for(base, settings)
-    with open_to_merge(base, named, settings) as family:
+    with quiet_numbers(), open_to_merge(base, named, settings) as family:
         job, faults = prepare(family, settings), Faults()
         specs = {spec.name: spec for spec in job.specs}
         chunks = [p for name in sorted(job.merged) for p in whole_or_matrices(specs[name])]

@@ -26,6 +26,8 @@ class Pack:
         Raises:
             PackError: if the directory holds no readable pack of this format.
         """
+        if directory.name == MANIFEST_NAME and directory.is_file():
+            raise PackError(f"{directory} is a file of a pack: give its folder.")
         self.directory = directory
         self.manifest: Manifest = parse_manifest(directory / MANIFEST_NAME)
 

@@ -156,6 +156,9 @@ def parts_of(content: Mapping[str, Any], faults: list[Fault], remarks: list[str]
     sliced = validated({key: content[key] for key in given}, _Sliced, _NESTED, faults)
     if sliced is None:
         return []
+    if not any(content[key] for key in given):
+        faults.append(Fault((given[0],), f"'{given[0]}' is empty: list what is merged."))
+        return []
     common = {key: value for key, value in content.items() if key not in _ONE_OF}
     if any(s.residual_weight is not None for _, s in _slices_of(sliced)):
         remarks.append("residual_weight has no effect, as in mergekit 0.1.5.")
@@ -210,6 +213,9 @@ def _parts_of_module(
         yield _part(whole, (*module.place, "models"), module.place, module, common, 0, True, True)
         return
     first, slices = 0, said.slices or []
+    if not slices:
+        text = "'slices' is empty: list what is merged."
+        faults.append(Fault((*module.place, "slices"), text))
     for n, one in enumerate(slices):
         place = (*module.place, "slices", n)
         length = _length(one, place, faults)

@@ -11,6 +11,8 @@ from personae._small_files import MOST_YAML, Unfit, parse_documents, read_text, 
 from personae.errors import RecipeError, listing
 from personae.recipe._faults import Fault, Place
 
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+
 
 @dataclass(frozen=True)
 class Document:
@@ -86,6 +88,8 @@ def read_documents(path: Path) -> list[Document]:
     try:
         text = read_text(path, MOST_YAML)
         nodes = parse_documents(text)
+        for node in nodes:
+            _name_keys(node)
         contents = [value_of(node) for node in nodes]
     except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
@@ -96,6 +100,18 @@ def read_documents(path: Path) -> list[Document]:
     return [
         _document(path, text, node, content) for node, content in zip(nodes, contents, strict=True)
     ]
+
+
+def _name_keys(node: yaml.Node) -> None:
+    """Make every key the text that stands there: `1`, `yes` and nothing at all name keys too."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _name_keys(item)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                key.tag = _TEXT
+            _name_keys(value)
 
 
 def _document(path: Path, text: str, node: yaml.Node, content: dict[str, Any]) -> Document:

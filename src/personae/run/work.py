@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from personae._memory import give_back_freed
@@ -193,14 +194,23 @@ def check_memory(largest: int, memory: int | None, what: str) -> None:
         )
 
 
+def quiet_numbers() -> np.errstate:
+    """Let numbers leave the range without NumPy's warnings: what is written is checked as such."""
+    return np.errstate(all="ignore")
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    np.seterr(all="ignore")  # as `quiet_numbers`, for as long as the thread lives
+
+
 @contextmanager
 def _single_threaded(workers: int) -> Generator[ThreadPoolExecutor]:
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(
-        workers, thread_name_prefix="personae", initializer=torch.set_num_threads, initargs=(1,)
-    )
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="personae", initializer=_begin_worker)
     try:
-        yield pool
+        with quiet_numbers():
+            yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         give_back_freed()

@@ -3,7 +3,15 @@
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Hashable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Hashable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
@@ -184,7 +192,7 @@ class Runtime:
                 self._register(None)
                 self._put_back()
 
-    def __call__(self, *args: Any, tasks: str | Sequence[str] | None = None, **inputs: Any) -> Any:
+    def __call__(self, *args: Any, tasks: str | Iterable[str] | None = None, **inputs: Any) -> Any:
         """What the model computes for this thread's task, or for the task of each row.
 
         Args:
@@ -209,7 +217,7 @@ class Runtime:
         with self._call() as model:
             return model(*args, **inputs)
 
-    def generate(self, *args: Any, tasks: str | Sequence[str] | None = None, **inputs: Any) -> Any:
+    def generate(self, *args: Any, tasks: str | Iterable[str] | None = None, **inputs: Any) -> Any:
         """What the model generates, as `generate` of transformers.
 
         Args:
@@ -276,7 +284,7 @@ class Runtime:
 
     def _batch(
         self,
-        tasks: str | Sequence[str],
+        tasks: str | Iterable[str],
         args: tuple[Any, ...],
         inputs: dict[str, Any],
         how: Callable[[nn.Module], Callable[..., Any]],
@@ -294,6 +302,7 @@ class Runtime:
         if isinstance(tasks, str):
             with self.activate(tasks):
                 return how(self.model)(*args, **inputs)
+        tasks = list(tasks)
         check_rows(tasks, {str(n): one for n, one in enumerate(args)} | inputs)
         order: list[int] = []
         sizes: list[int] = []

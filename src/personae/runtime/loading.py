@@ -73,6 +73,8 @@ def load(
 
 def _size(cache: str | int, faults: Faults) -> int:
     if isinstance(cache, int):
+        if cache < 0:
+            faults.add(f"cache: {cache} is below 0. Give bytes, or a size such as 256MB.")
         return cache
     try:
         return int(parse_size(cache))
