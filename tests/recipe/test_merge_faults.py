@@ -177,7 +177,7 @@ def test_faults_beside_the_parameters():
         ("merge_method: linear\nmodels: []", "There is no expert to merge"),
         ("merge_method: linear\nmodels: 3", "models = 3: expected a list"),
         ("merge_method: linear\nmodels: [3]", "models.0 = 3: expected keys with values"),
-        ("merge_method: linear\nmodels: [{model: a}]\n1: 2", "1 = 1: Keys should be strings"),
+        ("merge_method: linear\nmodels: [{model: a}]\n1: 2", "Unknown key '1'"),
         ("merge_method: linear\nmodels: &m [{model: a}, *m]", "has an alias in line 2 (*m)"),
     ],
 )
