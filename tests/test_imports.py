@@ -40,6 +40,15 @@ def test_importing_the_package_loads_nothing_heavy():
     assert _run(code) == "[]"
 
 
+def test_the_command_line_loads_what_one_command_needs_when_it_runs():
+    code = (
+        "import sys, personae.cli\n"
+        "print([n for n in ('personae.evaluate', 'personae.runtime.loaded', 'personae.serve.tasks')"
+        " if n in sys.modules])"
+    )
+    assert _run(code) == "[]"
+
+
 def test_every_core_module_imports_without_the_extras_and_leaves_cuda_alone():
     found = [module.name for module in pkgutil.walk_packages(personae.__path__, "personae.")]
     core = [name for name in found if not name.startswith(EXTRA)]

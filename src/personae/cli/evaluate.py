@@ -20,13 +20,7 @@ def evaluate(
             help="Directory for results.json, results.csv, results.md and report.html.",
         ),
     ] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory of answers that are known already.",
-            show_default="~/.cache/personae/eval",
-        ),
-    ] = None,
+    cache: options.AnswerCache = None,
     workers: options.Workers = None,
     memory: options.Memory = None,
     device: options.Device = "cpu",

@@ -26,6 +26,14 @@ Base = Annotated[
         "--base", "-b", metavar="PATH", help="The base: a path or a hub id (org/name@rev)."
     ),
 ]
+AnswerCache = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        help="Directory of answers that are known already.",
+        show_default="~/.cache/personae/eval",
+    ),
+]
 Experts = Annotated[
     list[str] | None,
     typer.Option(

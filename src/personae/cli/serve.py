@@ -15,9 +15,8 @@ import typer
 
 from personae.cli import console, options
 from personae.errors import Faults, OutputError, RecipeError, nearest
-from personae.runtime.loading import CACHE
+from personae.runtime.cache import CACHE
 from personae.serve.limits import Limits
-from personae.serve.tasks import Loading, Tasks
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "transformers")
@@ -89,6 +88,8 @@ def serve(
         faults.add(f"--packs {folder} is no folder.")
     limits = Limits(_bytes(max_body, faults), max_tokens, max_queue, timeout)
     faults.raise_if_any(RecipeError)
+    from personae.serve.tasks import Loading, Tasks
+
     with _listening(host, port) as listener:
         loading = Loading(mode, base, device, getattr(torch, dtype) if dtype else None, cache)
         tasks = Tasks(loading, folder=folder, tokens=max_tokens, note=console.note)

@@ -24,13 +24,7 @@ def tune(
     sampler: Annotated[str, typer.Option(help="tpe, random or grid.")] = "tpe",
     seed: Annotated[int, typer.Option(help="Of tpe and random.")] = 0,
     overwrite: options.Overwrite = False,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory of answers that are known already.",
-            show_default="~/.cache/personae/eval",
-        ),
-    ] = None,
+    cache: options.AnswerCache = None,
     workers: options.Workers = None,
     memory: options.Memory = None,
     device: options.Device = "cpu",

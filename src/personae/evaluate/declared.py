@@ -12,10 +12,10 @@ from personae._quiet import quiet_transformers
 from personae._small_files import Unfit, read_json
 from personae.errors import Faults, PersonaeError, RecipeError, nearest
 from personae.evaluate.data import Column, Columns, DataSettings, read_splits
-from personae.evaluate.images import ImageSettings, as_bytes
+from personae.evaluate.images import ImageSettings, Preprocessing
 from personae.evaluate.metrics import check_fits, metric_name
 from personae.evaluate.models import load_model
-from personae.evaluate.tasks import Examples, Pixels, Task, ZeroShot
+from personae.evaluate.tasks import Examples, Task, ZeroShot
 from personae.evaluate.zero_shot import TEMPLATES, zero_shot_head
 from personae.recipe._base import Strict
 
@@ -97,7 +97,7 @@ def read_task(
         train=found.get("train", {}),
         test=found["test"],
         validation=found.get("validation"),
-        pixels=_pixels(image),
+        pixels=image.pixels if image is not None else None,
         zero_shot=_zero_shot(settings, classes or (), text_model),
     )
 
@@ -207,12 +207,12 @@ def _config(expert: Path) -> dict[str, Any]:
 
 
 def _encoded(
-    settings: TaskSettings, columns: Columns, expert: Path, image: ImageSettings | None
+    settings: TaskSettings, columns: Columns, expert: Path, image: Preprocessing | None
 ) -> Examples:
     """Columns as tensors: tokens of text, bytes of images."""
     labels = {"labels": torch.as_tensor(columns["label"])}
     if image is not None:
-        return {"pixel_values": as_bytes(columns["image"], image)} | labels
+        return {"pixel_values": image.as_bytes(columns["image"])} | labels
     return _tokens(settings, columns, expert) | labels
 
 
@@ -238,10 +238,6 @@ def _tokens(settings: TaskSettings, columns: Columns, expert: Path) -> Examples:
         return_tensors="pt",
     )
     return {name: found[name] for name in tokenizer.model_input_names if name in found}
-
-
-def _pixels(image: ImageSettings | None) -> Pixels | None:
-    return None if image is None else image.pixels
 
 
 def _zero_shot(

@@ -1,7 +1,7 @@
-"""Images as bytes of one size: what a model's own image processor does, up to the bytes."""
+"""Images as bytes of one size, as a model's own image processor makes them, or as a suite says."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,20 +10,26 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from personae._quiet import quiet_transformers
 from personae._small_files import Unfit, read_json
 from personae.errors import RecipeError
 from personae.evaluate.tasks import Pixels
 from personae.recipe._base import Strict
 
 _BICUBIC = 3
-"""PIL's number, which preprocessor_config.json uses too."""
+"""PIL's number."""
+_UNSAID = 0.5
+"""Mean and deviation that make bytes numbers from -1 to 1."""
+
+Fit = Callable[[Any], np.ndarray]
+"""From an image of PIL to bytes of shape (3, height, width)."""
 
 
 class ImageSettings(Strict):
     """How images become what a model takes.
 
-    What is not said is what the model's `preprocessor_config.json` says; without one, images are
-    squashed to the size in its config.json and made -1 to 1.
+    Where neither size nor fit is given, they are what the image processor in the model's files
+    makes of them. Without one, images are squashed to the size in its config.json and made -1 to 1.
     """
 
     size: int | None = Field(default=None, gt=0)
@@ -31,87 +37,120 @@ class ImageSettings(Strict):
     mean: float | tuple[float, ...] | None = None
     std: float | tuple[float, ...] | None = None
 
-    def over(self, model: Path) -> "ImageSettings":
-        """These, with what is not said taken from a model's files.
+    def over(self, model: Path) -> "Preprocessing":
+        """These, and for what is not said what a model's files say.
 
         Raises:
-            RecipeError: if neither says the size.
+            RecipeError: if neither says the size, or the image processor cannot be built.
         """
-        told: dict[str, Any] = {**_processor(model), **self.model_dump(exclude_none=True)}
-        told = {"fit": "squash", "mean": 0.5, "std": 0.5, **told}
-        if "size" not in told:
+        processor = _processor(model)
+        pixels = Pixels((_UNSAID,), (_UNSAID,)) if processor is None else _pixels(processor)
+        mean = pixels.mean if self.mean is None else _numbers(self.mean)
+        std = pixels.std if self.std is None else _numbers(self.std)
+        if processor is not None and self.size is None and self.fit is None:
+            return Preprocessing(_by(processor), Pixels(mean, std))
+        size = self.size or _size(model)
+        if size is None:
             raise RecipeError(
                 f"{model} does not say how large its images are. Give a size: image: {{size: 224}}."
             )
-        return ImageSettings(**told)
-
-    @property
-    def pixels(self) -> Pixels:
-        """What becomes of the bytes."""
-        return Pixels(_numbers(self.mean), _numbers(self.std))
+        return Preprocessing(_to(size, self.fit or "squash"), Pixels(mean, std))
 
 
-def _numbers(value: float | tuple[float, ...] | None) -> tuple[float, ...]:
-    assert value is not None
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become what a model takes, in two steps.
+
+    Attributes:
+        fit: Makes bytes of one image.
+        pixels: What becomes of the bytes.
+    """
+
+    fit: Fit
+    pixels: Pixels
+
+    def as_bytes(self, images: Sequence[Any] | np.ndarray) -> Tensor:
+        """Images as bytes of shape (example, 3, height, width); grey ones three times.
+
+        Args:
+            images: Arrays (height, width) or (height, width, 3) of bytes, paths, or PIL images.
+
+        Raises:
+            RecipeError: if one is no image, or they come out in several sizes.
+        """
+        found: Tensor | None = None
+        for n, image in enumerate(images):
+            array = self.fit(_opened(image))
+            if found is None:
+                found = torch.empty(len(images), *array.shape, dtype=torch.uint8)
+            if found.shape[1:] != array.shape:
+                raise RecipeError(
+                    f"Images come out of the model's image processor as {[*found.shape[1:]]} and "
+                    f"as {[*array.shape]}. Give one size: image: {{size: 224}}."
+                )
+            found[n] = torch.tensor(array)
+        return torch.empty(0, 3, 1, 1, dtype=torch.uint8) if found is None else found
+
+
+def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _processor(model: Path) -> dict[str, Any]:
-    """What a model's files say of its images."""
-    told: dict[str, Any] = {}
-    config = _content(model / "config.json")
-    size = config.get("image_size") or (config.get("vision_config") or {}).get("image_size")
-    if isinstance(size, int):
-        told["size"] = size
-    said = _content(model / "preprocessor_config.json")
-    if not said:
-        return told
-    size, crop = said.get("size"), said.get("crop_size")
-    cropped = said.get("do_center_crop", crop is not None)
-    for given in (crop, size) if cropped else (size, crop):
-        found = _side(given)
-        if found:
-            told["size"] = found
-            break
-    told["fit"] = "crop" if cropped else "squash"
-    for key in ("mean", "std"):
-        if said.get(f"image_{key}") is not None:
-            told[key] = tuple(said[f"image_{key}"])
-    return told
-
-
-def _side(given: Any) -> int | None:
-    if isinstance(given, int):
-        return given
-    if isinstance(given, dict):
-        return given.get("height") or given.get("shortest_edge")
-    return None
-
-
-def _content(path: Path) -> Mapping[str, Any]:
-    try:
-        content = read_json(path) if path.is_file() else {}
-    except (OSError, Unfit, json.JSONDecodeError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def as_bytes(images: Sequence[Any] | np.ndarray, settings: ImageSettings) -> Tensor:
-    """Images as bytes of shape (example, 3, size, size); grey ones three times.
-
-    Args:
-        images: Arrays (height, width) or (height, width, 3) of bytes, paths, or PIL images.
-        settings: Complete, as `ImageSettings.over` gives them.
+def _processor(model: Path) -> Any:
+    """The image processor of a model's files, by transformers; None without one.
 
     Raises:
-        RecipeError: if one is no image, or larger than what it is padded to.
+        RecipeError: if it cannot be built.
     """
-    assert settings.size is not None
-    found = np.empty((len(images), 3, settings.size, settings.size), np.uint8)
-    for n, image in enumerate(images):
-        array = np.asarray(_fitted(_opened(image), settings.size, settings.fit))
-        found[n] = array.transpose(2, 0, 1)
-    return torch.from_numpy(found)
+    if not (model / "preprocessor_config.json").is_file():
+        return None
+    import transformers
+
+    try:
+        with quiet_transformers():
+            return transformers.AutoImageProcessor.from_pretrained(
+                model, trust_remote_code=False, local_files_only=True
+            )
+    except Exception as error:  # transformers raises many kinds; all mean the same here
+        said = (str(error).strip() or repr(error)).splitlines()[0]
+        raise RecipeError(
+            f"The image processor of {model} cannot be built: {said} Mend its "
+            "preprocessor_config.json, or remove it and give size, mean and std under image."
+        ) from error
+
+
+def _pixels(processor: Any) -> Pixels:
+    """What an image processor makes of bytes, as (x / 255 - mean) / std."""
+    scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0
+    mean, std = (0.0,), (1.0,)
+    if processor.do_normalize:
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    return Pixels(tuple(one / scale for one in mean), tuple(one / scale for one in std))
+
+
+def _by(processor: Any) -> Fit:
+    """What an image processor does up to the bytes."""
+
+    def fit(image: Any) -> np.ndarray:
+        made = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+        array = np.asarray(made["pixel_values"])[0]
+        return array if array.dtype == np.uint8 else array.round().clip(0, 255).astype(np.uint8)
+
+    return fit
+
+
+def _to(size: int, how: str) -> Fit:
+    return lambda image: np.asarray(_fitted(image, size, how)).transpose(2, 0, 1)
+
+
+def _size(model: Path) -> int | None:
+    """How large config.json says a model's images are."""
+    try:
+        config = read_json(model / "config.json")
+    except (OSError, Unfit):
+        return None
+    size = config.get("image_size") or (config.get("vision_config") or {}).get("image_size")
+    return size if isinstance(size, int) else None
 
 
 def _opened(image: Any) -> Any:
@@ -130,7 +169,7 @@ def _opened(image: Any) -> Any:
         raise RecipeError(f"{image!r:.80} is no image: {error}.") from error
 
 
-def _fitted(image: Any, size: int, fit: str | None) -> Any:
+def _fitted(image: Any, size: int, fit: str) -> Any:
     """An image of PIL made square: cropped in its middle, squashed, or padded with black.
 
     Raises:

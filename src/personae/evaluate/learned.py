@@ -23,8 +23,7 @@ from personae.evaluate.models import for_task, load_model
 from personae.evaluate.tasks import Task
 from personae.family.align import align
 from personae.family.alignment import Alignment
-from personae.methods import Bits, LearnedMerge, LearnedRouting, RoutedModel
-from personae.methods._routed import MixedModel
+from personae.methods import Bits, LearnedMerge, LearnedRouting, MixedModel, RoutedModel
 
 
 @dataclass(frozen=True)

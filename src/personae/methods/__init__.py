@@ -47,7 +47,7 @@ from personae.methods._registry import (
     build,
     lookup,
 )
-from personae.methods._routed import RoutedModel
+from personae.methods._routed import MixedModel, RoutedModel
 from personae.methods._site import Block, Site, has_matrices, stacked_matrices
 
 for _package in (codecs, learned, merge, mergekit):
@@ -79,6 +79,7 @@ __all__ = [
     "LearnedMethod",
     "LearnedRouting",
     "MergeMethod",
+    "MixedModel",
     "NotFinite",
     "Parameters",
     "Pass",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from personae.evaluate.records import Record, records_to_json
-from personae.report.plots import accuracy_over_size
+from personae.report.accuracy_plot import accuracy_over_size
 from personae.report.table import cells_of, explanation_of, markdown
 from personae.writers import atomic_file
 

@@ -1,21 +1,19 @@
-"""Plots by matplotlib (an extra): of analyses, a panel a tensor; of accuracy over size."""
+"""Plots of analyses, by matplotlib (an extra): a panel a tensor."""
 
 import importlib
-import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from personae.errors import RecipeError
-from personae.evaluate.records import Record
 from personae.methods.analyses import Findings
 from personae.writers import atomic_file, require_folder
 
 SUFFIXES = (".png", ".svg", ".pdf")
 MOST_PANELS = 9
 _COLUMNS = 3
-_BLUE, _ORANGE, _GREY = "#3465a4", "#d9822b", "#777777"
+BLUE, ORANGE, _GREY = "#3465a4", "#d9822b", "#777777"
 
 
 def check(path: Path) -> None:
@@ -27,7 +25,7 @@ def check(path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise RecipeError(f"A plot is drawn as {', '.join(SUFFIXES)}, not as '{path.name}'.")
-    _figure_module()
+    figure_module()
     require_folder(path)
 
 
@@ -49,13 +47,11 @@ def draw(found: dict[str, Any], path: Path) -> int:
     shown = list(found["tensors"].items())[:MOST_PANELS]
     columns = min(_COLUMNS, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure = _figure_module().Figure(
-        figsize=(4.6 * columns, 3.4 * rows + 0.7), layout="constrained"
-    )
+    figure = figure_module().Figure(figsize=(4.6 * columns, 3.4 * rows + 0.7), layout="constrained")
     figure.suptitle(found["summary"].rstrip("."), fontsize=11)
     for number, (name, findings) in enumerate(shown, 1):
         axes = figure.add_subplot(rows, columns, number)
-        axes.set_title(_shortened(name), fontsize=8)
+        axes.set_title(shortened(name), fontsize=8)
         axes.tick_params(labelsize=8)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
@@ -68,47 +64,20 @@ def draw(found: dict[str, Any], path: Path) -> int:
     return len(found["tensors"]) - len(shown)
 
 
-def accuracy_over_size(records: Sequence[Record]) -> str:
-    """The average of each method over what a task costs on disk, as SVG to be put into a page.
-
-    Methods that store nothing stand at the left edge, beside an axis that is logarithmic beyond.
+def figure_module() -> Any:
+    """Matplotlib's module of figures.
 
     Raises:
-        RecipeError: if matplotlib is not installed.
+        RecipeError: if it is not installed.
     """
-    figure = _figure_module().Figure(figsize=(8.6, 4.6), layout="constrained")
-    axes = figure.add_subplot()
-    for one in records:
-        average, low, high = 100 * one.average, *(one.interval or (one.average, one.average))
-        bars = [[max(0.0, average - 100 * low)], [max(0.0, 100 * high - average)]]
-        colour = _ORANGE if one.amr_on_disk == 0 else _BLUE
-        place = [one.amr_on_disk], [average]
-        axes.errorbar(*place, bars, fmt="o", color=colour, markersize=4, elinewidth=0.6)
-        # A name is text, whatever dollars it has.
-        shown = _shortened(one.method).replace("$", r"\$")
-        axes.annotate(shown, (place[0][0], average), (5, 2), fontsize=7, **_BESIDE)
-    axes.set_xscale("symlog", linthresh=0.1)
-    axes.set_xlim(left=-0.02)
-    axes.set_xlabel("additional memory a task, bytes on disk in % of the shared model")
-    axes.set_ylabel("average score (%)")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
-    return drawn.getvalue().partition("<svg")[1] + drawn.getvalue().partition("<svg")[2]
-
-
-_BESIDE: dict[str, Any] = {"textcoords": "offset points"}
-
-
-def _figure_module() -> Any:
     try:
         return importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise RecipeError("Plots need matplotlib: pip install 'personae[plots]'.") from error
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str) -> str:
+    """A name that fits beside a plot."""
     return name if len(name) <= 48 else f"…{name[-47:]}"
 
 
@@ -118,7 +87,7 @@ def _sign_agreement(axes: Any, findings: Findings, _: Sequence[str]) -> None:
         which: [100 * space[which] for space in findings.values()]
         for which in ("agreement", "random")
     }
-    axes.bar([p - 0.2 for p in places], percent["agreement"], 0.38, color=_BLUE, label="experts")
+    axes.bar([p - 0.2 for p in places], percent["agreement"], 0.38, color=BLUE, label="experts")
     axes.bar([p + 0.2 for p in places], percent["random"], 0.38, color="#cccccc", label="random")
     axes.set_xticks(list(places), list(findings))
     axes.set_ylim(50, 100)
@@ -127,8 +96,8 @@ def _sign_agreement(axes: Any, findings: Findings, _: Sequence[str]) -> None:
 
 def _dropped_percentage(axes: Any, findings: Findings, experts: Sequence[str]) -> None:
     for key, colour, label in (
-        ("as_is", _ORANGE, "as it is"),
-        ("renormalised", _BLUE, "renormalised"),
+        ("as_is", ORANGE, "as it is"),
+        ("renormalised", BLUE, "renormalised"),
     ):
         for number, percent in enumerate(findings[key]["percent"]):
             axes.plot(
@@ -150,7 +119,7 @@ def _singular_value_bound(axes: Any, findings: Findings, experts: Sequence[str])
     for number, (_, copies) in enumerate(zip(experts, findings["copies"], strict=True)):
         places = range(1, len(copies) + 1)
         label = "√N σ(ΔW), each expert" if number == 0 else None
-        axes.plot(places, copies, color=_BLUE, linewidth=0.8, alpha=0.6, label=label)
+        axes.plot(places, copies, color=BLUE, linewidth=0.8, alpha=0.6, label=label)
         bound = [math.nan if b is None else b for b in findings["bound"][number]]
         label = "bound on their distance" if number == 0 else None
         axes.plot(places, bound, color=_GREY, linewidth=0.8, linestyle="--", alpha=0.6, label=label)
@@ -161,8 +130,8 @@ def _singular_value_bound(axes: Any, findings: Findings, experts: Sequence[str])
 
 def _rank_drop(axes: Any, findings: Findings, _: Sequence[str]) -> None:
     drops = findings["rank_drop"]
-    axes.plot(drops, findings["energy"], color=_BLUE, marker="o", label="energy of the stack left")
-    axes.plot(drops, findings["cosine"], color=_ORANGE, marker="s", label="cosine to κ = 0")
+    axes.plot(drops, findings["energy"], color=BLUE, marker="o", label="energy of the stack left")
+    axes.plot(drops, findings["cosine"], color=ORANGE, marker="s", label="cosine to κ = 0")
     axes.plot(drops, findings["change"], color=_GREY, marker="^", label="relative change²")
     axes.set_ylim(0, None)
     axes.set_xlabel("directions dropped, κ", fontsize=8)

@@ -7,6 +7,9 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from personae.errors import BudgetError
 
+CACHE = "1GB"
+"""Bytes of decoded factors held, by default."""
+
 
 @runtime_checkable
 class Sized(Protocol):

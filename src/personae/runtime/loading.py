@@ -11,13 +11,12 @@ from personae.packs.reader import Pack
 from personae.recipe import parse_size
 from personae.run.reference import open_reference
 from personae.run.work import Work
+from personae.runtime.cache import CACHE
 from personae.runtime.loaded import Runtime
 from personae.runtime.shells import Shells
 from personae.runtime.variants import check_factored
 
 MODES = ("merged", "factored")
-CACHE = "1GB"
-"""Bytes of decoded factors held, by default."""
 
 
 def load(

@@ -13,8 +13,9 @@ from torch import nn
 
 from personae.checkpoints.configuration import CONFIG
 from personae.errors import CheckpointError, Faults, PackError, PersonaeError, nearest
+from personae.runtime.cache import CACHE
 from personae.runtime.loaded import Runtime
-from personae.runtime.loading import CACHE, load
+from personae.runtime.loading import load
 from personae.serve.preprocessing import ImageProcessor, Tokenizer
 from personae.serve.refusals import Refusal
 

@@ -174,7 +174,7 @@ class Fisher(LearnedMerge):
                     try:
                         yield _squared_at_once(model, weights, some, own)
                         continue
-                    except (RuntimeError, ValueError, NotImplementedError):
+                    except (RuntimeError, ValueError):
                         vectorised = False  # control flow, or no memory: the same, one by one
                 for n in range(samples(some)):
                     one = slice(n, n + 1)
