@@ -82,3 +82,17 @@ def test_clip_without_a_head(tmp_path):
             answers = (images @ (text / text.norm(dim=1, keepdim=True)).T).argmax(dim=1).numpy()
         assert found[0].scores[name] == (answers == LABELS).mean()
     assert len(found) == 3 and all(0 <= one.average <= 1 for one in found)
+
+
+def test_learned_methods_know_parameters_by_the_names_in_files(tmp_path):
+    """transformers 5 calls a ViT's layers otherwise than their files do."""
+    toy_vit(tmp_path / "base")
+    path = suite(tmp_path, "image_classification")
+    methods = """\
+methods:
+  - {name: sum, merge: {method: task_arithmetic, parameters: {scale: 0.3}}}
+  - {name: untrained, learn: {method: adamerging, parameters: {steps: 0}, data: {split: test}}}
+"""
+    path.write_text(path.read_text("utf-8").partition("methods:")[0] + methods, "utf-8")
+    merged, learned = evaluate_suite(path, cache=tmp_path / "cache")
+    assert merged.scores == learned.scores and learned.data

@@ -136,7 +136,7 @@ def test_every_fault_at_once_with_its_line(suite):
     text = SUITE.replace("method: ties", "method: tees").replace("metric: matthews", "metric: f2")
     text = text.replace("- individual", "- individual\n  - {preset: statik}")
     told = faults(suite(text.replace("  - name: a\n", "  - name: c\n")))
-    assert "is wrong in 4 places" in told
+    assert told.startswith("The suite ") and "is wrong in 4 places" in told
     assert "line 7: There is no model 'c' whose task this could be." in told
     assert "line 8: Task 'b': Unknown metric 'f2'. Did you mean 'f1'?" in told
     assert "line 12: Unknown preset 'statik'. Did you mean 'static'?" in told

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from personae._types import TensorSpec
 from personae.checkpoints import open_checkpoint
 from personae.checkpoints.naming import shown
+from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.tied import each_once
 from personae.commands.accounting import Denominator, Share, amr_percent, cost
 from personae.errors import CheckpointError
@@ -146,9 +147,12 @@ def _parameters_of(loaded: nn.Module, model: nn.Module, own: Alignment) -> dict[
     called = {id(one): name for name, one in model.named_parameters()}
     prefix = f"{getattr(loaded, 'base_model_prefix', '')}."
 
+    renames = [*published_renames(own.checkpoint)]
+
     def found(*names: str) -> str | None:
-        """The model's name of a tensor; loaders add and remove the prefix of a head's model."""
-        tried = [form for n in names for form in (n, prefix + n, n.removeprefix(prefix))]
+        """The model's name of a tensor: loaders rename, and add and remove a head's prefix."""
+        new = [*names, *(rename(name) for rename in renames for name in names)]
+        tried = [form for n in new for form in (n, prefix + n, n.removeprefix(prefix))]
         return next((called.get(id(inner[name])) for name in tried if name in inner), None)
 
     shared = {

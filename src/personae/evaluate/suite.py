@@ -149,7 +149,7 @@ def read_suite(path: str | Path) -> Suite:
     Raises:
         RecipeError: listing every fault of the file, each with its line.
     """
-    document = read_document(Path(path))
+    document = read_document(Path(path), "suite")
     faults = list(document.faults)
     content = {**document.content}
     content["tasks"] = _with_defaults(content, faults)

@@ -1,7 +1,7 @@
 """YAML with line numbers: what a recipe says, and where it says it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Document:
         content: The mapping in it.
         lines: Place to line, counted from 1.
         faults: Keys that are there twice.
+        kind: What errors call the file.
     """
 
     path: Path
@@ -31,6 +32,7 @@ class Document:
     content: dict[str, Any]
     lines: Mapping[Place, int]
     faults: tuple[Fault, ...]
+    kind: str = "recipe"
 
     def line(self, place: Place) -> int | None:
         """The line of a place, or of the nearest one around it that has one."""
@@ -54,35 +56,43 @@ class Document:
         texts = [f"line {line}: {text}" if line else text for line, text in by_line]
         texts = list(dict.fromkeys(texts))
         if len(texts) == 1:
-            return RecipeError(f"The recipe {self.path} is wrong: {texts[0]}")
-        head = f"The recipe {self.path} is wrong in {len(texts)} places:"
+            return RecipeError(f"The {self.kind} {self.path} is wrong: {texts[0]}")
+        head = f"The {self.kind} {self.path} is wrong in {len(texts)} places:"
         return listing(RecipeError, head, texts)
 
 
-def read_document(path: Path) -> Document:
+def read_document(path: Path, kind: str = "recipe") -> Document:
     """Read a YAML mapping.
+
+    Args:
+        path: The file.
+        kind: What errors call it.
 
     Raises:
         RecipeError: if the file cannot be read, is no YAML, or holds something else, or several.
     """
-    documents = read_documents(path)
+    documents = read_documents(path, kind)
     if len(documents) > 1:
         raise RecipeError(
-            f"The recipe {path} holds {len(documents)} documents (parted by ---). Only personae "
+            f"The {kind} {path} holds {len(documents)} documents (parted by ---). Only personae "
             "merge and plan take several: give each a file of its own."
         )
     return documents[0]
 
 
-def read_documents(path: Path) -> list[Document]:
+def read_documents(path: Path, kind: str = "recipe") -> list[Document]:
     """Read the YAML mappings of a file, parted by `---`; at least one.
+
+    Args:
+        path: The file.
+        kind: What errors call it.
 
     Raises:
         RecipeError: if the file cannot be read, is no YAML, or holds something else.
     """
     if path.is_dir():
         raise RecipeError(
-            f"The recipe {path} is a directory, not a YAML file. A model is given by its option "
+            f"The {kind} {path} is a directory, not a YAML file. A model is given by its option "
             "(--base, --expert), or named in a recipe."
         )
     try:
@@ -92,13 +102,14 @@ def read_documents(path: Path) -> list[Document]:
             _name_keys(node)
         contents = [value_of(node) for node in nodes]
     except OSError as error:
-        raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+        raise RecipeError(f"The {kind} {path} cannot be read: {error.strerror}.") from error
     except Unfit as error:
-        raise RecipeError(f"The recipe {path} {error}.") from error
+        raise RecipeError(f"The {kind} {path} {error}.") from error
     if not contents or not all(isinstance(content, dict) for content in contents):
-        raise RecipeError(f"The recipe {path} holds no settings; see recipes/ for examples.")
+        raise RecipeError(f"The {kind} {path} holds no settings; see recipes/ for examples.")
     return [
-        _document(path, text, node, content) for node, content in zip(nodes, contents, strict=True)
+        replace(_document(path, text, node, content), kind=kind)
+        for node, content in zip(nodes, contents, strict=True)
     ]
 
 
