@@ -1,8 +1,10 @@
 """Which files and functions of the project one tensor goes through: `personae merge` of one tensor.
 
 `python benchmarks/paths.py [--method ties] [--list]` merges a base and two experts of one tensor
-with one worker, in this process, and counts what is called. Modules are imported before, so that
-what runs at import does not count.
+with one worker, in this process, and counts what is called: by the worker, which reads, counts,
+merges and writes the tensor, and by the command as a whole, which also reads recipes, headers and
+configurations, plans, and writes the model card. Modules are imported before, so that what runs at
+import does not count.
 """
 
 import sys
@@ -36,14 +38,22 @@ def family(folder: Path) -> tuple[Path, dict[str, Path]]:
     return folder / "base", {name: folder / name for name in ("a", "b")}
 
 
-def called(method: str) -> dict[str, set[str]]:
-    """The project's files, each with the functions that a merge calls."""
-    found: dict[str, set[str]] = defaultdict(set)
+Called = dict[str, set[str]]
+"""The project's files, each with the functions that are called."""
+
+
+def called(method: str) -> tuple[Called, Called]:
+    """What a merge calls: its worker, and all of it."""
+    by_worker: Called = defaultdict(set)
+    by_all: Called = defaultdict(set)
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
         if event == "call" and code.co_filename.startswith(SOURCE) and code.co_name[0] != "<":
-            found[code.co_filename.removeprefix(f"{SOURCE}/")].add(code.co_qualname)
+            file = code.co_filename.removeprefix(f"{SOURCE}/")
+            by_all[file].add(code.co_qualname)
+            if threading.current_thread() is not threading.main_thread():
+                by_worker[file].add(code.co_qualname)
 
     with tempfile.TemporaryDirectory() as folder:
         base, experts = family(Path(folder))
@@ -56,7 +66,7 @@ def called(method: str) -> dict[str, set[str]]:
         finally:
             sys.setprofile(None)
             threading.setprofile(None)  # pyright: ignore[reportArgumentType]
-    return found
+    return by_worker, by_all
 
 
 def main(
@@ -64,10 +74,11 @@ def main(
     every: Annotated[bool, typer.Option("--list", help="Name every function.")] = False,
 ) -> None:
     """Print how many files and functions a merge of one tensor enters."""
-    found = called(method)
-    for file, functions in sorted(found.items()):
-        print(f"{file}: {', '.join(sorted(functions)) if every else len(functions)}")
-    print(f"{method}: {len(found)} files, {sum(map(len, found.values()))} functions")
+    for who, found in zip(("the worker", "all"), called(method), strict=True):
+        for file, functions in sorted(found.items()):
+            print(f"{file}: {', '.join(sorted(functions)) if every else len(functions)}")
+        total = sum(map(len, found.values()))
+        print(f"{method}, {who}: {len(found)} files, {total} functions\n")
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
 
 

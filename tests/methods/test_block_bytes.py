@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from personae.methods import MERGE_METHODS, DeltaBlocks, Entrywise, Site, Undecided
+from personae.methods import BLOCK, MERGE_METHODS, DeltaBlocks, Entrywise, Site, Undecided
 
-SHAPE = 256, 512
+SHAPE = 4 * BLOCK // 512, 512
 NAMES = sorted(
     name
     for name, method in MERGE_METHODS.items()

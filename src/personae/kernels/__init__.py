@@ -33,7 +33,12 @@ if TYPE_CHECKING:
         weighted_mean_agreeing,
     )
     from personae.kernels.stored import add_multiple, store, store_sum, subtract, widen
-    from personae.kernels.sums import keep_marked, multi_task_vector, weighted_sum
+    from personae.kernels.sums import (
+        add_inner_products,
+        keep_marked,
+        multi_task_vector,
+        weighted_sum,
+    )
     from personae.kernels.trellis import follow, read_path, write_path
 
 alone = False
@@ -60,11 +65,12 @@ _HOMES = {
         "weighted_mean_agreeing",
     ),
     "stored": ("add_multiple", "store", "store_sum", "subtract", "widen"),
-    "sums": ("keep_marked", "multi_task_vector", "weighted_sum"),
+    "sums": ("add_inner_products", "keep_marked", "multi_task_vector", "weighted_sum"),
     "trellis": ("follow", "read_path", "write_path"),
 }
 
 __all__ = [
+    "add_inner_products",
     "add_multiple",
     "count_magnitudes",
     "count_ties",

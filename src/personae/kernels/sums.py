@@ -6,6 +6,9 @@ from numpy import ndarray
 from personae.kernels._compile import kernel
 from personae.kernels.stored import F32
 
+_APART = 64
+"""Products that are added to sums of their own, all at once: a register holds several."""
+
 
 @kernel
 def weighted_sum(deltas: ndarray, weights: ndarray, total: ndarray) -> None:
@@ -50,3 +53,33 @@ def keep_marked(
             marks[i] += abs(value) > abs(total[i] - value) * threshold
     for i in range(total.size):
         merged[i] = F32(total[i] * scale * np.float64(marks[i] >= at_least))
+
+
+@kernel
+def add_inner_products(vectors: ndarray, gram: ndarray) -> None:
+    """Add, of each row, the inner products of all models' vectors, in fp64.
+
+    Args:
+        vectors: Models' entries, (model, row, entry), fp32.
+        gram: What is added to, (row, model, model), fp64.
+    """
+    models, rows, entries = vectors.shape
+    whole = entries // _APART * _APART
+    for r in range(rows):
+        for n in range(models):
+            for m in range(n, models):
+                first, second = vectors[n, r], vectors[m, r]
+                sums = np.zeros(_APART)
+                for start in range(0, whole, _APART):
+                    left = first[start : start + _APART]
+                    right = second[start : start + _APART]
+                    for i in range(_APART):
+                        sums[i] += np.float64(left[i]) * np.float64(right[i])
+                for i in range(whole, entries):
+                    sums[i - whole] += np.float64(first[i]) * np.float64(second[i])
+                total = 0.0
+                for i in range(_APART):
+                    total += sums[i]
+                gram[r, n, m] += total
+                if n != m:
+                    gram[r, m, n] += total

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from personae import kernels
 
-BLOCK = 1 << 15
+BLOCK = 1 << 17
 """Entries of each expert in a block, at most, unless one row has more."""
-_ROOM = 1 << 17
+_ROOM = 1 << 18
 _LEAST = 1 << 12
 _STORED = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
 INFINITY = 0x7F80_0000

@@ -14,6 +14,7 @@ from jaxtyping import Float, Float64, Int64
 from numpy import ndarray
 from torch import Tensor
 
+from personae import kernels
 from personae.methods._deltas import DeltaBlocks, delta_blocks
 from personae.methods._entries import Undecided, weighted_sums
 from personae.methods._merge import Linear, Scope
@@ -31,7 +32,6 @@ class FromGram(Linear):
     """
 
     rows: ClassVar[tuple[int, int]] = (0, 16)
-    multiplies: ClassVar[bool] = True
     usual_passes: ClassVar[int] = 1
     default_scope: ClassVar[Scope] = "tensor"
 
@@ -51,6 +51,11 @@ class FromGram(Linear):
     def coefficients(self, experts: int) -> None:
         """They are another tensor by tensor."""
         return None
+
+    def working(self, experts: int) -> int:
+        """The sum, and the block before it; products of a row; of columns those in fp64."""
+        beside = {"tensor": 0, "row": 4 * experts, "column": 8 * experts + 12}
+        return 8 + beside[self.span]
 
     def passes(self, experts: int) -> Passes:
         """One pass, for the inner products, unless each row has its own."""
@@ -76,8 +81,9 @@ class FromGram(Linear):
     def _by_rows(self, blocks: DeltaBlocks, site: Site) -> Iterator[Float[ndarray, " entry"]]:
         for _, deltas in blocks:
             rows = deltas.reshape(len(deltas), -1, site.row_entries)
-            exact = rows.swapaxes(0, 1).astype(np.float64)
-            found = self.solve(exact @ exact.swapaxes(1, 2)).astype(np.float32)
+            gram = np.zeros((rows.shape[1], len(rows), len(rows)))
+            kernels.add_inner_products(rows, gram)
+            found = self.solve(gram).astype(np.float32)
             yield (rows * found.T[:, :, None]).sum(axis=0).reshape(-1)
 
 
@@ -93,11 +99,10 @@ def _inner_products(vectors: Tensor | DeltaBlocks, own: FromGram, site: Site) ->
     blocks = delta_blocks(vectors, own.row_entries(site))
     experts = blocks.experts
     if own.span == "tensor":
-        gram = torch.zeros(experts, experts, dtype=torch.float64)
+        gram = np.zeros((1, experts, experts))
         for _, block in blocks:
-            exact = torch.from_numpy(block).double()
-            gram += exact @ exact.T
-        return gram
+            kernels.add_inner_products(block[:, None], gram)
+        return torch.from_numpy(gram[0])
     columns = np.zeros((prod(site.shape[1:]), experts, experts))
     for start, block in blocks:
         exact, place = block.astype(np.float64), _columns(site, start, block)

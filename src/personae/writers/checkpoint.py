@@ -20,6 +20,7 @@ from torch import Tensor
 from personae._types import TensorSpec
 from personae.errors import Faults, MethodError, WorkError
 from personae.writers.atomic import output_errors, require_space
+from personae.writers.syncing import Syncing
 
 # Last first, this is the order of the format's own library: widest first, so that all are aligned.
 _CODES = {
@@ -140,6 +141,7 @@ class CheckpointWriter:
         self._directory = directory
         self.files: list[Path] = []
         self._handles: list[BinaryIO] = []
+        self._syncing = Syncing(self._handles)
         self._places: dict[str, _Place] = {}
         self._computed = frozenset(computed)
         shards = _by_file(ordered, shard_bytes, stem, sorted(folders))
@@ -253,6 +255,7 @@ class CheckpointWriter:
         start = row * (spec.nbytes // spec.shape[0]) if row else 0
         with output_errors(Path(place.file.name)):
             _write_at(place.file, values.numpy().data, place.offset + start)
+        self._syncing.wrote(values.numel())
         place.written.append((start, start + values.numel()))
 
     def close(self) -> None:
@@ -274,9 +277,9 @@ class CheckpointWriter:
         faults.raise_if_any(WorkError)
         for folder in {path.parent for path in self.files}:
             self._write_index(folder)
+        self._syncing.finish()
         for file in self._handles:
             with output_errors(Path(file.name)):
-                os.fsync(file.fileno())
                 file.close()
 
     def _write_index(self, folder: Path) -> None:
@@ -306,6 +309,7 @@ class CheckpointWriter:
             if error is None:
                 self.close()
         finally:
+            self._syncing.stop()
             for file in self._handles:
                 file.close()
 
