@@ -40,7 +40,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "ties": {"merge_method": "ties", "parameters": {"density": 0.2, "weight": 1.0}},
     "ties_tensor": {"merge_method": "ties", "parameters": {"density": 0.2, "weight": 1.0}},
     "dare_ties": {"merge_method": "dare_ties", "parameters": {"density": 0.2, "weight": 1.0}},
+    "slerp": {"merge_method": "slerp", "parameters": {}},
+    "karcher": {"merge_method": "karcher", "parameters": {}},
+    "model_stock": {"merge_method": "model_stock", "parameters": {}},
+    "della": {"merge_method": "della", "parameters": {"density": 0.2, "weight": 1.0}},
+    "sce": {"merge_method": "sce", "parameters": {}},
 }
+USUAL = ("average", "task_arithmetic", "ties", "ties_tensor", "dare_ties")
+OF_TWO = {"slerp"}
+"""Methods between the base and one expert."""
+ALONE = {"karcher"}
+"""Methods of the experts, without a base."""
+SHARED: dict[str, dict[str, Any]] = {"slerp": {"t": 0.5}, "sce": {"select_topk": 0.2}}
+"""Parameters that are the recipe's, not a model's."""
 OURS: dict[str, dict[str, Any]] = {"ties_tensor": {"scope": "tensor"}}
 SAMPLE_SECONDS = 0.05
 REST_SECONDS = 2.0
@@ -133,24 +145,33 @@ def _weights(spec: TensorSpec, place: int, number: int) -> torch.Tensor:
     return weights.bfloat16()
 
 
+def models_of(method: str) -> tuple[str, ...]:
+    """The models that a method reads."""
+    experts = EXPERTS[:1] if method in OF_TWO else EXPERTS
+    return experts if method in ALONE else ("base", *experts)
+
+
 def recipe(root: Path, method: str, ours: bool) -> Path:
     """Write the recipe of one method, for us or for mergekit."""
     given = METHODS[method]
     models: list[dict[str, Any]] = [
-        {"model": str(root / name), "parameters": dict(given["parameters"])} for name in EXPERTS
+        {"model": str(root / name), "parameters": dict(given["parameters"])}
+        for name in models_of(method)
+        if name != "base" or (method in OF_TWO and not ours)
     ]
     content: dict[str, Any] = {
         "merge_method": given["merge_method"],
         "models": models,
         "dtype": "bfloat16",
     }
-    if method != "average" or ours:
+    if "base" in models_of(method) and (method != "average" or ours):
         content["base_model"] = str(root / "base")
     if ours:
         content["conventions"] = "papers"
-        content["parameters"] = OURS.get(method, {})
+        content["parameters"] = OURS.get(method, {}) | SHARED.get(method, {})
     else:
-        content["parameters"] = {"normalize": method != "task_arithmetic"}
+        normalize = {"normalize": method != "task_arithmetic"} if given["parameters"] else {}
+        content["parameters"] = normalize | SHARED.get(method, {})
     path = root / f"{method}-{'personae' if ours else 'mergekit'}.yaml"
     path.write_text(yaml.safe_dump(content), "utf-8")
     return path
@@ -205,18 +226,18 @@ def mergekit() -> Path:
     return command
 
 
-def copy_bytes(root: Path, out: Path) -> Copied:
-    """Read base and experts once and write one model."""
+def copy_bytes(root: Path, models: Sequence[str], out: Path) -> Copied:
+    """Read models once and write the first."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     start = time.perf_counter()
     buffer = memoryview(bytearray(1 << 22))
     with (out / "copy").open("wb", buffering=0) as target:
-        for name in ("base", *EXPERTS):
+        for name in models:
             for file in sorted((root / name).glob("*.safetensors")):
                 with file.open("rb", buffering=0) as source:
                     while count := source.readinto(buffer):
-                        if name == "base":
+                        if name == models[0]:
                             target.write(buffer[:count])
         made = time.perf_counter() - start
         os.fsync(target.fileno())
@@ -248,7 +269,7 @@ def measure(root: Path, method: str, turns: int, theirs: Path | None, cold: bool
         rest()
         if cold:
             forget(root)
-        copies.append(copy_bytes(root, out))
+        copies.append(copy_bytes(root, models_of(method), out))
         shutil.rmtree(out, ignore_errors=True)
         rest()
         if cold:
@@ -277,7 +298,7 @@ def measure(root: Path, method: str, turns: int, theirs: Path | None, cold: bool
 
 def main(
     size: str = "0.5b",
-    methods: str = ",".join(METHODS),
+    methods: str = ",".join(USUAL),
     turns: int = 3,
     against: Annotated[bool, typer.Option(help="Run mergekit too.")] = True,
     cold: Annotated[bool, typer.Option(help="Drop the family from the page cache first.")] = False,

@@ -35,3 +35,27 @@ def test_products_are_not_rounded_to_fp32():
     gram = np.zeros((1, 1, 1))
     kernels.add_inner_products(models, gram)
     assert gram.item() == 2**48 + 2**26 + 4
+
+
+def test_deviations_by_hand():
+    # Of 1, 3, 5 about 3: ((-2)² + 0 + 2²) / 3 = 8/3; of equal entries 0.
+    found = np.empty(2, np.float32)
+    kernels.deviations(np.array([[1, 7], [3, 7], [5, 7]], np.float32), found)
+    assert found.tolist() == [np.float32(np.sqrt(8 / 3)), 0]
+
+
+@given(
+    hnp.arrays(
+        np.float32, st.tuples(st.integers(1, 5), st.integers(0, 70)), elements=st.integers(-99, 99)
+    )
+)
+def test_deviations_of_many(deltas: np.ndarray):
+    found = np.empty(deltas.shape[1], np.float32)
+    kernels.deviations(deltas, found)
+    np.testing.assert_allclose(found, deltas.astype(np.float64).std(axis=0), rtol=1e-6, atol=1e-12)
+
+
+def test_what_reaches_a_measure_is_kept():
+    deltas = np.array([[1, -2, 3], [4, 5, -6]], np.float32)
+    kernels.keep_reaching(deltas, np.array([0.5, 0.25, 1], np.float32), np.float32(0.5))
+    assert deltas.tolist() == [[1, 0, 3], [4, 0, -6]]

@@ -9,11 +9,12 @@ import torch
 from personae.methods import BLOCK, MERGE_METHODS, DeltaBlocks, Entrywise, Site, Undecided
 
 SHAPE = 4 * BLOCK // 512, 512
-NAMES = sorted(
-    name
-    for name, method in MERGE_METHODS.items()
-    if issubclass(method, Entrywise) and not method.of_models() and name != "nearswap"
-)
+CASES = [
+    (name, experts)
+    for name, method in sorted(MERGE_METHODS.items())
+    if issubclass(method, Entrywise)
+    for experts in ([method.takes] if method.takes else [2, 6])
+]
 HEADERS = 40_000
 """Bytes of the objects around the arrays."""
 
@@ -26,18 +27,19 @@ class Unheard(Undecided):
         self.count += len(places)
 
 
-@pytest.mark.parametrize("experts", [2, 6])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "experts"), CASES)
 def test_no_more_is_held_than_is_planned(name: str, experts: int):
     method, site = MERGE_METHODS[name](), Site("w", SHAPE)
     assert isinstance(method, Entrywise)
     draw = torch.Generator().manual_seed(0)
     base = torch.randn(SHAPE, generator=draw)
     deltas = torch.randn(experts, *SHAPE, generator=draw)
-    models, statistics = list(base + deltas), method.statistics([(site, deltas)])
+    models, reference = list(base + deltas), None if method.of_models() else base
+    given = deltas if reference is not None else torch.stack(models)
+    statistics = method.statistics([(site, given)])
 
     def merge() -> None:
-        blocks = DeltaBlocks(models, base).in_rows(method.row_entries(site))
+        blocks = DeltaBlocks(models, reference).in_rows(method.row_entries(site))
         told = Unheard() if method.can_decide_late else None
         for _ in method.merge_blocks(blocks, statistics, site, told):
             pass

@@ -105,7 +105,7 @@ class MergeJob:
     @property
     def in_blocks(self) -> bool:
         """Whether rows are merged a block of entries at a time, straight from what is stored."""
-        return issubclass(self.method, Entrywise) and not self.method.of_models()
+        return issubclass(self.method, Entrywise)
 
     @cached_property
     def pieces(self) -> Mapping[str, tuple[Sequence[Chunk], bool]]:

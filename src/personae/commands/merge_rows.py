@@ -117,15 +117,11 @@ def _form(
     """
     stacks, name = job.stacks, chunk.spec.name
     method, site = job.method_of(name), stacks.site(chunk)
-    if not isinstance(method, Entrywise) or method.of_models():
+    if not isinstance(method, Entrywise):
         stack, reference = stacks.read(chunk, reuse=True)
         if not (is_finite(stack) and is_finite(reference)):
             raise NotFinite
         changed = any_entry(stack)  # before the method, which may work in place
-        if method.of_models():
-            models, added = stacks.models(method, stack, reference)
-            value = method.apply(models, statistics, site).add_(added)
-            return _Formed(value, False, lambda: changed)
         return _Formed(method.apply(stack, statistics, site) + reference, False, lambda: changed)
     value = uninitialised(chunk.shape, dtype if dtype in ROUNDS_TO_INFINITY else torch.float32)
     coefficients = method.coefficients(stacks.experts)
@@ -138,7 +134,7 @@ def _form(
             raise NotFinite
         changed = partial(_are_apart, [model for model, _ in models])
     else:
-        blocks = stacks.blocks(chunk).in_rows(method.row_entries(site))
+        blocks = stacks.blocks(chunk, method)
         told = None if tell is None else tell(blocks)
         merged = method.merge_blocks(blocks, statistics or {}, site, told)
         largest = _store(merged, blocks, as_stored(value))
@@ -177,11 +173,14 @@ def _are_apart(models: Sequence[Tensor]) -> bool:
 
 
 def _store(merged: Iterable[ndarray], blocks: DeltaBlocks, target: ndarray) -> int:
-    """Add blocks to the reference's values, rounded; returns the bits of the largest magnitude."""
+    """Add blocks to the reference's values, if any; returns the bits of the largest magnitude."""
     largest = 0
     for one in merged:
         place = target[blocks.start : blocks.start + one.size]
-        largest = max(largest, kernels.store_sum(one, blocks.reference, place))
+        if blocks.has_reference:
+            largest = max(largest, kernels.store_sum(one, blocks.reference, place))
+        else:
+            largest = max(largest, kernels.store(one, place))
     return largest
 
 

@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -158,35 +159,63 @@ class Stacks:
 
         And what is to be added to its answer.
         """
-        if method.needs == "either" and self._family.has_base:
+        if not self._needs_models(method):
             return stack, reference
         nothing = torch.zeros(())
         stack += reference
-        if method.needs == "models" and self._family.has_base:
+        if self._needs_base(method):
             return torch.cat([reference[None], stack]), nothing
         return stack, nothing
 
-    def blocks(self, chunk: Chunk) -> DeltaBlocks:
-        """The deltas of a chunk, and the reference's values, a block of entries at a time.
+    def blocks(self, chunk: Chunk, method: Entrywise) -> DeltaBlocks:
+        """What a method is given of a chunk, and the reference's values, a block at a time.
 
-        Straight from the models' own values, where these are stored and all have them. Iterating
-        raises `NotFinite` where a delta is not finite.
+        Straight from the models' own values, where these are stored and all have them: their
+        deltas, or the models themselves where it needs these. Iterating raises `NotFinite` where
+        one is not finite.
 
         Raises:
             NotFinite: if one is that of an adapter or has no base.
         """
+        blocks = self._models(chunk, method) if self._needs_models(method) else self._blocks(chunk)
+        return blocks.in_rows(method.row_entries(self.site(chunk)))
+
+    def _blocks(self, chunk: Chunk) -> DeltaBlocks:
         if not self.are_stored(chunk):
-            stack, reference = self.read(chunk, reuse=True)
-            if not (is_finite(stack) and is_finite(reference)):
-                raise NotFinite
+            stack, reference = self._read_finite(chunk)
             return DeltaBlocks(stack, reference, are_deltas=True)
         models = (self._expert(deltas, chunk) for deltas in self._deltas)
         return DeltaBlocks(models, _rows(self._reference, chunk.spec.name, chunk))
 
+    def _models(self, chunk: Chunk, method: MergeMethod) -> DeltaBlocks:
+        if self._models_are_stored(chunk):
+            models = [self._expert(deltas, chunk) for deltas in self._deltas]
+            reference = partial(_rows, self._reference, chunk.spec.name, chunk)
+        else:
+            stack, own = self._read_finite(chunk)
+            models, reference = list(stack.add_(own)), lambda: own
+        return DeltaBlocks([reference(), *models] if self._needs_base(method) else models)
+
+    def _read_finite(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        stack, reference = self.read(chunk, reuse=True)
+        if not (is_finite(stack) and is_finite(reference)):
+            raise NotFinite
+        return stack, reference
+
+    def _needs_models(self, method: MergeMethod) -> bool:
+        """Whether a method is given models; with a base, some of these take task vectors."""
+        return method.of_models() and not (method.needs == "either" and self._family.has_base)
+
+    def _needs_base(self, method: MergeMethod) -> bool:
+        """Whether it is given the base's values beside the experts'."""
+        return method.needs == "models" and self._family.has_base
+
     def blocks_bytes(self, chunk: Chunk, method: Entrywise) -> int:
         """Memory of `blocks`, and of one of them while it is merged or counted."""
-        block = method.block_bytes(self.site(chunk), chunk.numel, self.experts)
-        return self._held_bytes(chunk, of_base=True) + block
+        are_models = self._needs_models(method)
+        given = self.experts + (are_models and self._needs_base(method))
+        block = method.block_bytes(self.site(chunk), chunk.numel, given)
+        return self._held_bytes(chunk, of_base=given > self.experts or not are_models) + block
 
     def summands_bytes(self, chunk: Chunk, coefficients: Sequence[float]) -> int:
         """Memory of `summands`, and of a block of their sum beside that of the block before."""
@@ -200,7 +229,7 @@ class Stacks:
         if of_base:
             dtypes.append(base)
         converted = [dtype.itemsize for dtype in dtypes if stored_bytes(dtype) != dtype.itemsize]
-        if self.are_stored(chunk):
+        if self._models_are_stored(chunk) and (self._family.has_base or not of_base):
             own = sum(map(stored_bytes, dtypes)) + max(converted, default=0)
         else:
             own = 4 * self.experts + 8 + max(dtype.itemsize for dtype in dtypes)
@@ -230,7 +259,10 @@ class Stacks:
 
     def are_stored(self, chunk: Chunk) -> bool:
         """Whether all deltas are those of values stored in full, known from headers."""
-        stored = self._family.has_base and all(deltas.is_stored for deltas in self._deltas)
+        return self._family.has_base and self._models_are_stored(chunk)
+
+    def _models_are_stored(self, chunk: Chunk) -> bool:
+        stored = all(deltas.is_stored for deltas in self._deltas)
         return stored and self._rows_present(chunk) is None
 
     def head(self, chunk: Chunk, entries: int) -> Chunk:

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from personae.kernels.stored import add_multiple, store, store_sum, subtract, widen
     from personae.kernels.sums import (
         add_inner_products,
+        deviations,
         keep_marked,
+        keep_reaching,
         multi_task_vector,
         weighted_sum,
     )
@@ -65,7 +67,14 @@ _HOMES = {
         "weighted_mean_agreeing",
     ),
     "stored": ("add_multiple", "store", "store_sum", "subtract", "widen"),
-    "sums": ("add_inner_products", "keep_marked", "multi_task_vector", "weighted_sum"),
+    "sums": (
+        "add_inner_products",
+        "deviations",
+        "keep_marked",
+        "keep_reaching",
+        "multi_task_vector",
+        "weighted_sum",
+    ),
     "trellis": ("follow", "read_path", "write_path"),
 }
 
@@ -74,6 +83,7 @@ __all__ = [
     "add_multiple",
     "count_magnitudes",
     "count_ties",
+    "deviations",
     "drop",
     "drop_by_rank",
     "drop_ties",
@@ -81,6 +91,7 @@ __all__ = [
     "elect_by_mass",
     "follow",
     "keep_marked",
+    "keep_reaching",
     "max_agreeing",
     "mean_agreeing",
     "multi_task_vector",

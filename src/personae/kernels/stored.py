@@ -82,10 +82,14 @@ def _rounded(value, like):  # pyright: ignore
 
 
 @kernel
-def widen(stored: ndarray, values: ndarray) -> None:
-    """Read stored values as fp32."""
+def widen(stored: ndarray, values: ndarray) -> int:
+    """Read stored values as fp32; returns the bits of the largest magnitude among them."""
+    most = U32(0)
     for i in range(stored.size):
-        values[i] = widened(stored[i])
+        value = widened(stored[i])
+        values[i] = value
+        most = max(most, U32(as_bits(value) & MAGNITUDE))
+    return int(most)
 
 
 @kernel

@@ -3,9 +3,11 @@
 import numpy as np
 from numpy import ndarray
 
-from personae.kernels._compile import kernel
+from personae.kernels._compile import Number, kernel
 from personae.kernels.stored import F32
 
+_IN_CACHE = 1 << 10
+"""Entries that are summed at once in fp64."""
 _APART = 64
 """Products that are added to sums of their own, all at once: a register holds several."""
 
@@ -53,6 +55,40 @@ def keep_marked(
             marks[i] += abs(value) > abs(total[i] - value) * threshold
     for i in range(total.size):
         merged[i] = F32(total[i] * scale * np.float64(marks[i] >= at_least))
+
+
+@kernel
+def deviations(deltas: ndarray, found: ndarray) -> None:
+    """The standard deviation of each entry over the experts, in fp64, rounded once."""
+    experts, entries = deltas.shape
+    means, totals = np.empty(_IN_CACHE), np.empty(_IN_CACHE)
+    for start in range(0, entries, _IN_CACHE):
+        count = min(_IN_CACHE, entries - start)
+        mean, total, wanted = means[:count], totals[:count], found[start : start + count]
+        mean[:] = 0.0
+        total[:] = 0.0
+        for n in range(experts):
+            row = deltas[n, start : start + count]
+            for i in range(count):
+                mean[i] += np.float64(row[i])
+        for i in range(count):
+            mean[i] /= experts
+        for n in range(experts):
+            row = deltas[n, start : start + count]
+            for i in range(count):
+                apart = np.float64(row[i]) - mean[i]
+                total[i] += apart * apart
+        for i in range(count):
+            wanted[i] = F32(np.sqrt(total[i] / experts))
+
+
+@kernel
+def keep_reaching(deltas: ndarray, measure: ndarray, threshold: Number) -> None:
+    """Leave the entries of all experts whose measure reaches the threshold; 0 elsewhere."""
+    for n in range(deltas.shape[0]):
+        row = deltas[n]
+        for i in range(row.size):
+            row[i] = row[i] if measure[i] >= threshold else F32(0)
 
 
 @kernel

@@ -42,6 +42,8 @@ class NotFinite(Exception):
 class DeltaBlocks:
     """The deltas of one tensor, or of rows of it, cut into blocks that can be overwritten.
 
+    Or the models themselves, of methods that need these.
+
     Iterating gives the first entry of each block, and its deltas: (expert, entry), fp32. The next
     block takes their place.
 
@@ -50,7 +52,7 @@ class DeltaBlocks:
         entries: Entries of each.
         start: The first entry of the block given last.
         reference: The reference's values in that block, fp32.
-        changed: Whether any delta given so far is not 0.
+        changed: Whether any delta given so far is not 0, or any model differs from the first.
     """
 
     def __init__(
@@ -64,12 +66,12 @@ class DeltaBlocks:
 
         Args:
             models: One an expert, of one shape and any floating dtype.
-            reference: What is subtracted.
+            reference: What is subtracted; of models that are given as they are, nothing.
             are_deltas: Whether they are deltas already, so that nothing is to be subtracted.
         """
         self._models = list(map(as_stored, models))
         self._reference = None if reference is None else as_stored(reference)
-        self._are_deltas = are_deltas or reference is None
+        self._are_deltas = are_deltas
         self.experts, self.entries = len(self._models), self._models[0].size
         self._row = 1
         self.reference: Float[ndarray, " entry"] = np.empty(0, np.float32)
@@ -90,7 +92,7 @@ class DeltaBlocks:
         """See the class.
 
         Raises:
-            NotFinite: if a delta is not finite, of models of which a reference is subtracted.
+            NotFinite: if one of the models is not finite, or its delta; deltas are not asked.
         """
         step = min(block_entries(self.experts, self._row), max(self.entries, 1))
         room = np.empty(self.experts * step, np.float32)
@@ -103,22 +105,34 @@ class DeltaBlocks:
                 self.reference = reference[:count]
                 kernels.widen(self._reference[block], self.reference)
             for model, target in zip(self._models, deltas, strict=True):
-                if self._are_deltas:
-                    kernels.widen(model[block], target)
-                    self.changed = self.changed or bool(target.any())
-                    continue
-                largest = kernels.subtract(model[block], self.reference, target)
-                self.changed = self.changed or largest > 0
-                if largest >= INFINITY:
-                    raise NotFinite
+                self._fill(target, model[block], deltas[0])
             self.start = start
             yield start, deltas
+
+    def _fill(self, target: ndarray, model: ndarray, first: ndarray) -> None:
+        """One model's entries of a block.
+
+        Raises:
+            NotFinite: if one is not finite.
+        """
+        if self._reference is not None and not self._are_deltas:
+            largest = kernels.subtract(model, self.reference, target)
+            self.changed = self.changed or largest > 0
+        else:
+            largest = kernels.widen(model, target)
+            zero = 0 if self._are_deltas else first
+            self.changed = self.changed or not np.array_equal(
+                target, np.broadcast_to(zero, target.shape)
+            )
+        if largest >= INFINITY and not self._are_deltas:
+            raise NotFinite
 
 
 def delta_blocks(vectors: "Tensor | DeltaBlocks", row: int = 1) -> DeltaBlocks:
     """Task vectors (expert, *shape), or blocks of them, as blocks; of whole rows if given one's."""
-    blocks = vectors if isinstance(vectors, DeltaBlocks) else DeltaBlocks(list(vectors.cpu()))
-    return blocks if row == 1 else blocks.in_rows(row)
+    if isinstance(vectors, DeltaBlocks):
+        return vectors if row == 1 else vectors.in_rows(row)
+    return DeltaBlocks(list(vectors.cpu()), are_deltas=True).in_rows(row)
 
 
 def joined(

@@ -31,7 +31,6 @@ class FromGram(Linear):
     are at hand when the row is.
     """
 
-    rows: ClassVar[tuple[int, int]] = (0, 16)
     usual_passes: ClassVar[int] = 1
     default_scope: ClassVar[Scope] = "tensor"
 
@@ -53,9 +52,9 @@ class FromGram(Linear):
         return None
 
     def working(self, experts: int) -> int:
-        """The sum, and the block before it; products of a row; of columns those in fp64."""
+        """Beside sums, products with the coefficients of rows; of columns those in fp64."""
         beside = {"tensor": 0, "row": 4 * experts, "column": 8 * experts + 12}
-        return 8 + beside[self.span]
+        return super().working(experts) + beside[self.span]
 
     def passes(self, experts: int) -> Passes:
         """One pass, for the inner products, unless each row has its own."""

@@ -376,6 +376,10 @@ class Entrywise(MergeMethod):
 class Linear(Entrywise):
     """Σ c_n τ_n, with coefficients for the whole tensor."""
 
+    def working(self, experts: int) -> int:
+        """The sum, and the block before it, until that is written."""
+        return 8
+
     @abstractmethod
     def coefficients(self, experts: int) -> Sequence[float] | None:
         """c_n; None where the sum must be rounded as `merge` does it."""

@@ -230,18 +230,10 @@ def _term(
     """
     is_row = method.whole_rows and len(chunk.spec.shape) == 1
     part = chunk if whole or is_row else _sampled(chunk, one.sample)
-    if isinstance(method, Entrywise) and not method.of_models():
-        place = stacks.site(part)
-        blocks = stacks.blocks(part).in_rows(method.row_entries(place))
-        return one.term(blocks, method, place)
-    if method.of_models():
-        stack, reference = stacks.read(part, reuse=True)
-        finite, place = is_finite(stack), stacks.site(part)
-        stack, _ = stacks.models(method, stack, reference)
-    else:
-        stack, place, *_ = stacks.given(method, part, whole)
-        finite = is_finite(stack)
-    if not finite:
+    if isinstance(method, Entrywise):
+        return one.term(stacks.blocks(part, method), method, stacks.site(part))
+    stack, place, *_ = stacks.given(method, part, whole)
+    if not is_finite(stack):
         raise NotFinite
     with converging(chunk.spec.name):
         return one.term(stack, method, place)

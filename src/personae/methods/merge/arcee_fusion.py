@@ -43,11 +43,14 @@ class ArceeFusion(RowWise):
     whole_rows: ClassVar = True
     default_scope: ClassVar = "tensor"
     usual_passes: ClassVar = 2
-    rows: ClassVar = (4, 14)
 
     def check(self, experts: int, has_base: bool) -> str:
         """More or fewer models than two."""
         return between_two(self.name, experts, has_base)
+
+    def working(self, experts: int) -> int:
+        """The two models, their softmax, and what is made of these, in fp64."""
+        return 7 * 8
 
     def passes(self, experts: int) -> Passes:
         """Those for the quartiles of the importance of a tensor's entries."""

@@ -109,7 +109,9 @@ class Consensus(RowWise):
             if self.multi_task == "ties":
                 copy = [torch.from_numpy(row.copy()) for row in deltas]
                 place = replace(site, start=site.start + start)
-                (merged,) = self._ties.merge_blocks(DeltaBlocks(copy), statistics, place)
+                (merged,) = self._ties.merge_blocks(
+                    DeltaBlocks(copy, are_deltas=True), statistics, place
+                )
                 total[:] = merged
             else:
                 kernels.multi_task_vector(deltas, total)

@@ -23,7 +23,6 @@ class Passthrough(Linear):
         The model, fp32.
     """
 
-    rows: ClassVar = (0, 12)
     needs: ClassVar = "experts"
     takes: ClassVar = 1
 

@@ -54,17 +54,18 @@ class SCE(RowWise):
             threshold = yield from find_magnitudes([rank], _deviations)
 
         def squares(vectors: Tensor | DeltaBlocks, _: Any, __: Site) -> Tensor:
-            total = np.zeros(experts)
+            total = np.zeros((experts, 1, 1))
             for _, deltas in delta_blocks(vectors):
                 select(deltas, float(threshold))
-                total += np.square(deltas, dtype=np.float64).sum(axis=1)
-            return torch.from_numpy(total)
+                for own, delta in zip(total, deltas, strict=True):
+                    kernels.add_inner_products(delta[None, None], own[None])
+            return torch.from_numpy(total[:, 0, 0])
 
         return {"threshold": threshold, "squares": (yield Pass("squares", squares))}
 
     def working(self, experts: int) -> int:
-        """Squares and deviations are formed in fp64, before signs are elected."""
-        return max(super().working(experts), 8 * experts + (20 if self.select_topk < 1 else 4))
+        """Deviations are formed in fp64, before signs are elected."""
+        return max(super().working(experts), 24 if self.select_topk < 1 else 4)
 
     def merge_blocks(
         self,
@@ -96,12 +97,14 @@ class SCE(RowWise):
 def select(deltas: Float[ndarray, "expert entry"], threshold: float) -> None:
     """Leave the entries whose deviation reaches the threshold; 0 elsewhere."""
     if threshold:
-        deltas[:, deviation(deltas) < threshold] = 0
+        kernels.keep_reaching(deltas, deviation(deltas), np.float32(threshold))
 
 
 def deviation(deltas: Float[ndarray, "expert entry"]) -> Float[ndarray, " entry"]:
     """The standard deviation over experts: as the variance orders, in more even magnitudes."""
-    return deltas.std(axis=0, dtype=np.float64).astype(np.float32)
+    found = np.empty(deltas.shape[1], np.float32)
+    kernels.deviations(deltas, found)
+    return found
 
 
 def _deviations(_: Any, __: Site) -> Seen:

@@ -28,7 +28,6 @@ class SLERP(FromGram):
         The model, fp32.
     """
 
-    rows: ClassVar = (4, 20)
     needs: ClassVar = "models"
     takes: ClassVar = 2
     order_free: ClassVar = False

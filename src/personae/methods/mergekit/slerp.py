@@ -23,7 +23,6 @@ _LINEAR_ABOVE = 0.9995
 class SLERP(FromGram):
     """Interpolate between two models along the arc, tensor by tensor."""
 
-    rows: ClassVar = (4, 20)
     needs: ClassVar = "models"
     takes: ClassVar = 2
     order_free: ClassVar = False
