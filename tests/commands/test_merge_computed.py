@@ -418,19 +418,22 @@ def test_an_output_layer_stored_beside_its_embedding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """In some models it is a copy of it, in others a matrix of its own; config.json may not say."""
+    wide = dict[str, torch.Tensor]()
     for seed, name in enumerate(("base", *"abcd")):
         drawn = torch.Generator().manual_seed(seed)
         embedding, other = torch.randn(2, 20, 16, generator=drawn)
-        for kind, output in (("copies", embedding), ("apart", other)):
+        wide = {"copies": embedding, "narrow copies": embedding.bfloat16(), "apart": other}
+        for kind, output in wide.items():
             state = {"model.embed_tokens.weight": embedding, "lm_head.weight": output.clone()}
             saved(state, tmp_path / kind / "models" / name)
     documents = document(LAST), document(TWO["a sum"], "between")
-    for kind in ("copies", "apart"):
+    for kind in wide:
         folder = tmp_path / kind
         both_ways(folder / "models", folder, monkeypatch, *documents, computed="between")
         found = load_file(folder / "out/model.safetensors")
-        same = torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
-        assert same == (kind == "copies")
+        output, embedding = found["lm_head.weight"], found["model.embed_tokens.weight"]
+        assert torch.equal(output, embedding.to(output.dtype)) == (kind != "apart")
+        assert output.dtype == wide[kind].dtype
 
 
 def test_modules_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from personae.checkpoints import open_checkpoint
+from personae.checkpoints.laid_out import LaidOut
+from personae.checkpoints.published_layouts import with_layout_like
 from personae.commands.merge import merge
+from personae.commands.merge_plan import plan_merge
 from personae.commands.pack import pack
 from personae.commands.unpack import unpack
 from personae.recipe import MergeSettings, PackSettings
@@ -338,3 +343,33 @@ def test_without_a_base_a_mixture_is_laid_out_as_the_first(tmp_path):
     for task, folder in given.items():
         out = unpack(tmp_path / "p", task, tmp_path / task, work=_WORK)
         torch.testing.assert_close(_says(loaded, out), _says(loaded, folder), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("fused", ["base", "tuned"])
+@pytest.mark.parametrize("kind", ["gte", "hrm_text"])
+def test_a_plan_counts_what_a_worker_keeps_of_a_fused_group(kind: str, fused: str, tmp_path: Path):
+    """All of the largest group, as its rows are asked for a few at a time, and a copy of it.
+
+    What is fused is a tensor that the one file has and the other has not: it is its group.
+    """
+    _family(kind, tmp_path)
+    base, tuned = (tmp_path / name for name in ("base", "tuned"))
+    group = max(load(base)[name].nbytes for name in load(base).keys() - load(tuned).keys())
+    if fused == "tuned":
+        base, tuned = tuned, base
+    alike = shutil.copytree(base, tmp_path / "alike")
+    largest = {
+        expert: plan_merge(base, {"a": expert, "b": expert}, work=_WORK).largest
+        for expert in (alike, tuned)
+    }
+    assert largest[tuned] - largest[alike] == 2 * (2 * group)  # of each of two experts
+
+    read = with_layout_like(open_checkpoint(base), open_checkpoint(tuned))
+    assert isinstance(read, LaidOut)
+    held = 0
+    for name in read.specs.keys() - open_checkpoint(tuned).specs.keys():
+        read.read_rows(name, 0, 1)
+        kept: dict[str, Tensor] = read._kept._last.value
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in kept.values()}
+        held = max(held, sum(storage.nbytes() for storage in storages.values()))
+    assert held == group

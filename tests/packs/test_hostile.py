@@ -152,6 +152,45 @@ def test_an_edited_manifest_is_refused_or_gives_the_right_model(
         _write(made.folder, made.content)
 
 
+NAMES = [
+    *("", ".", "/", "..", "../x", "/x", "a/b", "layer/weight", "\0", "x\n", "é", "\U0001f600", "'"),
+    *("__metadata__", "head.weight", "embed.weight", "layer.weight", "layer.bias", "tensor", "x"),
+    *("a" * 300, "a" * 100_000, "\ud800", "model.safetensors", "tasks/news", "~", "private/x"),
+]
+"""What a pack may say that an expert calls its tensors."""
+
+
+def test_given_names_are_refused_or_are_those_of_the_rebuilt_model(
+    make: Callable[[str], Made], tmp_path: Path
+):
+    """To the file that is written: each tensor as before, under the name that is given."""
+    made = make("dts")
+    base = load_file(made.folder.parent / "base/model.safetensors")
+    names = st.sampled_from([*base, "head.weight", "nothing"])
+
+    @settings(phases=PHASES, max_examples=150)
+    @given(st.dictionaries(names, st.sampled_from(NAMES) | st.text(max_size=8), max_size=4))
+    def fuzz(given_names: dict[str, str]) -> None:
+        content = copy.deepcopy(made.content)
+        content["tasks"]["news"]["renaming"]["given"] = given_names
+        _write(made.folder, content)
+        try:
+            with within_bounds():
+                out = unpack(made.folder, "news", tmp_path / "out", overwrite=True)
+        except PersonaeError as error:
+            assert str(error)
+        else:
+            expected = {given_names.get(name, name): t for name, t in made.model.items()}
+            assert len(expected) == len(made.model)
+            assert _same(load_file(out / "model.safetensors"), expected)
+            assert {*out.parent.iterdir()} == {out}
+
+    try:
+        fuzz()
+    finally:
+        _write(made.folder, made.content)
+
+
 # Edits of the task file
 
 BYTES = [b"\xff", b"\0", struct.pack("<f", 3e38), struct.pack("<f", float("nan")), b"\x80\x7f"]

@@ -163,7 +163,8 @@ def test_copies_are_written_with_their_tensors(tmp_path: Path):
     specs = [TensorSpec(name, (3, 2), torch.float32) for name in ("a", "b")]
     tied = {"a2": "a", "b2": "b", "b3": "b"}
     values = torch.arange(6.0).reshape(3, 2)
-    with CheckpointWriter(tmp_path, specs, tied=tied, copies=("a2", "b2")) as writer:
+    copies = {"a2": torch.float32, "b2": torch.float32}
+    with CheckpointWriter(tmp_path, specs, tied=tied, copies=copies) as writer:
         writer.write("a", values)
         writer.write_rows("b", 0, values[:1])
         writer.write_rows("b", 1, values[1:])
@@ -174,6 +175,32 @@ def test_copies_are_written_with_their_tensors(tmp_path: Path):
         expected = torch.tensor([[0.0, 1.0], [2.0, 3.0], [9.0, 5.0]])
         assert torch.equal(file.get_tensor("b"), expected)
         assert torch.equal(file.get_tensor("b2"), expected)
+
+
+def test_copies_in_dtypes_of_their_own_hold_what_is_stored_of_their_tensor(tmp_path: Path):
+    """1 + 2^-9 is 1 in bfloat16, also in a copy of 32 bits; 1 + 2^-8 + 2^-16 is 1.0078125 there.
+
+    What a copy cannot hold is refused, as what a tensor cannot.
+    """
+    specs = [TensorSpec("wide", (2,), torch.float32), TensorSpec("narrow", (2,), torch.bfloat16)]
+    tied = {"rounded": "wide", "widened": "narrow"}
+    copies = {"rounded": torch.bfloat16, "widened": torch.float32}
+    values = torch.tensor([1 + 2**-9, 1 + 2**-8 + 2**-16])
+    with CheckpointWriter(tmp_path, specs, tied=tied, copies=copies) as writer:
+        writer.write("wide", torch.zeros(2))
+        writer.replace("wide", torch.tensor([0, 1]), values)
+        writer.write_rows("narrow", 0, values[:1])
+        writer.write_rows("narrow", 1, values[1:])
+    found = load_file(tmp_path / "model.safetensors")
+    expected = torch.tensor([1.0, 1.0078125])
+    assert torch.equal(found["wide"], values)
+    assert torch.equal(found["rounded"], expected.bfloat16())
+    assert torch.equal(found["narrow"], expected.bfloat16())
+    assert torch.equal(found["widened"], expected)
+    (tmp_path / "half").mkdir()
+    half = CheckpointWriter(tmp_path / "half", specs, tied=tied, copies={"widened": torch.float16})
+    with pytest.raises(MethodError, match=r"'widened' holds 70144, but the largest .*float16"):
+        half.write("narrow", torch.full((2,), 7e4))
 
 
 def test_tied_names_stand_with_the_tensor_they_name(tmp_path: Path):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,7 +20,8 @@ class Checkpoint(Protocol):
         revision: The hub commit it was resolved to; None for anything local.
         specs: Name to `TensorSpec`, sorted by name. Tied tensors appear once.
         tied: Dropped name to the kept name of the tensor it shares.
-        copies: Names of `tied` under which the tensor is stored again (see `tied.WithCopies`).
+        copies: Names of `tied` under which the tensor is stored again, each with the dtype that it
+            is stored in there (see `tied.WithCopies`).
         auxiliary_files: Relative file name to path of the small files beside the weights
             (configuration, tokenizer, processor, custom code), for copying.
     """
@@ -28,7 +30,7 @@ class Checkpoint(Protocol):
     revision: str | None
     specs: Mapping[str, TensorSpec]
     tied: Mapping[str, str]
-    copies: frozenset[str]
+    copies: Mapping[str, torch.dtype]
     auxiliary_files: Mapping[str, Path]
 
     def read(self, name: str) -> Tensor:

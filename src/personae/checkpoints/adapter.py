@@ -92,7 +92,9 @@ class Adapter:
         self.tied: Mapping[str, str] = {
             dropped: kept for dropped, kept in base.tied.items() if dropped not in stored
         }
-        self.copies = base.copies & self.tied.keys()
+        self.copies: Mapping[str, torch.dtype] = {
+            name: dtype for name, dtype in base.copies.items() if name in self.tied
+        }
         self._tensors, self._base = tensors, base
         self._replaced = replaced
 

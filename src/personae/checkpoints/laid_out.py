@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from personae._types import TensorSpec
@@ -68,7 +69,9 @@ class LaidOut:
         self.tied: Mapping[str, str] = {
             dropped: kept for dropped, kept in model.tied.items() if kept not in used
         }
-        self.copies = model.copies & self.tied.keys()
+        self.copies: Mapping[str, torch.dtype] = {
+            name: dtype for name, dtype in model.copies.items() if name in self.tied
+        }
         self.auxiliary_files: Mapping[str, Path] = model.auxiliary_files
 
     def read(self, name: str) -> Tensor:

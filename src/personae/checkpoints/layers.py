@@ -20,6 +20,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -196,7 +197,9 @@ class WithLayers:
             replace(model.specs[own], name=name) for name, own in self._own.items()
         )
         self.tied: Mapping[str, str] = self._ties()
-        self.copies = model.copies & self.tied.keys()
+        self.copies: Mapping[str, torch.dtype] = {
+            name: dtype for name, dtype in model.copies.items() if name in self.tied
+        }
 
     def _names(self, stacks: Sequence[Stack], before: Reach, after: Reach) -> dict[str, str]:
         """Name in the view to name in the model."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class InMemory:
     headers, and refuse to be read.
     """
 
-    copies: frozenset[str] = frozenset()
+    copies: Mapping[str, torch.dtype] = MappingProxyType({})
 
     def __init__(self, tensors: nn.Module | Mapping[str, Any]) -> None:
         """Take names, shapes and ties; copy nothing.

@@ -7,8 +7,10 @@ FOLDER/NAME, such as `2_Dense/linear.weight`, and is written into its folder aga
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -124,7 +126,7 @@ class WithModules:
         model: The model in the outer folder; None if there are only modules.
     """
 
-    copies: frozenset[str] = frozenset()
+    copies: Mapping[str, torch.dtype] = MappingProxyType({})
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Pickles:
         revision: See `Checkpoint`.
     """
 
-    copies: frozenset[str] = frozenset()
+    copies: Mapping[str, torch.dtype] = MappingProxyType({})
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Shaped
@@ -40,7 +41,7 @@ class SafetensorsFiles:
         revision: See `Checkpoint`.
     """
 
-    copies: frozenset[str] = frozenset()
+    copies: Mapping[str, torch.dtype] = MappingProxyType({})
 
     def __init__(
         self,

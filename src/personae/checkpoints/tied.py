@@ -8,7 +8,7 @@ tensor, and `Checkpoint.copies` tells which names are to be written again.
 Headers come before weights everywhere else. Whether two tensors are the same only their bytes
 tell, so those of input embeddings and output layers are compared here when a family is aligned:
 where names and shapes allow it, in chunks, and up to the first that differs. A copy may be stored
-in a dtype of its own; written again, it has that of its tensor.
+in a dtype of its own, and is written again in that; see `copies_written`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -45,7 +45,8 @@ class WithCopies:
         }
         noted = {dropped: copies.get(kept, kept) for dropped, kept in model.tied.items()}
         self.tied: Mapping[str, str] = {**noted, **copies}
-        self.copies = frozenset(copies) | model.copies
+        again = {name: model.specs[name].dtype for name in copies}
+        self.copies: Mapping[str, torch.dtype] = {**model.copies, **again}
 
     def read(self, name: str) -> Tensor:
         """Return one tensor; see `Checkpoint.read`."""
@@ -89,6 +90,33 @@ def each_once(model: Checkpoint, apart: Collection[str] = ()) -> Checkpoint:
 def as_stored(model: Checkpoint) -> Checkpoint:
     """The checkpoint with every tensor that it stores, copies too."""
     return model.model if isinstance(model, WithCopies) else model
+
+
+def copies_written(
+    tied: Mapping[str, str],
+    specs: Mapping[str, TensorSpec],
+    reference_names: Mapping[str, str],
+    stored: Mapping[str, TensorSpec],
+) -> dict[str, torch.dtype]:
+    """The names in `tied` that a reference stores, each with the dtype it is to be written in.
+
+    It is the reference's, unless the tensor itself is written in another one than it has there:
+    then all of its names have that.
+
+    Args:
+        tied: Dropped name to kept name, of what is written.
+        specs: Its tensors, each once.
+        reference_names: What the reference calls its tensors and their copies.
+        stored: The reference's tensors, copies too.
+    """
+    found: dict[str, torch.dtype] = {}
+    for name in tied.keys() & reference_names.keys():
+        kept, own = specs[tied[name]], stored[reference_names[name]]
+        beside = stored.get(reference_names.get(kept.name, ""))
+        as_there = beside is not None and beside.dtype == kept.dtype
+        alike = own.is_floating and kept.is_floating
+        found[name] = own.dtype if as_there and alike else kept.dtype
+    return found
 
 
 def each_once_beside(

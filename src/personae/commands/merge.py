@@ -228,7 +228,7 @@ def run(
         [spec for job in jobs for spec in job.specs],
         shard_bytes=shard_bytes,
         tied={dropped: kept for base in bases for dropped, kept in base.tied.items()},
-        copies=frozenset[str]().union(*(base.copies for base in bases)),
+        copies={copy: dtype for job in jobs for copy, dtype in job.copies.items()},
         again=True,
         computed=frozenset[str]().union(*(job.merged for job in jobs)),
         **weight_layout(bases[0].auxiliary_files)._asdict(),

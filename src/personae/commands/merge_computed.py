@@ -150,7 +150,7 @@ class ComputedModel:
             first, last = max(start, chunk.start), min(stop, chunk.stop)
             if first >= last:
                 continue
-            rows = self._rows(chunk, first, last)
+            rows = self._rows(chunk, first, last).to(spec.dtype)  # of a copy, it may be its own
             if (first, last) == (start, stop):
                 return rows
             if found is None:

@@ -159,7 +159,7 @@ def _write_hollow(opened: OpenedParts, directory: Path) -> None:
     directory.mkdir(parents=True)
     bases = [job.family.base for job in opened.jobs]
     tied = {dropped: kept for base in bases for dropped, kept in base.tied.items()}
-    copies = frozenset[str]().union(*(base.copies for base in bases))
+    copies = {copy: dtype for job in opened.jobs for copy, dtype in job.copies.items()}
     specs = [spec for job in opened.jobs for spec in job.specs]
     hollow_checkpoint(directory, specs, tied=tied, copies=copies)
     write_auxiliary_files(opened.auxiliary_files(), directory)

@@ -40,6 +40,7 @@ class MergeJob:
         method_of: The method with its parameters, by tensor.
         merged: Names of the tensors merged; all others are the reference's own.
         specs: Every tensor of the result, sorted by name, in its own dtype.
+        copies: The base's copies of tensors, each with the dtype it is written in.
         stacks: The task vectors.
         items: The work, in order.
         per_tensor: Whether the method's passes are over each tensor alone.
@@ -53,6 +54,7 @@ class MergeJob:
     method_of: MethodOf
     merged: frozenset[str]
     specs: Sequence[TensorSpec]
+    copies: Mapping[str, torch.dtype]
     stacks: Stacks
     items: Sequence[Item]
     per_tensor: bool
@@ -297,6 +299,7 @@ def job_of(
             replace(spec, dtype=dtype) if dtype is not None and spec.is_floating else spec
             for spec in specs
         ],
+        copies={name: dtype or own for name, own in family.base.copies.items()},
         stacks=stacks,
         items=items(specs, undivided, together=per_tensor, whole_vectors=method.whole_rows),
         per_tensor=per_tensor,
@@ -330,7 +333,7 @@ def check_family(family: Family, settings: MergeSettings, faults: Faults) -> Non
 def all_names(family: Family) -> set[str]:
     """Every tensor name in the family, as the reference and as the experts' files have it."""
     checkpoints = (one.checkpoint for one in family.experts.values())
-    names = family.base.specs.keys() | family.base.copies
+    names = family.base.specs.keys() | family.base.copies.keys()
     return names.union(*(checkpoint.specs for checkpoint in checkpoints))
 
 

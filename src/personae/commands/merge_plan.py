@@ -177,7 +177,6 @@ def _plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
     voted_on = job.method.can_decide_late and job.stacks.experts > 1
     passes = job.method.usual_passes + (voted_on and not job.decides_late)
     bytes_in = sum(spec.nbytes for c in checkpoints for spec in c.specs.values())
-    copies = {name: family.base.tied[name] for name in family.base.copies}
     return MergePlan(
         method=job.method.name,
         vector="task" if family.has_base else "difference",
@@ -187,7 +186,7 @@ def _plan_job(job: MergeJob, settings: MergeSettings, work: Work) -> MergePlan:
         passes=passes,
         bytes_in=bytes_in,
         bytes_read=bytes_in * (1 + passes),
-        bytes_out=sum(spec.nbytes for spec in with_copies(job.specs, copies)),
+        bytes_out=sum(spec.nbytes for spec in with_copies(job.specs, family.base.tied, job.copies)),
         undecided_bytes=job.undecided_bytes(work.threads),
         peak_memory=_peak_memory(job, costs, work),
         largest=max(costs, default=0),

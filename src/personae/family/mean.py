@@ -47,7 +47,9 @@ class MeanOf:
         self.tied: Mapping[str, str] = {
             dropped: kept for dropped, kept in first.tied.items() if kept in self.specs
         }
-        self.copies = first.copies & self.tied.keys()
+        self.copies: Mapping[str, torch.dtype] = {
+            name: dtype for name, dtype in first.copies.items() if name in self.tied
+        }
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, fp32 where it is a mean; see `Checkpoint.read`."""

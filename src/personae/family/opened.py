@@ -61,7 +61,7 @@ class Family:
                     f"{shown(absent)}"
                 )
         notes += self.base_notes
-        names = (self.base.specs.keys() | self.base.copies).union(
+        names = (self.base.specs.keys() | self.base.copies.keys()).union(
             *(expert.checkpoint.specs for expert in self.experts.values())
         )
         for pattern in self.patterns:

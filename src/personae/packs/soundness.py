@@ -144,10 +144,10 @@ def expert_names(task: TaskRecord, specs: Mapping[str, TensorSpec]) -> dict[str,
     return names
 
 
-def stored_names(task: TaskRecord, specs: Mapping[str, TensorSpec]) -> set[str]:
-    """What a task calls the reference's tensors, absent ones too."""
+def stored_names(task: TaskRecord, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """What a task calls the reference's tensors, absent ones too: its name to the reference's."""
     rule = _rule(task)
-    return {rule.expert_name(name) for name in specs}
+    return {rule.expert_name(name): name for name in specs}
 
 
 def _faults(manifest: Manifest) -> Iterator[str]:

@@ -1,14 +1,16 @@
 """What a checkpoint made of a reference and one task's head is like: names, dtypes, small files."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint, open_checkpoint
+from personae.checkpoints.tied import as_stored, copies_written
 from personae.errors import PackError
 from personae.family.align import align
 from personae.family.small_files import small_files
@@ -27,7 +29,7 @@ class Outline:
         grown: Names of those to which `whole` adds rows.
         whole: Reads what the reference has not: a tensor, or the rows added to one, by name.
         tied: Dropped name to the kept name of the tensor it shares.
-        copies: Those of them under which the tensor is written again.
+        copies: Those of them under which the tensor is written again, each with its dtype.
         auxiliary_files: Finds the small files (configuration, tokenizer), by relative name.
         close: Releases files opened for it.
     """
@@ -37,7 +39,7 @@ class Outline:
     grown: frozenset[str]
     whole: Callable[[str], Tensor]
     tied: Mapping[str, str]
-    copies: Collection[str]
+    copies: Mapping[str, torch.dtype]
     auxiliary_files: Callable[[], Mapping[str, Path | bytes]]
     close: Callable[[], None] = lambda: None
 
@@ -134,6 +136,8 @@ def of_checkpoint(
     for name in found.private:
         specs[name] = _named(name, found.private_spec(name))
 
+    again = {found.renaming.expert_name(ref): ref for ref in found.copies}
+
     def whole(name: str) -> Tensor:
         if name in grown:
             start, own = reference.specs[grown[name]].shape[0], found.spec(grown[name])
@@ -146,7 +150,7 @@ def of_checkpoint(
         grown=frozenset(grown),
         whole=whole,
         tied=found.tied,
-        copies=found.stored_again,
+        copies=copies_written(found.tied, specs, names | again, as_stored(reference).specs),
         auxiliary_files=lambda: {
             **reference.auxiliary_files,
             **small_files(found, reference, specs)[0],

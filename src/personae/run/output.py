@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from personae._small_files import read_json
@@ -157,7 +158,7 @@ def write_model(
     read: Callable[[str], Tensor],
     *,
     tied: Mapping[str, str],
-    copies: Collection[str],
+    copies: Mapping[str, torch.dtype],
     computed: Collection[str],
     auxiliary_files: Mapping[str, Path | bytes],
     cost: Callable[[TensorSpec], int],
@@ -173,7 +174,7 @@ def write_model(
         specs: What is written, in order.
         read: Computes a tensor by its name; cast to its spec's dtype as it is written.
         tied: Further names to those of the tensors they share.
-        copies: Those of them under which the tensor is written again.
+        copies: Those of them under which the tensor is written again, each with its dtype.
         computed: Names of the tensors that are computed, not copied: they must be finite.
         auxiliary_files: Relative name to small file, or to its content.
         cost: Peak bytes of computing one tensor.
@@ -185,7 +186,7 @@ def write_model(
     Raises:
         OutputError: if the disk refuses, or has too little space.
     """
-    written = with_copies(specs, {copy: tied[copy] for copy in copies})
+    written = with_copies(specs, tied, copies)
     require_space(out, sum(spec.nbytes for spec in written))
     layout = weight_layout(auxiliary_files)
     with (

@@ -8,7 +8,7 @@ from torch import Tensor
 from personae._types import Parts, TensorSpec
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.naming import shown
-from personae.checkpoints.tied import as_stored
+from personae.checkpoints.tied import as_stored, copies_written
 from personae.errors import PackError
 from personae.family.finite import is_finite
 from personae.methods import Block, Codec, decode_block
@@ -31,7 +31,8 @@ class Rebuilt:
         record: The task's record.
         reference: What the task is relative to, as it is stored.
         reference_names: The expert's name to the reference's, of all that the reference has.
-        copies: Names that are tied to others and that the reference stores: written again.
+        copies: Names that are tied to others and that the reference stores: written again, each in
+            this dtype.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Rebuilt:
         self._codec: Codec = pack.codec(task)
         self._private = self.record.private
         self.reference_names = expert_names(self.record, reference.specs)
-        self.copies = stored_names(self.record, reference.specs) & self.record.tied.keys()
         self.specs: Mapping[str, TensorSpec] = self._lay_out()
+        known = stored_names(self.record, reference.specs)
+        self.copies = copies_written(self.record.tied, self.specs, known, reference.specs)
 
     def _lay_out(self) -> dict[str, TensorSpec]:
         specs: dict[str, TensorSpec] = {}

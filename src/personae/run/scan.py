@@ -173,7 +173,7 @@ def _copied(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, str
     tied, stored = checkpoint.tied, as_stored(checkpoint)
     found = {name: digests[tied[name]] for name in checkpoint.copies if tied[name] in digests}
     for name in found.keys() & stored.specs.keys():
-        if stored.specs[name].dtype != checkpoint.specs[tied[name]].dtype:
+        if checkpoint.copies[name] != checkpoint.specs[tied[name]].dtype:
             found[name] = tensor_digest(stored.read(name))
     return found
 

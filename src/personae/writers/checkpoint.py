@@ -110,7 +110,7 @@ class CheckpointWriter:
         *,
         shard_bytes: int = SHARD_BYTES,
         tied: Mapping[str, str] | None = None,
-        copies: Collection[str] = (),
+        copies: Mapping[str, torch.dtype] | None = None,
         again: bool = False,
         stem: str = "model",
         folders: Iterable[str] = (),
@@ -124,7 +124,8 @@ class CheckpointWriter:
             shard_bytes: Most bytes of values in one file; a larger tensor gets its own file.
             tied: Dropped name to the kept name (one of `specs`) it shares storage with; noted in
                 the header of the file that holds the kept one, as safetensors does.
-            copies: Names of `tied` that are not noted but written out again, each with its tensor.
+            copies: Names of `tied` that are not noted but written out again, each with its tensor:
+                its values as they are stored, cast to the copy's dtype.
             stem: What the weight files are called.
             folders: Folders with files of their own: a tensor FOLDER/NAME is NAME in FOLDER's.
             computed: Names of tensors whose values were computed: they must be finite. Others are
@@ -135,9 +136,9 @@ class CheckpointWriter:
         Raises:
             OutputError: if the disk lacks the space or refuses.
         """
-        tied = tied or {}
+        tied, copies = tied or {}, copies or {}
         self._copies = {copy: tied[copy] for copy in copies}
-        ordered = sorted(with_copies(specs, self._copies), key=lambda spec: spec.name)
+        ordered = sorted(with_copies(specs, tied, copies), key=lambda spec: spec.name)
         self._directory = directory
         self.files: list[Path] = []
         self._handles: list[BinaryIO] = []
@@ -192,8 +193,7 @@ class CheckpointWriter:
             OutputError: if the disk is full or refuses.
             MethodError: if a value does not fit in that dtype, or is computed and not finite.
         """
-        for place in self._everywhere(name):
-            self._put(place, 0, tensor, place.spec.shape, finite)
+        self._put(name, 0, tensor, self._places[name].spec.shape, finite)
 
     def write_rows(self, name: str, start: int, tensor: Tensor, *, finite: bool = False) -> None:
         """Write rows `start:start + len(tensor)` along the first axis; see `write`.
@@ -204,8 +204,7 @@ class CheckpointWriter:
         """
         shape = self._places[name].spec.shape
         assert 0 <= start <= start + len(tensor) <= shape[0], f"{name}: rows from {start}"
-        for place in self._everywhere(name):
-            self._put(place, start, tensor, (len(tensor), *shape[1:]), finite)
+        self._put(name, start, tensor, (len(tensor), *shape[1:]), finite)
 
     def replace(
         self, name: str, entries: Int64[Tensor, " some"], values: Float[Tensor, " some"]
@@ -221,6 +220,7 @@ class CheckpointWriter:
             OutputError: if the disk refuses.
             MethodError: if a value does not fit in that dtype, or is computed and not finite.
         """
+        own = self._places[name].spec
         for spec, file, offset, _ in self._everywhere(name):
             size, start = spec.dtype.itemsize, 0
             while start < len(entries):
@@ -230,9 +230,9 @@ class CheckpointWriter:
                 at = offset + first * size
                 with output_errors(Path(file.name)):
                     held = _read_at(file, (int(entries[stop - 1]) + 1 - first) * size, at)
-                    torch.frombuffer(held, dtype=spec.dtype)[entries[places] - first] = cast(
-                        values[places], spec, spec.name in self._computed
-                    )
+                    there = torch.frombuffer(held, dtype=spec.dtype)
+                    stored = cast(values[places], own, name in self._computed)
+                    there[entries[places] - first] = cast(stored, spec, computed=False)
                     _write_at(file, held, at)
 
     def _everywhere(self, name: str) -> list[_Place]:
@@ -240,10 +240,9 @@ class CheckpointWriter:
         copies = [copy for copy, kept in self._copies.items() if kept == name]
         return [self._places[one] for one in (name, *copies)]
 
-    def _put(
-        self, place: _Place, row: int, tensor: Tensor, shape: Sequence[int], finite: bool
-    ) -> None:
-        spec = place.spec
+    def _put(self, name: str, row: int, tensor: Tensor, shape: Sequence[int], finite: bool) -> None:
+        """Write rows of a tensor at its own place, and as they are there at those of its copies."""
+        spec = self._places[name].spec
         assert tuple(tensor.shape) == tuple(shape), f"{spec.name}: {tuple(tensor.shape)}"
         if not tensor.numel():
             return
@@ -251,12 +250,17 @@ class CheckpointWriter:
         values = tensor.detach().cpu()
         if not (finite and values.dtype == spec.dtype):
             values = cast(values, spec, spec.name in self._computed)
-        values = values.contiguous().reshape(-1).view(torch.uint8)
-        start = row * (spec.nbytes // spec.shape[0]) if row else 0
+        for place in self._everywhere(name):
+            self._put_at(place, row, cast(values, place.spec, computed=False))
+
+    def _put_at(self, place: _Place, row: int, values: Tensor) -> None:
+        """Write rows that have the dtype of their place."""
+        stored = values.contiguous().reshape(-1).view(torch.uint8)
+        start = row * (place.spec.nbytes // place.spec.shape[0]) if row else 0
         with output_errors(Path(place.file.name)):
-            _write_at(place.file, values.numpy().data, place.offset + start)
-        self._syncing.wrote(values.numel())
-        place.written.append((start, start + values.numel()))
+            _write_at(place.file, stored.numpy().data, place.offset + start)
+        self._syncing.wrote(stored.numel())
+        place.written.append((start, start + stored.numel()))
 
     def close(self) -> None:
         """Check that every byte was written once, write the index, and sync to disk.
@@ -319,11 +323,15 @@ def file_bytes(specs: Iterable[TensorSpec]) -> int:
     return _layout(list(specs), {}, "")[2]
 
 
-def with_copies(specs: Iterable[TensorSpec], copies: Mapping[str, str]) -> list[TensorSpec]:
-    """Specs, and those of copies: name of a copy to that of the tensor it is written from."""
+def with_copies(
+    specs: Iterable[TensorSpec], tied: Mapping[str, str], copies: Mapping[str, torch.dtype]
+) -> list[TensorSpec]:
+    """Specs, and those of copies: what `tied` says they are written from, in their own dtypes."""
     written = list(specs)
     named = {spec.name: spec for spec in written}
-    return written + [replace(named[kept], name=copy) for copy, kept in sorted(copies.items())]
+    return written + [
+        replace(named[tied[copy]], name=copy, dtype=copies[copy]) for copy in sorted(copies)
+    ]
 
 
 def _by_file(
@@ -367,11 +375,11 @@ def hollow_checkpoint(
     specs: Iterable[TensorSpec],
     *,
     tied: Mapping[str, str],
-    copies: Collection[str],
+    copies: Mapping[str, torch.dtype],
 ) -> None:
     """A weight file with its header and no values: of its full length, which takes no room.
 
-    Only the first bytes are there of each tensor: no two are equal, as copies would be.
+    Only the first entries are there of each tensor: no two are equal, as copies are.
 
     Args:
         directory: An existing directory.
@@ -382,9 +390,7 @@ def hollow_checkpoint(
     Raises:
         OutputError: if the disk refuses.
     """
-    ordered = sorted(
-        with_copies(specs, {copy: tied[copy] for copy in copies}), key=lambda spec: spec.name
-    )
+    ordered = sorted(with_copies(specs, tied, copies), key=lambda spec: spec.name)
     noted = {dropped: kept for dropped, kept in tied.items() if dropped not in copies}
     header, starts, size = _layout(ordered, noted, "")
     path = directory / "model.safetensors"
@@ -394,8 +400,10 @@ def hollow_checkpoint(
         file.truncate(size)
         for spec in ordered:
             number = numbers[tied[spec.name] if spec.name in copies else spec.name]
+            digits = [number >> 3 * place & 7 for place in range(min(8, spec.numel))]
+            marks = torch.tensor(digits).to(spec.dtype)  # which holds them, whatever it is
             file.seek(starts[spec.name])
-            file.write(number.to_bytes(8, "little")[: min(spec.dtype.itemsize, spec.nbytes)])
+            file.write(marks.view(torch.uint8).numpy().data)
 
 
 def _layout(
