@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 
 from personae._types import TensorSpec
@@ -27,7 +27,8 @@ def find_rename(
     """Find the one prefix that, taken off or put on every wanted name, makes all of them known.
 
     A model with a head and its backbone alone name the same tensors with and without a prefix
-    (`transformer.h.0…` and `h.0…`). Where none does, names of other versions are tried.
+    (`transformer.h.0…` and `h.0…`). Where none does, it is sought among the names of other
+    versions, of which those of the backbone may differ, too.
 
     Args:
         wanted: Names of adapted weights, as the adapter has them.
@@ -36,32 +37,57 @@ def find_rename(
         faults: Where names that no prefix explains are noted.
         published: What transformers knows of the names of versions; asked last, as it is slow.
     """
+    for version in chain((_as_it_is, canonical), published):
+        here = by_canonical(known, version)
+        fitting = _fitting([version(name) for name in wanted], here)
+        if len(fitting) > 1:
+            several = f"{where} matches several parts of its base."
+            faults.add(f"{several} Pass the model it was trained on.")
+        if fitting:
+            return _read_as(version, fitting[0], here, () if version is _as_it_is else known)
+    closest = max(_prefixes(wanted, known), key=lambda put: sum(put(n) in known for n in wanted))
+    lost = sorted(n.removesuffix(".weight") for n in wanted if closest(n) not in known)
+    more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
+    faults.add(
+        f"{where} adapts modules whose weight the base does not have: "
+        f"{', '.join(lost[:10])}{more} (the base has, for example, "
+        f"'{min(known, default='')}'). {NAMES_DIFFER} If the base ties its output layer to "
+        "its embedding, its config.json must say so."
+    )
+    return closest
+
+
+def _as_it_is(name: str) -> str:
+    return name
+
+
+def _prefixes(names: Collection[str], known: Collection[str]) -> list[Renames]:
+    """Prefixes that may be taken off these names, or put on them; none is the first."""
+    off = {name[: at.end()] for name in names for at in re.finditer(r"\.", name)}
+    on = {k.removesuffix(name) for name in names for k in known if k.endswith(f".{name}")}
+    renames: list[Renames] = [_as_it_is]
+    renames += [lambda name, p=p: name.removeprefix(p) for p in sorted(off)]
+    renames += [lambda name, p=p: p + name for p in sorted(on)]
+    return renames
+
+
+def _fitting(wanted: Sequence[str], known: Collection[str]) -> list[Renames]:
+    """The prefixes that make all wanted names known; no other where none is needed."""
     if all(name in known for name in wanted):
-        return lambda name: name
-    dots = {name[: at.end()] for name in wanted for at in re.finditer(r"\.", name)}
-    adds = {k.removesuffix(name) for name in wanted for k in known if k.endswith(f".{name}")}
-    renames: list[Callable[[str], str]] = [lambda name: name]
-    renames += [lambda name, p=p: name.removeprefix(p) for p in sorted(dots)]
-    renames += [lambda name, p=p: p + name for p in sorted(adds)]
-    matched = [sum(rename(name) in known for name in wanted) for rename in renames]
-    best = max(matched)
-    if matched.count(len(wanted)) > 1:
-        faults.add(f"{where} matches several parts of its base. Pass the model it was trained on.")
-    elif best < len(wanted):
-        for version in chain((canonical,), published):
-            here = by_canonical(known, version)
-            if all(version(name) in here for name in wanted):
-                return lambda name: name if name in known else here.get(version(name), name)
-        rename = renames[matched.index(best)]
-        lost = sorted(n.removesuffix(".weight") for n in wanted if rename(n) not in known)
-        more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
-        faults.add(
-            f"{where} adapts modules whose weight the base does not have: "
-            f"{', '.join(lost[:10])}{more} (the base has, for example, "
-            f"'{min(known, default='')}'). {NAMES_DIFFER} If the base ties its output layer to "
-            "its embedding, its config.json must say so."
-        )
-    return renames[matched.index(best)]
+        return [_as_it_is]
+    prefixes = _prefixes(wanted[:1], known)  # what fits all fits the first
+    return [prefix for prefix in prefixes if all(prefix(name) in known for name in wanted)]
+
+
+def _read_as(
+    version: Renames, prefix: Renames, here: Mapping[str, str], same: Collection[str]
+) -> Renames:
+    """Names of the base for an adapter's, by a version and a prefix; `same` are in both."""
+
+    def read(name: str) -> str:
+        return name if name in same else here.get(prefix(version(name)), prefix(name))
+
+    return read
 
 
 def is_transposed(

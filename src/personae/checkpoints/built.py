@@ -25,17 +25,28 @@ class BuiltModel:
         modules: Their names.
         linear: Names of the linear layers, GPT-2's Conv1D among them.
         shared: Name of a parameter to all names it has; only of those that have several.
-        beside: Names of the tensors that the model itself holds, in no module of it.
+        tensors: Names of its tensors; of those in its backbone, also without the prefix.
+        backbone: What the class calls the backbone that it may be loaded from, such as `vit.`.
     """
 
     modules: frozenset[str] = frozenset()
     linear: frozenset[str] = frozenset()
     shared: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
-    beside: frozenset[str] = frozenset()
+    tensors: frozenset[str] = frozenset()
+    backbone: str = ""
 
     def has_place(self, name: str) -> bool:
-        """Whether a tensor by this name, as it is called in memory, can be one of the model's."""
-        return module_of(name) in self.modules if "." in name else name in self.beside
+        """Whether a tensor by this name, as it is called in memory, can be one of the model's.
+
+        Or as the backbone alone calls it.
+        """
+        if "." not in name:
+            return self.holds(name)
+        return not self.modules.isdisjoint((module_of(name), module_of(self.backbone + name)))
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor is called so in memory, or by the backbone alone."""
+        return name in self.tensors
 
 
 def build(config: Mapping[str, Any], model_class: str | None) -> BuiltModel | None:
@@ -62,12 +73,15 @@ def _told(model: nn.Module) -> BuiltModel:
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
+    backbone = f"{getattr(model, 'base_model_prefix', '')}.".lstrip(".")
+    tensors = model.state_dict().keys()
     groups = [frozenset(group) for group in names.values() if len(group) > 1]
     return BuiltModel(
         frozenset(modules),
         frozenset(name for name, module in modules.items() if _is_linear(module)),
         {name: group for group in groups for name in group},
-        frozenset(name for name in model.state_dict() if "." not in name),
+        frozenset(tensors) | {name.removeprefix(backbone) for name in tensors},
+        backbone,
     )
 
 

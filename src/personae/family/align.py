@@ -36,7 +36,7 @@ from personae.checkpoints.vocabulary import (
 )
 from personae.errors import CheckpointError, Faults
 from personae.family.alignment import Alignment
-from personae.family.other_class import has_no_place, heads_left
+from personae.family.other_class import has_no_place, left_by_class
 
 Kind = Literal["shared", "grown", "buffer", "private", "skipped"]
 
@@ -87,7 +87,7 @@ def align(
                 "Give the fine-tuned checkpoint."
             )
             continue
-        left = heads_left(checkpoint, reference) if may_lack_parts else set[str]()
+        left = left_by_class(checkpoint, reference) if may_lack_parts else set[str]()
         found = align_one(name, reference, checkpoint, skip, only, private, spared, left)
         if found.shared or not (only and found.skipped):  # else 'only' leaves nothing to fit
             fits = [may_lack, left.__contains__]

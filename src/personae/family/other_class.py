@@ -1,47 +1,50 @@
 """What an expert of another class than its base's has no place for, as transformers tells.
 
 An adapter is seen as its base with some tensors changed. Where it brings a classifier, and the
-base has the head of a language model, the class it was trained with does not have that. A
-classifier of images has one of the two towers of its base.
+base has the head of a language model, the class it was trained with does not have that; nor does
+a classifier of images have the text tower of a base of two towers, or the pooler of a backbone.
 """
 
 from collections.abc import Callable, Iterable
 
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.adapter import adapter_of
-from personae.checkpoints.built import BuiltModel, build
+from personae.checkpoints.built import build
 from personae.checkpoints.configuration import CONFIG, class_of, fit_config, is_head
 from personae.checkpoints.modules import read_auxiliary_file
 from personae.checkpoints.published_renames import published_renames
-from personae.checkpoints.vocabulary import is_output_layer
 
 
-def heads_left(expert: Checkpoint, reference: Checkpoint) -> set[str]:
+def left_by_class(expert: Checkpoint, reference: Checkpoint) -> set[str]:
     """Names of the base's tensors, and stored copies, that the class of an adapter does not have.
 
-    They are told by transformers, which builds the class without weights; whole parts that stand
-    beside the backbone alone. None where the class, or transformers, is not known.
+    They are told by transformers, which builds both classes without weights: what that of the base
+    has and the other one has not, and whole parts that stand beside the backbone. None where the
+    class, or transformers, is not known.
 
     Raises:
         CheckpointError: A config.json is damaged.
     """
-    adapter, names = adapter_of(expert), (*reference.specs, *reference.copies)
-    if adapter is None or not any(map(is_output_layer, (*names, *reference.tied))):
-        return set()
-    if not any(is_head(name) and name not in adapter.base_specs for name in adapter.specs):
+    adapter, names = adapter_of(expert), {*reference.specs, *reference.copies}
+    new = () if adapter is None else adapter.specs.keys() - adapter.base_specs.keys()
+    if adapter is None or not any(map(is_head, new)):
         return set()
     config = read_auxiliary_file(expert.auxiliary_files, CONFIG)
     if not isinstance(config, dict):
         return set()
     fitted, _ = fit_config(config, adapter.base_specs, adapter.specs, adapter.model_class)
-    built = build(fitted, class_of(fitted))
+    own_class, class_of_base = class_of(fitted), class_of(config)
+    built = build(fitted, own_class) if own_class != class_of_base else None
     if built is None:
         return set()
-    found = {*filter(_has_place(built, reference), names)}
-    left = {name for name in names if name not in found}
-    parts = {name.partition(".")[0] for name in left}
-    beside = parts.isdisjoint(name.partition(".")[0] for name in found)
-    return left if beside and left.isdisjoint((*adapter.adapted, *adapter.whole)) else set()
+    found = {*filter(_for_any_name(built.has_place, reference), names)}
+    parts = {name.partition(".")[0] for name in found}
+    left = {name for name in names if name.partition(".")[0] not in parts}
+    if base := build(config, class_of_base):
+        held = {*filter(_for_any_name(base.holds, reference), names)}
+        left |= held - {*filter(_for_any_name(built.holds, reference), held)}
+    understood = bool(found) and left.isdisjoint((*adapter.adapted, *adapter.whole))
+    return left if understood else set()
 
 
 def has_no_place(expert: Checkpoint, held: Iterable[str], lacked: Iterable[str]) -> bool:
@@ -59,11 +62,11 @@ def has_no_place(expert: Checkpoint, held: Iterable[str], lacked: Iterable[str])
     built = build(config, class_of(config)) if isinstance(config, dict) else None
     if built is None:
         return False
-    has_place = _has_place(built, expert)
+    has_place = _for_any_name(built.has_place, expert)
     return all(map(has_place, held)) and not any(map(has_place, lacked))
 
 
-def _has_place(built: BuiltModel, model: Checkpoint) -> Callable[[str], bool]:
-    """Whether a tensor has a place in a class, under its name or one that loaders give it."""
+def _for_any_name(holds: Callable[[str], bool], model: Checkpoint) -> Callable[[str], bool]:
+    """Whether that holds for a tensor under its name, or under one that loaders give it."""
     renames = [*published_renames(model)]
-    return lambda name: any(map(built.has_place, (name, *(rename(name) for rename in renames))))
+    return lambda name: any(map(holds, (name, *(rename(name) for rename in renames))))
