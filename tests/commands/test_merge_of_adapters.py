@@ -49,8 +49,15 @@ def ties(task_vectors: Tensor, density: float) -> Tensor:
     return signs * agreeing.sum(dim=0) / (agreeing > 0).sum(dim=0).clamp(min=1)
 
 
-def test_the_density_of_ties_is_of_what_adapters_train(tmp_path):
-    """Over the whole model, whose most tensors no adapter changes, nothing would be trimmed."""
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [("ties", {"density": 0.2}), ("dare_ties", {"density": 1.0, "trim": 0.2})],
+)
+def test_the_density_of_ties_is_of_what_adapters_train(tmp_path, method, parameters):
+    """Over the whole model, whose most tensors no adapter changes, nothing would be trimmed.
+
+    DARE that drops nothing is TIES.
+    """
     base, experts = adapters(tmp_path)
     names = [name for name in base if "q_proj" in name or "v_proj" in name]
     flat = torch.stack(
@@ -61,7 +68,7 @@ def test_the_density_of_ties_is_of_what_adapters_train(tmp_path):
     )
     assert flat.shape[1] < 0.2 * sum(tensor.numel() for tensor in base.values())
     expected = ties(flat, 0.2)
-    settings = MergeSettings(method="ties", parameters={"density": 0.2})
+    settings = MergeSettings(method=method, parameters=parameters)
     paths = {f"a{n}": tmp_path / f"adapter{n}" for n in range(2)}
     merge(tmp_path / "base", paths, tmp_path / "out", settings=settings)
     found = load(tmp_path / "out")
@@ -70,6 +77,30 @@ def test_the_density_of_ties_is_of_what_adapters_train(tmp_path):
     assert (expected == 0).double().mean() > 0.5  # it did trim
     untouched = [name for name in base if name not in names]
     assert all(torch.equal(found[name], base[name]) for name in untouched)
+
+
+def test_the_density_of_knots_is_of_the_coordinates_of_what_adapters_train(tmp_path):
+    """Σ V_nᵀ of each layer's [τ_1 τ_2] = U Σ [V_1 V_2]ᵀ, trimmed over all adapted layers."""
+    base, experts = adapters(tmp_path)
+    names = [name for name in base if "q_proj" in name or "v_proj" in name]
+    bases: dict[str, Tensor] = {}
+    coordinates: list[Tensor] = []
+    for name in names:
+        deltas = [expert[name].double() - base[name].double() for expert in experts]
+        u, values, vh = torch.linalg.svd(torch.cat(deltas, dim=1), full_matrices=False)
+        kept = values > 1e-5
+        bases[name] = u[:, kept]
+        coordinates.append(torch.stack((values[kept, None] * vh[kept]).chunk(2, dim=1)))
+    merged = ties(torch.cat([own.flatten(1) for own in coordinates], dim=1), 0.2)
+    settings = MergeSettings(method="knots", parameters={"density": 0.2})
+    paths = {f"a{n}": tmp_path / f"adapter{n}" for n in range(2)}
+    merge(tmp_path / "base", paths, tmp_path / "out", settings=settings)
+    found = load(tmp_path / "out")
+    pieces = merged.split([own[0].numel() for own in coordinates])
+    for name, own, piece in zip(names, coordinates, pieces, strict=True):
+        expected = bases[name] @ piece.view(own.shape[1:])
+        change = found[name].double() - base[name].double()
+        torch.testing.assert_close(change, expected, rtol=0, atol=1e-6)
 
 
 def test_beside_a_full_checkpoint_the_density_is_of_the_whole_model(tmp_path):

@@ -30,6 +30,18 @@ def test_zeros_stay_zero_and_are_no_part_of_the_mean():
     assert BitDelta().decode(parts, (5,)).tolist() == [0, 3, 0, -3, 0]
 
 
+def test_zeros_are_positive_and_part_of_the_mean_as_in_the_paper():
+    # Mean of 0 1 0 5 0 is 1.2; the one negative entry is number 3: 8. It has no zeros to tell of.
+    codec, delta = BitDelta(zeros="positive"), torch.tensor([0.0, 1, 0, -5, 0])
+    parts = codec.encode(delta)
+    assert parts["signs"].tolist() == [8] and parts["scale"].tolist() == [pytest.approx(1.2)]
+    decoded = codec.decode(parts, (5,)).tolist()
+    assert decoded == pytest.approx([1.2, 1.2, 1.2, -1.2, 1.2])
+    assert codec.remark([((5,), parts)]) == ""
+    told = BitDelta().remark([((5,), BitDelta().encode(delta))])
+    assert told.startswith("60 % of the coded entries are exactly zero and stay so")
+
+
 def test_no_scale_gives_a_smaller_error():
     delta = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
     codec = BitDelta()

@@ -40,6 +40,22 @@ def test_the_released_quantiser_on_gaussian_values(width: int, error: float):
     assert lost == pytest.approx(error, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("name", "coded"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", True),
+        ("model.layers.0.mlp.down_proj.weight", True),
+        ("model.embed_tokens.weight", False),
+        ("lm_head.weight", False),
+    ],
+)
+def test_attention_and_mlp_matrices_are_coded(name: str, coded: bool):
+    """As in the released code; all other matrices on request."""
+    spec = _types.TensorSpec(name, (8, 8), torch.float32)
+    assert DeltaCoMe().treats(spec) == ("code" if coded else "exact")
+    assert DeltaCoMe(tensors="all").treats(spec) == "code"
+
+
 def test_bands_and_what_follows_them():
     # 12 x 12, 3 bits a weight: room for 3 · 144 / 24 = 18 bits a pair. 8 + 2 · 3 = 14, then two
     # of 2 bits.

@@ -23,8 +23,9 @@ def test_diagonal_by_hand():
     assert codec.bits((3, 3)) == (448, 448, 448)
 
 
-@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 2, 2)])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 2, 2), (1, 48), (48, 1)])
 def test_what_is_no_matrix_is_exact(shape: tuple[int, ...]):
+    """Nor is one row or one column, as in the code that the published AMRs came from."""
     delta = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     parts = SVD().encode(delta)
     assert torch.equal(SVD().decode(parts, shape), delta)
