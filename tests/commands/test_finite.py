@@ -163,3 +163,32 @@ def test_a_pass_of_a_codec_that_leaves_the_range(tmp_path):
     settings = PackSettings(method="ultradelta", parameters={"tensors": "all", "density": 0.2})
     with pytest.raises(MethodError, match=r"Tensor '\S+' cannot be (decomposed|coded)"):
         pack(base, experts, tmp_path / "p", settings=settings)
+
+
+def test_what_float16_cannot_hold_exits_2_with_the_tensor(tmp_path):
+    """Values up to 70,000; the largest float16 is 65,504."""
+    base, experts = family(tmp_path, 7e4, torch.float32)
+    settings = MergeSettings(method="average", dtype="float16")
+    with pytest.raises(MethodError, match=r"Tensor '\S+' holds .*float16 is 65504") as caught:
+        merge(base, experts, tmp_path / "out", settings=settings)
+    assert caught.value.exit_code == 2 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("work", ["merge", "pack"])
+def test_a_decomposition_that_does_not_converge_names_its_tensor(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, work: str
+):
+    def fails(*_: object, **__: object) -> None:
+        raise torch.linalg.LinAlgError("it failed to converge")  # pyright: ignore[reportPrivateImportUsage]
+
+    base, experts = family(tmp_path, 1.0, torch.float32)
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    with pytest.raises(
+        MethodError, match=r"Tensor '\S+' cannot be decomposed: it failed"
+    ) as caught:
+        if work == "merge":
+            merge(base, experts, tmp_path / "out", settings=MergeSettings(method="drm"))
+        else:
+            pack(base, experts, tmp_path / "out")
+    assert caught.value.exit_code == 2 and not (tmp_path / "out").exists()
