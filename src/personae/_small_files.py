@@ -20,6 +20,7 @@ MOST_TEXT = 256 * 2**20
 MOST_YAML = 2**20
 """Bytes of a YAML file, ten times the longest recipe seen: PyYAML is slow."""
 _DEEPEST = 64
+_MOST_DOCUMENTS = 100
 _LARGEST = 2**1024
 """Beyond the range of float64: what is larger cannot be converted, nor always be told."""
 _CHUNK = 2**20
@@ -39,7 +40,7 @@ def read_bytes(path: Path, most: int = MOST_TEXT) -> bytes:
         Unfit: if it is no regular file (a pipe would hang, a device never end), or is too large.
         OSError: if the system refuses.
     """
-    with _opened(path) as file:
+    with open_regular(path) as file:
         content = bytearray()
         while chunk := file.read(_CHUNK):  # not by its size: files of the system say 0
             content += chunk
@@ -57,11 +58,11 @@ def check_readable(path: Path) -> None:
     """
     if path.is_symlink() and not path.exists():
         raise Unfit("is a link to what is not there")
-    _opened(path).close()
+    open_regular(path).close()
 
 
-def _opened(path: Path) -> BinaryIO:
-    """A regular file, open for reading.
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open for reading, of whatever size.
 
     Raises:
         Unfit: if it is no regular file.
@@ -137,7 +138,7 @@ def parse_documents(text: str) -> list[yaml.Node]:
     Aliases are refused: few lines of them stand for more nodes than a machine can hold.
 
     Raises:
-        Unfit: if it is none, nests too deep, or has aliases.
+        Unfit: if it is none, nests too deep, has aliases, or too many documents.
     """
     try:
         depth = 0
@@ -149,9 +150,14 @@ def parse_documents(text: str) -> list[yaml.Node]:
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
                 raise Unfit(f"is nested deeper than {_DEEPEST} levels")
-        return [node for node in yaml.compose_all(text, Loader=_Loader) if not _is_empty(node)]
+        nodes = [node for node in yaml.compose_all(text, Loader=_Loader) if not _is_empty(node)]
     except yaml.YAMLError as error:
         raise Unfit(f"is no valid YAML: {_without_place(error)}") from error
+    if len(nodes) > _MOST_DOCUMENTS:
+        raise Unfit(
+            f"holds {len(nodes)} documents (parted by ---), and {_MOST_DOCUMENTS} are read at most"
+        )
+    return nodes
 
 
 def _is_empty(node: yaml.Node | None) -> bool:

@@ -151,4 +151,4 @@ def test_a_long_chain_is_merged_with_some_models_written(models: Path):
 
 def test_thousands_of_recipes_in_one_file_are_refused(models: Path):
     told = refused(models, chain(3000))
-    assert "holds 3000 documents (parted by ---), and no more than 100 are read" in told
+    assert "holds 3000 documents (parted by ---), and 100 are read at most" in told

@@ -34,7 +34,7 @@ from personae.writers import cast
 MOST_READS = 2
 """How often a model whose method takes no passes is merged anew, at most, rather than written."""
 _MOST_WITHIN = 16
-"""Models that are merged as they are read, one within the other: Python's stack holds some fifty."""
+"""Models that are merged as they are read, one in the other: Python's stack holds some fifty."""
 
 
 def computed_as_read(recipes: Sequence[MergeRecipe]) -> frozenset[str]:

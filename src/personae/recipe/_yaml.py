@@ -11,7 +11,6 @@ from personae._small_files import MOST_YAML, Unfit, parse_documents, read_text, 
 from personae.errors import RecipeError, listing
 from personae.recipe._faults import Fault, Place
 
-_MOST_DOCUMENTS = 100
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
@@ -99,11 +98,6 @@ def read_documents(path: Path, kind: str = "recipe") -> list[Document]:
     try:
         text = read_text(path, MOST_YAML)
         nodes = parse_documents(text)
-        if len(nodes) > _MOST_DOCUMENTS:
-            raise Unfit(
-                f"holds {len(nodes)} documents (parted by ---), and no more than "
-                f"{_MOST_DOCUMENTS} are read"
-            )
         for node in nodes:
             _name_keys(node)
         contents = [value_of(node) for node in nodes]

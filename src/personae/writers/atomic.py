@@ -214,7 +214,10 @@ def finish(runs: Mapping[Path, str], note: str) -> bool:
 
 def begins(path: Path, text: str) -> bool:
     """Whether a file is there and begins with this text."""
-    return path.is_file() and path.read_text("utf-8").startswith(text)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(text.encode())) == text.encode()
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def resume(directory: Path, identity: str) -> str | None:
     path = directory / JOURNAL
     with output_errors(path):
         if begins(path, f"{identity}\n"):
-            return path.read_text("utf-8").removeprefix(f"{identity}\n")
+            return path.read_text("utf-8", "replace").removeprefix(f"{identity}\n")
         _clear(directory)
     return None
 
@@ -75,7 +75,7 @@ class Journal:
         steps = resume(directory, f"{identity}\n{boot}") or ""
         whole, _, _ = steps.rpartition("\n")  # a line cut short was never finished
         lines = (line.partition(" ") for line in whole.splitlines())
-        self.done = {int(number): told for number, _, told in lines}
+        self.done = {int(number): told for number, _, told in lines if number.isdecimal()}
         note(directory, identity, boot, *(_line(*step) for step in sorted(self.done.items())))
         with output_errors(directory / JOURNAL):
             self._file = os.open(directory / JOURNAL, os.O_WRONLY | os.O_APPEND)
