@@ -8,9 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from personae._safetensors import load_safetensors, open_safetensors
 from personae._small_files import MOST_YAML, Unfit, parse_json, parse_yaml_value, read_bytes
 from personae.checkpoints import open_checkpoint
+from personae.checkpoints.folders import AuxiliaryFiles
+from personae.checkpoints.headers import read_header
+from personae.checkpoints.pickles import Pickles
 from personae.errors import CheckpointError, RecipeError
+from personae.packs.fingerprint import sha256_file
 from personae.recipe import read_merge_recipe
 
 _HEAD = "merge_method: ties\nbase_model: base\nmodels: [{model: a}]\n"
@@ -62,6 +67,20 @@ def test_pipes_and_devices_are_no_recipes(tmp_path):
             read_merge_recipe(place)
     with pytest.raises(RecipeError, match="is a directory, not a YAML file"):
         read_merge_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/zero"])
+def test_pipes_and_devices_are_no_weights(tmp_path, place):
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / place
+    assert read_header(path)[1] == [f"{path} is no regular file. Copy or download it again."]
+    with pytest.raises(CheckpointError, match="is no regular file"):
+        Pickles("a", [path], AuxiliaryFiles((), Path))
+    for opened in (open_safetensors, load_safetensors):
+        with pytest.raises(OSError, match="is no regular file"):
+            opened(path)
+    with pytest.raises(Unfit, match="is no regular file"):
+        sha256_file(path)
 
 
 @pytest.mark.parametrize(
