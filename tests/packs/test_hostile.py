@@ -4,6 +4,7 @@ import copy
 import functools
 import hashlib
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -319,6 +320,17 @@ def test_nothing_is_removed_or_written_through_a_link(spoilt, make, tmp_path, li
     assert {k: v for k, v in after.items() if k != "pack/pack.json"} == {
         k: v for k, v in before.items() if k != "pack/pack.json"
     }
+
+
+@pytest.mark.parametrize("place", ["tasks/law", "tasks/law.safetensors", "tasks/law/config.json"])
+def test_pipes_in_the_place_of_a_task_s_files_are_removed_with_it(spoilt, place):
+    path = spoilt / place
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(PackError, match="is missing"):
+        unpack(spoilt, "law", spoilt.parent / "out", base=spoilt.parent / "base")
+    remove_task(spoilt, "law")
+    assert not any(name.startswith("tasks/law") for name in listing(spoilt))
 
 
 def test_a_parameter_that_the_family_decided_is_needed(make, tmp_path):

@@ -8,14 +8,13 @@ by the tasks in its pack.json. What moves finished work to its place removes the
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from personae._version import __version__
 from personae.errors import OutputError, PersonaeError
-from personae.writers.atomic import begins, output_errors
+from personae.writers.atomic import begins, output_errors, remove
 
 JOURNAL = ".journal"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -106,4 +105,4 @@ def _line(step: int, told: str) -> str:
 
 def _clear(directory: Path) -> None:
     for child in directory.iterdir():
-        shutil.rmtree(child) if child.is_dir() else child.unlink()
+        remove(child)
