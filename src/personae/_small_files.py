@@ -116,7 +116,7 @@ def parse_json(
         raise Unfit(f"is nested deeper than {_DEEPEST} levels") from None
     except ValueError as error:  # no UTF-8 and numbers of thousands of digits, too
         raise Unfit(f"is no JSON ({error})") from error
-    _check(content)
+    check_bounds(content)
     return content
 
 
@@ -180,7 +180,7 @@ def value_of(node: yaml.Node) -> Any:
         raise Unfit(f"holds a value that is none: {error}") from error
     finally:
         loader.dispose()
-    _check(content)
+    check_bounds(content)
     return content
 
 
@@ -202,7 +202,7 @@ def _without_place(error: Exception) -> str:
     return text
 
 
-def _check(content: Any) -> None:
+def check_bounds(content: Any) -> None:
     """Check depth, text and numbers of parsed content, without recursion.
 
     Raises:

@@ -23,6 +23,8 @@ from personae.serve.refusals import Refusal
 
 _READ = (".json", ".jinja", ".txt", ".model")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+_decoding = threading.Lock()
+"""Images are decoded one at a time: a large one takes hundreds of megabytes."""
 _CONTEXT = 4
 """Tokens of a prompt that are decoded with what follows: letters may lie across the border."""
 
@@ -154,14 +156,15 @@ class ImageProcessor:
             )
         try:
             data = base64.b64decode(text.partition("base64,")[2] or text, validate=True)
-            image = read_image(io.BytesIO(data), IMAGE_FORMATS)
+            with _decoding:
+                image = read_image(io.BytesIO(data), IMAGE_FORMATS)
+                return self._inner(image, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:  # of base64, too
             raise Refusal(
                 f"An image cannot be read: {_first_line(error)}. Give the base64 of a file of "
                 f"{', '.join(IMAGE_FORMATS)}.",
                 param="images",
             ) from error
-        return self._inner(image, return_tensors="pt")["pixel_values"][0]
 
 
 def padded(
