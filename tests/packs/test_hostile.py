@@ -292,6 +292,24 @@ def test_all_that_is_wrong_is_told_at_once(spoilt):
         assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "pack.json/x"),
+        *(".git/hooks/post-checkout", "inner/code.py", "model.safetensors.index.json", "..", ""),
+        *("con\nfig.json", "\x1b[2J.json", "a" * 300 + ".json", "personae.json", "a/b/c.json"),
+    ],
+)
+def test_what_is_no_small_file_of_a_model_is_no_companion(spoilt, name):
+    def add(content: Json) -> None:
+        companions = content["tasks"]["law"]["companions"]
+        companions[name] = companions["config.json"]
+
+    _change(spoilt, add)
+    with pytest.raises(PackError, match="is no small file of a model"):
+        Pack(spoilt)
+
+
 @pytest.mark.parametrize("file", ["tasks/lnk/x", "pack.json", "tasks/news.safetensors"])
 def test_a_task_removes_no_file_but_its_own(spoilt, file):
     _change(spoilt, lambda content: content["tasks"]["law"].update(file=file))
