@@ -175,7 +175,7 @@ def test_images_as_files_and_as_pixels(gallery: Client, pictures: Path, tmp_path
         ([[1.0, 2.0], [3.0]], "neither base64 nor nested lists"),
         ([[1.0, 2.0]], r"has shape \[1, 2\]; the model takes \[3, 8, 8\]"),
         ([[["a"]]], "neither base64 nor nested lists"),
-        ([[[10**300]]], "neither base64 nor nested lists"),
+        ([[[10**400]]], "holds a whole number of more than 308 digits"),
         (black(9000, 9000), "9000 x 9000 pixels, and 67,108,864 are read at most"),
         (black(1, 3000), "a strip of 1 x 3000 pixels"),
     ],
