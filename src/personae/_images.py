@@ -1,8 +1,8 @@
 """Images of anybody, decoded within bounds."""
 
 from collections.abc import Sequence
-from io import BytesIO
-from typing import Any, BinaryIO
+from io import BufferedReader, BytesIO
+from typing import Any
 
 from personae._small_files import Unfit
 
@@ -17,7 +17,7 @@ _MOST_TIMES = 100
 """Models take squares: of a longer strip, made as high as they take it, nothing would be left."""
 
 
-def read_image(source: BinaryIO | BytesIO, formats: Sequence[str] = FORMATS) -> Any:
+def read_image(source: BufferedReader | BytesIO, formats: Sequence[str] = FORMATS) -> Any:
     """An image of PIL, in red, green and blue.
 
     Args:

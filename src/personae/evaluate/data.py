@@ -11,8 +11,9 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -352,7 +353,7 @@ def _lines(path: Path) -> Iterator[str]:
                 yield line
 
 
-def _check_expansion(file: BinaryIO, nbytes: int) -> None:
+def _check_expansion(file: BufferedReader, nbytes: int) -> None:
     """Refuse what takes far more memory than its file says.
 
     Raises:
