@@ -8,9 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hostile import within_bounds
+from personae._safetensors import load_safetensors, open_safetensors
 from personae._small_files import MOST_YAML, Unfit, parse_json, parse_yaml_value, read_bytes
 from personae.checkpoints import open_checkpoint
+from personae.checkpoints.folders import AuxiliaryFiles
+from personae.checkpoints.headers import read_header
+from personae.checkpoints.opening import adapter_config_file
+from personae.checkpoints.pickles import Pickles
 from personae.errors import CheckpointError, RecipeError
+from personae.packs.fingerprint import sha256_file
 from personae.recipe import read_merge_recipe
 
 _HEAD = "merge_method: ties\nbase_model: base\nmodels: [{model: a}]\n"
@@ -62,6 +69,35 @@ def test_pipes_and_devices_are_no_recipes(tmp_path):
             read_merge_recipe(place)
     with pytest.raises(RecipeError, match="is a directory, not a YAML file"):
         read_merge_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/zero"])
+def test_pipes_and_devices_are_no_weights(tmp_path, place):
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / place
+    assert read_header(path)[1] == [f"{path} is no regular file. Copy or download it again."]
+    with pytest.raises(CheckpointError, match="is no regular file"):
+        Pickles("a", [path], AuxiliaryFiles((), Path))
+    for opened in (open_safetensors, load_safetensors):
+        with pytest.raises(OSError, match="is no regular file"):
+            opened(path)
+    with pytest.raises(Unfit, match="is no regular file"):
+        sha256_file(path)
+
+
+def test_a_header_of_long_numbers_is_refused_in_no_time(tmp_path):
+    numbers = ",".join(["9" * 4000] * 2000)
+    text = f'{{"w": {{"dtype": "F32", "shape": [{numbers}], "data_offsets": [0, 4]}}}}'.encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with within_bounds(), pytest.raises(CheckpointError, match="its header is not valid"):
+        open_checkpoint(path)
+
+
+def test_no_such_user():
+    for look in (open_checkpoint, adapter_config_file):
+        with pytest.raises(CheckpointError, match="~nosuchuser/model: there is no such user"):
+            look("~nosuchuser/model")
 
 
 @pytest.mark.parametrize(

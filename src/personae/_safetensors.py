@@ -1,6 +1,6 @@
 """Opens safetensors files under any name; the library's own opening takes UTF-8 paths alone."""
 
-import os
+import errno
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +9,8 @@ from typing import Any
 import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
+
+from personae._small_files import Unfit, open_regular
 
 
 def open_safetensors(path: Path) -> Any:
@@ -35,14 +37,20 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _named(path: Path) -> Generator[str]:
-    """A name in UTF-8 under which a file can be opened: its own, or that of a handle of it."""
+    """A name in UTF-8 under which a file can be opened: its own, or that of a handle of it.
+
+    Raises:
+        OSError: if it is no regular file, or the system refuses.
+    """
+    try:
+        file = open_regular(path)
+    except Unfit as error:
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            yield f"/dev/fd/{handle}"
-        finally:
-            os.close(handle)
+        with file:
+            yield f"/dev/fd/{file.fileno()}"
     else:
+        file.close()
         yield str(path)

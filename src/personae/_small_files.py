@@ -10,8 +10,9 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
@@ -20,6 +21,7 @@ MOST_TEXT = 256 * 2**20
 MOST_YAML = 2**20
 """Bytes of a YAML file, ten times the longest recipe seen: PyYAML is slow."""
 _DEEPEST = 64
+_MOST_DOCUMENTS = 100
 _LARGEST = 2**1024
 """Beyond the range of float64: what is larger cannot be converted, nor always be told."""
 _CHUNK = 2**20
@@ -39,7 +41,7 @@ def read_bytes(path: Path, most: int = MOST_TEXT) -> bytes:
         Unfit: if it is no regular file (a pipe would hang, a device never end), or is too large.
         OSError: if the system refuses.
     """
-    with _opened(path) as file:
+    with open_regular(path) as file:
         content = bytearray()
         while chunk := file.read(_CHUNK):  # not by its size: files of the system say 0
             content += chunk
@@ -57,11 +59,11 @@ def check_readable(path: Path) -> None:
     """
     if path.is_symlink() and not path.exists():
         raise Unfit("is a link to what is not there")
-    _opened(path).close()
+    open_regular(path).close()
 
 
-def _opened(path: Path) -> BinaryIO:
-    """A regular file, open for reading.
+def open_regular(path: Path) -> BufferedReader:
+    """A regular file, open for reading, of whatever size.
 
     Raises:
         Unfit: if it is no regular file.
@@ -115,7 +117,7 @@ def parse_json(
         raise Unfit(f"is nested deeper than {_DEEPEST} levels") from None
     except ValueError as error:  # no UTF-8 and numbers of thousands of digits, too
         raise Unfit(f"is no JSON ({error})") from error
-    _check(content)
+    check_bounds(content)
     return content
 
 
@@ -137,7 +139,7 @@ def parse_documents(text: str) -> list[yaml.Node]:
     Aliases are refused: few lines of them stand for more nodes than a machine can hold.
 
     Raises:
-        Unfit: if it is none, nests too deep, or has aliases.
+        Unfit: if it is none, nests too deep, has aliases, or too many documents.
     """
     try:
         depth = 0
@@ -149,9 +151,14 @@ def parse_documents(text: str) -> list[yaml.Node]:
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
                 raise Unfit(f"is nested deeper than {_DEEPEST} levels")
-        return [node for node in yaml.compose_all(text, Loader=_Loader) if not _is_empty(node)]
+        nodes = [node for node in yaml.compose_all(text, Loader=_Loader) if not _is_empty(node)]
     except yaml.YAMLError as error:
         raise Unfit(f"is no valid YAML: {_without_place(error)}") from error
+    if len(nodes) > _MOST_DOCUMENTS:
+        raise Unfit(
+            f"holds {len(nodes)} documents (parted by ---), and {_MOST_DOCUMENTS} are read at most"
+        )
+    return nodes
 
 
 def _is_empty(node: yaml.Node | None) -> bool:
@@ -174,7 +181,7 @@ def value_of(node: yaml.Node) -> Any:
         raise Unfit(f"holds a value that is none: {error}") from error
     finally:
         loader.dispose()
-    _check(content)
+    check_bounds(content)
     return content
 
 
@@ -196,7 +203,7 @@ def _without_place(error: Exception) -> str:
     return text
 
 
-def _check(content: Any) -> None:
+def check_bounds(content: Any) -> None:
     """Check depth, text and numbers of parsed content, without recursion.
 
     Raises:

@@ -85,6 +85,14 @@ def test_a_damaged_list_of_modules_is_refused(tmp_path: Path, said: str) -> None
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("said", ["[1]", "3", '"x"', "{", '{"types": 3}', '{"types": [1]}'])
+def test_damaged_routes_are_refused(tmp_path: Path, said: str) -> None:
+    save_file(OUTER, tmp_path / "model.safetensors")
+    (tmp_path / "router_config.json").write_text(said)
+    with pytest.raises(CheckpointError, match=r"router_config\.json"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("path", ["../other", "/etc", "a/../../b"])
 def test_modules_elsewhere_are_refused(tmp_path: Path, path: str) -> None:
     save_file(OUTER, tmp_path / "model.safetensors")

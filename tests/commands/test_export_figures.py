@@ -297,10 +297,22 @@ def test_a_pack_of_another_base_is_refused(work: Path) -> None:
         exported(source="p", task="x", base="expert")
 
 
-def test_ranks_that_engines_do_not_load_are_noted(work: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"rank_pattern": True}])
+def test_a_rank_that_no_matrix_has_is_refused(
+    work: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("personae.commands.export.measure", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(RecipeError, match="rank is 10,000, and no matrix has more than 12 dir"):
+        exported(rank=10_000, **options)
+
+
+def test_ranks_that_engines_do_not_load_are_noted(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     notes: list[str] = []
-    exported(rank=513, work=Work(note=notes.append))
-    assert any("above what vLLM loads (512)" in note for note in notes)
+    monkeypatch.setattr("personae.commands.export_report._VLLM_RANKS", (4, 8))
+    exported(rank=9, work=Work(note=notes.append))
+    assert any("above what vLLM loads (8)" in note for note in notes)
     notes.clear()
     exported("own", energy=0.9, rank_pattern=True, work=Work(note=notes.append))
     assert any("llama.cpp scales such adapters wrongly" in note for note in notes)

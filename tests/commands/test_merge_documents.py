@@ -9,6 +9,7 @@ from torch import Tensor
 
 from families import listing, saved, small_base, tuned
 from personae.commands.merge import merge
+from personae.commands.merge_computed import computed_as_read
 from personae.commands.merge_documents import merge_recipes, plan_recipes
 from personae.errors import CheckpointError, RecipeError
 from personae.recipe import MergeSettings, read_merge_recipes
@@ -124,3 +125,30 @@ def test_names_that_do_not_meet(models: Path):
     assert "Two documents have no 'name'." in refused(models, TWO.replace("name: between\n", ""))
     again = TWO + "---\n" + TWO.partition("---\n")[2]
     assert "line 13: Two documents are named 'between'." in refused(models, again)
+
+
+def chain(length: int) -> str:
+    """Recipes each of which halves the way from the model before to the base."""
+    head = "merge_method: task_arithmetic\nconventions: papers\nbase_model: base\n"
+    each = [
+        f"name: m{n}\n{head}models: [{{model: {f'm{n - 1}' if n else 'a'}}}]\n"
+        "parameters: {scale: 0.5}\n"
+        for n in range(length)
+    ]
+    return "---\n".join(each)
+
+
+def test_a_long_chain_is_merged_with_some_models_written(models: Path):
+    (models / "recipe.yaml").write_text(chain(36))
+    recipes = read_merge_recipes(models / "recipe.yaml")
+    written = {recipe.name for recipe in recipes} - computed_as_read(recipes) - {None}
+    assert written == {"m18", "m1"}  # 16 between each and the next
+    result = merged(models, chain(20))
+    for name, value in A.items():
+        expected = BASE[name].double() + 0.5**20 * (value.double() - BASE[name].double())
+        torch.testing.assert_close(result[name].double(), expected, atol=1e-6, rtol=0)
+
+
+def test_thousands_of_recipes_in_one_file_are_refused(models: Path):
+    told = refused(models, chain(3000))
+    assert "holds 3000 documents (parted by ---), and 100 are read at most" in told

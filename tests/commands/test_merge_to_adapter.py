@@ -258,6 +258,12 @@ def test_other_methods_are_cut_to_a_rank_and_the_loss_is_told(
     assert told(out)["lost"] == pytest.approx(missed / total, rel=1e-3)
 
 
+def test_a_rank_that_no_matrix_has_is_refused(tmp_path: Path) -> None:
+    paths, _ = two(FAMILIES["bert"], tmp_path)
+    with pytest.raises(RecipeError, match="rank is 10,000, and no matrix has more than"):
+        merge(tmp_path / "base", paths, tmp_path / "out", settings=settings("ties", rank=10_000))
+
+
 def usable() -> list[str]:
     """Methods of task vectors."""
     return sorted(n for n, m in MERGE_METHODS.items() if m.needs not in ("models", "experts"))

@@ -4,6 +4,7 @@ import copy
 import functools
 import hashlib
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -335,6 +336,24 @@ def test_all_that_is_wrong_is_told_at_once(spoilt):
         assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "pack.json/x"),
+        *(".git/hooks/post-checkout", "inner/code.py", "model.safetensors.index.json", "..", ""),
+        *("con\nfig.json", "\x1b[2J.json", "a" * 300 + ".json", "personae.json", "a/b/c.json"),
+    ],
+)
+def test_what_is_no_small_file_of_a_model_is_no_companion(spoilt, name):
+    def add(content: Json) -> None:
+        companions = content["tasks"]["law"]["companions"]
+        companions[name] = companions["config.json"]
+
+    _change(spoilt, add)
+    with pytest.raises(PackError, match="is no small file of a model"):
+        Pack(spoilt)
+
+
 @pytest.mark.parametrize("file", ["tasks/lnk/x", "pack.json", "tasks/news.safetensors"])
 def test_a_task_removes_no_file_but_its_own(spoilt, file):
     _change(spoilt, lambda content: content["tasks"]["law"].update(file=file))
@@ -363,6 +382,17 @@ def test_nothing_is_removed_or_written_through_a_link(spoilt, make, tmp_path, li
     assert {k: v for k, v in after.items() if k != "pack/pack.json"} == {
         k: v for k, v in before.items() if k != "pack/pack.json"
     }
+
+
+@pytest.mark.parametrize("place", ["tasks/law", "tasks/law.safetensors", "tasks/law/config.json"])
+def test_pipes_in_the_place_of_a_task_s_files_are_removed_with_it(spoilt, place):
+    path = spoilt / place
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(PackError, match="is missing"):
+        unpack(spoilt, "law", spoilt.parent / "out", base=spoilt.parent / "base")
+    remove_task(spoilt, "law")
+    assert not any(name.startswith("tasks/law") for name in listing(spoilt))
 
 
 def test_a_parameter_that_the_family_decided_is_needed(make, tmp_path):

@@ -1,6 +1,7 @@
 """What an output may replace, and what other runs may do meanwhile."""
 
 import fcntl
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from personae.commands.pack import add_tasks, pack, remove_task
 from personae.commands.unpack import unpack
 from personae.errors import OutputError
 from personae.recipe import PackSettings
+from personae.run.output import check_output
 from personae.run.work import Work
 
 BASE = small_base()
@@ -43,6 +45,48 @@ def test_unpacking_spares_the_pack_and_its_reference(family):
         with pytest.raises(OutputError, match="overlap"):
             unpack(family / "p", "x", family / out, overwrite=True)
     assert listing(family) == before
+
+
+ODD = {
+    "deep": "[" * 100_000,
+    "no text": b"\xff\xfe",
+    "a number": "3",
+    "a text": '"x"',
+    "a list": "[3]",
+    "odd values": '{"types": 3, "tasks": {"x": {"companions": [3]}}, "kind": [], "auto_map": 1}',
+    "odd lists": '{"types": [[]], "tasks": [[]]}',
+    "pipe": None,
+}
+
+
+@pytest.mark.parametrize("content", ODD.values(), ids=ODD.keys())
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "modules.json", "router_config.json", "tokenizer_config.json", "personae.json"],
+)
+def test_odd_small_files_in_an_output_are_no_obstacle(tmp_path, name, content):
+    (tmp_path / "model.safetensors").touch()
+    _put(tmp_path / name, content)
+    check_output(tmp_path, overwrite=True)
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(OutputError, match=r"does not write, .*: thesis\.txt"):
+        check_output(tmp_path, overwrite=True)
+
+
+def _put(path: Path, content: str | bytes | None) -> None:
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def test_a_pipe_that_a_pack_records_is_not_read(tmp_path):
+    companions = {"notes.txt": {"stored_in": "task", "sha256": "0" * 64}}
+    (tmp_path / "pack.json").write_text(json.dumps({"tasks": {"x": {"companions": companions}}}))
+    (tmp_path / "tasks/x").mkdir(parents=True)
+    os.mkfifo(tmp_path / "tasks/x/notes.txt")
+    with pytest.raises(OutputError, match=r"tasks/x/notes\.txt"):
+        check_output(tmp_path, overwrite=True)
 
 
 def test_overwrite_replaces_packs_and_models_and_nothing_else(family):

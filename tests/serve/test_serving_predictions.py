@@ -84,6 +84,8 @@ def test_what_tasks_are(client: Client):
         ({"texts": [""]}, "no tokens"),
         ({"pooling": "mean"}, "gives no embeddings"),
         ({"text": ["w3"]}, "text: Extra inputs"),
+        ({"texts": ["\ud800"]}, "holds half a character"),
+        ({"images": json.loads("[" * 80 + "]" * 80)}, "nested deeper than 64 levels"),
     ],
 )
 def test_what_is_refused_of_texts(client: Client, change: dict[str, Any], text: str):
@@ -129,6 +131,12 @@ def image(color: tuple[int, int, int], kind: str = "PNG") -> tuple[Image.Image, 
     return made, base64.b64encode(file.getvalue()).decode()
 
 
+def black(width: int, height: int) -> str:
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pictures")
@@ -167,11 +175,19 @@ def test_images_as_files_and_as_pixels(gallery: Client, pictures: Path, tmp_path
         ([[1.0, 2.0], [3.0]], "neither base64 nor nested lists"),
         ([[1.0, 2.0]], r"has shape \[1, 2\]; the model takes \[3, 8, 8\]"),
         ([[["a"]]], "neither base64 nor nested lists"),
+        ([[[10**400]]], "holds a whole number of more than 308 digits"),
+        (black(9000, 9000), "9000 x 9000 pixels, and 67,108,864 are read at most"),
+        (black(1, 3000), "a strip of 1 x 3000 pixels"),
     ],
 )
 def test_what_is_no_image(gallery: Client, given: Any, text: str):
     body = {"model": "a", "images": [given]}
     assert re.search(text, gallery.refused(400, "/v1/predict", body))
+
+
+def test_too_many_images_are_refused_before_they_are_looked_at(gallery: Client):
+    text = gallery.refused(413, "/v1/predict", {"model": "a", "images": ["x"] * 257})
+    assert "The request has 257 rows; 256 may wait at most" in text
 
 
 def test_without_an_image_processor_pixels_alone_are_taken(tmp_path: Path):

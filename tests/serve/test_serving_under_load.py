@@ -135,6 +135,8 @@ def test_tasks_and_packs_come_and_go(packs: Path):
         (400, {"pack": "nothing"}, "pack.json"),
         (403, {"pack": "../bert"}, "not in the folder of packs"),
         (403, {"pack": "."}, "not in the folder of packs"),
+        (400, {"pack": "\0"}, "is no file name"),
+        (400, {"pack": "a" * 5000}, "File name too long"),
         (403, {"pack": "/etc"}, "not in the folder of packs"),
         (400, {"pack": "gpt2", "tasks": ["a", "c"]}, "no task 'c'"),
         (400, {"pack": "bert", "tasks": ["two"]}, "'two' is served already, of pack 'bert'"),

@@ -42,6 +42,18 @@ def test_steps_come_back_with_what_they_told(tmp_path: Path):
         assert other.done == {}
 
 
+def test_what_is_no_step_in_a_damaged_note_is_passed_over(tmp_path: Path):
+    with Journal(tmp_path, "run 1") as begun:
+        begun.add(3, "+")
+    with (tmp_path / JOURNAL).open("ab") as file:
+        file.write(b"\xff\xfe\n-4 x\n\n5\n")
+    with Journal(tmp_path, "run 1") as again:
+        assert again.done == {3: "+", 5: ""}
+    (tmp_path / JOURNAL).write_bytes(b"\xff" * 99)
+    with Journal(tmp_path, "run 1") as anew:
+        assert anew.done == {}
+
+
 def test_steps_are_lost_with_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What a process wrote may not have been on disk yet when the machine stopped."""
     boot = tmp_path / "boot_id"

@@ -4,12 +4,13 @@ Format: https://github.com/huggingface/safetensors#format
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from personae._small_files import parse_json
+from personae._small_files import Unfit, open_regular, parse_json
 from personae._types import TensorSpec
 from personae.checkpoints.specs import READABLE, dtype_fault
 from personae.errors import Faults
@@ -34,8 +35,12 @@ class Header:
 
 def read_header(path: Path) -> tuple[Header, list[str]]:
     """Read and check one file's header; with any fault it comes back empty, beside the texts."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    try:
+        file = open_regular(path)
+    except Unfit as error:
+        return Header({}, {}, {}), [f"{path} {error}. Copy or download it again."]
+    with file:
+        size = os.fstat(file.fileno()).st_size
         header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
         readable = size >= LENGTH_BYTES and header_bytes <= min(_LARGEST_HEADER, size)
         text = file.read(header_bytes) if readable else b""
@@ -127,7 +132,7 @@ def _entry_faults(where: str, entries: Mapping[str, Entry], found_bytes: int | N
 
 def is_lfs_pointer(path: Path) -> bool:
     """Whether a file is what a clone without git-lfs leaves in place of the weights."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(len(_LFS)) == _LFS
 
 

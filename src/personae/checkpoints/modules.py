@@ -59,25 +59,32 @@ def named_folders(auxiliary_files: Mapping[str, Path | bytes]) -> dict[str, str]
         CheckpointError: if they cannot be read, or name what is outside the model.
     """
     found: dict[str, str] = {}
-    try:
-        for module in read_auxiliary_file(auxiliary_files, MODULES) or ():
-            found[str(module["path"])] = str(module["type"])
-        for folder, kind in (
-            (read_auxiliary_file(auxiliary_files, _ROUTER) or {}).get("types") or {}
-        ).items():
-            found[str(folder)] = str(kind)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{auxiliary_files[MODULES]} names no modules with 'path' and 'type'. "
-            "Copy or download it again."
-        ) from error
+    for name, entries, keys in (
+        (MODULES, _modules, "modules with 'path' and 'type'"),
+        (_ROUTER, _routes, "'types' of modules by their folders"),
+    ):
+        said = read_auxiliary_file(auxiliary_files, name)
+        try:
+            found |= entries(said) if said else {}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{auxiliary_files[name]} names no {keys}. Copy or download it again."
+            ) from error
     inner = {folder.rstrip("/"): kind for folder, kind in found.items() if folder.strip("./")}
     outside = sorted(f for f in inner if Path(f).is_absolute() or ".." in Path(f).parts)
     if outside:
         raise CheckpointError(
-            f"{auxiliary_files[MODULES]} names {', '.join(outside)}, outside of it."
+            f"The model's {MODULES} or {_ROUTER} names {', '.join(outside)}, outside of it."
         )
     return inner
+
+
+def _modules(said: Any) -> dict[str, str]:
+    return {str(module["path"]): str(module["type"]) for module in said}
+
+
+def _routes(said: Any) -> dict[str, str]:
+    return {str(folder): str(kind) for folder, kind in (said.get("types") or {}).items()}
 
 
 def read_auxiliary_file(auxiliary_files: Mapping[str, Path | bytes], name: str) -> Any:

@@ -78,11 +78,7 @@ def _open(
         return InMemory(source)
     if isinstance(source, Checkpoint):
         return source
-    text, path = str(source), Path(source)
-    try:
-        path = path.expanduser()
-    except RuntimeError as error:
-        raise CheckpointError(f"{text}: there is no such user. Write the path out.") from error
+    text, path = str(source), expanded(source)
     if path.is_dir():
         return _open_folder(local_folder(path, text), base, as_stored)
     if path.name in _ADAPTER and path.is_file() and (path.parent / CONFIG_FILE).is_file():
@@ -100,15 +96,27 @@ def _open(
     raise CheckpointError(_no_such_path(text, path))
 
 
+def expanded(source: str | Path) -> Path:
+    """A path, with a user's folder in the place of `~`.
+
+    Raises:
+        CheckpointError: There is no such user.
+    """
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{source}: there is no such user. Write the path out.") from error
+
+
 def adapter_config_file(source: Any) -> Path | None:
     """Where the configuration of an adapter lies that `open_checkpoint` opens; None without one.
 
     Raises:
-        CheckpointError: The hub does not answer, or refuses.
+        CheckpointError: The hub does not answer, or refuses; or there is no such user.
     """
     if not isinstance(source, str | Path):
         return None
-    path = Path(source).expanduser()
+    path = expanded(source)
     folder = path.parent if path.name in _ADAPTER else path
     if folder.is_dir():
         found = local_folder(folder, str(source))

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from personae._small_files import Unfit, open_regular
 from personae._types import TensorSpec
 from personae.checkpoints.folders import AuxiliaryFiles, Folder, read_weight_map, warn_of_absent
 from personae.checkpoints.headers import is_lfs_pointer, unreadable
@@ -205,10 +206,11 @@ def _unpickle(path: Path) -> Any:
         CheckpointError: The file holds code, or is damaged.
         OSError: It may not be read.
     """
+    mapped = _is_zip(path)
     try:
         with warnings.catch_warnings():  # a protocol that torch does not write is read or refused
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise
     except Exception as error:  # a damaged file can make the unpickler fail anyhow
@@ -229,6 +231,13 @@ def _unpickle(path: Path) -> Any:
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether the file has the zip format, which alone can be mapped."""
-    with path.open("rb") as file:
-        return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+    """Whether the file has the zip format, which alone can be mapped.
+
+    Raises:
+        CheckpointError: It is no regular file.
+    """
+    try:
+        with open_regular(path) as file:
+            return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+    except Unfit as error:
+        raise CheckpointError(f"{path} {error}. Copy or download it again.") from error

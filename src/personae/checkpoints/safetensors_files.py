@@ -134,7 +134,7 @@ class SafetensorsFiles:
         if kept is not None:
             yield kept
             return
-        handle = os.open(self._locate(file), os.O_RDONLY)
+        handle = os.open(self._locate(file), os.O_RDONLY | os.O_NONBLOCK)  # no pipe makes it wait
         opened = handle, LENGTH_BYTES + int.from_bytes(os.pread(handle, LENGTH_BYTES, 0), "little")
         with self._opening:
             if len(self._open) < _KEPT_OPEN and file not in self._open:

@@ -17,7 +17,7 @@ from personae._types import TensorSpec
 from personae._version import __version__
 from personae.checkpoints.naming import matches, shown
 from personae.commands import export_report
-from personae.commands.export_ranks import DEFAULT, choose_ranks
+from personae.commands.export_ranks import DEFAULT, check_rank, choose_ranks
 from personae.commands.export_report import Source
 from personae.commands.export_sources import open_model, open_task
 from personae.commands.unpack import unpack
@@ -27,7 +27,7 @@ from personae.ops.layout import transposed_weights
 from personae.packs.manifest import MANIFEST_NAME
 from personae.packs.reader import Pack
 from personae.recipe import Ranks, ranks_asked
-from personae.run.extract import Measured, measure, write_adapter
+from personae.run.extract import Measured, as_matrix, measure, write_adapter
 from personae.run.output import RECORD_NAME, check_output
 from personae.run.work import Work
 from personae.writers import output_directory, require_space
@@ -121,6 +121,7 @@ def export(
     check_output(out, overwrite, inputs=inputs)
     with _open(pack, source, task, base, work) as opened:
         linear = _linear(opened, skip)
+        check_rank(asked, (as_matrix(opened.changes.compared[name].shape) for name in linear))
         found = measure(opened.changes, linear, spectra=energy is not None, work=work)
         measured = {name: seen for name, seen in found.items() if seen.energy}
         carried = _carried(opened, measured, kinds, skip)

@@ -1,16 +1,30 @@
 """Ranks of an adapter: as asked for, or the smallest or largest that keep a promise."""
 
 import bisect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
-from personae.errors import BudgetError
+from personae.errors import BudgetError, RecipeError
 from personae.ops.factors import smallest_rank
 from personae.recipe import Ranks
 
 DEFAULT = 32
 """The rank where nothing is asked for and nothing is at hand."""
+
+
+def check_rank(asked: Ranks, shapes: Iterable[tuple[int, int]]) -> None:
+    """Refuse a rank that no matrix of an adapter has.
+
+    Raises:
+        RecipeError: if it is above the smaller side of each.
+    """
+    widest = max(min(shape) for shape in shapes)
+    if asked.rank is not None and asked.rank > widest:
+        raise RecipeError(
+            f"rank is {asked.rank:,}, and no matrix has more than {widest:,} directions, its "
+            "smaller side. Give that or less."
+        )
 
 
 def choose_ranks(

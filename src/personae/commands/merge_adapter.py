@@ -18,7 +18,7 @@ from personae._types import TensorSpec, dtype_name
 from personae._version import __version__
 from personae.checkpoints.opening import is_hub_id
 from personae.commands import export_report
-from personae.commands.export_ranks import choose_ranks
+from personae.commands.export_ranks import check_rank, choose_ranks
 from personae.commands.export_report import Source
 from personae.commands.merge_changes import is_sum, merging_bytes, of_merge
 from personae.commands.merge_job import MergeJob
@@ -65,6 +65,7 @@ class AdapterMerge:
 
         Raises:
             CheckpointError: if nothing is left to adapt.
+            RecipeError: if a rank is asked for that no matrix has.
         """
         settings = part.settings
         self.part, self.job = part, job
@@ -74,6 +75,8 @@ class AdapterMerge:
                 "The adapters adapt nothing that is not left out by 'skip' and 'only', so there "
                 "is no adapter to write."
             )
+        shapes = (job.family.base.specs[name].shape for name in self.joint.factors)
+        check_rank(settings.ranks(), map(as_matrix, shapes))
 
     def plan(self) -> AdapterPlan:
         """What is written, from headers.

@@ -33,6 +33,8 @@ from personae.writers import cast
 
 MOST_READS = 2
 """How often a model whose method takes no passes is merged anew, at most, rather than written."""
+_MOST_WITHIN = 16
+"""Models that are merged as they are read, one in the other: Python's stack holds some fifty."""
 
 
 def computed_as_read(recipes: Sequence[MergeRecipe]) -> frozenset[str]:
@@ -42,24 +44,29 @@ def computed_as_read(recipes: Sequence[MergeRecipe]) -> frozenset[str]:
     method takes no passes. Where their own takes none either, merging them anew costs less than
     to write and read them, and they may be read a few times (`MOST_READS`). Recipes that choose a
     vocabulary pick single rows, and those that write adapters whole matrices: for them models are
-    written.
+    written. Of a long chain, each merged from the one before, every seventeenth is written.
 
     Args:
         recipes: In the order in which they can be merged.
     """
     computed: dict[str, int] = {}
+    within: dict[str | None, int] = {}
     for n, recipe in reversed([*enumerate(recipes)]):
         if recipe.name is None or not all(_by_rows(part.settings) for part in recipe.parts):
             continue
-        reads = 0
+        reads = deep = 0
         for reader in recipes[n + 1 :]:
             again = 1 if reader.name is None else computed.get(reader.name, 1)
             for part in reader.parts:
                 times = _reads(part.settings, at_once=reader.name in computed) * again
-                reads += times * _named_in(recipe.name, (part.base, *part.experts.values()))
+                named = _named_in(recipe.name, (part.base, *part.experts.values()))
+                reads += times * named
+                deep = max(deep, within.get(reader.name, 0) if named else 0)
         passes = any(part.settings.merge_method().has_passes() for part in recipe.parts)
-        if 0 < reads <= (1 if passes else MOST_READS) and not _picks(recipe.name, recipes):
+        often = 0 < reads <= (1 if passes else MOST_READS)
+        if often and deep < _MOST_WITHIN and not _picks(recipe.name, recipes):
             computed[recipe.name] = reads
+            within[recipe.name] = deep + 1
     return frozenset(computed)
 
 

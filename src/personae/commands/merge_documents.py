@@ -32,6 +32,7 @@ from personae.writers import (
     hollow_checkpoint,
     locked,
     output_errors,
+    remove,
     require_space,
     write_auxiliary_files,
 )
@@ -346,7 +347,7 @@ def _folder(path: Path) -> Generator[Path, None, None]:
     with locked(path):
         try:
             for child in path.iterdir():
-                shutil.rmtree(child)
+                remove(child)
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)

@@ -6,9 +6,12 @@ folders, a data set that `datasets` saved, or one of the hub.
 
 import csv
 import gzip
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import io
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +19,8 @@ import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 
-from personae.checkpoints.opening import is_hub_id
+from personae._small_files import Unfit, open_regular, parse_json
+from personae.checkpoints.opening import expanded, is_hub_id
 from personae.errors import RecipeError, nearest
 from personae.evaluate.tasks import Split
 from personae.recipe._base import Strict
@@ -27,6 +31,12 @@ Columns = dict[str, Values]
 """A column's values by what it is; all of one length, and `label` always there."""
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+_LONGEST_LINE = 2**26
+_MOST_TIMES = 200
+"""What compression gains of examples is less by far."""
+_HARMLESS = 2**28
+"""Bytes that may be held of a file of any size."""
+_BYTES_A_ROW = 8
 
 
 class Part(Strict):
@@ -90,8 +100,12 @@ def read_splits(
     for source, splits in sources.items():
         try:
             whole = read(source, columns)
-        except (OSError, ValueError, UnicodeError) as error:
-            raise RecipeError(f"{_where(data, source)} cannot be read: {error}") from error
+        except RecipeError:
+            raise
+        except Exception as error:  # zip, gzip, csv, parquet: many kinds, which mean the same here
+            said = str(error) or type(error).__name__
+            raise RecipeError(f"{_where(data, source)} cannot be read: {said}") from error
+        _check_values(whole, _where(data, source))
         labels = _labels(whole["label"], classes, _where(data, source))
         whole["label"] = labels
         chosen = choose({split: data.splits[split] for split in splits}, labels)
@@ -158,9 +172,12 @@ def _labels(values: Values, classes: Sequence[str] | None, where: str) -> np.nda
     """
     if classes is None:
         try:
-            return np.array([float(value) for value in values], np.float32)
-        except (TypeError, ValueError) as error:
+            numbers = np.array([float(value) for value in values])
+        except (TypeError, ValueError, OverflowError) as error:
             raise RecipeError(f"{where}: labels must be numbers here: {error}.") from error
+        if not (abs(numbers) <= np.finfo(np.float32).max).all():
+            raise RecipeError(f"{where}: a label is not finite, or beyond the range of float32.")
+        return numbers.astype(np.float32)
     names = {name: n for n, name in enumerate(classes)}
     found: list[int] = []
     odd: dict[Any, None] = {}
@@ -169,7 +186,7 @@ def _labels(values: Values, classes: Sequence[str] | None, where: str) -> np.nda
         if number is None:
             try:
                 number = int(value) if float(value) == int(value) else -1
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 number = -1
         if not 0 <= number < len(classes):
             odd[value if isinstance(value, str) else str(value)] = None
@@ -182,6 +199,22 @@ def _labels(values: Values, classes: Sequence[str] | None, where: str) -> np.nda
             f"{len(classes)} classes: numbers 0 to {len(classes) - 1}, or their names."
         )
     return np.array(found, np.int64)
+
+
+def _check_values(columns: Columns, where: str) -> None:
+    """Refuse columns of several lengths, and texts that are none.
+
+    Raises:
+        RecipeError: naming them.
+    """
+    for name in ("text", "text_pair"):
+        odd = next((one for one in columns.get(name, ()) if not isinstance(one, str)), None)
+        if odd is not None:
+            raise RecipeError(f"{where}: {odd!r:.40} stands in the place of a text.")
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len({*lengths.values()}) > 1:
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise RecipeError(f"{where}: columns are of several lengths: {told}.")
 
 
 def _rows(values: Values, rows: np.ndarray) -> Values:
@@ -197,8 +230,9 @@ def _reader(data: DataSettings, folder: Path, classes: Sequence[str] | None) -> 
 
     Raises:
         RecipeError: if there is no such source.
+        CheckpointError: if there is no such user.
     """
-    path = folder / Path(data.source).expanduser()
+    path = folder / expanded(data.source)
     if path.suffix == ".npz" and path.is_file():
         return _Npz(path)
     if path.is_file():
@@ -221,10 +255,20 @@ class _Npz:
     path: Path
 
     def __call__(self, source: str, columns: Mapping[str, str]) -> Columns:
-        with np.load(self.path, allow_pickle=False) as arrays:
+        with (
+            open_regular(self.path) as file,
+            zipfile.ZipFile(file) as zipped,
+            np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays,
+        ):
             named = {kind: name.replace("{split}", source) for kind, name in columns.items()}
             _check_columns(str(self.path), named, arrays.files)
-            return {kind: arrays[name] for kind, name in named.items()}
+            sizes = {one.filename.removesuffix(".npy"): one.file_size for one in zipped.infolist()}
+            _check_expansion(file, sum(sizes[name] for name in named.values()))
+            found: Columns = {kind: arrays[name] for kind, name in named.items()}
+        single = [named[kind] for kind, values in found.items() if not np.ndim(values)]
+        if single:
+            raise RecipeError(f"{self.path}: {', '.join(single)} is one value, and no list.")
+        return found
 
 
 @dataclass(frozen=True)
@@ -267,22 +311,56 @@ def _read_file(path: Path, columns: Mapping[str, str]) -> Columns:
     """
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        _check_columns(str(path), columns, parquet.read_schema(path).names)
-        table = parquet.read_table(path, columns=[*columns.values()])
-        return {kind: table[name].to_pylist() for kind, name in columns.items()}
+        return _read_parquet(path, columns)
     if suffix not in (".jsonl", ".json", ".csv", ".tsv"):
         raise RecipeError(
             f"{path} is of no known kind. Give .jsonl, .csv, .tsv (also .gz), .parquet or .npz."
         )
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8", newline="") as lines:
-        if suffix in (".csv", ".tsv"):
-            rows: Iterable[Any] = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
-        else:
-            rows = (json.loads(line) for line in lines if line.strip())
-        return _columns_of(str(path), rows, columns)
+    lines = _lines(path)
+    if suffix in (".csv", ".tsv"):
+        rows: Iterable[Any] = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
+    else:
+        rows = (parse_json(line) for line in lines if line.strip())
+    return _columns_of(str(path), rows, columns)
+
+
+def _read_parquet(path: Path, columns: Mapping[str, str]) -> Columns:
+    import pyarrow.parquet as parquet
+
+    with open_regular(path) as file:
+        opened = parquet.ParquetFile(file)
+        _check_columns(str(path), columns, opened.schema_arrow.names)
+        _check_expansion(file, _BYTES_A_ROW * opened.metadata.num_rows)
+        table = opened.read(columns=[*columns.values()])
+        return {kind: table[name].to_pylist() for kind, name in columns.items()}
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text, which may be compressed.
+
+    Raises:
+        Unfit: if one is too long, or all are far more than the file.
+    """
+    with open_regular(path) as file:
+        content: Any = gzip.open(file) if path.suffix == ".gz" else file
+        with io.TextIOWrapper(content, encoding="utf-8", newline="") as lines:
+            size = 0
+            while line := lines.readline(_LONGEST_LINE + 1):
+                size += len(line)
+                if len(line) > _LONGEST_LINE:
+                    raise Unfit(f"a line is longer than {_LONGEST_LINE:,} characters")
+                _check_expansion(file, size)
+                yield line
+
+
+def _check_expansion(file: BufferedReader, nbytes: int) -> None:
+    """Refuse what takes far more memory than its file says.
+
+    Raises:
+        Unfit: if it does.
+    """
+    if nbytes > max(_MOST_TIMES * os.fstat(file.fileno()).st_size, _HARMLESS):
+        raise Unfit(f"it would take {nbytes:,} bytes or more, {_MOST_TIMES} times its file's")
 
 
 def _columns_of(where: str, rows: Iterable[Any], columns: Mapping[str, str]) -> Columns:

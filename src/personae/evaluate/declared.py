@@ -10,6 +10,7 @@ from pydantic import Field
 
 from personae._quiet import quiet_transformers
 from personae._small_files import Unfit, read_json
+from personae.checkpoints.opening import expanded
 from personae.errors import Faults, PersonaeError, RecipeError, nearest
 from personae.evaluate.data import Column, Columns, DataSettings, read_splits
 from personae.evaluate.images import ImageSettings, Preprocessing
@@ -140,9 +141,9 @@ def _classes(settings: TaskSettings, expert: Path, folder: Path) -> list[str] | 
     if isinstance(settings.classes, list):
         found = settings.classes
     elif isinstance(settings.classes, str):
-        found = _classes_in(folder / Path(settings.classes).expanduser())
+        found = _classes_in(folder / expanded(settings.classes))
     else:
-        labels = _config(expert).get("id2label") or {}
+        labels = _labels(expert)
         found = [str(labels[key]) for key in sorted(labels, key=int)]
         if settings.problem == "zero_shot":
             found = []
@@ -180,8 +181,7 @@ def _check_head(settings: TaskSettings, expert: Path, classes: Sequence[str] | N
     """
     if settings.problem == "zero_shot" or (classes is None and not settings.of_numbers):
         return
-    labels = _config(expert).get("id2label")
-    outputs = len(labels) if labels else _config(expert).get("num_labels", 2)
+    outputs = len(_labels(expert)) or _config(expert).get("num_labels", 2)
     wanted = 1 if settings.of_numbers else len(classes or ())
     if outputs != wanted:
         answers = "a number is one output" if settings.of_numbers else f"there are {wanted} classes"
@@ -196,6 +196,18 @@ def _check_templates(settings: TaskSettings) -> None:
     if odd or not settings.templates:
         told = f"'{odd[0]}' has not" if odd else "There is no template with"
         raise RecipeError(f"{told} one {{}} in the place of a class name: 'a photo of a {{}}.'")
+
+
+def _labels(expert: Path) -> Mapping[str, Any]:
+    """The names of the outputs of an expert's head, by their numbers; empty if it says none.
+
+    Raises:
+        RecipeError: if what it says is something else.
+    """
+    labels = _config(expert).get("id2label") or {}
+    if not isinstance(labels, dict) or not all(key.isdecimal() for key in labels):
+        raise RecipeError(f"{expert}: id2label in config.json is no mapping of numbers to names.")
+    return labels
 
 
 def _config(expert: Path) -> dict[str, Any]:
@@ -222,7 +234,7 @@ def _tokens(settings: TaskSettings, columns: Columns, expert: Path) -> Examples:
     with quiet_transformers():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(expert)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # transformers raises many kinds; all mean the same here
             raise RecipeError(f"{expert} has no tokenizer that transformers can read.") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

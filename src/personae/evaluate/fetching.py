@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from personae.checkpoints.opening import is_hub_id
+from personae.checkpoints.opening import expanded, is_hub_id
 from personae.errors import CheckpointError
 
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.bin")
@@ -17,7 +17,7 @@ def fetched(model: str) -> Path:
     Raises:
         CheckpointError: if there is neither, naming what to fetch.
     """
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir() or not is_hub_id(model):
         if not (path / "config.json").is_file():
             raise CheckpointError(

@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from personae._images import LARGEST, check_sizes, read_image
 from personae._quiet import quiet_transformers
-from personae._small_files import Unfit, read_json
+from personae._small_files import Unfit, open_regular, read_json
 from personae.errors import RecipeError
 from personae.evaluate.tasks import Pixels
 from personae.recipe._base import Strict
@@ -32,7 +33,7 @@ class ImageSettings(Strict):
     makes of them. Without one, images are squashed to the size in its config.json and made -1 to 1.
     """
 
-    size: int | None = Field(default=None, gt=0)
+    size: int | None = Field(default=None, gt=0, le=LARGEST)
     fit: Literal["crop", "squash", "pad"] | None = None
     mean: float | tuple[float, ...] | None = None
     std: float | tuple[float, ...] | None = None
@@ -108,9 +109,11 @@ def _processor(model: Path) -> Any:
 
     try:
         with quiet_transformers():
-            return transformers.AutoImageProcessor.from_pretrained(
+            processor = transformers.AutoImageProcessor.from_pretrained(
                 model, trust_remote_code=False, local_files_only=True
             )
+            check_sizes(processor)
+            return processor
     except Exception as error:  # transformers raises many kinds; all mean the same here
         said = (str(error).strip() or repr(error)).splitlines()[0]
         raise RecipeError(
@@ -132,7 +135,11 @@ def _by(processor: Any) -> Fit:
     """What an image processor does up to the bytes."""
 
     def fit(image: Any) -> np.ndarray:
-        made = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+        try:
+            made = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+        except Exception as error:
+            said = (str(error).strip() or repr(error)).splitlines()[0]
+            raise RecipeError(f"The model's image processor fails: {said}") from error
         array = np.asarray(made["pixel_values"])[0]
         return array if array.dtype == np.uint8 else array.round().clip(0, 255).astype(np.uint8)
 
@@ -149,24 +156,42 @@ def _size(model: Path) -> int | None:
         config = read_json(model / "config.json")
     except (OSError, Unfit):
         return None
-    size = config.get("image_size") or (config.get("vision_config") or {}).get("image_size")
-    return size if isinstance(size, int) else None
+    said: list[Any] = [config, config.get("vision_config")] if isinstance(config, dict) else []
+    sizes = [one.get("image_size") for one in said if isinstance(one, dict)]
+    return next((n for n in sizes if isinstance(n, int) and 0 < n <= LARGEST), None)
 
 
 def _opened(image: Any) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    """An image of PIL, of a file or an array.
 
+    Raises:
+        RecipeError: if it is none.
+    """
+    if isinstance(image, str | Path):
+        try:
+            with open_regular(Path(image)) as file:
+                return read_image(file)
+        except (OSError, Unfit) as error:
+            said = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else error
+            raise RecipeError(f"The image '{image}' {said}.") from error
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or not (_is_flat(image.shape) and image.size):
+            raise RecipeError(
+                f"Images must be bytes (uint8), not {image.dtype}, of shape (height, width) or "
+                f"(height, width, 3), and one is of shape {[*image.shape]}."
+            )
+        from PIL import Image
+
+        image = Image.fromarray(image)
     try:
-        if isinstance(image, str | Path):
-            with Image.open(image) as opened:
-                return opened.convert("RGB")
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8:
-                raise RecipeError(f"Images must be bytes (uint8), not {image.dtype}.")
-            return Image.fromarray(image).convert("RGB")
         return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, AttributeError, TypeError) as error:
+    except (OSError, AttributeError, TypeError) as error:
         raise RecipeError(f"{image!r:.80} is no image: {error}.") from error
+
+
+def _is_flat(shape: tuple[int, ...]) -> bool:
+    """Whether an array of this shape is grey, or in red, green and blue (and clear)."""
+    return len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))
 
 
 def _fitted(image: Any, size: int, fit: str) -> Any:

@@ -20,7 +20,7 @@ def load_model(directory: Path, model_class: str, **options: Any) -> nn.Module:
         **options: For its `from_pretrained`, such as `num_labels`.
 
     Raises:
-        CheckpointError: if there is no such directory.
+        CheckpointError: if there is no such directory, or no such model in it.
     """
     import transformers
 
@@ -31,7 +31,13 @@ def load_model(directory: Path, model_class: str, **options: Any) -> nn.Module:
         )
     with quiet_transformers():
         loader = getattr(transformers, model_class)
-        return loader.from_pretrained(directory, dtype="float32", **options).eval()
+        try:
+            return loader.from_pretrained(directory, dtype="float32", **options).eval()
+        except Exception as error:  # transformers raises many kinds; all mean the same here
+            said = (str(error).strip() or repr(error)).splitlines()[0]
+            raise CheckpointError(
+                f"transformers cannot load '{directory}' as {model_class}: {said}"
+            ) from error
 
 
 def load_task_model(directory: Path, task: Task) -> nn.Module:

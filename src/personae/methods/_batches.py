@@ -33,7 +33,7 @@ def rows(batch: Batch, which: slice | Tensor) -> dict[str, Tensor]:
 
 def limited(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
     """The first so many examples; the last batch is cut."""
-    for batch in batches:
+    for batch in _filled(batches):
         count = samples(batch)
         yield batch if count <= examples else rows(batch, slice(examples))
         examples -= count
@@ -43,7 +43,12 @@ def limited(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
 
 def endless(batches: Iterable[Batch]) -> Iterator[Batch]:
     """All batches, over and over; what shuffles anew each time is asked anew."""
-    return chain.from_iterable(repeat(batches))
+    return _filled(chain.from_iterable(repeat(batches)))
+
+
+def _filled(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Batches without those of no sample, of which no mean can be taken."""
+    return (batch for batch in batches if samples(batch))
 
 
 def run(model: nn.Module, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Any:

@@ -149,6 +149,9 @@ def probe(experts: Experts, faults: Faults) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for task, model in experts.models.items():
         batch = next(iter(experts.batches[task]))
+        if any(len(one) == 0 for one in batch.values() if one.ndim):
+            faults.add(f"The first batch of the task '{task}' has no sample. Leave it out.")
+            continue
         try:
             with torch.no_grad():
                 one = logits(model, batch)

@@ -52,7 +52,7 @@ class LearnedMethod(Parameters, ABC):
         """Check everything, then learn.
 
         Raises:
-            MethodError: all faults at once, before any work.
+            MethodError: all faults at once, before any work; or the result is not finite.
         """
         faults = Faults()
         self.check_experts(len(experts), faults, has_base=base is not None)
@@ -69,7 +69,23 @@ class LearnedMethod(Parameters, ABC):
             scores = probe(gathered, faults)
             self.faults(gathered, scores, faults)
             faults.raise_if_any(MethodError)
-            return self.learn(gathered)
+            result = self.learn(gathered)
+            self._check_finite(result)
+            return result
+
+    def _check_finite(self, result: Any) -> None:
+        """Refuse a result that no model can use.
+
+        Raises:
+            MethodError: naming what is NaN or infinite.
+        """
+        tensors = result.state_dict() if isinstance(result, nn.Module) else result
+        for name, value in tensors.items():
+            if isinstance(value, Tensor) and not value.isfinite().all():
+                raise MethodError(
+                    f"{self.name}: '{name}' comes out as NaN or infinite. Look for weights and "
+                    "inputs that are very large, or lower the learning rate, if there is one."
+                )
 
 
 class LearnedMerge(LearnedMethod):

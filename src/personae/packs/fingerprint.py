@@ -13,6 +13,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from personae._small_files import open_regular
+
 
 def tensor_digest(tensor: Tensor) -> str:
     """Digest of one tensor's dtype, shape and bytes."""
@@ -30,6 +32,11 @@ def combine(digests: Mapping[str, str]) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal text."""
-    with path.open("rb") as file:
+    """SHA-256 of a file, as hexadecimal text.
+
+    Raises:
+        Unfit: if it is no regular file.
+        OSError: if the system refuses.
+    """
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

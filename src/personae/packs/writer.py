@@ -31,6 +31,7 @@ from personae.writers import (
     atomic_file,
     clear,
     note,
+    remove,
     require_place,
     resume,
     write_auxiliary_files,
@@ -192,8 +193,8 @@ class PackWriter:
         for place in places:
             require_place(place)
         self._save({key: value for key, value in self.manifest.tasks.items() if key != name})
-        places[0].unlink(missing_ok=True)
-        shutil.rmtree(places[1], ignore_errors=True)
+        for place in places:
+            remove(place)
 
     def _places(self, name: str) -> tuple[Path, Path]:
         """A task's file, and the folder of its small files."""

@@ -51,7 +51,8 @@ def foreign_files(out: Path) -> list[str]:
     """
     modules = _read_small(out / "modules.json", list)
     folders = {str(m["path"]) for m in modules if isinstance(m, dict) and m.get("path")}
-    folders |= {*_read_small(out / "router_config.json", dict).get("types", ())}
+    types = _read_small(out / "router_config.json", dict).get("types")
+    folders |= types.keys() if isinstance(types, dict) else set()
     is_pack = (out / MANIFEST_NAME).is_file()
     exported = _read_small(out / RECORD_NAME, dict).get("kind") == "adapter"
     code = json.dumps([_read_small(out / name, dict) for name in _WITH_CODE])
@@ -72,7 +73,7 @@ def foreign_files(out: Path) -> list[str]:
             foreign.append(f"{name}/")
         elif exported and name == "adapter_model.safetensors":
             continue  # one that was trained has no record of how it was made
-        elif name in recorded and sha256_file(place) == recorded[name]:
+        elif name in recorded and place.is_file() and sha256_file(place) == recorded[name]:
             continue
         elif not (_OURS.fullmatch(inner) or name == JOURNAL or _is_code(inner, code)):
             foreign.append(name)

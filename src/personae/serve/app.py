@@ -155,6 +155,7 @@ async def show_model(name: str, server: Server = _Here) -> dict[str, Any]:
 @router.post("/v1/predict")
 async def predict(body: PredictRequest, request: Request, server: Server = _Here) -> dict[str, Any]:
     """Labels, values or embeddings of texts or images."""
+    server.scheduler.check_count(len(body.texts or body.images or ()))
     rows = await run_in_threadpool(_rows, body, server.tasks[body.model])
     server.scheduler.submit(rows)
     answers = await _answers(request, rows, server.limits)
@@ -167,6 +168,7 @@ async def complete(body: CompletionRequest, request: Request, server: Server = _
     """Texts that follow prompts."""
     served = server.tasks[body.model]
     served.check_kind((GENERATES,), "/v1/predict")
+    server.scheduler.check_count(len(body.prompts))
 
     def prepared() -> list[Continuation]:
         tokenizer = served.tokenizer

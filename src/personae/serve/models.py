@@ -2,13 +2,21 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
+from personae._small_files import check_bounds
 from personae.serve.generating import Sampling
 
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_bounded(cls, content: Any) -> Any:
+        """Check texts and depth: tokenizers and answers take no halves of characters."""
+        check_bounds(content)
+        return content
 
 
 class PredictRequest(_Request):

@@ -5,7 +5,6 @@ alone: no code of a model's author runs, and nothing is downloaded.
 """
 
 import base64
-import binascii
 import importlib
 import io
 import tempfile
@@ -17,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from personae._images import check_sizes, read_image
 from personae._quiet import quiet_transformers
 from personae.errors import CheckpointError
 from personae.serve.refusals import Refusal
 
 _READ = (".json", ".jinja", ".txt", ".model")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+_decoding = threading.Lock()
+"""Images are decoded one at a time: a large one takes hundreds of megabytes."""
 _CONTEXT = 4
 """Tokens of a prompt that are decoded with what follows: letters may lie across the border."""
 
@@ -118,6 +120,7 @@ class ImageProcessor:
         if "preprocessor_config.json" in files:
             try:
                 self._inner = _built("AutoImageProcessor", files)
+                check_sizes(self._inner)
             except Exception as error:
                 raise CheckpointError(
                     f"The image processor cannot be built: {_first_line(error)}"
@@ -151,20 +154,17 @@ class ImageProcessor:
                 "height, width), normalised as the model takes them.",
                 param="images",
             )
-        pil = importlib.import_module("PIL.Image")
         try:
             data = base64.b64decode(text.partition("base64,")[2] or text, validate=True)
-            with pil.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
-                if opened.width * opened.height > pil.MAX_IMAGE_PIXELS:
-                    raise ValueError(f"{opened.width} x {opened.height} pixels are too many")
-                image = opened.convert("RGB")
-        except (binascii.Error, ValueError, OSError, SyntaxError, pil.DecompressionBombError) as e:
+            with _decoding:
+                image = read_image(io.BytesIO(data), IMAGE_FORMATS)
+                return self._inner(image, return_tensors="pt")["pixel_values"][0]
+        except ValueError as error:  # of base64, too
             raise Refusal(
-                f"An image cannot be read: {_first_line(e)}. Give the base64 of a file of "
+                f"An image cannot be read: {_first_line(error)}. Give the base64 of a file of "
                 f"{', '.join(IMAGE_FORMATS)}.",
                 param="images",
-            ) from e
-        return self._inner(image, return_tensors="pt")["pixel_values"][0]
+            ) from error
 
 
 def padded(
@@ -205,7 +205,7 @@ def _built(auto_class: str, files: Mapping[str, Path | bytes]) -> Any:
 def _as_tensor(values: list[Any]) -> Tensor:
     try:
         return torch.tensor(values, dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise Refusal(
             "An image is neither base64 nor nested lists of numbers (channels, height, width).",
             param="images",

@@ -88,13 +88,7 @@ class Scheduler:
         with self._arrived:
             if self._closed:
                 raise Refusal("The server is stopping.", 503, "stopping")
-            if len(jobs) > self._max_queue:
-                raise Refusal(
-                    f"The request has {len(jobs)} rows; {self._max_queue} may wait at most. "
-                    "Send them in several requests.",
-                    413,
-                    "too_many_rows",
-                )
+            self.check_count(len(jobs))
             if len(self._waiting) + len(jobs) > self._max_queue:
                 raise Refusal(
                     f"{len(self._waiting)} rows wait already, of {self._max_queue} that may. "
@@ -104,6 +98,20 @@ class Scheduler:
                 )
             self._waiting += jobs
             self._arrived.notify()
+
+    def check_count(self, rows: int) -> None:
+        """Refuse a request before its rows are looked at.
+
+        Raises:
+            Refusal: if it has more than may ever wait.
+        """
+        if rows > self._max_queue:
+            raise Refusal(
+                f"The request has {rows} rows; {self._max_queue} may wait at most. Send them in "
+                "several requests.",
+                413,
+                "too_many_rows",
+            )
 
     def close(self) -> None:
         """Refuse what waits, give up what is computed, and end."""

@@ -183,7 +183,10 @@ class Tasks:
             Refusal: if requests may not, or it cannot be used.
         """
         folder = self._changeable()
-        path = (folder / pack).resolve()
+        try:
+            path = (folder / pack).resolve()
+        except (OSError, ValueError) as error:  # too long, or a NUL in it
+            raise Refusal("The name of the pack is no file name.", param="pack") from error
         if path == folder or not path.is_relative_to(folder):
             raise Refusal(
                 f"'{pack}' is not in the folder of packs. Give the name of one inside.",
@@ -192,7 +195,7 @@ class Tasks:
             )
         try:
             self.load(path, name, only)
-        except PersonaeError as error:
+        except (PersonaeError, OSError) as error:
             raise Refusal(str(error), param="pack") from error
 
     def unload(self, name: str) -> None:

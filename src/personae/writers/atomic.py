@@ -214,7 +214,10 @@ def finish(runs: Mapping[Path, str], note: str) -> bool:
 
 def begins(path: Path, text: str) -> bool:
     """Whether a file is there and begins with this text."""
-    return path.is_file() and path.read_text("utf-8").startswith(text)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(text.encode())) == text.encode()
 
 
 @contextmanager
@@ -356,10 +359,15 @@ def _end(paths: Sequence[Path], note: str | None) -> None:
 def clear(directory: Path, pattern: str = ".*.partial") -> None:
     """Remove what matches at any depth: everything, or the files `atomic_file` had begun."""
     for place in sorted(directory.rglob(pattern), reverse=True):  # children before parents
-        if place.is_dir() and not place.is_symlink():
-            shutil.rmtree(place)
-        else:
-            place.unlink(missing_ok=True)
+        remove(place)
+
+
+def remove(place: Path) -> None:
+    """Remove what is there, if anything: a folder with all in it, a link and not what it names."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)  # rmtree opens what it is given, and waits for a pipe
 
 
 def _sync_all(directory: Path) -> None:

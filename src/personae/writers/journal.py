@@ -8,14 +8,13 @@ by the tasks in its pack.json. What moves finished work to its place removes the
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from personae._version import __version__
 from personae.errors import OutputError, PersonaeError
-from personae.writers.atomic import begins, output_errors
+from personae.writers.atomic import begins, output_errors, remove
 
 JOURNAL = ".journal"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -38,7 +37,7 @@ def resume(directory: Path, identity: str) -> str | None:
     path = directory / JOURNAL
     with output_errors(path):
         if begins(path, f"{identity}\n"):
-            return path.read_text("utf-8").removeprefix(f"{identity}\n")
+            return path.read_text("utf-8", "replace").removeprefix(f"{identity}\n")
         _clear(directory)
     return None
 
@@ -75,7 +74,7 @@ class Journal:
         steps = resume(directory, f"{identity}\n{boot}") or ""
         whole, _, _ = steps.rpartition("\n")  # a line cut short was never finished
         lines = (line.partition(" ") for line in whole.splitlines())
-        self.done = {int(number): told for number, _, told in lines}
+        self.done = {int(number): told for number, _, told in lines if number.isdecimal()}
         note(directory, identity, boot, *(_line(*step) for step in sorted(self.done.items())))
         with output_errors(directory / JOURNAL):
             self._file = os.open(directory / JOURNAL, os.O_WRONLY | os.O_APPEND)
@@ -106,4 +105,4 @@ def _line(step: int, told: str) -> str:
 
 def _clear(directory: Path) -> None:
     for child in directory.iterdir():
-        shutil.rmtree(child) if child.is_dir() else child.unlink()
+        remove(child)

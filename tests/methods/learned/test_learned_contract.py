@@ -100,6 +100,39 @@ def test_a_base_that_is_needed_is_asked_for(name: str):
         _method(name)(family.experts, family.batches)  # pyright: ignore[reportCallIssue]
 
 
+@pytest.mark.parametrize("name", sorted(LEARNED_METHODS))
+def test_batches_without_samples_change_nothing(name: str):
+    family = toys()
+    none = {"x": torch.empty(0, 5)}
+    given = {
+        task: [batches[0], none, *batches[1:], none] for task, batches in family.batches.items()
+    }
+    found = _call(_method(name), Toys(family.base, family.experts, given))
+    expected = _call(_method(name), family)
+    assert_same(_tensors(found), _tensors(expected))
+    given["a"] = [none]
+    with pytest.raises(MethodError, match="first batch of the task 'a' has no sample"):
+        _call(_method(name), Toys(family.base, family.experts, given))
+
+
+@pytest.mark.parametrize("name", sorted(LEARNED_METHODS))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_an_error_of_ours(name: str, value: float):
+    family = toys()
+    family.batches["b"][-1] = {"x": torch.full_like(family.batches["b"][-1]["x"], value)}
+    try:
+        found = _call(_method(name), family)
+    except MethodError as error:
+        assert "NaN" in str(error) or "nan" in str(error)
+    else:
+        assert all(one.isfinite().all() for one in _tensors(found).values())
+
+
+def _tensors(result: Any) -> dict[str, Tensor]:
+    said = result if isinstance(result, dict) else result.state_dict()
+    return {name: one for name, one in said.items() if isinstance(one, Tensor)}
+
+
 class _Odd(nn.Module):
     """Gives no logits."""
 

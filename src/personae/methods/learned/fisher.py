@@ -142,8 +142,17 @@ class Fisher(LearnedMerge):
     def _pulls(
         self, scores: Float[Tensor, "sample *token output"], batch: Batch, draws: torch.Generator
     ) -> list[Tensor]:
-        """Gradients at the logits, of which those of the parameters follow: each is squared."""
+        """Gradients at the logits, of which those of the parameters follow: each is squared.
+
+        Raises:
+            MethodError: The logits are not finite.
+        """
         scores = scores.float()
+        if not scores.isfinite().all():
+            raise MethodError(
+                f"{self.name}: logits are NaN or infinite for some batch. Repair the model, or its "
+                "inputs."
+            )
         if _is_regression(scores):
             labels = batch[LABELS].to(scores).reshape(scores.shape)
             return [2 * (scores - labels)]
