@@ -54,6 +54,17 @@ def test_models_are_left_as_they_were(name: str):
         assert all(own.grad is None for own in model.parameters())
 
 
+@pytest.mark.parametrize("name", sorted(LEARNED_METHODS))
+@pytest.mark.parametrize("parameters", [{}, {"inputs": "merged"}])
+def test_progress_goes_to_its_end(name: str, parameters: dict[str, Any]):
+    method = _method(name)
+    if not {*parameters} <= {*type(method).model_fields}:
+        return
+    told: list[tuple[int, int]] = []
+    _call(method.model_copy(update=parameters), toys(), progress=lambda *step: told.append(step))
+    assert told == [(n + 1, len(told)) for n in range(len(told))] and told
+
+
 @pytest.mark.parametrize("name", MERGES)
 def test_one_expert_and_equal_experts_come_back(name: str):
     family = toys(labels=(3, 3))

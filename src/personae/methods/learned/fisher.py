@@ -94,8 +94,9 @@ class Fisher(LearnedMerge):
         """The weighted average."""
         weights = one_each(self.weight, len(experts.models))
         above, below, touched = {}, {}, set[str]()
-        for weight, task in zip(weights, experts.models, strict=True):
+        for n, (weight, task) in enumerate(zip(weights, experts.models, strict=True)):
             information = self.information(experts, task)
+            experts.progress(n + 1, len(weights))
             touched |= {name for name, one in information.items() if one.any()}
             floored = {
                 name: one.double().clamp_(min=self.floor) for name, one in information.items()
