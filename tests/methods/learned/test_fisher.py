@@ -36,6 +36,7 @@ def _by_hand(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Te
 
 @pytest.mark.parametrize("kind", BUILDERS)
 @pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_it_is_the_average_weighted_by_squares_of_single_examples(kind: str, at_once: int):
     family = toys(kind)
     information = {

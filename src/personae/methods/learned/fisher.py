@@ -18,6 +18,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 from torch.func import vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from personae.errors import Faults, MethodError
 from personae.methods._batches import LABELS, Batch, limited, logits, rows, samples, token_mask
@@ -235,7 +236,9 @@ def _squared_at_once(
                 total[name] = total[name] + square if name in total else square
         return total
 
-    return {name: one.sum(dim=0) for name, one in vmap(of_one)(each, pulls).items()}
+    # Attention in plain operations: fused kernels run sample by sample, with a warning of each.
+    with sdpa_kernel(SDPBackend.MATH):
+        return {name: one.sum(dim=0) for name, one in vmap(of_one)(each, pulls).items()}
 
 
 fisher = as_learned_function(Fisher)
