@@ -6,6 +6,9 @@ class. The code that many later works copied squares the gradient of a sum over 
 the batch, so that cross terms stay in and the result depends on the batch size; it is here as
 `estimator="batch_shortcut"`, to rebuild what was published with it.
 
+Departs from the original code in one thing: the floor is that of normalised information. A floor
+before makes the expert whose outputs are surest, of which all is at the floor, the heaviest.
+
 Memory beside the models: three times a model's shared parameters in fp64, and `samples_at_once`
 gradients.
 """
@@ -53,7 +56,9 @@ class Fisher(LearnedMerge):
         default=1.0, description="Coefficient of each expert's Fisher information (α)."
     )
     floor: float = Field(
-        default=1e-6, gt=0, description="Least Fisher information of a parameter, before α."
+        default=1e-6,
+        gt=0,
+        description="Least Fisher information of a parameter, once it is normalised, before α.",
     )
     normalise: bool = Field(
         default=True,
@@ -99,14 +104,14 @@ class Fisher(LearnedMerge):
             information = self.information(experts, task)
             experts.progress(n + 1, len(weights))
             touched |= {name for name, one in information.items() if one.any()}
-            floored = {
-                name: one.double().clamp_(min=self.floor) for name, one in information.items()
-            }
+            norm = 1.0
             if self.normalise:
-                norm = sum(float(one.square().sum()) for one in floored.values()) ** 0.5
-                weight /= norm
+                norm = (
+                    sum(float(one.double().square().sum()) for one in information.values()) ** 0.5
+                )
             for name, own in experts.weights(task).items():
-                share = floored.pop(name).mul_(weight).to(experts.device)
+                found = information.pop(name).double().div_(norm or 1.0)
+                share = found.clamp_(min=self.floor).mul_(weight).to(experts.device)
                 below[name] = below.get(name, 0) + share
                 above[name] = above.get(name, 0) + share * own.double().to(experts.device)
         return experts.cast(
