@@ -36,7 +36,7 @@ _HOMES = {
     "unpack": "commands.unpack",
     "verify": "commands.verify",
     "Suite": "evaluate.suite",
-    "evaluate_suite": "evaluate.suite",
+    "evaluate_suite": "evaluate.suite_records",
     "read_suite": "evaluate.suite",
     "Trial": "evaluate.tuning",
     "Tuned": "evaluate.tuning",

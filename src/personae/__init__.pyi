@@ -36,8 +36,8 @@ from personae.errors import PackError as PackError
 from personae.errors import PersonaeError as PersonaeError
 from personae.errors import RecipeError as RecipeError
 from personae.evaluate.suite import Suite as Suite
-from personae.evaluate.suite import evaluate_suite as evaluate_suite
 from personae.evaluate.suite import read_suite as read_suite
+from personae.evaluate.suite_records import evaluate_suite as evaluate_suite
 from personae.evaluate.tuning import Trial as Trial
 from personae.evaluate.tuning import Tuned as Tuned
 from personae.evaluate.tuning import tune_suite as tune_suite

@@ -317,3 +317,42 @@ def test_a_suite_with_a_search_is_evaluated_as_one_without(suite, tmp_path):
     text = SEARCHED.replace("  - base\n", "")
     records = evaluate_suite(suite(text), cache=tmp_path)
     assert [one.method for one in records] == ["individual", "TIES", "DTS"]
+
+
+ROW = f"{{merge: {{method: task_arithmetic}}, parameters: {{scale: {RANGE}}}, sampler: grid}}"
+
+
+def with_row(row: str) -> str:
+    text = SEARCHED[: SEARCHED.index("search:")].replace("  - base\n", "")
+    fixed = f"{{method: task_arithmetic, parameters: {{scale: {BEST}}}}}"
+    return text + f"  - {{name: best, merge: {fixed}}}\n  - tune: {row}\n"
+
+
+def test_a_row_is_tuned_before_it_is_scored(suite, cache):
+    found = evaluate_suite(suite(with_row(ROW)), cache=cache)
+    of = {one.method: one for one in found}
+    assert [*of][-1] == "task_arithmetic tuned"
+    assert of["task_arithmetic tuned"].scores == of["best"].scores
+    assert of["task_arithmetic tuned"].data == (
+        f"labels: 12 a task of the split validation; best of 7 trials: scale={BEST}"
+    )
+    assert of["best"].data == ""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("sampler: grid", "sampler: gird", "tune.sampler = 'gird'"),
+        ("sampler: grid", "trials: 0", "tune.trials = 0"),
+        ("sampler: grid", "sampler: grid, trials: 3", "leave the number of trials out"),
+        (RANGE, "{from: 0, to: 1}", "scale: a grid needs a step"),
+        ("scale: {", "skale: {", "has no parameter 'skale'"),
+        (", validation: validation", "", "no validation split of a, b"),
+    ],
+)
+def test_rows_that_cannot_be_tuned_are_refused_with_their_line(suite, old, new, told):
+    text = with_row(ROW)
+    assert old in text
+    with pytest.raises(RecipeError) as raised:
+        read_suite(suite(text.replace(old, new)))
+    assert told in str(raised.value) and "line " in str(raised.value)

@@ -32,7 +32,7 @@ def evaluate(
     """
     require_extra("eval")
     from personae.evaluate import records_to_json
-    from personae.evaluate.suite import evaluate_suite
+    from personae.evaluate.suite_records import evaluate_suite
     from personae.report.files import write_results
     from personae.report.plots import check
     from personae.report.table import accuracy_size_table

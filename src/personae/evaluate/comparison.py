@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -252,8 +252,7 @@ class Study:
                     model, task, task.test, work=self.work, stage=f"{name}: {task.name}"
                 )
                 known.keep(self.keys[task.name], found[task.name])
-        if self.keep is None and not isinstance(row, str):
-            shutil.rmtree(known.model, ignore_errors=True)
+        shutil.rmtree(known.model, ignore_errors=True)
         return {task.name: found[task.name] for task in self.tasks}
 
     def _models(
@@ -262,7 +261,7 @@ class Study:
         """A row's model for each of some tasks, one in memory at a time."""
         device = self.work.torch_device
         if isinstance(row, LearnSettings):
-            models = self._learned(row)
+            models = self._learned(name, row)
             yield from ((task, models[task.name]) for task in tasks)
             return
         if isinstance(row, PackSettings):
@@ -287,8 +286,9 @@ class Study:
                 model = load_task_model(directory, task).to(device)
             yield task, model
 
-    def _learned(self, row: LearnSettings) -> Mapping[str, nn.Module]:
-        """The models of a learned method, a task each."""
+    def _learned(self, name: str, row: LearnSettings) -> Mapping[str, nn.Module]:
+        """The models of a learned method, a task each; one model is kept until it is scored."""
+        known = self.row(row)
         with measured() as taken:
             learned = learn(
                 self.base,
@@ -297,14 +297,17 @@ class Study:
                 row,
                 heads=self.heads,
                 device=self.work.torch_device,
+                kept=known.model / "merged.safetensors",
+                progress=partial(self.work.progress, f"{name}: learning"),
             )
-        self.row(row).costs = _costs(
-            learned.amr_paper,
-            learned.amr_on_disk,
-            seconds=taken.seconds,
-            peak_bytes=taken.peak_bytes,
-            data=row.seen(self.tasks),
-        )
+        if not known.costs:
+            known.costs = _costs(
+                learned.amr_paper,
+                learned.amr_on_disk,
+                seconds=taken.seconds,
+                peak_bytes=taken.peak_bytes,
+                data=row.seen(self.tasks),
+            )
         return learned.models
 
 

@@ -3,15 +3,17 @@
 All experts are in memory at once, each with its own head: these methods run them side by side.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from personae._safetensors import load_safetensors
 from personae._types import TensorSpec
 from personae.checkpoints import open_checkpoint
 from personae.checkpoints.naming import shown
@@ -25,6 +27,7 @@ from personae.evaluate.tasks import Task
 from personae.family.align import align
 from personae.family.alignment import Alignment
 from personae.methods import Bits, LearnedMerge, LearnedRouting, MixedModel, RoutedModel
+from personae.writers import atomic_file
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ def learn(
     *,
     heads: Sequence[str] = (),
     device: torch.device | None = None,
+    kept: Path | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Learned:
     """Learn from data of the tasks how to merge their experts.
 
@@ -60,6 +65,9 @@ def learn(
         settings: The method and its data.
         heads: Patterns of tensors that stay each expert's own; see `heads_of`.
         device: Where models are; by default the CPU.
+        kept: A file of the merged parameters: taken from it if it is there, else put into it. Of
+            routed models nothing is kept.
+        progress: Told how far learning is.
 
     Raises:
         PersonaeError: if models, method and data do not fit.
@@ -81,11 +89,18 @@ def learn(
     given = {name: settings.batches_of(of[name]) for name in models}
     method = settings.learned()
     if isinstance(method, LearnedRouting):
-        routed = method(models, given, weights, shared=[*weights])
+        routed = method(models, given, weights, shared=[*weights], progress=progress)
         paper, on_disk = rates(routed)
         return Learned({name: _Headed(routed, name) for name in models}, paper, on_disk)
     assert isinstance(method, LearnedMerge)
-    merged = method(models, given, weights, shared=[*weights])
+    if kept is not None and kept.is_file():
+        merged = load_safetensors(kept)
+    else:
+        merged = method(models, given, weights, shared=[*weights], progress=progress)
+        if kept is not None:
+            with atomic_file(kept) as partial:
+                alone = {name: one.cpu().contiguous() for name, one in merged.items()}
+                safetensors.torch.save_file(alone, partial)
     for model in models.values():
         model.load_state_dict(merged, strict=False)
     return Learned(models)

@@ -1,6 +1,6 @@
 """What a suite says of a learned method, and the data that the method is given."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from pydantic import Field
@@ -95,8 +95,7 @@ class LearnSettings(Strict):
         """What the method sees of these tasks, in words."""
         method = lookup(LEARNED_METHODS, self.method)
         counts = [len(next(iter(self.examples_of(task).values()), ())) for task in tasks]
-        ends = sorted({min(counts), max(counts)})
-        text = f"{method.sees}: {'–'.join(map(str, ends))} a task of the split {self.data.split}"
+        text = f"{method.sees}: {counted(counts)} a task of the split {self.data.split}"
         if ("transductive" in method.sees) == (self.data.split == "test"):
             return text
         return text + (" (transductive)" if self.data.split == "test" else " (not transductive)")
@@ -105,3 +104,9 @@ class LearnSettings(Strict):
         """How many examples are given; no more than the method's own limit, if it has one."""
         limits = [self.data.examples, getattr(self.learned(), "examples", None)]
         return min([count, *(one for one in limits if one is not None)])
+
+
+def counted(counts: Iterable[int]) -> str:
+    """Least and most, or what all are."""
+    found = {*counts}
+    return "–".join(map(str, sorted({min(found), max(found)})))

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, model_validator
 
@@ -16,6 +17,8 @@ from personae.recipe._values import Values
 
 MOST = 10_000
 """Values of a parameter, and combinations of a grid; more are a slip of the keyboard."""
+Sampler = Literal["tpe", "random", "grid"]
+SAMPLERS = get_args(Sampler)
 _FORM = "a list of values, or {from, to, step}"
 _KEYS = ("from", "to", "step")
 
@@ -53,6 +56,14 @@ class SearchSettings(Strict):
         return settings
 
 
+class TuneSettings(SearchSettings):
+    """A row of a suite whose parameters are searched before it is scored."""
+
+    sampler: Sampler = "tpe"
+    trials: int | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+
 @dataclass(frozen=True)
 class Search:
     """A method, and the values to try of its parameters.
@@ -74,15 +85,75 @@ class Search:
         return " ".join(_wrong(_with(self.settings, parameters), experts))
 
 
-def read_search(said: SearchSettings, experts: Sequence[str], faults: list[Fault]) -> Search:
+@dataclass(frozen=True)
+class Tune:
+    """A row that is searched first: the best of its trials is what is scored."""
+
+    search: Search
+    sampler: Sampler
+    trials: int | None
+    seed: int
+
+
+def check_sampler(search: Search, sampler: str, trials: int | None) -> None:
+    """Refuse a grid without an end, or with none that anybody would wait for.
+
+    Raises:
+        RecipeError: naming what to do.
+    """
+    if sampler != "grid":
+        return
+    if trials is not None:
+        raise RecipeError("A grid tries every combination once: leave the number of trials out.")
+    endless = [name for name, choice in search.choices.items() if isinstance(choice, Span)]
+    if endless:
+        raise RecipeError(
+            f"{', '.join(endless)}: a grid needs a step, or a list of values. Give one, or take "
+            "the sampler tpe or random."
+        )
+    count = prod(map(len, search.choices.values()))
+    if count > MOST:
+        raise RecipeError(
+            f"The grid has {count:,} combinations; at most {MOST:,} are tried. Give fewer values, "
+            "or take the sampler tpe or random."
+        )
+
+
+def no_validation(tasks: Sequence[str]) -> str:
+    """That these tasks have nothing to choose on."""
+    return (
+        f"There is no validation split of {', '.join(tasks)}, and nothing else is chosen on. "
+        "Declare one under the data of each: "
+        "splits: {test: test, validation: {from: train, share: 0.1}}."
+    )
+
+
+def read_tune(
+    said: TuneSettings, experts: Sequence[str], faults: list[Fault], place: Place
+) -> Tune:
+    """A row to be tuned; what is wrong with it is noted. See `read_search`."""
+    search = read_search(said, experts, faults, place)
+    try:
+        check_sampler(search, said.sampler, said.trials)
+    except RecipeError as error:
+        faults.append(Fault((*place, "sampler"), str(error)))
+    return Tune(search, said.sampler, said.trials, said.seed)
+
+
+def read_search(
+    said: SearchSettings,
+    experts: Sequence[str],
+    faults: list[Fault],
+    place: Place = ("search",),
+) -> Search:
     """The search with its presets; what is wrong with it is noted, in the place of the suite.
 
     Args:
         said: What the suite says.
         experts: Names of the models, in order.
         faults: Gets what is wrong.
+        place: Where the suite says it.
     """
-    place: Place = ("search",)
     settings = said.settings
     try:
         is_merge = isinstance(settings, MergeSettings)

@@ -4,7 +4,7 @@ All that can be known before work starts is refused at once, each fault with its
 methods, missing columns, labels outside a head's range, splits without examples.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,22 +13,26 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from personae.checkpoints.naming import name_of
 from personae.errors import Faults, MethodError, PersonaeError, nearest
-from personae.evaluate.cache import default_cache
-from personae.evaluate.comparison import compare
 from personae.evaluate.data import DataSettings
 from personae.evaluate.declared import TaskSettings, read_task
 from personae.evaluate.fetching import fetched
 from personae.evaluate.learning import LearnData, LearnSettings
-from personae.evaluate.records import Record
 from personae.evaluate.rows import PRESETS, Row
-from personae.evaluate.search import Search, SearchSettings, read_search
+from personae.evaluate.search import (
+    Search,
+    SearchSettings,
+    Tune,
+    TuneSettings,
+    no_validation,
+    read_search,
+    read_tune,
+)
 from personae.evaluate.tasks import Task
 from personae.recipe import MergeSettings, PackSettings
 from personae.recipe._base import Patterns, Strict
 from personae.recipe._faults import Fault, Place, file_name_faults, validated
 from personae.recipe._places import placed
 from personae.recipe._yaml import Document, read_document
-from personae.run.work import Work
 
 
 class _Model(Strict):
@@ -48,16 +52,17 @@ class _Method(Strict):
     merge: MergeSettings | None = None
     pack: PackSettings | None = None
     learn: LearnSettings | None = None
+    tune: TuneSettings | None = None
     preset: str | None = None
 
     @model_validator(mode="after")
     def _is_one(self) -> "_Method":
-        kinds = ("individual", "base", "merge", "pack", "learn", "preset")
+        kinds = ("individual", "base", "merge", "pack", "learn", "tune", "preset")
         given = [kind for kind in kinds if getattr(self, kind) is not None]
         if len(given) != 1:
             told = " and ".join(given) or "nothing"
             raise ValueError(
-                f"a method is one of individual, base, merge, pack, learn and preset, not {told}"
+                f"a method is one of {', '.join(kinds[:-1])} and {kinds[-1]}, not {told}"
             )
         return self
 
@@ -80,6 +85,7 @@ _NESTED: dict[str | tuple[str, ...], type[BaseModel]] = {
     "merge": MergeSettings,
     "pack": PackSettings,
     "learn": LearnSettings,
+    "tune": TuneSettings,
     ("learn", "data"): LearnData,
 }
 
@@ -102,45 +108,10 @@ class Suite:
     base: Path
     experts: Mapping[str, Path]
     tasks: Sequence[Task]
-    rows: Mapping[str, Row]
+    rows: Mapping[str, Row | Tune]
     heads: tuple[str, ...] = ()
     search: Search | None = None
     fixed: Mapping[Path, str] = field(default_factory=dict)
-
-
-def evaluate_suite(
-    suite: str | Path | Suite,
-    *,
-    cache: str | Path | None = None,
-    work: Work | None = None,
-    report: Callable[[Record], None] = lambda _: None,
-) -> list[Record]:
-    """Make, score and measure every method of a suite on every task; see `compare`.
-
-    Args:
-        suite: The suite, or its file.
-        cache: Where answers are kept, so that an interrupted run goes on and suites share rows; by
-            default in the user's cache.
-        work: Workers, memory bound, device, progress.
-        report: Told each record as soon as it is known.
-
-    Returns:
-        A record a row, in the order of the suite.
-
-    Raises:
-        PersonaeError: for anything wrong with the suite, all faults at once, before work starts.
-    """
-    read = suite if isinstance(suite, Suite) else read_suite(suite)
-    return compare(
-        read.base,
-        read.experts,
-        read.tasks,
-        read.rows,
-        cache=default_cache() if cache is None else Path(cache),
-        heads=read.heads,
-        work=work,
-        report=report,
-    )
 
 
 def read_suite(path: str | Path) -> Suite:
@@ -227,9 +198,9 @@ class _Places:
         return found
 
 
-def _rows(file: _File, experts: Sequence[str], faults: list[Fault]) -> dict[str, Row]:
+def _rows(file: _File, experts: Sequence[str], faults: list[Fault]) -> dict[str, Row | Tune]:
     """The methods with their names, presets in the place of theirs."""
-    rows: dict[str, Row] = {}
+    rows: dict[str, Row | Tune] = {}
     for n, method in enumerate(file.methods):
         place: Place = ("methods", n)
         if method.preset is not None:
@@ -255,7 +226,7 @@ def _row(
     experts: Sequence[str],
     tasks: Sequence[TaskSettings],
     faults: list[Fault],
-) -> Row:
+) -> Row | Tune:
     """What a method is; what is wrong with its settings is noted."""
     if method.merge is not None:
         for fault in method.merge.faults(experts):
@@ -266,6 +237,11 @@ def _row(
         for fault in method.learn.faults({name: splits.get(name, ()) for name in experts}):
             faults.append(Fault((*place, "learn", *fault.place), fault.text))
         return method.learn
+    if method.tune is not None:
+        lacking = [task.name for task in tasks if "validation" not in task.data.splits]
+        if lacking:
+            faults.append(Fault((*place, "tune"), no_validation(lacking)))
+        return read_tune(method.tune, experts, faults, (*place, "tune"))
     if method.pack is not None:
         for check in (method.pack.codec, lambda: method.pack and method.pack.merge(len(experts))):
             try:
@@ -276,10 +252,12 @@ def _row(
     return "individual" if method.individual else "base"
 
 
-def _called(row: Row) -> str:
+def _called(row: Row | Tune) -> str:
     """The name of a method that was given none."""
     if isinstance(row, str):
         return row
+    if isinstance(row, Tune):
+        return f"{_called(row.search.settings)} tuned"
     said = {**row.parameters}
     if isinstance(row, PackSettings) and row.budget:
         said["budget"] = row.budget

@@ -5,7 +5,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
-from math import prod
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,14 +13,13 @@ from personae.errors import OutputError, RecipeError, nearest
 from personae.evaluate.cache import Cache, default_cache
 from personae.evaluate.comparison import Study
 from personae.evaluate.merged import heads_of
-from personae.evaluate.search import MOST, Choice, Search, Span
+from personae.evaluate.search import SAMPLERS, Choice, Search, Span, check_sampler, no_validation
 from personae.evaluate.suite import Suite, read_suite
 from personae.evaluate.tasks import Task
 from personae.recipe import MergeSettings, PackSettings, merge_recipe_text, pack_recipe_text
 from personae.run.work import Work
 from personae.writers import atomic_file, require_folder
 
-SAMPLERS = ("tpe", "random", "grid")
 TRIALS = 30
 """Of a search that is not asked for another number; a grid tries all."""
 
@@ -104,7 +102,8 @@ def tune_suite(
     if sampler != "grid":
         _optuna()
     read = suite if isinstance(suite, Suite) else read_suite(suite)
-    search = _search_of(read, sampler)
+    search = _search_of(read)
+    check_sampler(search, sampler, trials)
     folder = default_cache() if cache is None else Path(cache)
     study = Study(
         read.base, read.experts, _validated(read), read.heads, Cache(folder), None, work or Work()
@@ -139,8 +138,6 @@ def named(parameters: Mapping[str, Any]) -> str:
 def _check_options(trials: int | None, sampler: str, seed: int) -> None:
     if sampler not in SAMPLERS:
         raise RecipeError(f"Unknown sampler '{sampler}'. {nearest(sampler, SAMPLERS)}")
-    if trials is not None and sampler == "grid":
-        raise RecipeError("A grid tries every combination once: leave the number of trials out.")
     if trials is not None and trials < 1:
         raise RecipeError(f"{trials} trials find nothing: give 1 or more.")
     if not 0 <= seed < 2**32:
@@ -153,33 +150,18 @@ def _check_place(out: Path, overwrite: bool) -> None:
         raise OutputError(f"'{out}' is there already. Choose another name, or --overwrite.")
 
 
-def _search_of(suite: Suite, sampler: str) -> Search:
-    """What is searched; no grid without an end, or with none that anybody would wait for.
+def _search_of(suite: Suite) -> Search:
+    """What is searched.
 
     Raises:
-        RecipeError: naming what to do.
+        RecipeError: if the suite does not say.
     """
-    search = suite.search
-    if search is None:
+    if suite.search is None:
         raise RecipeError(
             "The suite has no search. Say what to search: "
             "search: {merge: {method: ties}, parameters: {density: [0.1, 0.2]}}."
         )
-    if sampler != "grid":
-        return search
-    endless = [name for name, choice in search.choices.items() if isinstance(choice, Span)]
-    if endless:
-        raise RecipeError(
-            f"{', '.join(endless)}: a grid needs a step, or a list of values. Give one, or take "
-            "the sampler tpe or random."
-        )
-    count = prod(map(len, search.choices.values()))
-    if count > MOST:
-        raise RecipeError(
-            f"The grid has {count:,} combinations; at most {MOST:,} are tried. Give fewer values, "
-            "or take the sampler tpe or random."
-        )
-    return search
+    return suite.search
 
 
 def _validated(suite: Suite) -> list[Task]:
@@ -191,11 +173,7 @@ def _validated(suite: Suite) -> list[Task]:
     found = [replace(t, test=t.validation) for t in suite.tasks if t.validation is not None]
     missing = [task.name for task in suite.tasks if task.validation is None]
     if missing:
-        raise RecipeError(
-            f"There is no validation split of {', '.join(missing)}, and nothing else is chosen on. "
-            "Declare one under the data of each: "
-            "splits: {test: test, validation: {from: train, share: 0.1}}."
-        )
+        raise RecipeError(no_validation(missing))
     return found
 
 

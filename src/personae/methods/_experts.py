@@ -1,6 +1,6 @@
 """Experts as models that run, with data of their tasks: checked before anything is learned."""
 
-from collections.abc import Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,12 @@ from personae.methods._batches import Batch, device_of, held, logits
 
 Weights = Mapping[str, Tensor]
 """Names of parameters to their values."""
+Progress = Callable[[int, int], None]
+"""Called with how many steps are done, and how many there are."""
+
+
+def silent(_done: int, _total: int) -> None:
+    """Nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,14 @@ class Experts:
         batches: Task to what can be gone through again and again.
         shared: Names of the parameters that are merged; all others are private to their expert.
         base: The shared parameters of the base, if there is one.
+        progress: Told how far learning is.
     """
 
     models: dict[str, nn.Module]
     batches: dict[str, Iterable[Batch]]
     shared: tuple[str, ...]
     base: dict[str, Tensor] | None = None
+    progress: Progress = silent
 
     @property
     def first(self) -> nn.Module:

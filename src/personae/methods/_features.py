@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from personae.errors import MethodError
-from personae.methods._batches import LABELS, Batch, device_of, run, samples, token_mask
+from personae.methods._batches import (
+    LABELS,
+    Batch,
+    device_of,
+    limited,
+    run,
+    samples,
+    token_mask,
+)
+from personae.methods._experts import Experts, Weights
 from personae.methods._layers import LinearLayer, linear_layers, watched
 
 Pool = Literal["mean", "first"]
@@ -41,6 +50,19 @@ def features(
         return states.mean(dim=1)
     shares = mask.to(states).unsqueeze(-1)
     return (states * shares).sum(dim=1) / shares.sum(dim=1).clamp(min=1)
+
+
+def features_of_tasks(
+    experts: Experts, weights: Weights, examples: int, pool: Pool
+) -> dict[str, Float[Tensor, "_ dim"]]:
+    """Features of so many examples of each task, in the first expert with these weights."""
+    fitted = experts.cast(weights)
+    found: dict[str, Tensor] = {}
+    for task, batches in experts.batches.items():
+        some = limited(batches, examples)
+        found[task] = torch.cat([features(experts.first, one, fitted, pool) for one in some])
+        experts.progress(len(found), len(experts.batches))
+    return found
 
 
 def _states(model: nn.Module, batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:

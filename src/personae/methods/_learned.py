@@ -3,6 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,15 @@ from torch import Tensor, nn
 
 from personae.errors import Faults, MethodError
 from personae.methods._batches import Batch
-from personae.methods._experts import Experts, Weights, evaluating, gather, probe
+from personae.methods._experts import (
+    Experts,
+    Progress,
+    Weights,
+    evaluating,
+    gather,
+    probe,
+    silent,
+)
 from personae.methods._method import Parameters
 from personae.methods._routed import RoutedModel
 
@@ -48,6 +57,7 @@ class LearnedMethod(Parameters, ABC):
         batches: Mapping[str, Iterable[Batch]],
         base: nn.Module | Weights | None,
         shared: Collection[str] | None,
+        progress: Progress,
     ) -> Any:
         """Check everything, then learn.
 
@@ -69,7 +79,7 @@ class LearnedMethod(Parameters, ABC):
             scores = probe(gathered, faults)
             self.faults(gathered, scores, faults)
             faults.raise_if_any(MethodError)
-            result = self.learn(gathered)
+            result = self.learn(replace(gathered, progress=progress))
             self._check_finite(result)
             return result
 
@@ -103,6 +113,7 @@ class LearnedMerge(LearnedMethod):
         base: nn.Module | Weights | None = None,
         *,
         shared: Collection[str] | None = None,
+        progress: Progress = silent,
     ) -> dict[str, Tensor]:
         """Merge the experts.
 
@@ -112,6 +123,7 @@ class LearnedMerge(LearnedMethod):
             base: What the experts were fine-tuned from: a model, or its parameters by name.
             shared: Names of the parameters to merge; by default those that all experts (and the
                 base) have in the same shape.
+            progress: Told how far learning is, in steps of the method's own.
 
         Returns:
             The merged values of the shared parameters, in the dtypes of the first expert. Put each
@@ -120,7 +132,7 @@ class LearnedMerge(LearnedMethod):
         Raises:
             MethodError: all faults at once, before any work.
         """
-        return self._learned(experts, batches, base, shared)
+        return self._learned(experts, batches, base, shared, progress)
 
 
 class LearnedRouting(LearnedMethod):
@@ -140,6 +152,7 @@ class LearnedRouting(LearnedMethod):
         base: nn.Module | Weights | None = None,
         *,
         shared: Collection[str] | None = None,
+        progress: Progress = silent,
     ) -> RoutedModel:
         """Make one model that weighs the experts sample by sample.
 
@@ -149,6 +162,7 @@ class LearnedRouting(LearnedMethod):
             base: What the experts were fine-tuned from: a model, or its parameters by name.
             shared: Names of the parameters to merge; by default those that all experts (and the
                 base) have in the same shape.
+            progress: Told how far learning is, in steps of the method's own.
 
         Returns:
             A module: `routed(head=task, **batch)` gives logits.
@@ -156,7 +170,7 @@ class LearnedRouting(LearnedMethod):
         Raises:
             MethodError: all faults at once, before any work.
         """
-        return self._learned(experts, batches, base, shared)
+        return self._learned(experts, batches, base, shared, progress)
 
 
 def as_learned_function(method: type[LearnedMethod]) -> Callable[..., Any]:
@@ -168,11 +182,12 @@ def as_learned_function(method: type[LearnedMethod]) -> Callable[..., Any]:
         base: nn.Module | Weights | None = None,
         *,
         shared: Collection[str] | None = None,
+        progress: Progress = silent,
         **parameters: Any,
     ) -> Any:
         own = method(**parameters)
         assert isinstance(own, LearnedMerge | LearnedRouting)
-        return own(experts, batches, base, shared=shared)
+        return own(experts, batches, base, shared=shared, progress=progress)
 
     texts = [f"    {name}: {field.description}" for name, field in method.model_fields.items()]
     function.__name__ = function.__qualname__ = method.name

@@ -88,7 +88,8 @@ class MixedModel(RoutedModel):
     """Coded deltas of all tasks, added to the reference by the weights that a router gives.
 
     θ(x) = reference + Σ w_n(x) δ_n: one assembly of weights for each group of samples that have
-    the same. What it holds is a pack's: a reference, a codec's parts, and the router.
+    the same. What it holds is a pack's: a reference, a codec's parts, and the router. While a
+    batch runs, the deltas that it needs are decoded: memory of as many models.
 
     Attributes:
         codec: What decodes the deltas.
@@ -131,23 +132,39 @@ class MixedModel(RoutedModel):
         seen = features(self.model, batch, {**fitted, **any_head}, self.pool)
         return self.router.weights(seen)
 
-    def weights(self, gates: Float[Tensor, " task"]) -> dict[str, Tensor]:
-        """The shared parameters for samples of these weights, fp32."""
+    def weights(
+        self, gates: Float[Tensor, " task"], deltas: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The shared parameters for samples of these weights, fp32.
+
+        Args:
+            gates: A weight a task.
+            deltas: What each task with a weight adds; see `delta`.
+        """
         total = {name: one.clone() for name, one in self.reference.items()}
         for gate, task in zip(gates.tolist(), self.tasks, strict=True):
-            for name, parts in self.parts[task].items() if gate else ():
-                if parts:
-                    total[name] += gate * self.codec.decode(parts, tuple(total[name].shape))
+            for name, one in deltas[task].items() if gate else ():
+                total[name] += gate * one
         return total
+
+    def delta(self, task: str) -> dict[str, Tensor]:
+        """What a task adds to the reference, decoded; without what is 0."""
+        return {
+            name: self.codec.decode(parts, tuple(self.reference[name].shape))
+            for name, parts in self.parts[task].items()
+            if parts
+        }
 
     def scores(self, head: str, batch: Batch) -> Float[Tensor, "sample *token output"]:
         """See `RoutedModel.forward`."""
         groups, which = torch.unique(self.gates(batch), dim=0, return_inverse=True)
+        used = [task for task, gates in zip(self.tasks, groups.T, strict=True) if gates.any()]
+        deltas = {task: self.delta(task) for task in used}
         result: Tensor | None = None
         for number, gates in enumerate(groups):
             here = (which == number).nonzero().flatten()
             some = {**batch, **rows(batch, here.to(next(iter(batch.values())).device))}
-            found = self.run(head, some, self.weights(gates))
+            found = self.run(head, some, self.weights(gates, deltas))
             if result is None:
                 result = found.new_empty(len(which), *found.shape[1:])
             result[here] = found

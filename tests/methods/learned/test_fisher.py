@@ -36,6 +36,7 @@ def _by_hand(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Te
 
 @pytest.mark.parametrize("kind", BUILDERS)
 @pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_it_is_the_average_weighted_by_squares_of_single_examples(kind: str, at_once: int):
     family = toys(kind)
     information = {
@@ -61,9 +62,8 @@ def test_normalised_each_experts_information_has_norm_one():
         by_hand = {
             n: o for n, o in _by_hand(model, family.batches[task]).items() if "head" not in n
         }
-        floored = {name: one.clamp(min=1e-6) for name, one in by_hand.items()}
-        norm = torch.stack([one.square().sum() for one in floored.values()]).sum().sqrt()
-        found[task] = {name: one / norm for name, one in floored.items()}
+        norm = torch.stack([one.square().sum() for one in by_hand.values()]).sum().sqrt()
+        found[task] = {name: (one / norm).clamp(min=1e-6) for name, one in by_hand.items()}
     expected = {
         name: (
             2 * found["a"][name] * family.experts["a"].get_parameter(name).double()
@@ -73,6 +73,21 @@ def test_normalised_each_experts_information_has_norm_one():
         for name in found["a"]
     }
     assert_same(Fisher(weight=(2.0, 1.0))(family.experts, family.batches), expected, 1e-4)
+
+
+def test_of_what_no_output_depends_on_a_sure_expert_weighs_no_more():
+    """The first input is always 0; the labels of "a" are certain, so that its gradients are 0."""
+    family = toys()
+    batches = {
+        task: [{"x": b["x"] * (torch.arange(5) > 0)} for b in bs]
+        for task, bs in family.batches.items()
+    }
+    with torch.no_grad():
+        family.experts["a"].get_parameter("head.weight").mul_(1e4)
+        for task, value in (("a", 0.0), ("b", 1.0)):
+            family.experts[task].get_parameter("first.weight")[:, 0] = value
+    merged = fisher(family.experts, batches)
+    assert merged["first.weight"][:, 0].tolist() == [0.5] * 8
 
 
 def test_the_shortcut_depends_on_the_batch_size_and_the_diagonal_does_not():

@@ -54,6 +54,17 @@ def test_models_are_left_as_they_were(name: str):
         assert all(own.grad is None for own in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [*((name, {}) for name in sorted(LEARNED_METHODS)), ("regmean", {"inputs": "merged"})],
+)
+def test_progress_goes_to_its_end(name: str, parameters: dict[str, Any]):
+    method = _method(name).model_copy(update=parameters)
+    told: list[tuple[int, int]] = []
+    _call(method, toys(), progress=lambda *step: told.append(step))
+    assert told and told == [(n + 1, len(told)) for n in range(len(told))]
+
+
 @pytest.mark.parametrize("name", MERGES)
 def test_one_expert_and_equal_experts_come_back(name: str):
     family = toys(labels=(3, 3))

@@ -95,6 +95,7 @@ class AdaMerging(LearnedMerge):
             optimiser.zero_grad()
             torch.autograd.backward([merged[n] for n in used], [leaves[n].grad for n in used])
             optimiser.step()
+            experts.progress(step + 1, self.steps)
         return found.detach()
 
     def mixed(

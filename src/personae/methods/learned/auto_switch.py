@@ -7,13 +7,11 @@ averages w over an evaluation batch of one task, which flatters it; here each sa
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from personae._types import Density
-from personae.methods._batches import limited
 from personae.methods._experts import Experts
-from personae.methods._features import Pool, features
+from personae.methods._features import Pool, features_of_tasks
 from personae.methods._learned import LearnedRouting, as_learned_function
 from personae.methods._registry import learned_method
 from personae.methods._routed import MixedModel
@@ -45,16 +43,7 @@ class AutoSwitch(LearnedRouting):
         """Keep the features of examples, and code the task vectors."""
         assert experts.base is not None
         base = {name: one.to(experts.device).float() for name, one in experts.base.items()}
-        fitted = experts.cast(base)
-        seen = {
-            task: torch.cat(
-                [
-                    features(experts.first, batch, fitted, self.pool)
-                    for batch in limited(batches, self.examples)
-                ]
-            )
-            for task, batches in experts.batches.items()
-        }
+        seen = features_of_tasks(experts, base, self.examples, self.pool)
         router = NearestNeighbours(seen, self.neighbours, self.mode)
         return MixedModel(experts, base, TSwitch(density=self.density), router, self.pool)
 

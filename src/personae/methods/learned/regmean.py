@@ -24,7 +24,7 @@ from torch import Tensor
 
 from personae.errors import MethodError
 from personae.methods._batches import Batch, limited, run, token_mask
-from personae.methods._experts import Experts
+from personae.methods._experts import Experts, Progress, silent
 from personae.methods._layers import LinearLayer, block_of, linear_layers, watched
 from personae.methods._learned import LearnedMerge, as_learned_function
 from personae.methods._registry import learned_method
@@ -63,16 +63,17 @@ class RegMean(LearnedMerge):
         merged = {name: experts.average(name) for name in experts.shared}
         layers = [one for one in linear_layers(experts.first) if one.weight in experts.names]
         if self.inputs == "expert":
-            self._solve_all(experts, layers, merged, {})
+            self._solve_all(experts, layers, merged, {}, progress=experts.progress)
             return experts.cast(merged)
         order = self._calls(experts, layers)
         stages = list(dict.fromkeys(layer.block for layer in order))
         done = {name: one for name, one in merged.items() if block_of(name) not in stages}
-        for stage in stages:
+        for n, stage in enumerate(stages):
             here = [layer for layer in layers if layer.block == stage]
             calls = sum(layer.block == stage for layer in order)
             self._solve_all(experts, here, merged, done, calls)
             done |= {name: merged[name] for name in merged if block_of(name) == stage}
+            experts.progress(n + 1, len(stages))
         return experts.cast(merged)
 
     def _solve_all(
@@ -82,16 +83,18 @@ class RegMean(LearnedMerge):
         merged: dict[str, Tensor],
         done: Mapping[str, Tensor],
         calls: int | None = None,
+        progress: Progress = silent,
     ) -> None:
         """Put solutions in place of averages, in layers that some expert runs."""
         grams: dict[LinearLayer, Gram] = {}
         rights: dict[LinearLayer, Tensor] = {}
-        for task, model in experts.models.items():
+        for n, (task, model) in enumerate(experts.models.items()):
             for layer, own in self._grams(experts, task, layers, done, calls).items():
                 gram = self.shrink * own + (1 - self.shrink) * own.diag().diag()
                 right = gram @ layer.matrix(model.get_parameter(layer.weight).detach().double())
                 grams[layer] = grams[layer].add_(gram) if layer in grams else gram
                 rights[layer] = rights[layer].add_(right) if layer in rights else right
+            progress(n + 1, len(experts.models))
         for layer, gram in grams.items():
             average = layer.matrix(merged[layer.weight])  # a view
             average.copy_(solved(gram, rights[layer], average, self.ridge))

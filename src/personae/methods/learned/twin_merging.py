@@ -14,9 +14,8 @@ import torch
 from pydantic import Field
 
 from personae._types import RankFraction
-from personae.methods._batches import limited
 from personae.methods._experts import Experts
-from personae.methods._features import Pool, features
+from personae.methods._features import Pool, features_of_tasks
 from personae.methods._learned import LearnedRouting, as_learned_function
 from personae.methods._registry import learned_method
 from personae.methods._routed import MixedModel
@@ -46,16 +45,8 @@ class TwinMerging(LearnedRouting):
     def learn(self, experts: Experts) -> MixedModel:
         """Train the router, and code what each expert differs by."""
         shared = experts.added(self.scale)
-        fitted = experts.cast(shared)
-        seen = {
-            task: torch.cat(
-                [
-                    features(experts.first, batch, fitted, self.pool).cpu()
-                    for batch in limited(batches, self.examples)
-                ]
-            )
-            for task, batches in experts.batches.items()
-        }
+        found = features_of_tasks(experts, shared, self.examples, self.pool)
+        seen = {task: one.cpu() for task, one in found.items()}
         width = next(iter(seen.values())).shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

@@ -118,6 +118,7 @@ class WEMoE(LearnedRouting):
                     )
                 loss.backward(inputs=[*gated.routers.parameters()])
             optimiser.step()
+            experts.progress(step + 1, self.steps)
         gated.requires_grad_(False)
         return gated
 
