@@ -5,7 +5,8 @@ singular values of about 1/m, and a decomposition that is content with the energ
 is off by several per cent in what single directions make of it.
 
 Eight experts of one matrix of 768 × 3072, as of an MLP of BERT or CLIP, rounded to bf16. Each
-method meets one kind of spectrum here, and the others where slow tests are asked for.
+method meets one kind of spectrum here, and the others, and 768 × 768 as of attention, where slow
+tests are asked for.
 """
 
 from functools import cache
@@ -19,6 +20,9 @@ from personae.methods import MERGE_METHODS, build, lookup
 
 EXPERTS, ROWS, COLUMNS = 8, 768, 3072
 SPECTRA = ["gaussian", "power", "low_rank"]
+both_shapes = pytest.mark.parametrize(
+    "columns", [COLUMNS, pytest.param(ROWS, marks=pytest.mark.slow)]
+)
 
 
 def spectra(quick: str) -> pytest.MarkDecorator:
@@ -69,28 +73,33 @@ def off(merged: Tensor, expected: Tensor) -> float:
     return float((merged - expected).norm() / expected.norm())
 
 
+@both_shapes
 @spectra("low_rank")
-def test_tsv_m(spectrum: str):
+def test_tsv_m(spectrum: str, columns: int):
     """U⊥ Σ̃ V⊥ᵀ of ⌊min(m, d) / N⌋ triplets each (methods.md 9.1)."""
     k = ROWS // EXPERTS
-    parts = [(u[:, :k], s[:k], vh[:k]) for u, s, vh in map(svd, family(spectrum).double())]
+    parts = [
+        (u[:, :k], s[:k], vh[:k]) for u, s, vh in map(svd, family(spectrum, ROWS, columns).double())
+    ]
     left = polar(torch.cat([u for u, _, _ in parts], dim=1))
     right = polar(torch.cat([vh for _, _, vh in parts]))
     expected = (left * torch.cat([s for _, s, _ in parts])) @ right
-    assert off(merged_of("tsv_m", family(spectrum)), expected) < 1e-5
+    assert off(merged_of("tsv_m", family(spectrum, ROWS, columns)), expected) < 1e-5
 
 
+@both_shapes
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_iso_c(spectrum: str):
+def test_iso_c(spectrum: str, columns: int):
     """mean(σ) U Vᵀ of the sum (9.2)."""
-    u, s, vh = svd(family(spectrum).double().sum(dim=0))
-    assert off(merged_of("iso_c", family(spectrum)), s.mean() * u @ vh) < 1e-5
+    u, s, vh = svd(family(spectrum, ROWS, columns).double().sum(dim=0))
+    assert off(merged_of("iso_c", family(spectrum, ROWS, columns)), s.mean() * u @ vh) < 1e-5
 
 
+@both_shapes
 @spectra("power")
-def test_iso_cts(spectrum: str):
+def test_iso_cts(spectrum: str, columns: int):
     """Common directions of the sum and (side - k) / N of each task, all of one value (9.2)."""
-    matrices = family(spectrum).double()
+    matrices = family(spectrum, ROWS, columns).double()
     each = round(0.2 * ROWS / EXPERTS)
     common = ROWS - EXPERTS * each
     u, s, vh = svd(matrices.sum(dim=0))
@@ -102,19 +111,20 @@ def test_iso_cts(spectrum: str):
         rights.append(vh[:each])
     flat = torch.cat(sizes).mean()
     expected = flat * polar(torch.cat(lefts, dim=1)) @ polar(torch.cat(rights))
-    assert off(merged_of("iso_cts", family(spectrum)), expected) < 1e-5
+    assert off(merged_of("iso_cts", family(spectrum, ROWS, columns)), expected) < 1e-5
 
 
+@both_shapes
 @spectra("gaussian")
-def test_cart(spectrum: str):
+def test_cart(spectrum: str, columns: int):
     """τ̄ + λ Σ SVD_k(τ_n − τ̄) (9.5)."""
-    matrices = family(spectrum).double()
+    matrices = family(spectrum, ROWS, columns).double()
     mean, expected = matrices.mean(dim=0), matrices.mean(dim=0)
     k = int(0.16 * ROWS)
     for matrix in matrices:
         u, s, vh = svd(matrix - mean)
         expected = expected + 1.5 * (u[:, :k] * s[:k]) @ vh[:k]
-    merged = merged_of("cart", family(spectrum), rank_fraction=0.16, scale=1.5)
+    merged = merged_of("cart", family(spectrum, ROWS, columns), rank_fraction=0.16, scale=1.5)
     assert off(merged, expected) < 1e-5
 
 

@@ -16,8 +16,14 @@ _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
 def sum_tolerance(matrices: Iterable[Float[Tensor, "out in"]]) -> float:
-    """What singular values of a sum of fp32 matrices may amount to by rounding alone."""
-    return _ROUNDING * sum(float(matrix.norm()) for matrix in matrices)
+    """What singular values of a sum of fp32 matrices may amount to by rounding alone.
+
+    Errors of single entries, ε times these, make a matrix whose largest singular value is about
+    ε ‖A‖ / sqrt(m), m its shorter side. A full matrix has smallest ones not far above: they count.
+    """
+    return sum(
+        _ROUNDING / max(min(matrix.shape), 1) ** 0.5 * float(matrix.norm()) for matrix in matrices
+    )
 
 
 def polar_factor(
