@@ -97,6 +97,8 @@ def test_pipes_and_devices_are_no_weights(tmp_path, place):
     assert read_header(path)[1] == [f"{path} is no regular file. Copy or download it again."]
     with pytest.raises(CheckpointError, match="is no regular file"):
         Pickles("a", [path], AuxiliaryFiles((), Path))
+    with pytest.raises(CheckpointError, match="is no regular file, and no directory"):
+        open_checkpoint(path)
     for opened in (open_safetensors, load_safetensors):
         with pytest.raises(OSError, match="is no regular file"):
             opened(path)
