@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,23 @@ def test_many_faults_are_counted_and_the_first_hundred_told(tmp_path):
     assert len(lines) == 102
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="tells memory held")
+def test_json_that_takes_more_memory_than_there_is():
+    """Nine megabytes of empty lists take 190; in a process that may have 100 more than it has."""
+    program = """
+import resource
+from personae._small_files import Unfit, parse_json
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 100 * 2**20,) * 2)
+try:
+    parse_json("[" + "[]," * 3_000_000 + "0]")
+except Unfit as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "takes more memory to read than there is\n", done.stderr
+
+
 def test_pipes_and_devices_are_no_recipes(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path / "pipe", "/dev/zero"):
@@ -78,6 +97,8 @@ def test_pipes_and_devices_are_no_weights(tmp_path, place):
     assert read_header(path)[1] == [f"{path} is no regular file. Copy or download it again."]
     with pytest.raises(CheckpointError, match="is no regular file"):
         Pickles("a", [path], AuxiliaryFiles((), Path))
+    with pytest.raises(CheckpointError, match="is no regular file, and no directory"):
+        open_checkpoint(path)
     for opened in (open_safetensors, load_safetensors):
         with pytest.raises(OSError, match="is no regular file"):
             opened(path)

@@ -113,12 +113,16 @@ def parse_json(
     """
     try:
         content = json.loads(text, object_pairs_hook=pairs)
+        check_bounds(content)
+        return content
+    except Unfit:
+        raise
     except RecursionError:
         raise Unfit(f"is nested deeper than {_DEEPEST} levels") from None
+    except MemoryError:  # empty lists take twenty times their text
+        raise Unfit("takes more memory to read than there is") from None
     except ValueError as error:  # no UTF-8 and numbers of thousands of digits, too
         raise Unfit(f"is no JSON ({error})") from error
-    check_bounds(content)
-    return content
 
 
 def parse_yaml(text: str) -> yaml.Node | None:

@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from personae.cli import app
-from personae.evaluate import records_from_json
+from personae.evaluate import Record, records_from_json, suite_records
 from toy_suites import SUITE, toy_suite
 
 
@@ -72,3 +72,11 @@ def test_a_wrong_suite_is_refused_before_work(tmp_path):
     done = run(suite, "--cache", tmp_path / "cache")
     assert done.exit_code == 2 and "Did you mean 'ties'?" in done.stderr
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_json_tells_gives_no_orders_to_a_terminal(tmp_path, monkeypatch):
+    told = Record("a\x9b2J\u202e", {"a": 0.5}, 0.5, 0.0, 0.0, 0.0, interval=(0.4, 0.6))
+    monkeypatch.setattr(suite_records, "evaluate_suite", lambda *_, **__: [told])
+    done = run("suite.yaml", "--json")
+    assert records_from_json(done.stdout) == [told]
+    assert done.stdout.isascii()

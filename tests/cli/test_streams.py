@@ -54,7 +54,29 @@ def test_the_work_is_done_whoever_watches(work, streams, code, said):
     assert (work / "out" / "model.safetensors").exists()
     assert done.returncode == code, done
     assert said in done.stderr
+    assert done.stderr.count("error:") == (code == 2)
     assert not list(work.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "made"),
+    [
+        ("pack --base base --expert a=news --out out", "pack.json"),
+        ("export news --base base --rank 1 --out out", "adapter_model.safetensors"),
+        ("plan r.yaml", ""),
+        ("check r.yaml --json", ""),
+        ("diff base news", ""),
+        ("methods", ""),
+        ("--version", ""),
+        ("plan --help", ""),
+    ],
+)
+def test_a_report_that_nobody_can_read_is_told_once(work, command, made):
+    done = _run(work, f"personae {command} >/dev/full")
+    assert done.returncode == 2, done
+    assert done.stderr.count("error:") == done.stderr.count("No space left on device.") == 1
+    assert "Traceback" not in done.stderr
+    assert (work / "out" / made).exists() == bool(made)
 
 
 def test_letters_that_a_terminal_lacks_are_shown_by_their_codes(work):

@@ -30,7 +30,7 @@ from personae.commands.unpack import unpack
 from personae.commands.verify import verify
 from personae.errors import PackError, PersonaeError
 from personae.methods import CODECS
-from personae.packs.manifest import checksum
+from personae.packs.manifest import SHARED, checksum
 from personae.run.outline import auxiliary_files_of
 from personae.run.rebuilt import Rebuilt, left_in_words
 from personae.run.reference import open_reference
@@ -197,17 +197,17 @@ def test_given_names_are_refused_or_are_those_of_the_rebuilt_model(
     assert any(taken)  # not all are refused
 
 
-# Edits of the task file
+# Edits of the task file, and of what all tasks share
 
 BYTES = [b"\xff", b"\0", struct.pack("<f", 3e38), struct.pack("<f", float("nan")), b"\x80\x7f"]
 
 
 def _edited_file(raw: bytes, data: st.DataObject) -> bytes:
-    """The task file with one thing about one of its tensors changed."""
+    """A file of the pack with one thing about one of its tensors changed."""
     start = 8 + int.from_bytes(raw[:8], "little")
     header: Json = json.loads(raw[8:start])
     values = bytearray(raw[start:])
-    about = header.pop("__metadata__")
+    about = header.pop("__metadata__", {})
     name = data.draw(st.sampled_from(sorted(header)), "name")
     entry = header[name]
     begin, end = entry["data_offsets"]
@@ -231,20 +231,25 @@ def _edited_file(raw: bytes, data: st.DataObject) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(values)
 
 
-@pytest.mark.parametrize("method", sorted(CODECS))
-def test_an_edited_task_file_is_refused_or_gives_a_finite_model(
-    method: str, make: Callable[[str], Made]
+TASK_FILE = "tasks/news.safetensors"
+EDITED = [(method, TASK_FILE) for method in sorted(CODECS)] + [
+    (method, SHARED) for method in sorted(CODECS) if CODECS[method].shares
+]
+
+
+@pytest.mark.parametrize(("method", "file"), EDITED)
+def test_an_edited_file_is_refused_or_gives_a_finite_model(
+    method: str, file: str, make: Callable[[str], Made]
 ):
     made = make(method)
-    file = "tasks/news.safetensors"
 
     @settings(phases=PHASES, max_examples=80)
     @given(st.data())
     def fuzz(data: st.DataObject) -> None:
         raw = _edited_file(made.files[file], data)
         content = copy.deepcopy(made.content)
-        sizes = {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
-        content["tasks"]["news"] |= sizes
+        record = content["shared"] if file == SHARED else content["tasks"]["news"]
+        record |= {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
         (made.folder / file).write_bytes(raw)
         _write(made.folder, content)
         try:

@@ -284,6 +284,8 @@ def is_hub_id(source: Any, folder: Path = Path()) -> bool:
 
 
 def _no_such_path(text: str, path: Path) -> str:
+    if path.exists():
+        return f"{text} is no regular file, and no directory. Copy or download it again."
     folder = path.parent
     there = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     hint = nearest(path.name, there[:50]) if there else f"Nor is there a directory {folder}."

@@ -30,7 +30,7 @@ from personae.cli import (
     verify,
 )
 from personae.cli.allocator import keep_freed_memory
-from personae.cli.console import err, show_warnings_plainly
+from personae.cli.console import drop_output, err, show_warnings_plainly
 from personae.errors import PersonaeError
 
 _REFUSED = 2
@@ -65,6 +65,9 @@ def main() -> None:
         app()
     except KeyboardInterrupt:  # pressed again while the first was being handled
         _leave(_INTERRUPTED)
+    except OSError as error:  # of a help text or the version, which no command guards
+        _tell_unwritten(error)
+        _leave(_REFUSED)
     except SystemExit as stop:
         if not isinstance(stop.code, int):
             raise
@@ -87,10 +90,15 @@ def _leave(code: int) -> NoReturn:
         code = code or _BROKEN_PIPE
     except OSError as error:
         code = code or _REFUSED
-        sys.stderr.write(f"error: The output cannot be written: {error.strerror}.\n")
+        _tell_unwritten(error)
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(code)
+
+
+def _tell_unwritten(error: OSError) -> None:
+    drop_output()
+    sys.stderr.write(f"error: The output cannot be written: {error.strerror}.\n")
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -105,7 +113,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             err.print(f"error: {first}", *more, markup=False, soft_wrap=True)
             raise typer.Exit(error.exit_code) from error
         except BrokenPipeError:  # the reader of our output has left, as 'head' does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_output()
             raise typer.Exit(_BROKEN_PIPE) from None
         except OSError as error:
             text = f"error: {error.strerror or error}."

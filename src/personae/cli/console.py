@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -47,6 +48,11 @@ def show_warnings_plainly() -> None:
         logging.lastResort.setFormatter(_Plain())
 
 
+def drop_output() -> None:
+    """Let what is left for standard output go nowhere: it failed, and that is told."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def _report() -> Generator[None]:
     """Say of a report that cannot be written that it is the report alone.
@@ -60,6 +66,7 @@ def _report() -> Generator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
+        drop_output()
         raise OutputError(
             f"The report cannot be written: {error.strerror}. The files that the command writes "
             "are complete."

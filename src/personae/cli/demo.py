@@ -1,5 +1,6 @@
 """personae demo: train a small family on real digits, pack it, rebuild it, show what was lost."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -34,11 +35,10 @@ def demo(
 
     with options.working(workers, None) as work:
         records = run_demo(out, console.note, work)
-    written = records_to_json(records)
     with atomic_file(out / "results.json") as partial:
-        partial.write_text(written, encoding="utf-8")
+        partial.write_text(records_to_json(records), encoding="utf-8")
     if json:
-        typer.echo(written)
+        console.facts([asdict(one) for one in records])
         return
     console.out.print(accuracy_size_table(records, max(60, console.out.width)))
     console.note(f"Checkpoints, packs and results.json are in {out}")

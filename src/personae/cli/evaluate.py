@@ -1,5 +1,6 @@
 """personae eval: every method of a suite on every task, in one table."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,6 @@ def evaluate(
     An interrupted run goes on where it stopped.
     """
     require_extra("eval")
-    from personae.evaluate import records_to_json
     from personae.evaluate.suite_records import evaluate_suite
     from personae.report.files import write_results
     from personae.report.plots import check
@@ -50,7 +50,7 @@ def evaluate(
     if out is not None:
         write_results(records, out, suite.stem)
     if json:
-        typer.echo(records_to_json(records), nl=False)
+        console.facts([asdict(one) for one in records])
     else:
         console.out.print(accuracy_size_table(records, max(60, console.out.width)))
     if out is not None:
