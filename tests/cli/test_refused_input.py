@@ -376,6 +376,7 @@ def test_what_may_not_be_read(work, monkeypatch, at, command):
     with monkeypatch.context() as patched:
         patched.setattr(Path, "iterdir", refusing(Path.iterdir))
         patched.setattr(Path, "open", refusing(Path.open))
+        patched.setattr(os, "open", refusing(os.open))
         result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 2, result.exception
     assert result.stderr.endswith(

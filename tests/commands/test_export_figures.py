@@ -191,11 +191,12 @@ def test_kinds_that_are_saved_whole(work: Path) -> None:
     assert "layers.1.q.weight" in told["left"]
 
 
-def test_the_configuration_and_the_card(work: Path) -> None:
+def test_the_configuration_and_the_card(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("personae.commands.export_report._VLLM_RANKS", (8, 16))
     config = json.dumps({"architectures": ["ToyForSequenceClassification"]})
     for folder in ("base", "expert"):
         (work / folder / "config.json").write_text(config)
-    told = exported(rank=40, base_name="org/base")
+    told = exported(rank=12, base_name="org/base")
     written = json.loads((work / "out/adapter_config.json").read_text())
     assert {key: written[key] for key in ("peft_type", "task_type", "bias", "revision")} == {
         "peft_type": "LORA",
@@ -205,10 +206,10 @@ def test_the_configuration_and_the_card(work: Path) -> None:
     }
     assert written["base_model_name_or_path"] == "org/base"
     assert written["modules_to_save"] == ["score"] == told["modules_to_save"]
-    assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (40, 40, False)
+    assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (12, 12, False)
     card = (work / "out/README.md").read_text()
     assert "base_model: org/base" in card and "| embedding | 1 |" in card
-    assert "vLLM needs --max-lora-rank 64" in card
+    assert "vLLM needs --max-lora-rank 16 (its default is 8)" in card
 
 
 def test_workers_and_memory_do_not_change_a_byte(work: Path) -> None:

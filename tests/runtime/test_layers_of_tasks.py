@@ -96,8 +96,8 @@ def test_every_kind_of_layer(packed: Path, base: Everything, mode: str):
             assert computed(base)[1].shape == (3, labels)
         for name, tensor in base.state_dict().items():
             assert torch.equal(tensor, before[name])
-    for got, right in zip(computed(runtime), reference, strict=True):
-        assert torch.equal(got, right)
+    # The weights are the same to the bit; what BLAS makes of them depends on where they lie.
+    torch.testing.assert_close(computed(runtime), reference)
 
 
 def test_attention_and_recurrence_add_their_matrices_up(packed: Path, base: Everything):
@@ -125,6 +125,7 @@ def test_rows_have_tasks(packed: Path, base: Everything):
 
 
 def test_a_closed_runtime_leaves_the_module_as_it_was(packed: Path, base: Everything):
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     reference = computed(base)
     for mode in ("merged", "factored"):
         runtime = load(packed, model=base, mode=mode)
@@ -132,7 +133,8 @@ def test_a_closed_runtime_leaves_the_module_as_it_was(packed: Path, base: Everyt
         runtime.close()
         for module in base.modules():
             assert "forward" not in module.__dict__ and not module._forward_pre_hooks
-        assert all(map(torch.equal, computed(base), reference))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+        torch.testing.assert_close(computed(base), reference)
 
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=list(CODECS))
