@@ -226,8 +226,14 @@ def _unmet(budget: float | int, least: float, counting: Counting) -> str:
     return (
         f"The budget of {_asked(budget)} cannot be met: the smallest pack of this family "
         f"costs {_at_least(least, budget)} counted as '{counting}'. Give that much or more, "
-        "or keep fewer tensors with 'skip'."
+        f"or keep fewer tensors with 'skip'.{_or_percent(budget)}"
     )
+
+
+def _or_percent(budget: float | int) -> str:
+    """What a number without a unit may have meant."""
+    small = not is_fraction(budget) and budget < 100
+    return f" A share of the model is written with its sign: {budget}%." if small else ""
 
 
 def _size(bits: Bits, whole: Denominator, budget: float | int, counting: Counting) -> float:
