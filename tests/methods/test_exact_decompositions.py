@@ -32,7 +32,9 @@ def spectra(quick: str) -> pytest.MarkDecorator:
 
 
 @cache
-def family(spectrum: str, rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
+def family(
+    spectrum: str, rows: int = ROWS, columns: int = COLUMNS, experts: int = EXPERTS
+) -> Tensor:
     """Task vectors of bf16 values, with singular values of one kind."""
     generator = torch.Generator().manual_seed(7)
 
@@ -40,7 +42,7 @@ def family(spectrum: str, rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     found: list[Tensor] = []
-    for _ in range(EXPERTS):
+    for _ in range(experts):
         if spectrum == "gaussian":
             matrix = noise(rows, columns)
         elif spectrum == "power":
@@ -155,6 +157,13 @@ def check_drm(stack: Tensor, merged: Tensor, density: float) -> None:
 @spectra("low_rank")
 def test_drm_h(spectrum: str):
     task_vectors = family(spectrum)
+    check_drm(task_vectors, merged_of("drm", task_vectors, density=0.2), 0.2)
+
+
+@pytest.mark.slow
+def test_drm_h_of_two_beyond_a_side_of_1024():
+    """Directions of nearly one σ: in fp32, Gram matrices turned them into each other."""
+    task_vectors = family("low_rank", 1536, 1536, experts=2)
     check_drm(task_vectors, merged_of("drm", task_vectors, density=0.2), 0.2)
 
 

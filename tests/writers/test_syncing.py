@@ -46,7 +46,7 @@ def test_files_are_synced_while_they_are_written(
         begun.finish()
 
 
-def test_an_error_between_is_told_at_the_end(
+def test_an_error_between_is_told_at_the_next_write_and_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The system tells a file's error once: a later sync of the same file succeeds."""
@@ -63,8 +63,10 @@ def test_an_error_between_is_told_at_the_end(
         begun = Syncing([file])
         begun.wrote(100)
         assert refused.wait(10)
-        with pytest.raises(OutputError, match=r"Cannot write '.*a': No space left.* Free some"):
-            begun.finish()
+        begun.stop()
+        for told in (lambda: begun.wrote(1), begun.finish):
+            with pytest.raises(OutputError, match=r"Cannot write '.*a': No space left.* Free some"):
+                told()
 
 
 def test_a_writer_that_fails_leaves_no_thread(

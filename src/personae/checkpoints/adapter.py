@@ -31,7 +31,7 @@ from personae.checkpoints.layers import WithLayers
 from personae.checkpoints.modules import WithModules
 from personae.checkpoints.published_renames import published_renames
 from personae.checkpoints.specs import by_name, check_rows, empty_fault, no_such_tensor
-from personae.checkpoints.tied import WithCopies
+from personae.checkpoints.tied import WithCopies, still_tied
 from personae.checkpoints.vocabulary_rows import WithRows
 from personae.errors import CheckpointError, Faults
 
@@ -92,9 +92,7 @@ class Adapter:
         self.tied: Mapping[str, str] = {
             dropped: kept for dropped, kept in base.tied.items() if dropped not in stored
         }
-        self.copies: Mapping[str, torch.dtype] = {
-            name: dtype for name, dtype in base.copies.items() if name in self.tied
-        }
+        self.copies: Mapping[str, torch.dtype] = still_tied(base.copies, self.tied)
         self._tensors, self._base = tensors, base
         self._replaced = replaced
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.specs import by_name, check_rows, no_such_tensor
+from personae.checkpoints.tied import still_tied
 
 
 @runtime_checkable
@@ -69,9 +70,7 @@ class LaidOut:
         self.tied: Mapping[str, str] = {
             dropped: kept for dropped, kept in model.tied.items() if kept not in used
         }
-        self.copies: Mapping[str, torch.dtype] = {
-            name: dtype for name, dtype in model.copies.items() if name in self.tied
-        }
+        self.copies: Mapping[str, torch.dtype] = still_tied(model.copies, self.tied)
         self.auxiliary_files: Mapping[str, Path] = model.auxiliary_files
 
     def read(self, name: str) -> Tensor:

@@ -30,7 +30,7 @@ from personae.checkpoints.configuration import CONFIG
 from personae.checkpoints.layer_configuration import layer_counts
 from personae.checkpoints.modules import WithModules, read_auxiliary_file
 from personae.checkpoints.specs import by_name, no_such_tensor
-from personae.checkpoints.tied import WithCopies
+from personae.checkpoints.tied import WithCopies, still_tied
 from personae.checkpoints.vocabulary_rows import WithRows
 from personae.errors import CheckpointError
 
@@ -197,9 +197,7 @@ class WithLayers:
             replace(model.specs[own], name=name) for name, own in self._own.items()
         )
         self.tied: Mapping[str, str] = self._ties()
-        self.copies: Mapping[str, torch.dtype] = {
-            name: dtype for name, dtype in model.copies.items() if name in self.tied
-        }
+        self.copies: Mapping[str, torch.dtype] = still_tied(model.copies, self.tied)
 
     def _names(self, stacks: Sequence[Stack], before: Reach, after: Reach) -> dict[str, str]:
         """Name in the view to name in the model."""

@@ -92,6 +92,13 @@ def as_stored(model: Checkpoint) -> Checkpoint:
     return model.model if isinstance(model, WithCopies) else model
 
 
+def still_tied(
+    copies: Mapping[str, torch.dtype], tied: Mapping[str, str]
+) -> dict[str, torch.dtype]:
+    """The copies of a model that a view of it still has among its tied names."""
+    return {name: dtype for name, dtype in copies.items() if name in tied}
+
+
 def copies_written(
     tied: Mapping[str, str],
     specs: Mapping[str, TensorSpec],

@@ -65,9 +65,9 @@ def merge_state_dicts(
             for fault in job.stacks.faults(stack, chunk, reference):
                 faults.add(fault)
         faults.raise_if_any(CheckpointError)
-        if method.of_models():
+        if job.stacks.needs_models(method):
             read = [
-                (chunk, *job.stacks.models(method, stack, reference))
+                (chunk, torch.stack(job.stacks.models(method, stack, reference)), torch.zeros(()))
                 for chunk, stack, reference in read
             ]
         statistics = None

@@ -4,7 +4,6 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -154,18 +153,10 @@ class Stacks:
         method: MergeMethod,
         stack: Float[Tensor, "expert ..."],
         reference: Float[Tensor, "..."],
-    ) -> tuple[Float[Tensor, "model ..."], Float[Tensor, "..."]]:
-        """The models that a method needs, of deltas (which are overwritten) and reference; fp32.
-
-        And what is to be added to its answer.
-        """
-        if not self._needs_models(method):
-            return stack, reference
-        nothing = torch.zeros(())
-        stack += reference
-        if self._needs_base(method):
-            return torch.cat([reference[None], stack]), nothing
-        return stack, nothing
+    ) -> list[Float[Tensor, "..."]]:
+        """The models that a method needs, of deltas (which are overwritten) and reference; fp32."""
+        models = list(stack.add_(reference))
+        return [reference, *models] if self._needs_base(method) else models
 
     def blocks(self, chunk: Chunk, method: Entrywise) -> DeltaBlocks:
         """What a method is given of a chunk, and the reference's values, a block at a time.
@@ -177,7 +168,7 @@ class Stacks:
         Raises:
             NotFinite: if one is that of an adapter or has no base.
         """
-        blocks = self._models(chunk, method) if self._needs_models(method) else self._blocks(chunk)
+        blocks = self._models(chunk, method) if self.needs_models(method) else self._blocks(chunk)
         return blocks.in_rows(method.row_entries(self.site(chunk)))
 
     def _blocks(self, chunk: Chunk) -> DeltaBlocks:
@@ -188,13 +179,12 @@ class Stacks:
         return DeltaBlocks(models, _rows(self._reference, chunk.spec.name, chunk))
 
     def _models(self, chunk: Chunk, method: MergeMethod) -> DeltaBlocks:
-        if self._models_are_stored(chunk):
-            models = [self._expert(deltas, chunk) for deltas in self._deltas]
-            reference = partial(_rows, self._reference, chunk.spec.name, chunk)
-        else:
-            stack, own = self._read_finite(chunk)
-            models, reference = list(stack.add_(own)), lambda: own
-        return DeltaBlocks([reference(), *models] if self._needs_base(method) else models)
+        if not self._models_are_stored(chunk):
+            return DeltaBlocks(self.models(method, *self._read_finite(chunk)))
+        models = [self._expert(deltas, chunk) for deltas in self._deltas]
+        if self._needs_base(method):
+            models.insert(0, _rows(self._reference, chunk.spec.name, chunk))
+        return DeltaBlocks(models)
 
     def _read_finite(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         stack, reference = self.read(chunk, reuse=True)
@@ -202,7 +192,7 @@ class Stacks:
             raise NotFinite
         return stack, reference
 
-    def _needs_models(self, method: MergeMethod) -> bool:
+    def needs_models(self, method: MergeMethod) -> bool:
         """Whether a method is given models; with a base, some of these take task vectors."""
         return method.of_models() and not (method.needs == "either" and self._family.has_base)
 
@@ -212,7 +202,7 @@ class Stacks:
 
     def blocks_bytes(self, chunk: Chunk, method: Entrywise) -> int:
         """Memory of `blocks`, and of one of them while it is merged or counted."""
-        are_models = self._needs_models(method)
+        are_models = self.needs_models(method)
         given = self.experts + (are_models and self._needs_base(method))
         block = method.block_bytes(self.site(chunk), chunk.numel, given)
         return self._held_bytes(chunk, of_base=given > self.experts or not are_models) + block

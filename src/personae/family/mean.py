@@ -9,6 +9,7 @@ from torch import Tensor
 
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
+from personae.checkpoints.tied import still_tied
 from personae.family.alignment import Alignment
 
 
@@ -47,9 +48,7 @@ class MeanOf:
         self.tied: Mapping[str, str] = {
             dropped: kept for dropped, kept in first.tied.items() if kept in self.specs
         }
-        self.copies: Mapping[str, torch.dtype] = {
-            name: dtype for name, dtype in first.copies.items() if name in self.tied
-        }
+        self.copies: Mapping[str, torch.dtype] = still_tied(first.copies, self.tied)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, fp32 where it is a mean; see `Checkpoint.read`."""

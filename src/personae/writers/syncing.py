@@ -26,7 +26,12 @@ class Syncing:
         self._failed: Path | None = None
 
     def wrote(self, count: int) -> None:
-        """So many bytes more were written; from any thread."""
+        """So many bytes more were written; from any thread.
+
+        Raises:
+            OutputError: if the disk refused what was written before.
+        """
+        self._raise_if_refused()
         with self._lock:
             self._bytes += count
             if self._bytes < _AT_ONCE:
@@ -54,6 +59,9 @@ class Syncing:
         # A file tells of an error once: the sync at the end would not hear of it again.
         if self._error is None:
             self._sync()
+        self._raise_if_refused()
+
+    def _raise_if_refused(self) -> None:
         if self._error is not None:
             assert self._failed is not None
             with output_errors(self._failed):
@@ -75,6 +83,6 @@ class Syncing:
             try:
                 os.fsync(file.fileno())
             except OSError as error:
-                self._error, self._failed = error, Path(file.name)
+                self._failed, self._error = Path(file.name), error  # in this order: others look
                 return False
         return True
