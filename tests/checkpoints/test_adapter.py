@@ -307,6 +307,16 @@ def test_configurations_refused(tmp_path: Path, config: dict[str, Any], texts: l
         assert refused.match(text)
 
 
+def test_a_field_that_is_missing(tmp_path: Path) -> None:
+    write_adapter(tmp_path, FITTING)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["r"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"'r' is missing\. Copy it again") as refused:
+        open_checkpoint(tmp_path, base=open_checkpoint(BASE))
+    assert "Only LoRA" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("a", "b", "text"),
     [

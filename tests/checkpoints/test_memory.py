@@ -4,7 +4,7 @@ from torch import nn
 
 from personae.checkpoints import open_checkpoint
 from personae.checkpoints.memory import InMemory
-from personae.checkpoints.specs import dtype_fault
+from personae.checkpoints.specs import dtype_faults
 from personae.errors import CheckpointError
 
 
@@ -90,4 +90,13 @@ def test_faults_come_together() -> None:
     ],
 )
 def test_what_to_do_with_a_dtype_that_is_not_read(dtype: torch.dtype | str, hint: str) -> None:
-    assert f"is not supported. {hint}: " in (dtype_fault("m", "w", dtype) or "")
+    assert f"is not supported. {hint}: " in dtype_faults("m", {"w": dtype})[0]
+
+
+def test_a_dtype_that_is_not_read_is_told_once_for_all_its_tensors() -> None:
+    codes = {f"{n}.weight": torch.ones(2, dtype=torch.int8) for n in range(3)}
+    with pytest.raises(CheckpointError) as refused:
+        InMemory(codes | {"s": torch.ones(1, dtype=torch.float8_e5m2)})
+    unread, held = refused.value.faults
+    assert unread.startswith("dict: 's' has dtype float8_e5m2, which is not supported.")
+    assert held.startswith("dict: '0.weight' and 2 other tensor(s) hold int8 codes of a quantised")

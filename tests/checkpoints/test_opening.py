@@ -76,6 +76,8 @@ def test_mistyped_local_paths_never_go_to_the_hub(
     monkeypatch.setattr("personae.checkpoints.hub.hub_folder", ask)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experts" / "maths").mkdir(parents=True)
+    (tmp_path / "experts" / "maths" / "model.safetensors").touch()
+    (tmp_path / "experts" / "mat").mkdir()  # no model is in it
     for typo in ("./experts/math", "experts/math", str(tmp_path / "experts" / "math")):
         with pytest.raises(CheckpointError, match=r"no such file.*Did you mean 'maths'"):
             open_checkpoint(typo)
@@ -116,3 +118,9 @@ def test_an_adapters_file_is_its_directory(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     opened = open_checkpoint(tmp_path / "adapter_model.safetensors", base=open_checkpoint(base))
     assert torch.equal(opened.read("layer.weight"), torch.full((2, 2), 2.0))  # alpha / r = 2
+
+
+def test_an_adapter_without_its_configuration_is_told_what_is_lost(tmp_path: Path) -> None:
+    save_file({"w.lora_A.weight": torch.zeros(1, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no adapter_config\.json, which says how"):
+        open_checkpoint(tmp_path, base=open_checkpoint({"w.weight": torch.zeros(2, 2)}))

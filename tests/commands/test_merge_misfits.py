@@ -90,6 +90,13 @@ def test_faults_of_every_kind_come_together(tmp_path):
     assert "Expert 'half': 'conv.weight' is float16, the base's is float32" in text
 
 
+def test_shapes_that_differ_are_told_in_one_fault_for_an_expert():
+    odd = changed(X, layer__weight=torch.zeros(5, 12), layer__bias=torch.zeros(5))
+    text = refusal(BASE, {"x": odd, "y": Y})
+    assert "tensor 'layer.bias' is (5,), the base's (16,) (1 more differ likewise)" in text
+    assert 'skip: ["layer.*"]' in text
+
+
 def test_a_float_in_place_of_integers_is_told_by_its_dtype():
     ids = X["position_ids"].float()
     text = refusal(BASE, {"x": changed(X, position_ids=ids), "y": Y})

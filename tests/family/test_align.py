@@ -383,3 +383,16 @@ def test_a_tied_tensor_whose_kept_name_the_base_has_too_is_absent():
     assert found.absent == ("embed.weight",)
     assert found.shared == ("a_head.weight", "layer.0.bias", "layer.0.weight")
     assert found.tied == {"embed.weight": "a_head.weight"}
+
+
+def test_a_model_of_another_size_is_told_as_that() -> None:
+    with pytest.raises(CheckpointError) as refused:
+        _aligned(_state(a__weight=(4, 3), b=(3,)), _state(a__weight=(4, 5), b=(5,)))
+    text = str(refused.value)
+    assert "'x' (dict) is of another size than the base (dict): every tensor that both" in text
+    assert "such as 'a.weight', (4, 5) here and (4, 3) in the base." in text
+
+
+def test_a_model_of_other_names_is_told_what_both_have() -> None:
+    with pytest.raises(CheckpointError, match="it has 'q', say, and the base 'a'"):
+        _aligned(_state(a=(4,)), _state(q=(3,)))

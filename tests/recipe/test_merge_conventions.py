@@ -125,8 +125,8 @@ def test_a_recipe_in_mergekit_s_words_means_mergekit_s_model(tmp_path):
     assert recipe.settings.conventions == "mergekit"
     assert recipe.settings.merge_method() is MERGEKIT_METHODS["ties"]
     assert recipe.notes == [
-        "ties is merged as mergekit does it, as no key of the recipe is personae's own; for the "
-        "paper's algorithm write conventions: papers",
+        "ties is mergekit's algorithm here: no key of the recipe is personae's own. For the "
+        "paper's algorithm, write conventions: papers",
         INT8_MASK,
     ]
     assert read(tmp_path, f"{THEIRS}conventions: mergekit").notes == [INT8_MASK]
@@ -156,15 +156,15 @@ def test_a_key_of_our_own_means_the_papers_and_is_named(tmp_path, more, line, ke
     recipe = read(tmp_path, TIES + more)
     assert recipe.settings.conventions == "papers"
     assert recipe.notes == [
-        f"line {line}: '{key}' is personae's own key, so ties is the paper's algorithm; for "
-        "mergekit's write conventions: mergekit"
+        f"line {line}: ties is the paper's algorithm here: '{key}' is personae's own key. For "
+        "mergekit's algorithm, write conventions: mergekit"
     ]
 
 
 def test_a_name_of_a_model_is_our_own_key(tmp_path):
     recipe = read(tmp_path, TIES.replace("model: y", "model: y, name: z"))
     assert recipe.settings.conventions == "papers"
-    assert recipe.notes[0].startswith("line 3: 'name' is personae's own key")
+    assert "line 3: ties is the paper's algorithm here: 'name' is" in recipe.notes[0]
     named = TIES.replace("model: y", "model: y, name: z") + "parameters: {weight: 1}\n"
     recipe = read(tmp_path, f"{named}conventions: mergekit")
     assert ([*recipe.experts], recipe.notes) == (["x", "z"], [])
@@ -207,8 +207,9 @@ def test_a_recipe_that_mergekit_would_refuse_is_the_paper_s(tmp_path, method):
     recipe = read(tmp_path, TIES.replace("ties", method))
     assert recipe.settings.conventions == "papers"
     assert recipe.notes == [
-        f"{method} is the paper's algorithm, as the recipe gives no 'weight', which mergekit asks "
-        "for; for mergekit's write it, and conventions: mergekit"
+        f"{method} is the paper's algorithm here: the recipe gives no 'weight', without which "
+        "mergekit refuses it. For mergekit's algorithm, give each model one and write conventions: "
+        "mergekit"
     ]
     some = read(tmp_path, TIES.replace("ties", method) + "parameters: {weight: 1}")
     assert some.settings.conventions == "mergekit"

@@ -83,3 +83,17 @@ def test_a_name_that_no_path_can_have_is_no_crash(work: Path):
     long = "x" * 5000
     (work / "deep/pack.yaml").write_text(f"base_model: {long}\nmodels: [{{model: a, name: a}}]")
     assert read_recipe("deep/pack.yaml").base == f"deep/{long}"
+
+
+@pytest.mark.parametrize("kind", ["merge", "pack"])
+def test_a_model_that_is_not_there_is_told_with_the_other_faults(work: Path, kind: str):
+    folders(work / "deep", "models/base", "models/law")
+    (work / "deep/models/law/model.safetensors").touch()
+    recipe = work / f"deep/{kind}.yaml"
+    recipe.write_text(recipe.read_text().replace("models/law", "models/lav") + "\nmodles: []\n")
+    with pytest.raises(RecipeError, match="Unknown key 'modles'") as caught:
+        (read_merge_recipe if kind == "merge" else read_recipe)(recipe)
+    (told,) = [line for line in str(caught.value).splitlines() if "models/lav" in line]
+    assert "models/lav: no such file or directory. Did you mean 'law'?" in told
+    number = next(n for n, line in enumerate(recipe.read_text().splitlines(), 1) if "lav" in line)
+    assert f"line {number}: " in told

@@ -119,11 +119,16 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     except ValidationError as error:
         for problem in error.errors():
             field = ".".join(map(str, problem["loc"]))
-            found = "missing" if problem["type"] == "missing" else repr(problem["input"])
-            faults.add(
-                f"{path}: '{field}' is {found}: {problem['msg']}. Only LoRA adapters are read; "
-                "merge any other into its base with PEFT and pass the result."
-            )
+            if field == "peft_type" and problem["type"] != "missing":
+                faults.add(
+                    f"{path}: 'peft_type' is {problem['input']!r}. Only LoRA adapters are read; "
+                    "merge any other into its base with PEFT and pass the result."
+                )
+            elif problem["type"] == "missing":
+                faults.add(f"{path}: '{field}' is missing. Copy it again, or write what it was.")
+            else:
+                why = problem["msg"].removeprefix("Value error, ")
+                faults.add(f"{path}: '{field}' is {problem['input']!r}: {why}. Copy it again.")
     except Unfit as error:
         raise CheckpointError(f"{path} {error}. Copy or download it again.") from error
     fields: dict[str, Any] = content if isinstance(content, dict) else {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from personae._small_files import Unfit, open_regular, parse_json
 from personae._types import TensorSpec
-from personae.checkpoints.specs import READABLE, dtype_fault
+from personae.checkpoints.specs import READABLE, dtype_faults
 from personae.errors import Faults
 
 LENGTH_BYTES = 8
@@ -113,12 +113,12 @@ def make_header(
 def _entry_faults(where: str, entries: Mapping[str, Entry], found_bytes: int | None) -> list[str]:
     """Say what is wrong with dtypes, and with places, which must follow each other gaplessly."""
     faults = Faults()
+    for fault in dtype_faults(where, {name: dtype for name, (dtype, _, _) in entries.items()}):
+        faults.add(fault)
     expected = 0
     for name, (dtype, shape, (begin, end)) in sorted(entries.items(), key=lambda e: e[1][2]):
-        fault = dtype_fault(where, name, dtype)
-        if fault:
-            faults.add(fault)
-        fits = fault or end - begin == math.prod(shape) * READABLE[dtype].itemsize
+        known = READABLE.get(dtype)
+        fits = known is None or end - begin == math.prod(shape) * known.itemsize
         if begin != expected or not fits:
             faults.add(f"{where} is damaged: the bytes of '{name}' do not fit its shape and place.")
         expected = end

@@ -10,7 +10,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from personae._types import TensorSpec
-from personae.checkpoints.specs import by_name, check_rows, dtype_fault, find_tied, no_such_tensor
+from personae.checkpoints.specs import by_name, check_rows, dtype_faults, find_tied, no_such_tensor
 from personae.errors import CheckpointError, Faults
 
 
@@ -37,10 +37,8 @@ class InMemory:
             tensors.state_dict(keep_vars=True) if isinstance(tensors, nn.Module) else dict(tensors)
         )
         faults = Faults()
-        for name, value in found.items():
-            fault = tensor_fault(self.source, name, value)
-            if fault:
-                faults.add(fault)
+        for fault in tensor_faults(self.source, found):
+            faults.add(fault)
         faults.raise_if_any(CheckpointError)
         self.tied: Mapping[str, str] = find_tied(found)
         self._tensors: dict[str, Tensor] = {n: t for n, t in found.items() if n not in self.tied}
@@ -89,8 +87,14 @@ class InMemory:
         return tensor
 
 
-def tensor_fault(where: str, name: object, value: object) -> str | None:
-    """Say why an entry of a mapping cannot be read as a tensor, or None if it can."""
+def tensor_faults(where: str, entries: Mapping[Any, Any]) -> list[str]:
+    """Say why entries of a mapping cannot be read as tensors."""
+    odd = {name: fault for name, value in entries.items() if (fault := _fault(where, name, value))}
+    dtypes = {name: value.dtype for name, value in entries.items() if name not in odd}
+    return [*odd.values(), *dtype_faults(where, dtypes)]
+
+
+def _fault(where: str, name: object, value: object) -> str | None:
     if not isinstance(name, str):
         return f"{where}: the name {name!r} is not text. Names must be str."
     if not isinstance(value, Tensor):
@@ -100,4 +104,4 @@ def tensor_fault(where: str, name: object, value: object) -> str | None:
         )
     if value.layout is not torch.strided or value.is_nested or value.is_quantized:
         return f"{where}: '{name}' is sparse, nested or quantised. Make it dense first."
-    return dtype_fault(where, name, value.dtype)
+    return None

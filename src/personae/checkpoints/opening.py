@@ -1,8 +1,10 @@
 """One door to every reader: `open_checkpoint`."""
 
 import logging
+import os
 import re
 from collections.abc import Collection, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from personae.checkpoints.adapter_files import CONFIG_FILE
 from personae.checkpoints.folders import Folder, local_folder, lone_file
 from personae.checkpoints.layouts import laid_out_like
 from personae.checkpoints.memory import InMemory
-from personae.checkpoints.modules import WithModules, module_folders
+from personae.checkpoints.modules import MODULES, WithModules, module_folders
 from personae.checkpoints.pickles import open_pickles
 from personae.checkpoints.quantised import check_not_quantised
 from personae.checkpoints.raw_lora import holds_factors, open_raw_lora
@@ -32,6 +34,7 @@ _FULL_MODEL = (
 _FULL_MODEL_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _PIPELINE = "model_index.json"
+_MOST_LOOKED_AT = 200  # of what stands beside a path that is not there
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -221,6 +224,11 @@ def _open_model(folder: Folder, base: Checkpoint | None, as_stored: bool) -> Che
             f"{folder.source} is a pipeline of several models. Pass the folder of one, on this "
             f"machine: {', '.join(map(folder.where, parts))}."
         )
+    if factors := [name for name in _ADAPTER if name in names]:
+        raise CheckpointError(
+            f"{folder.source} has {factors[0]} but no {CONFIG_FILE}, which says how its factors "
+            "are scaled. Copy that file too, or save the adapter again."
+        )
     others = pickles or sorted(name for name in names if name.endswith(".safetensors"))
     found = (
         f"It has {_some(others)}: pass the file you mean."
@@ -283,16 +291,40 @@ def is_hub_id(source: Any, folder: Path = Path()) -> bool:
     return not is_file_name and not (folder / source.split("/")[0]).is_dir()
 
 
+def absence(source: str) -> str | None:
+    """What is to be said of a model that is not on this machine; None if it is, or may be a hub's.
+
+    Raises:
+        CheckpointError: There is no such user as a path names.
+    """
+    both = (source,) if is_model(source) else split_adapter(source, is_model)
+    return None if both else _no_such_path(source, expanded(source))
+
+
 def _no_such_path(text: str, path: Path) -> str:
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110 - names may be too long
         return f"{text} is no regular file, and no directory. Copy or download it again."
-    folder = path.parent
-    there = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    hint = nearest(path.name, there[:50]) if there else f"Nor is there a directory {folder}."
+    hint = f"Nor is there a directory {path.parent}."
+    if os.path.isdir(path.parent):  # noqa: PTH112
+        beside = islice(path.parent.iterdir(), _MOST_LOOKED_AT)
+        there = [one.name for one in beside if _may_be_model(one)]
+        hint = nearest(path.name, there) if there else f"There is no model in {path.parent}."
     return (
         f"{text}: no such file or directory. {hint} Models on the hub are written "
         "org/name or org/name@revision."
     )
+
+
+def _may_be_model(path: Path) -> bool:
+    """Whether a path is that of a model, by the names of files alone."""
+    if path.suffix == ".safetensors" or _is_weights_pickle(path.name):
+        return True
+    try:
+        names = [one.name for one in islice(path.iterdir(), _MOST_LOOKED_AT)]
+    except OSError:  # no directory, or one that may not be read
+        return False
+    known = {*_FULL_MODEL, *_FULL_MODEL_PICKLED, *_ADAPTER, _PIPELINE, MODULES}
+    return any(name in known for name in names)
 
 
 def _some(names: Collection[str]) -> str:

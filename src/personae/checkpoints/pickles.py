@@ -22,7 +22,7 @@ from personae._small_files import Unfit, open_regular
 from personae._types import TensorSpec
 from personae.checkpoints.folders import AuxiliaryFiles, Folder, read_weight_map, warn_of_absent
 from personae.checkpoints.headers import is_lfs_pointer, unreadable
-from personae.checkpoints.memory import tensor_fault
+from personae.checkpoints.memory import tensor_faults
 from personae.checkpoints.specs import by_name, check_rows, find_tied, no_such_tensor
 from personae.errors import CheckpointError, Faults
 
@@ -185,18 +185,14 @@ def _load(path: Path, faults: Faults, *, warn: bool) -> dict[str, Tensor]:
     left_out = [str(name) for name, value in entries.items() if isinstance(value, plain)]
     if left_out and warn:
         _log.warning("%s: left out, because they are not tensors: %s.", path, ", ".join(left_out))
-    tensors: dict[str, Tensor] = {}
-    for name, value in entries.items():
-        if isinstance(value, plain):
-            continue
-        fault = tensor_fault(str(path), name, value)
-        if not fault and value.is_meta:
-            fault = f"{path}: '{name}' has no values (meta device). Save the model once loaded."
-        if fault:
-            faults.add(fault)
-        else:
-            tensors[name] = value
-    return tensors
+    held = {name: value for name, value in entries.items() if not isinstance(value, plain)}
+    found = tensor_faults(str(path), held)
+    for name, value in held.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            found += [f"{path}: '{name}' has no values (meta device). Save the model once loaded."]
+    for fault in found:
+        faults.add(fault)
+    return {} if found else held
 
 
 def _unpickle(path: Path) -> Any:

@@ -3,7 +3,7 @@
 Every quantiser names its tensors its own way, but each stores integers that stand for weights, and
 beside them the floating numbers (scales, zeros, codebooks) that turn these into values. An average
 of such scales beside the base's codes is no model, and nothing would show it. One-byte floats and
-integers under a weight's own name are refused earlier (`dtype_fault`).
+integers under a weight's own name are refused earlier (`dtype_faults`).
 """
 
 import re

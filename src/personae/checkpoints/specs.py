@@ -32,31 +32,41 @@ _NARROW = re.compile(r"(?i)(F|float|q?u?int|I|U|bits)[1-8]([^0-9]|$)")  # not co
 _QUANTISED_ENDINGS = (".weight", ".qweight", ".weight_packed", "_blocks")
 
 
-def dtype_fault(where: str, name: str, dtype: torch.dtype | str) -> str | None:
-    """Say why a tensor of this dtype cannot be read, or None if it can.
+def dtype_faults(where: str, dtypes: Mapping[str, torch.dtype | str]) -> list[str]:
+    """Say why tensors of these dtypes cannot be read: a text for each dtype, not each tensor.
 
     Integer buffers are fine; integer *weights* are codes of a quantised model, on which
     arithmetic would be meaningless.
 
     Args:
-        where: The file or model the tensor is in, for the text.
-        name: The tensor's name.
-        dtype: Its torch dtype, or the name a safetensors header gives.
+        where: The file or model the tensors are in, for the texts.
+        dtypes: By name, torch dtypes or the names a safetensors header gives.
     """
-    known = READABLE.get(dtype) if isinstance(dtype, str) else dtype
-    if known is None or known not in READABLE.values():
-        called = str(dtype).removeprefix("torch.")
-        hint = "Dequantise it first" if _NARROW.match(called) else "Convert it"
-        return (
-            f"{where}: tensor '{name}' has dtype {called}, which is not supported. {hint}: "
-            "float64, float32, float16, bfloat16, integers and bool are."
-        )
-    if name.endswith(_QUANTISED_ENDINGS) and not known.is_floating_point:
-        return (
-            f"{where}: '{name}' holds {str(known).removeprefix('torch.')} codes of a quantised "
-            "weight. Pass the checkpoint it was quantised from, or dequantise it first."
-        )
-    return None
+    unknown, codes = dict[str, list[str]](), dict[str, list[str]]()
+    for name, dtype in dtypes.items():
+        known = READABLE.get(dtype) if isinstance(dtype, str) else dtype
+        if known is None or known not in READABLE.values():
+            unknown.setdefault(str(dtype).removeprefix("torch."), []).append(name)
+        elif name.endswith(_QUANTISED_ENDINGS) and not known.is_floating_point:
+            codes.setdefault(str(known).removeprefix("torch."), []).append(name)
+    faults = [
+        f"{where}: {_first_of(names, 'has', 'have')} dtype {dtype}, which is not supported. "
+        f"{'Dequantise it first' if _NARROW.match(dtype) else 'Convert it'}: "
+        "float64, float32, float16, bfloat16, integers and bool are."
+        for dtype, names in unknown.items()
+    ]
+    faults += [
+        f"{where}: {_first_of(names, 'holds', 'hold')} {dtype} codes of a quantised weight. "
+        "Pass the checkpoint it was quantised from, or dequantise it first."
+        for dtype, names in codes.items()
+    ]
+    return faults
+
+
+def _first_of(names: Sequence[str], one: str, several: str) -> str:
+    """One name and how many others, with the verb that they take."""
+    rest = len(names) - 1
+    return f"'{names[0]}' and {rest} other tensor(s) {several}" if rest else f"'{names[0]}' {one}"
 
 
 def by_name(specs: Iterable[TensorSpec]) -> dict[str, TensorSpec]:

@@ -341,17 +341,23 @@ def _check_shapes(name: str, expert: Alignment, family: Family, faults: Faults) 
     if not family.has_base:
         return
     specs = family.base.specs
-    odd = [(own, reference_name(own, expert, family.base)) for own in expert.private]
-    for own, known in odd:
-        has = expert.private_spec(own)
+    differing: dict[str, dict[str, str]] = {"shape": {}, "kind": {}}
+    for own in expert.private if expert.shared else ():  # of another size in all is said already
+        known, has = reference_name(own, expert, family.base), expert.private_spec(own)
         if known and has.numel and specs[known].numel:  # empty ones are told of already
             wanted = specs[known]
             alike = has.shape == wanted.shape  # then one holds numbers and the other integers
+            differing["kind" if alike else "shape"][known] = (
+                f"'{own}' is {has.dtype_name if alike else has.shape}, "
+                f"the base's {wanted.dtype_name if alike else wanted.shape}"
+            )
+    for what, found in differing.items():
+        if found:
+            rest = f" ({len(found) - 1} more differ likewise)" if len(found) > 1 else ""
             faults.add(
-                f"Expert '{name}': tensor '{own}' is {has.dtype_name if alike else has.shape}, "
-                f"the base's {wanted.dtype_name if alike else wanted.shape}. Tensors of different "
-                f"{'kinds' if alike else 'shapes'} cannot be merged: leave it as in the base with "
-                f"skip: ['{known}']."
+                f"Expert '{name}': tensor {next(iter(found.values()))}{rest}. Tensors of different "
+                f"{what}s cannot be merged: leave them as in the base with skip: "
+                f"{patterns(found, specs.keys() - found.keys())}."
             )
     for grown in expert.grown:
         faults.add(

@@ -341,11 +341,7 @@ def check_fit(
     if hollow:
         faults.add(empty_fault(f"The base ({reference.source})", hollow))
     if not found.shared and not empty and not hollow:
-        but = " but what is left out by name" if found.skipped else ""
-        faults.add(
-            f"Expert '{found.name}' ({found.checkpoint.source}) shares no tensor with the base "
-            f"({reference.source}){but}. Was it fine-tuned from it?"
-        )
+        faults.add(_nothing_shared(found, reference))
     if not found.shared:
         return
     absent = [n for n in lacking(found, reference) if not may_lack(n)]
@@ -376,6 +372,27 @@ def check_fit(
             f"{reference.specs[reference_name(n, found, reference)].shape}. Give the base it was "
             "fine-tuned from, or name them in 'private' to keep them whole."
         )
+
+
+def _nothing_shared(found: Alignment, reference: Checkpoint) -> str:
+    """What is to be said of an expert that has none of the reference's tensors in their shape."""
+    known = ((own, reference_name(own, found, reference)) for own in found.private)
+    other_size = next(((own, name) for own, name in known if name), None)
+    if other_size:
+        own, name = other_size
+        return (
+            f"Expert '{found.name}' ({found.checkpoint.source}) is of another size than the base "
+            f"({reference.source}): every tensor that both have differs in shape, such as '{own}', "
+            f"{found.private_spec(own).shape} here and {reference.specs[name].shape} in the base. "
+            "Give the base it was fine-tuned from."
+        )
+    but = " but what is left out by name" if found.skipped else ""
+    names = [next(iter(one), "") for one in (found.checkpoint.specs, reference.specs)]
+    such = f" (it has '{names[0]}', say, and the base '{names[1]}')" if all(names) else ""
+    return (
+        f"Expert '{found.name}' ({found.checkpoint.source}) shares no tensor with the base "
+        f"({reference.source}){but}{such}. Was it fine-tuned from it?"
+    )
 
 
 def _foreign(found: Alignment, reference: Checkpoint, may_lack: Callable[[str], bool]) -> list[str]:

@@ -1,8 +1,7 @@
 """From a file to a merge recipe: all faults at once, each with its line."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +18,11 @@ from personae.recipe._merge_family import (
     without_idle_base,
 )
 from personae.recipe._merge_file import KEYS, MergeFile, read_file
-from personae.recipe._places import placed
+from personae.recipe._places import Places
 from personae.recipe._slices import SLICE_KEYS, Part, is_sliced, parts_of, without_slices
 from personae.recipe._yaml import Document, read_document, read_documents
 from personae.recipe.merge_recipe import MergePart, MergeRecipe, MergeSettings, find_method
 from personae.recipe.mergekit import hint_for, understood
-
-PlaceOf = Callable[[str, Place, list[Fault]], str]
-"""From what a recipe says of a model, and where, to where it is opened."""
 
 
 @dataclass
@@ -111,7 +107,7 @@ def _read_document(
         faults.append(Fault(("pack_method",), text))
         return None
     meant = understood(document.content, {**KEYS, **SLICE_KEYS}, document.line)
-    place = partial(_place, document.path, names)
+    places = Places(document.path, names)
     faults += document.faults
     remarks = list(meant.remarks)
     if meant.content.get("output") == "adapter":
@@ -121,10 +117,11 @@ def _read_document(
         _, others = read_file({**without_slices(meant.content), "models": []})
         faults += others
     conventions = meant.choice.conventions
-    read = [_read_part(part, conventions, place, faults, remarks) for part in parts]
-    small_files = _small_files(meant.content, read[0], place, faults) if read else None
+    absent: list[Fault] = []
+    read = [_read_part(part, conventions, places, faults, absent, remarks) for part in parts]
+    small_files = _small_files(meant.content, read[0], places, faults, absent) if read else None
     if faults:
-        faults += meant.slips
+        faults += meant.slips + [fault for fault in absent if fault not in faults]
         return None
     return MergeRecipe(
         parts=tuple(part for part in read if part is not None),
@@ -144,22 +141,15 @@ def _adapter_faults(content: Mapping[str, Any], names: Collection[str]) -> Itera
         yield Fault(("output",), text)
 
 
-def _place(
-    recipe: Path, names: Collection[str], model: str, place: Place, faults: list[Fault]
-) -> str:
-    """Where a model is opened; the name of one that is merged before stays as it is."""
-    is_named = model.partition("+")[0] in names
-    return model if is_named else placed(model, place, recipe, faults)
-
-
 def _read_part(
     part: Part,
     conventions: Conventions,
-    place: PlaceOf,
+    places: Places,
     faults: list[Fault],
+    absent: list[Fault],
     remarks: list[str],
 ) -> MergePart | None:
-    """What a part of a recipe says; None if it is wrong."""
+    """What a part of a recipe says; None if it is wrong. Models that are not there are `absent`."""
     file, wrong = read_file(part.content)
     if file is None:
         faults += map(part.in_file, wrong)
@@ -167,40 +157,49 @@ def _read_part(
     if part.layers:
         file = without_idle_base(file, conventions)
     family = family_of(file, conventions, wrong)
-    base, experts = _places(family, place, wrong)
+    base, experts = family.base, dict[str, str]()
+    not_there: list[Fault] = []
+    for place, name, said in _models(family):
+        found = places.of(said, place, wrong, not_there)
+        if name is None:
+            base = found
+        else:
+            experts[name] = found
+    absent += map(part.in_file, not_there)
     reading = _read(file, family, conventions)
     if reading.faults and not file.models and wrong:  # said already: the models are wrong
         reading.faults = [f for f in reading.faults if f.place != ("models",)]
     layers = part.layers_of(family, wrong)
-    found = [part.in_file(fault) for fault in wrong + reading.faults]
-    faults += found
+    told = [part.in_file(fault) for fault in wrong + reading.faults]
+    faults += told
     remarks += [*family.remarks, *reading.remarks]
-    if found or reading.settings is None:
+    if told or reading.settings is None:
         return None
     settings = reading.settings.model_copy(update={"layers": layers})
     return MergePart(base=base, experts=experts, settings=settings)
 
 
 def _small_files(
-    content: Mapping[str, Any], first: MergePart | None, place: PlaceOf, faults: list[Fault]
+    content: Mapping[str, Any],
+    first: MergePart | None,
+    places: Places,
+    faults: list[Fault],
+    absent: list[Fault],
 ) -> str | None:
     """The base of a recipe with slices, where it is not the base of the first one."""
     base = content.get("base_model")
     if not is_sliced(content) or not isinstance(base, str) or first is None:
         return None
-    found = place(base, ("base_model",), faults)
+    found = places.of(base, ("base_model",), faults, absent)
     return None if found == first.base else found
 
 
-def _places(
-    family: Family, place: PlaceOf, faults: list[Fault]
-) -> tuple[str | None, dict[str, str]]:
-    """Base and experts of a family where they are opened; see `placed`."""
-    base = family.base and place(family.base, ("base_model",), faults)
-    pairs = zip(family.experts.items(), family.entries, strict=True)
-    return base, {
-        name: place(model, ("models", n, "model"), faults) for (name, model), (n, _) in pairs
-    }
+def _models(family: Family) -> Iterator[tuple[Place, str | None, str]]:
+    """Where a family names a model, its name if it is an expert, and what it says."""
+    if family.base:
+        yield ("base_model",), None, family.base
+    for (name, model), (n, _) in zip(family.experts.items(), family.entries, strict=True):
+        yield ("models", n, "model"), name, model
 
 
 def _read(file: MergeFile, family: Family, conventions: Conventions) -> _Reading:

@@ -8,7 +8,7 @@ from personae.checkpoints.naming import name_of
 from personae.errors import MethodError, RecipeError
 from personae.recipe._base import Given, Patterns, Strict, Vector
 from personae.recipe._faults import Fault, faults_in, file_name_faults, validated
-from personae.recipe._places import placed
+from personae.recipe._places import Places
 from personae.recipe._yaml import read_document
 from personae.recipe.pack_recipe import Budget, Counting, PackRecipe, PackSettings
 
@@ -56,14 +56,15 @@ def read_recipe(path: str | Path) -> PackRecipe:
         raise document.refusal(faults)
     names = [_name(entry) for entry in file.models]
     faults += file_name_faults((("models", n), name) for n, name in enumerate(names))
-    base = file.base_model and placed(file.base_model, ("base_model",), document.path, faults)
+    places, absent = Places(document.path), list[Fault]()
+    base = file.base_model and places.of(file.base_model, ("base_model",), faults, absent)
     models = [
-        placed(entry.model, ("models", n, "model"), document.path, faults)
+        places.of(entry.model, ("models", n, "model"), faults, absent)
         for n, entry in enumerate(file.models)
     ]
     settings = _settings(file, faults)
     if faults or settings is None:
-        raise document.refusal(faults)
+        raise document.refusal(faults + absent)
     return PackRecipe(
         base=base,
         experts=dict(zip(names, models, strict=True)),

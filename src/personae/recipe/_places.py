@@ -1,11 +1,48 @@
 """Where the models of a recipe are: relative paths count from the folder the recipe is in."""
 
 import os
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from personae.checkpoints.adapted_model import split_adapter
-from personae.checkpoints.opening import is_hub_id, is_model
+from personae.checkpoints.opening import absence, is_hub_id, is_model
+from personae.errors import CheckpointError
 from personae.recipe._faults import Fault, Place
+
+
+@dataclass(frozen=True)
+class Places:
+    """Places the models of a recipe.
+
+    Attributes:
+        recipe: The recipe's path.
+        names: Names of models that are merged before; they are no paths.
+    """
+
+    recipe: Path
+    names: Collection[str] = ()
+
+    def of(self, model: str, place: Place, faults: list[Fault], absent: list[Fault]) -> str:
+        """Where a model is opened; the name of one that is merged before stays as it is.
+
+        Args:
+            model: What the recipe says.
+            place: Where it says so.
+            faults: Gets one where the path exists from the working directory instead.
+            absent: Gets one where nothing is there.
+        """
+        if model.partition("+")[0] in self.names:
+            return model
+        found = placed(model, place, self.recipe, faults)
+        try:
+            is_wrong = any(fault.place == place for fault in faults)  # or a stand-in of what is
+            text = None if is_wrong else absence(found)
+        except CheckpointError as error:
+            text = str(error)
+        if text:
+            absent.append(Fault(place, text))
+        return found
 
 
 def placed(model: str, place: Place, recipe: Path, faults: list[Fault]) -> str:

@@ -232,18 +232,20 @@ def _who(method: str, choice: Choice, line: Callable[[Place], int | None]) -> It
         return
     if choice.lacking:
         yield (
-            f"{method} is the paper's algorithm, as the recipe gives no '{choice.lacking}', which "
-            "mergekit asks for; for mergekit's write it, and conventions: mergekit"
+            f"{method} is the paper's algorithm here: the recipe gives no '{choice.lacking}', "
+            "without which mergekit refuses it. For mergekit's algorithm, give each model one and "
+            "write conventions: mergekit"
         )
     elif choice.place is None:
         yield (
-            f"{method} is merged as mergekit does it, as no key of the recipe is personae's own; "
-            "for the paper's algorithm write conventions: papers"
+            f"{method} is mergekit's algorithm here: no key of the recipe is personae's own. For "
+            "the paper's algorithm, write conventions: papers"
         )
     else:
         yield (
-            f"{_at(line, choice.place)}'{choice.place[-1]}' is personae's own key, so {method} is "
-            "the paper's algorithm; for mergekit's write conventions: mergekit"
+            f"{_at(line, choice.place)}{method} is the paper's algorithm here: "
+            f"'{choice.place[-1]}' is personae's own key. For mergekit's algorithm, write "
+            "conventions: mergekit"
         )
 
 
