@@ -108,7 +108,7 @@ def _rank(keys: ndarray, bins: int, largest: np.uint32, ranks: ndarray) -> int:
         found += begin & 1
     if found:
         _rank_sorted(keys, left[:found], places, ranks)
-    return found
+    return int(found)
 
 
 @kernel
