@@ -52,7 +52,7 @@ def called(method: str) -> tuple[Called, Called]:
         if event == "call" and code.co_filename.startswith(SOURCE) and code.co_name[0] != "<":
             file = code.co_filename.removeprefix(f"{SOURCE}/")
             by_all[file].add(code.co_qualname)
-            if threading.current_thread() is not threading.main_thread():
+            if threading.current_thread().name.startswith("personae_"):
                 by_worker[file].add(code.co_qualname)
 
     with tempfile.TemporaryDirectory() as folder:

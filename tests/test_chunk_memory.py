@@ -36,6 +36,24 @@ def test_blocks_take_the_places_of_others_of_about_their_size():
     assert places(again) == there
 
 
+def test_a_short_chunk_leaves_the_places_of_whole_ones():
+    """The last chunk of a tensor lies where a whole one was, and the next whole ones, too."""
+    made = [uninitialised([4 * MANY]) for _ in range(3)]
+    there = places(made)
+    made.clear()
+    short = [uninitialised([MANY]) for _ in range(3)]
+    assert places(short) == there
+    short.clear()
+    assert places([uninitialised([4 * MANY]) for _ in range(3)]) == there
+
+
+def test_what_is_larger_than_a_chunk_is_no_place_for_much_less():
+    made = uninitialised([6 * MANY])
+    place = made.data_ptr()
+    del made
+    assert uninitialised([4 * MANY]).data_ptr() != place
+
+
 def test_what_is_in_use_is_in_no_other_place():
     kept = uninitialised([MANY]).fill_(1.0)
     view = kept[10:20]

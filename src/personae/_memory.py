@@ -14,6 +14,8 @@ from torch import Tensor
 
 _SMALLEST, _LARGEST = 1 << 18, 1 << 25
 """Bytes of what is kept for the next one; whole matrices may be larger, too much to keep."""
+_CHUNK = 1 << 20
+"""Entries of a usual chunk, in whose place there is room for smaller ones of its dtype's size."""
 _PRIVATE: dict[str, Any] = (
     {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 )
@@ -29,7 +31,7 @@ def uninitialised(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> T
     size = math.prod(shape) * dtype.itemsize
     if not _SMALLEST <= size <= _LARGEST:
         return torch.empty(tuple(shape), dtype=dtype)
-    block = _blocks.take(size)
+    block = _blocks.take(size, _CHUNK * dtype.itemsize)
     held = np.frombuffer(block, np.uint8, size)
     weakref.finalize(held, _blocks.give_back, block).atexit = False
     return torch.from_numpy(held).view(dtype).reshape(tuple(shape))
@@ -52,13 +54,15 @@ class _Blocks:
         self._free: list[mmap.mmap] = []
         self._taking = threading.Lock()
 
-    def take(self, size: int) -> mmap.mmap:
-        """A block of this size, or up to a quarter more.
+    def take(self, size: int, chunk: int) -> mmap.mmap:
+        """The smallest block of this size, up to a quarter more, or at most as large as a chunk.
 
-        Where there is none, as much is given back as is taken anew.
+        Where there is none, as much is given back as is taken anew. So the last, short chunk of a
+        tensor does not take the place of a whole one from that of the next tensor.
         """
+        most = max(size + size // 4, chunk)
         with self._taking:
-            fitting = [block for block in self._free if size <= len(block) <= size + size // 4]
+            fitting = [block for block in self._free if size <= len(block) <= most]
             if fitting:
                 found = min(fitting, key=len)
                 self._free.remove(found)

@@ -55,7 +55,8 @@ def test_deviations_of_many(deltas: np.ndarray):
     np.testing.assert_allclose(found, deltas.astype(np.float64).std(axis=0), rtol=1e-6, atol=1e-12)
 
 
-def test_what_reaches_a_measure_is_kept():
-    deltas = np.array([[1, -2, 3], [4, 5, -6]], np.float32)
-    kernels.keep_reaching(deltas, np.array([0.5, 0.25, 1], np.float32), np.float32(0.5))
-    assert deltas.tolist() == [[1, 0, 3], [4, 0, -6]]
+def test_what_is_far_apart_is_kept():
+    # Means 2, 1 and 0; squares apart 1 + 1, 9 + 9 and 4 + 4.
+    deltas = np.array([[1, -2, 2], [3, 4, -2]], np.float32)
+    kernels.keep_apart(deltas, 8.0)
+    assert deltas.tolist() == [[0, -2, 2], [0, 4, -2]]

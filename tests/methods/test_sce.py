@@ -5,7 +5,8 @@ import pytest
 import torch
 from registered import mergekits
 
-from personae import sce
+from personae import kernels, sce
+from personae.methods.merge.sce import least_apart, select
 
 TASK_VECTORS = torch.tensor(
     [
@@ -53,3 +54,16 @@ def test_small_task_vectors_weigh_the_same_in_mergekit():
     stack = torch.tensor([[1e-4], [3e-4]])
     torch.testing.assert_close(merge(stack, 1.0), torch.tensor([2.8e-4]))
     torch.testing.assert_close(mergekits("sce")(stack), torch.tensor([2e-4]))
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 7])
+def test_what_is_selected_is_what_deviations_say(experts: int):
+    """Entries whose deviation is the threshold itself, to the last bit, and all others."""
+    draw = np.random.default_rng(experts)
+    deltas = draw.normal(scale=1e-3, size=(experts, 500)).astype(np.float32)
+    found = np.empty(500, np.float32)
+    kernels.deviations(deltas, found)
+    for threshold in [*found[:50], np.float32(np.inf)]:
+        kept = deltas.copy()
+        select(kept, least_apart(float(threshold), experts))
+        assert np.array_equal(kept, np.where(found >= threshold, deltas, 0))

@@ -162,7 +162,7 @@ def test_a_merge_takes_what_is_planned(method: str, paths: dict[str, str], tmp_p
     with open_to_merge(paths["base"], experts, settings) as family:
         job = prepare(family, settings)
         statistics = merging._statistics(job, tmp_path, Work(workers=1))  # pyright: ignore[reportPrivateUsage]
-        undecided, cpu = UndecidedEntries(tmp_path), torch.device("cpu")
+        undecided, cpu = UndecidedEntries(tmp_path, per_tensor=job.per_tensor), torch.device("cpu")
         ratios: list[float] = []
         for item in job.items[:1]:
 

@@ -19,6 +19,7 @@ from personae.methods import MERGE_METHODS, DeltaBlocks, Site, Undecided, build,
 from personae.recipe import MergeSettings
 from personae.run import undecided
 from personae.run.work import Work
+from personae.writers import CheckpointWriter
 from toys import load
 
 LATE = sorted(name for name, method in MERGE_METHODS.items() if method.can_decide_late)
@@ -259,14 +260,15 @@ def test_what_is_left_open_goes_to_files_as_it_grows(
     monkeypatch.setattr(undecided, "FILE_ENTRIES", 25)
     spec = TensorSpec("w", (3, 20), torch.float32)
     item = chunks.Item(0, tuple(chunks.Chunk(spec, row, row + 1) for row in range(3)), whole=False)
-    left_open = undecided.UndecidedEntries(tmp_path).of(item)
+    left_open = undecided.UndecidedEntries(tmp_path, per_tensor=False).of(item)
     for chunk in item.chunks:
         reference = torch.full((1, 20), 10.0 * chunk.start)
         blocks = DeltaBlocks([reference, reference], reference)
-        told = left_open.of(chunk, blocks)
+        told = left_open.of(chunk, blocks, torch.float32)
         for _ in blocks:
             told.votes += 5
-            told.add(np.arange(20), np.full(20, 2, np.float32), np.full(20, -2, np.float32))
+            some = np.full(20, 2, np.float32)
+            assert told.add(np.arange(20), some, -some) == 1  # + has the majority so far
         told.done()
         assert told.count == 20
     # 36 bytes for each entry that waits, in the buffer and in what is written of it: 25; 48 for
@@ -284,24 +286,75 @@ def test_what_is_left_open_goes_to_files_as_it_grows(
     }
     assert int(written["0"]["votes"]) == 15 and int(written["0"]["full_files"]) == 2
     assert written["0-1"]["entries/25/w"].tolist() == list(range(25))
-    assert written["0-1"]["positive/25/w"].tolist() == [12.0] * 15 + [22.0] * 10
+    # They are written as + makes them: what waits is what - makes of them, and what neither does.
+    assert written["0-1"]["neither/25/w"].tolist() == [10.0] * 15 + [20.0] * 10
+    assert written["0-1"]["negative/25/w"].tolist() == [8.0] * 15 + [18.0] * 10
     assert written["0"]["negative/50/w"].tolist() == [18.0] * 10
+    assert not any(key.startswith("positive") for kept in written.values() for key in kept)
+
+
+def test_the_guess_is_the_majority_so_far_where_both_signs_fit(tmp_path: Path):
+    spec = TensorSpec("w", (4, 2), torch.float16)
+    item = chunks.Item(0, tuple(chunks.Chunk(spec, row, row + 1) for row in range(4)), whole=False)
+    entries = undecided.UndecidedEntries(tmp_path, per_tensor=False)
+    # Row, votes, what + and - make of an entry beside the base's 60000: fp16 ends at 65504.
+    steps = [(0, -3, 2.0, -1), (1, 2, 2.0, -1), (2, 2, 2.0, 1), (3, -9, 6000.0, 0)]
+    for row, votes, change, guess in steps:
+        left_open = entries.of(item)  # each time another item's, of the same model
+        reference = torch.full((1, 2), 60000.0)
+        blocks = DeltaBlocks([reference], reference)
+        told = left_open.of(item.chunks[row], blocks, torch.float16)
+        for _ in blocks:
+            told.votes += votes
+            some = np.full(1, change, np.float32)
+            assert told.add(np.array([1]), some, -some) == guess
+        told.done()
+        left_open.keep()
+    waiting = load_file(tmp_path / ".undecided" / "0.safetensors")
+    assert waiting["positive/7/w"].tolist() == [66000]
+    assert waiting["negative/7/w"].tolist() == [54000]
+    of_a_tensor = undecided.UndecidedEntries(tmp_path, per_tensor=True)
+    of_a_tensor.of(item).count_votes(-5)
+    assert of_a_tensor.of(item).guess(0) == 1  # another item's tensor
+
+
+def test_only_wrong_guesses_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # One expert's changes are the other's negative, but for nine entries of the first tensor, which
+    # is written first, and nine of the last: all guesses have their sign.
+    replaced: list[str] = []
+    write = CheckpointWriter.replace
+
+    def note(self: CheckpointWriter, name: str, *rest: Any) -> None:
+        replaced.append(name)
+        write(self, name, *rest)
+
+    monkeypatch.setattr(CheckpointWriter, "replace", note)
+    base, experts = family(tmp_path, 9)
+    settings = MergeSettings(method="ties", parameters={"density": 1.0})
+    work = Work(workers=1)
+    merge(base, experts, tmp_path / "right", settings=settings, work=work)
+    assert not replaced
+    base, experts = family(tmp_path / "even", 0)  # nobody has the majority, though + is guessed
+    merge(base, experts, tmp_path / "wrong", settings=settings, work=work)
+    assert {*replaced} == {"a.weight", "b.bias", "scale"}
 
 
 def test_entries_that_32_bits_do_not_reach_begin_anew(monkeypatch: pytest.MonkeyPatch):
     """A tensor of more than 2^31 entries: each place is told from one that is near enough."""
     monkeypatch.setattr(undecided, "FILE_ENTRIES", 25)
     waiting, far = undecided.Waiting(), 2**31
-    values = np.ones(2, np.float32)
+    values = np.ones((2, 2), np.float32)
     for places in ([0, 9], [far - 1, far + 1], [far + 5, far + 6], [3, 4]):
-        waiting.add("w", np.array(places), values, -values)
-    waiting.add("v", np.array([5, 6]), values, -values)
+        waiting.add("w", 1, np.array(places), values)
+    waiting.add("v", 1, np.array([5, 6]), values)
+    waiting.add("v", -1, np.array([7, 8]), values)
     told = {k: t.tolist() for k, t in waiting.tensors().items() if k.startswith("entries")}
     assert told == {
         "entries/0/w": [0, 9],
         f"entries/{far - 1}/w": [0, 2, 6, 7],
         "entries/3/w": [0, 1],
         "entries/5/v": [0, 1],
+        "entries/7/v": [0, 1],
     }
 
 

@@ -251,7 +251,7 @@ def _run_job(
         CheckpointError: naming every weight that is not finite.
         OutputError: if the disk refuses.
     """
-    undecided = UndecidedEntries(directory)
+    undecided = UndecidedEntries(directory, per_tensor=job.per_tensor)
     faults = Faults()
     before = set(journal.done) if journal else set[int]()
     if job.decides_at_the_end and job.last_step not in before:

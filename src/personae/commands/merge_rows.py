@@ -80,7 +80,7 @@ def merge_rows(
 
     def tell(blocks: DeltaBlocks) -> Undecided:
         assert left_open is not None
-        told.append(left_open.of(chunk, blocks))
+        told.append(left_open.of(chunk, blocks, dtype))
         return told[-1]
 
     def in_fp32(part: Chunk) -> Tensor:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from personae.kernels.sums import (
         add_inner_products,
         deviations,
+        keep_apart,
         keep_marked,
-        keep_reaching,
         multi_task_vector,
         weighted_sum,
     )
@@ -70,8 +70,8 @@ _HOMES = {
     "sums": (
         "add_inner_products",
         "deviations",
+        "keep_apart",
         "keep_marked",
-        "keep_reaching",
         "multi_task_vector",
         "weighted_sum",
     ),
@@ -90,8 +90,8 @@ __all__ = [
     "elect_by_count",
     "elect_by_mass",
     "follow",
+    "keep_apart",
     "keep_marked",
-    "keep_reaching",
     "max_agreeing",
     "mean_agreeing",
     "multi_task_vector",

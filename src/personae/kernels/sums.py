@@ -3,7 +3,7 @@
 import numpy as np
 from numpy import ndarray
 
-from personae.kernels._compile import Number, kernel
+from personae.kernels._compile import kernel
 from personae.kernels.stored import F32
 
 _IN_CACHE = 1 << 10
@@ -63,32 +63,50 @@ def deviations(deltas: ndarray, found: ndarray) -> None:
     experts, entries = deltas.shape
     means, totals = np.empty(_IN_CACHE), np.empty(_IN_CACHE)
     for start in range(0, entries, _IN_CACHE):
-        count = min(_IN_CACHE, entries - start)
-        mean, total, wanted = means[:count], totals[:count], found[start : start + count]
-        mean[:] = 0.0
-        total[:] = 0.0
-        for n in range(experts):
-            row = deltas[n, start : start + count]
-            for i in range(count):
-                mean[i] += np.float64(row[i])
-        for i in range(count):
-            mean[i] /= experts
-        for n in range(experts):
-            row = deltas[n, start : start + count]
-            for i in range(count):
-                apart = np.float64(row[i]) - mean[i]
-                total[i] += apart * apart
-        for i in range(count):
+        wanted = found[start : start + _IN_CACHE]
+        total = totals[: wanted.size]
+        _squares_apart(deltas[:, start : start + _IN_CACHE], means, total)
+        for i in range(total.size):
             wanted[i] = F32(np.sqrt(total[i] / experts))
 
 
 @kernel
-def keep_reaching(deltas: ndarray, measure: ndarray, threshold: Number) -> None:
-    """Leave the entries of all experts whose measure reaches the threshold; 0 elsewhere."""
-    for n in range(deltas.shape[0]):
+def keep_apart(deltas: ndarray, least: float) -> None:
+    """Leave the entries of all experts whose squares apart reach `least`; 0 elsewhere.
+
+    These are the squared differences from the entry's mean over the experts, added up, in fp64: the
+    square of `deviations` times the number of experts.
+    """
+    experts, entries = deltas.shape
+    means, totals = np.empty(_IN_CACHE), np.empty(_IN_CACHE)
+    for start in range(0, entries, _IN_CACHE):
+        block = deltas[:, start : start + _IN_CACHE]
+        total = totals[: block.shape[1]]
+        _squares_apart(block, means, total)
+        for n in range(experts):
+            row = block[n]
+            for i in range(total.size):
+                row[i] = row[i] if total[i] >= least else F32(0)
+
+
+@kernel
+def _squares_apart(deltas: ndarray, means: ndarray, total: ndarray) -> None:
+    """Σ_n (τ_n - mean)² of each entry of a block; `means` is room for the means."""
+    experts = deltas.shape[0]
+    mean = means[: total.size]
+    mean[:] = 0.0
+    total[:] = 0.0
+    for n in range(experts):
         row = deltas[n]
-        for i in range(row.size):
-            row[i] = row[i] if measure[i] >= threshold else F32(0)
+        for i in range(total.size):
+            mean[i] += np.float64(row[i])
+    for i in range(total.size):
+        mean[i] /= experts
+    for n in range(experts):
+        row = deltas[n]
+        for i in range(total.size):
+            apart = np.float64(row[i]) - mean[i]
+            total[i] += apart * apart
 
 
 @kernel

@@ -41,9 +41,9 @@ class Ballot:
         found, self.majority = vote(kept, self.signs, places)
         self.undecided = places[:found]
 
-    def give_undecided(self, sign: int) -> None:
-        """Give undecided entries this sign: 1, -1, or 0 for none."""
-        self.signs[self.undecided] = sign
+    def give_undecided(self, sign: int, places: Int64[ndarray, " some"] | None = None) -> None:
+        """Give undecided entries, or some of them, this sign: 1, -1, or 0 for none."""
+        self.signs[self.undecided if places is None else places] = sign
 
     def merge(self, reduce: Reduce, scale: float) -> Float[ndarray, " entry"]:
         """Reduce the experts whose sign is the elected one, times `scale`; 0 if there is none."""
@@ -144,8 +144,8 @@ class Electing(RowWise):
     ) -> Iterator[Float[ndarray, " entry"]]:
         """See `Entrywise.merge_blocks`.
 
-        While the majority is not known, undecided entries become 0, and `undecided` is told what
-        the signs would make of them.
+        While the majority is not known, `undecided` is told what the signs would make of undecided
+        entries, and says which they get so far.
         """
         majority = 0 if undecided is not None else int(statistics["majority"])
         fill = self.fill(site, blocks.experts, statistics)
@@ -156,7 +156,7 @@ class Electing(RowWise):
                 undecided.votes += ballot.majority
                 for some in _a_few_at_once(ballot.undecided):
                     either = ballot.merge_undecided(some, self.reduce, self.scale)
-                    undecided.add(start + some, *either)
+                    ballot.give_undecided(undecided.add(start + some, *either), some)
             elif majority:
                 ballot.give_undecided(majority)
             merged = ballot.merge(self.reduce, self.scale)

@@ -32,7 +32,7 @@ MOST_TOLD = 1 << 12
 
 
 class Undecided:
-    """Entries on which experts vote and none wins, which are merged as if neither sign did: to 0.
+    """Entries on which experts vote and none wins, merged before the majority is known.
 
     Attributes:
         votes: Entries that elect + minus entries that elect -, of all that were merged.
@@ -49,10 +49,15 @@ class Undecided:
         places: Int64[ndarray, " some"],
         positive: Float[ndarray, " some"],
         negative: Float[ndarray, " some"],
-    ) -> None:
-        """Tell which entries are undecided, at least one, and what each sign would make of them."""
+    ) -> int:
+        """Tell which entries are undecided, at least one, and what each sign would make of them.
+
+        Returns:
+            The sign that they get so far: 1, -1 or, as here, 0 for none.
+        """
         self.count += len(places)
         self._told.append((places, positive, negative))
+        return 0
 
     @property
     def places(self) -> Int64[ndarray, " some"]:

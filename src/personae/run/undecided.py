@@ -1,15 +1,16 @@
 """What a merge leaves open until all that votes has voted, kept beside its unfinished output.
 
 TIES and DARE-TIES give entries on which no sign wins the sign of the majority, of the model or of
-their tensor. A pass for that alone would cost as much as half the merge, so tensors
-are written without it. What either sign would make of those entries waits, in files once it is
-much, and is put in place at the end. Of bf16 models that is one entry in some hundreds; where votes
-cancel often, the pass is taken.
+their tensor. A pass for that alone would cost as much as half the merge, so tensors are written
+with a guess, the sign of the majority so far. What else could become of those entries waits, in
+files once it is much, and is put in place at the end where the guess was wrong. Of bf16 models that
+is one entry in some hundreds; where votes cancel often, the pass is taken.
 """
 
 import shutil
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,9 +21,9 @@ from jaxtyping import Float, Int64
 from numpy import ndarray
 from torch import Tensor
 
-from personae._safetensors import load_safetensors, open_safetensors
+from personae._safetensors import open_safetensors
 from personae.family.chunks import Chunk, Item
-from personae.methods import MOST_TOLD, DeltaBlocks, Undecided
+from personae.methods import MOST_TOLD, ROUNDS_TO_INFINITY, DeltaBlocks, Undecided
 from personae.run.work import Work
 from personae.writers import CheckpointWriter, output_errors
 
@@ -33,13 +34,15 @@ _FULL_FILES = "full_files"
 FILE_ENTRIES = 1 << 15
 """Undecided entries that wait in memory before they go to a file."""
 BYTES_ON_DISK = 12
-"""Bytes of a file that an undecided entry takes: its place, and what either sign makes of it."""
+"""Bytes of a file that an undecided entry takes: its place, and two values that it could get."""
 _BYTES_TOLD = 48
 """Bytes of memory of an undecided entry that is told of, on its way to the buffer."""
 _HEADER_BYTES = 3 * 160
 """What a file says of the entries of one chunk, beside the tensor's name."""
 _FURTHEST = 1 << 31
 """Entries of a tensor that places in 32 bits reach."""
+_OUTCOMES = {1: "positive", -1: "negative", 0: "neither"}
+"""What the majority may be, and what is made of undecided entries then."""
 
 
 class Waiting:
@@ -52,13 +55,14 @@ class Waiting:
     def __init__(self) -> None:
         """Nothing waits."""
         self._places = np.empty(FILE_ENTRIES, np.int32)
-        self._either = np.empty((2, FILE_ENTRIES), np.float32)
+        self._values = np.empty((2, FILE_ENTRIES), np.float32)
         self.clear()
 
     def clear(self) -> None:
         """Forget them all."""
         self._held = 0
-        self._runs: list[tuple[str, int, int]] = []  # tensor, first place, where in the buffer
+        # Tensor, sign that was guessed, first place, where in the buffer.
+        self._runs: list[tuple[str, int, int, int]] = []
 
     @property
     def room(self) -> int:
@@ -68,64 +72,90 @@ class Waiting:
     def add(
         self,
         name: str,
+        guess: int,
         places: Int64[ndarray, " some"],
-        positive: Float[ndarray, " some"],
-        negative: Float[ndarray, " some"],
+        values: Float[ndarray, "2 some"],
     ) -> None:
         """Take entries of a tensor, at least one, as many as there is room for at most.
 
-        Places are ascending.
+        Args:
+            name: Which tensor.
+            guess: The sign that they got.
+            places: Which, ascending.
+            values: What else they could be: the values of the other `_OUTCOMES`, in their order.
         """
         first = int(places[0])
-        known, start = self._runs[-1][:2] if self._runs else ("", 0)
-        if known != name or not start <= first <= int(places[-1]) < start + _FURTHEST:
-            self._runs.append((name, first, self._held))
+        *known, start = self._runs[-1][:3] if self._runs else ("", 0, 0)
+        reached = start <= first <= int(places[-1]) < start + _FURTHEST
+        if known != [name, guess] or not reached:
+            self._runs.append((name, guess, first, self._held))
             start = first
         taken = slice(self._held, self._held + len(places))
         self._places[taken] = places - start
-        self._either[0, taken], self._either[1, taken] = positive, negative
+        self._values[:, taken] = values
         self._held += len(places)
 
     def tensors(self) -> dict[str, Tensor]:
         """What waits, as it is written; views of the buffer."""
         found: dict[str, Tensor] = {}
-        bounds = pairwise([*(start for _, _, start in self._runs), self._held])
-        for (name, first, _), (start, end) in zip(self._runs, bounds, strict=True):
+        bounds = pairwise([*(start for *_, start in self._runs), self._held])
+        for (name, guess, first, _), (start, end) in zip(self._runs, bounds, strict=True):
             where = f"{first}/{name}"
             found[f"entries/{where}"] = torch.from_numpy(self._places[start:end])
-            found[f"positive/{where}"] = torch.from_numpy(self._either[0, start:end])
-            found[f"negative/{where}"] = torch.from_numpy(self._either[1, start:end])
+            others = (outcome for sign, outcome in _OUTCOMES.items() if sign != guess)
+            for outcome, values in zip(others, self._values, strict=True):
+                found[f"{outcome}/{where}"] = torch.from_numpy(values[start:end])
         return found
+
+
+@dataclass
+class VotesSoFar:
+    """Entries that elect + minus entries that elect -, of what guesses are made.
+
+    Some may be lost where two workers count at once.
+    """
+
+    count: int = 0
 
 
 class LeftOpen:
     """The undecided entries of what one worker merges, and how all of its entries voted."""
 
-    def __init__(self, path: Path, waiting: Waiting) -> None:
-        """Nothing is merged yet; files are named after `path`, and entries wait in `waiting`."""
-        self._path, self._waiting = path, waiting
+    def __init__(self, path: Path, waiting: Waiting, so_far: VotesSoFar) -> None:
+        """Nothing is merged yet.
+
+        Args:
+            path: What files are named after.
+            waiting: Where entries wait.
+            so_far: Counts the votes of the model, or of one tensor after the other.
+        """
+        self._path, self._waiting, self._so_far = path, waiting, so_far
         self._clear()
 
-    def of(self, chunk: Chunk, blocks: DeltaBlocks) -> "UndecidedOfChunk":
-        """Where to tell of a chunk, as its blocks are merged."""
-        return UndecidedOfChunk(self, chunk, blocks)
+    def of(self, chunk: Chunk, blocks: DeltaBlocks, dtype: torch.dtype) -> "UndecidedOfChunk":
+        """Where to tell of a chunk that comes out in this dtype, as its blocks are merged."""
+        return UndecidedOfChunk(self, chunk, blocks, dtype)
+
+    def guess(self, votes: int) -> int:
+        """The sign of the majority so far, with so many more votes."""
+        return 1 if self._so_far.count + votes >= 0 else -1
 
     def add(
         self,
         name: str,
+        guess: int,
         places: Int64[ndarray, " some"],
-        positive: Float[ndarray, " some"],
-        negative: Float[ndarray, " some"],
+        values: Float[ndarray, "2 some"],
     ) -> None:
-        """Take some entries of a tensor, and what either sign makes of them.
+        """Take some entries of a tensor; see `Waiting.add`.
 
         Raises:
             OutputError: if the disk refuses.
         """
         while len(places):
-            now = slice(self._waiting.room)
-            self._waiting.add(name, places[now], positive[now], negative[now])
-            places, positive, negative = (told[now.stop :] for told in (places, positive, negative))
+            now = self._waiting.room
+            self._waiting.add(name, guess, places[:now], values[:, :now])
+            places, values = places[now:], values[:, now:]
             if not self._waiting.room:
                 _save(_full_file(self._path, self._full_files), self._waiting.tensors())
                 self._full_files += 1
@@ -141,17 +171,19 @@ class LeftOpen:
         _save(self._path, {**counts, **self._waiting.tensors()})
 
     def decide(self, writer: CheckpointWriter) -> None:
-        """Put what all that was added elects in place, and begin anew.
+        """Put what all that was added elects in place where it is not, and begin anew.
 
         Raises:
             OutputError: if the disk refuses.
             MethodError: if a value does not fit in the dtype of its tensor.
         """
-        _replace(self._waiting.tensors(), self._votes, writer)
+        waiting = self._waiting.tensors()
+        _replace(waiting, waiting.__getitem__, self._votes, writer)
         for number in range(self._full_files):
             path = _full_file(self._path, number)
-            _replace(load_safetensors(path), self._votes, writer)
+            _replace_kept(path, self._votes, writer)
             path.unlink()
+        self._so_far.count = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -161,31 +193,41 @@ class LeftOpen:
     def count_votes(self, votes: int) -> None:
         """Take how a chunk voted."""
         self._votes += votes
+        self._so_far.count += votes
 
 
 class UndecidedOfChunk(Undecided):
     """Hands on what it is told of one chunk: nothing of it waits here."""
 
-    def __init__(self, left_open: LeftOpen, chunk: Chunk, blocks: DeltaBlocks) -> None:
+    def __init__(
+        self, left_open: LeftOpen, chunk: Chunk, blocks: DeltaBlocks, dtype: torch.dtype
+    ) -> None:
         """Nothing of the chunk is merged yet."""
         super().__init__()
         self._left_open, self._chunk, self._blocks = left_open, chunk, blocks
+        self._limit = ROUNDS_TO_INFINITY.get(dtype, 0)
 
     def add(
         self,
         places: Int64[ndarray, " some"],
         positive: Float[ndarray, " some"],
         negative: Float[ndarray, " some"],
-    ) -> None:
-        """See `Undecided.add`.
+    ) -> int:
+        """See `Undecided.add`. The sign is a guess; none where a sign's values may not fit.
 
         Raises:
             OutputError: if the disk refuses.
         """
         self.count += len(places)
         own = self._blocks.reference[places - self._blocks.start]
-        places = places + self._chunk.first_entry
-        self._left_open.add(self._chunk.spec.name, places, positive + own, negative + own)
+        made = {1: positive + own, -1: negative + own, 0: own}
+        largest = max(np.abs(made[1]).max(), np.abs(made[-1]).max())
+        fits = int(largest.view(np.uint32)) < self._limit
+        guess = self._left_open.guess(self.votes) if fits else 0
+        others = np.stack([values for sign, values in made.items() if sign != guess])
+        first = self._chunk.first_entry
+        self._left_open.add(self._chunk.spec.name, guess, places + first, others)
+        return guess
 
     def done(self) -> None:
         """The chunk is merged: its votes count."""
@@ -195,9 +237,15 @@ class UndecidedOfChunk(Undecided):
 class UndecidedEntries:
     """The undecided entries of a merge, by item; what is kept outlives a run that is killed."""
 
-    def __init__(self, directory: Path) -> None:
-        """Keep them in the directory that the merge writes to."""
+    def __init__(self, directory: Path, *, per_tensor: bool) -> None:
+        """Keep them in the directory that the merge writes to.
+
+        Args:
+            directory: That directory.
+            per_tensor: Whether the majority is that of each tensor, not of the model.
+        """
         self._folder = directory / _FOLDER
+        self._so_far = None if per_tensor else VotesSoFar()
         self._of_worker = threading.local()
 
     def of(self, item: Item) -> LeftOpen:
@@ -210,7 +258,8 @@ class UndecidedEntries:
             self._folder.mkdir(exist_ok=True)
         if not hasattr(self._of_worker, "waiting"):
             self._of_worker.waiting = Waiting()
-        return LeftOpen(self._path(item.number), self._of_worker.waiting)
+        so_far = self._so_far or VotesSoFar()
+        return LeftOpen(self._path(item.number), self._of_worker.waiting, so_far)
 
     def decide(self, items: Sequence[Item], writer: CheckpointWriter, work: Work) -> None:
         """Count the votes of all items, and give undecided entries the sign of the majority.
@@ -220,12 +269,10 @@ class UndecidedEntries:
             MethodError: if a value does not fit in the dtype of its tensor.
         """
         votes = sum(self._count(item.number, _VOTES) for item in items)
-        if not votes:
-            return
 
         def write(item: Item) -> None:
             for path in self._files(item.number):
-                _replace(load_safetensors(path), votes, writer)
+                _replace_kept(path, votes, writer)
 
         work.each(items, write, cost=waiting_bytes, stage="deciding by majority", in_order=True)
 
@@ -281,13 +328,27 @@ def _save(path: Path, values: Mapping[str, Tensor]) -> None:
         path.write_bytes(safetensors.torch.save(dict(values)))
 
 
-def _replace(kept: Mapping[str, Tensor], votes: int, writer: CheckpointWriter) -> None:
-    """Write what the sign of the votes makes of undecided entries; they are 0 if no sign wins."""
-    if not votes:
-        return
-    sign = "positive" if votes > 0 else "negative"
-    for key, entries in kept.items():
-        what, _, where = key.partition("/")
-        if what == "entries":
-            first, name = where.split("/", 1)
-            writer.replace(name, int(first) + entries.long(), kept[f"{sign}/{where}"])
+def _replace_kept(path: Path, votes: int, writer: CheckpointWriter) -> None:
+    """As `_replace`, of what a file holds."""
+    with open_safetensors(path) as file:
+        _replace(set(file.keys()), file.get_tensor, votes, writer)
+
+
+def _replace(
+    names: Collection[str], read: Callable[[str], Tensor], votes: int, writer: CheckpointWriter
+) -> None:
+    """Write what the votes make of undecided entries, where they have not got that already.
+
+    Args:
+        names: Of what waits, as `Waiting.tensors` names it.
+        read: Gives what has one of the names.
+        votes: Entries that elect + minus entries that elect -.
+        writer: Where the entries are.
+    """
+    decided = _OUTCOMES[(votes > 0) - (votes < 0)]
+    for name in names:
+        outcome, _, where = name.partition("/")
+        if outcome == decided:
+            first, tensor = where.split("/", 1)
+            entries = int(first) + read(f"entries/{where}").long()
+            writer.replace(tensor, entries, read(name))

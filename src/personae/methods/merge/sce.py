@@ -4,8 +4,8 @@ As in the authors' code, what is left is divided by the weights of the experts t
 report adds it up.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from math import prod
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -54,9 +54,9 @@ class SCE(RowWise):
             threshold = yield from find_magnitudes([rank], _deviations)
 
         def squares(vectors: Tensor | DeltaBlocks, _: Any, __: Site) -> Tensor:
-            total = np.zeros((experts, 1, 1))
+            total, least = np.zeros((experts, 1, 1)), least_apart(float(threshold), experts)
             for _, deltas in delta_blocks(vectors):
-                select(deltas, float(threshold))
+                select(deltas, least)
                 for own, delta in zip(total, deltas, strict=True):
                     kernels.add_inner_products(delta[None, None], own[None])
             return torch.from_numpy(total[:, 0, 0])
@@ -75,9 +75,10 @@ class SCE(RowWise):
         undecided: Undecided | None = None,
     ) -> Iterator[Float[ndarray, " entry"]]:
         """See `Entrywise.merge_blocks`."""
-        threshold, weights = float(statistics["threshold"]), self._weights(statistics, site)
+        least = least_apart(float(statistics["threshold"]), blocks.experts)
+        weights = self._weights(statistics, site)
         for _, deltas in blocks:
-            select(deltas, threshold)
+            select(deltas, least)
             ballot = Ballot(deltas, "mass")
             ballot.give_undecided(1)
             merged = np.empty(deltas.shape[1], np.float32)
@@ -89,15 +90,33 @@ class SCE(RowWise):
     def _weights(self, statistics: Statistics, site: Site) -> Float[ndarray, " expert"]:
         squares = statistics["squares"].numpy()
         total = squares.sum()
-        if total <= self.least_squares * prod(site.shape):
+        if total <= self.least_squares * math.prod(site.shape):
             return np.full(len(squares), 1 / len(squares), np.float32)
         return (squares / total).astype(np.float32)
 
 
-def select(deltas: Float[ndarray, "expert entry"], threshold: float) -> None:
-    """Leave the entries whose deviation reaches the threshold; 0 elsewhere."""
-    if threshold:
-        kernels.keep_reaching(deltas, deviation(deltas), np.float32(threshold))
+def select(deltas: Float[ndarray, "expert entry"], least: float) -> None:
+    """Leave the entries whose squares apart reach `least_apart`; 0 elsewhere."""
+    if least:
+        kernels.keep_apart(deltas, least)
+
+
+def least_apart(threshold: float, experts: int) -> float:
+    """The smallest sum of squares apart whose deviation, rounded to fp32, reaches the threshold.
+
+    To the bit: an entry is selected as if its own deviation were compared.
+    """
+    if not 0 < threshold < math.inf:
+        return threshold
+    near = experts * threshold * threshold
+    low, high = (int(np.float64(near * each).view(np.int64)) for each in (1 - 1e-6, 1 + 1e-6))
+    while low < high:
+        middle = (low + high) // 2
+        if np.float32(np.sqrt(np.int64(middle).view(np.float64) / experts)) >= threshold:
+            high = middle
+        else:
+            low = middle + 1
+    return float(np.int64(low).view(np.float64))
 
 
 def deviation(deltas: Float[ndarray, "expert entry"]) -> Float[ndarray, " entry"]:
