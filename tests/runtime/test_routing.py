@@ -240,6 +240,21 @@ def test_a_task_that_goes_takes_its_examples_along(packed: Path, tmp_path: Path)
     assert Pack(packed).manifest.router is None and not (packed / ROUTER).exists()
 
 
+def test_a_router_whose_writing_fails_is_none(packed: Path, monkeypatch: pytest.MonkeyPatch):
+    """No record of the one before stands beside another file."""
+    runtime = load(packed)
+    runtime.fit_router(FEW)
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PackWriter, "_write_whole", fail)
+    with pytest.raises(OSError, match="No space left"):
+        runtime.fit_router(FEW, neighbours=3)
+    assert Pack(packed).manifest.router is None
+    verify(packed)
+
+
 # What is refused
 
 
