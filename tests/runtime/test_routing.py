@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from test_loaded import KINDS, Kind, loaded
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from personae.methods import Choice, Voting, build
 from personae.packs.manifest import ROUTER
 from personae.packs.reader import Pack
 from personae.packs.writer import PackWriter
+from toys import load as read_all
 from toys import perturb, toy_bert, toy_gpt2, toy_t5
 
 BERT = KINDS["bert"]
@@ -173,6 +175,17 @@ def test_sequences_are_generated_by_routed_tasks(make: Any, tmp_path: Path):
     how |= {"eos_token_id": None, "decoder_start_token_id": 0}
     found = runtime.generate(input_ids=prompts, tasks="auto", **how)
     assert torch.equal(found, runtime.generate(input_ids=prompts, tasks=["b", "a"], **how))
+
+
+def test_a_reference_with_causal_masks_as_old_versions_stored_them(tmp_path: Path):
+    """As openai-community/gpt2 has them; without a task the reference is built, too."""
+    base = toy_gpt2(tmp_path / "base")
+    expert = perturb(base, tmp_path / "a", 1, 0.3)
+    right = loaded(base)(ASKED).logits
+    masks = {f"transformer.h.{n}.attn.bias": torch.ones(1, 1, 12, 12).tril() for n in range(2)}
+    save_file(read_all(base) | masks, base / "model.safetensors", metadata={"format": "pt"})
+    runtime = load(pack(base, {"a": expert}, tmp_path / "pack", DTS()).directory)
+    torch.testing.assert_close(runtime(ASKED).logits, right)
 
 
 def test_threads_route_at_once(packed: Path):
