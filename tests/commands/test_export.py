@@ -174,7 +174,7 @@ def test_an_exported_task_is_what_the_runtime_computes(tmp_path: Path, family: F
         twice = {name: torch.cat([one, one]) for name, one in family.inputs.items()}
         rows = len(wanted)
         with torch.no_grad():
-            mixed = runtime(**twice, tasks=[*"b" * rows, *"a" * rows])[0]
+            mixed = runtime(**twice, tasks=["b"] * rows + ["a"] * rows)[0]
         torch.testing.assert_close(mixed[rows:], wanted, rtol=1e-4, atol=1e-4)
 
 
