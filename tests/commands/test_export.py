@@ -168,7 +168,7 @@ def test_an_exported_task_is_what_the_runtime_computes(tmp_path: Path, family: F
     assert not torch.allclose(wanted, output(family, model_of(family, base)), atol=1e-3)
     torch.testing.assert_close(adapted(family, base, out), wanted, rtol=1e-4, atol=1e-4)
     for mode in ("merged", "factored"):
-        runtime = in_use(packed, mode=mode)
+        runtime: Any = in_use(packed, mode=mode)
         with torch.no_grad(), runtime.activate("a"):
             torch.testing.assert_close(runtime(**family.inputs)[0], wanted, rtol=1e-4, atol=1e-4)
         twice = {name: torch.cat([one, one]) for name, one in family.inputs.items()}
