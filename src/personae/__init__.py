@@ -35,6 +35,8 @@ _HOMES = {
     "merge_state_dicts": "commands.state_dicts",
     "unpack": "commands.unpack",
     "verify": "commands.verify",
+    "OutputChange": "evaluate.outputs",
+    "output_change": "evaluate.outputs",
     "Suite": "evaluate.suite",
     "evaluate_suite": "evaluate.suite_records",
     "read_suite": "evaluate.suite",

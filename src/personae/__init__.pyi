@@ -35,6 +35,8 @@ from personae.errors import OutputError as OutputError
 from personae.errors import PackError as PackError
 from personae.errors import PersonaeError as PersonaeError
 from personae.errors import RecipeError as RecipeError
+from personae.evaluate.outputs import OutputChange as OutputChange
+from personae.evaluate.outputs import output_change as output_change
 from personae.evaluate.suite import Suite as Suite
 from personae.evaluate.suite import read_suite as read_suite
 from personae.evaluate.suite_records import evaluate_suite as evaluate_suite

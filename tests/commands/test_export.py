@@ -1,6 +1,7 @@
 """Adapters as PEFT loads them, against the expert itself or fp64 arithmetic on whole deltas."""
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from personae import export
+from personae import DTS, export, pack, unpack
+from personae import load as in_use
 from personae.run.work import Work
 from toys import (
     load,
@@ -148,6 +150,32 @@ def test_at_low_rank_it_is_what_lapack_gives(tmp_path: Path, family: Family) -> 
     stored = load_file(out / "adapter_model.safetensors")
     ranks = {t.shape[0] for name, t in stored.items() if ".lora_A." in name}
     assert ranks == {3} and config_of(out)["r"] == config_of(out)["lora_alpha"] == 3
+
+
+OTHERS = re.compile("emb|wte|wpe|shared|relative|lm_head|position|classifier")
+"""Matrices that are no linear layers of blocks."""
+
+
+@each_family
+def test_an_exported_task_is_what_the_runtime_computes(tmp_path: Path, family: Family) -> None:
+    """Merged, factored, in a mixed batch, unpacked and through PEFT: one answer."""
+    base = family.build(tmp_path / "base")
+    inner = [n for n, t in load(base).items() if t.ndim == 2 and not OTHERS.search(n)]
+    experts = {t: perturb(base, tmp_path / t, n, 0.1, names=inner) for n, t in enumerate("ab")}
+    packed = pack(base, experts, tmp_path / "pack", DTS(rank_fraction=0.5)).directory
+    out = export(packed, tmp_path / "out", task="a", base=base, dtype="float32")
+    wanted = output(family, model_of(family, unpack(packed, "a", tmp_path / "unpacked")))
+    assert not torch.allclose(wanted, output(family, model_of(family, base)), atol=1e-3)
+    torch.testing.assert_close(adapted(family, base, out), wanted, rtol=1e-4, atol=1e-4)
+    for mode in ("merged", "factored"):
+        runtime: Any = in_use(packed, mode=mode)
+        with torch.no_grad(), runtime.activate("a"):
+            torch.testing.assert_close(runtime(**family.inputs)[0], wanted, rtol=1e-4, atol=1e-4)
+        twice = {name: torch.cat([one, one]) for name, one in family.inputs.items()}
+        rows = len(wanted)
+        with torch.no_grad():
+            mixed = runtime(**twice, tasks=["b"] * rows + ["a"] * rows)[0]
+        torch.testing.assert_close(mixed[rows:], wanted, rtol=1e-4, atol=1e-4)
 
 
 def saved_adapter(family: Family, base: Path, directory: Path, **settings: Any) -> Tensor:

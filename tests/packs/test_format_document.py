@@ -12,7 +12,7 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from personae import PackSettings, pack, unpack
+from personae import PackSettings, load, pack, unpack
 
 # The reader. Nothing of personae below, until the tests.
 
@@ -258,6 +258,27 @@ def read_task(directory: Path, name: str, reference: dict[str, Any]) -> dict[str
     return rebuilt | {key: rebuilt[kept] for key, kept in task["tied"].items() if key in stored}
 
 
+def read_router(directory: Path, features: Any) -> Any:
+    """The weights of the tasks, in the order of their names, for samples of these features."""
+    record = json.loads((directory / "pack.json").read_text("utf-8"))["router"]
+    path = directory / record["file"]
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"]
+    examples = read_safetensors(path)
+    assert {task: len(rows) for task, rows in examples.items()} == record["examples"]
+    names, weights = sorted(examples), []
+    owners = [number for number, name in enumerate(names) for _ in examples[name]]
+    known = np.concatenate([examples[name] for name in names]).astype(float)
+    for sample in features.astype(float):
+        nearest = np.argsort(((known - sample) ** 2).sum(axis=1), kind="stable")
+        votes = [owners[place] for place in nearest[: record["neighbours"]]]
+        counts = np.bincount(votes, minlength=len(names))
+        if record["mode"] == "pick":
+            weights.append(np.arange(len(names)) == counts.argmax())
+        else:
+            weights.append(counts / len(votes))
+    return np.array(weights, float)
+
+
 # The tests: a family with everything the page speaks of.
 
 
@@ -361,6 +382,34 @@ def test_reader_written_from_the_page_agrees(
             # Sums of products may be taken in another order; one unit in the last place of F16.
             tolerance = 1e-3 if values.dtype == np.float16 else 2e-6
             np.testing.assert_allclose(found[key], values, rtol=tolerance, atol=tolerance)
+
+
+class Widened(torch.nn.Linear):
+    """A model whose last layer is given its inputs: they are its features."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize("mode", ["mix", "pick"])
+def test_a_router_as_the_page_says(mode: Any, tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(1)
+    base = {"weight": torch.randn(3, 4, generator=draw), "bias": torch.zeros(3)}
+    experts = {
+        task: {name: one + torch.randn(one.shape, generator=draw) for name, one in base.items()}
+        for task in ("b", "a", "Z")
+    }
+    packed = pack(base, experts, tmp_path / "pack").directory
+    runtime = load(packed, base=base, model=Widened(4, 3))
+    samples = {task: torch.randn(5, 4, generator=draw) for task in experts}
+    samples["a"][2:4] = samples["b"][:2] = samples["Z"][0]  # equally far
+    runtime.fit_router({t: [{"inputs": s}] for t, s in samples.items()}, neighbours=6, mode=mode)
+    asked = torch.cat([*samples.values(), torch.randn(9, 4, generator=draw)])
+    found = runtime.route(inputs=asked)
+    right = read_router(packed, asked.numpy())
+    assert json.loads((packed / "pack.json").read_text())["format_version"] == 2
+    for row, weights in zip(found, right, strict=True):
+        np.testing.assert_allclose([row.get(task, 0) for task in ("Z", "a", "b")], weights)
 
 
 def test_the_family_needs_every_rule(family: dict[str, Path], tmp_path: Path) -> None:

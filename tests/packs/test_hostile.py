@@ -30,7 +30,8 @@ from personae.commands.unpack import unpack
 from personae.commands.verify import verify
 from personae.errors import PackError, PersonaeError
 from personae.methods import CODECS
-from personae.packs.manifest import SHARED, checksum
+from personae.packs.manifest import ROUTER, SHARED, checksum
+from personae.packs.writer import PackWriter
 from personae.run.outline import auxiliary_files_of
 from personae.run.rebuilt import Rebuilt, left_in_words
 from personae.run.reference import open_reference
@@ -45,6 +46,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "ultradelta": {"tensors": "all", "density": 0.2, "rest": "exact"},
 }
 """So that every kind of part occurs."""
+ROUTED = "svd"
+"""The codec whose pack has a router."""
 OTHER_MODELS = {"renaming", "absent", "dtypes", "tied", "grown", "parameters"}
 """What can be said otherwise without a contradiction: of names, dtypes, how codes are read."""
 
@@ -80,6 +83,11 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
         folder = where / method
         experts = {name: str(where / name) for name in ("news", "law")}
         opened = pack(str(where / "base"), experts, folder, settings=wanted)
+        if method == ROUTED:
+            examples = {"news": torch.eye(3, 4), "law": torch.ones(2, 4)}
+            writer = PackWriter(folder, opened.manifest)
+            writer.set_router(examples, neighbours=2, mode="mix", pool="first")
+            opened = Pack(folder)
         content = json.loads((folder / "pack.json").read_text())
         del content["checksum"]
         files = {k: v for k, v in listing(folder).items() if v is not None and k != "pack.json"}
@@ -101,6 +109,10 @@ def _rebuild(opened: Pack, task: str = "news", own_reference: bool = True) -> di
     json.dumps(inspect_pack(opened), allow_nan=False)
     left_in_words(opened.task(task))
     settings_of(opened)
+    if opened.manifest.router is not None:
+        features = opened.read_router()
+        assert _finite(features) and features.keys() <= opened.manifest.tasks.keys()
+        assert len({len(one.T) for one in features.values()}) == 1
     base = None if own_reference else open_checkpoint(opened.directory.parent / "base")
     with closing(open_reference(opened, None, Work()) if base is None else base) as reference:
         rebuilt = Rebuilt(opened, task, reference)
@@ -151,6 +163,35 @@ def test_an_edited_manifest_is_refused_or_gives_the_right_model(
         fuzz()
     finally:
         _write(made.folder, made.content)
+
+
+def test_an_edited_router_is_refused_or_reads_as_before(make: Callable[[str], Made]):
+    made = make(ROUTED)
+    paths = [path for path in places(made.content) if path[0] == "router"]
+    taken = set[str]()
+
+    @settings(phases=PHASES, max_examples=200)
+    @given(st.data())
+    def fuzz(data: st.DataObject) -> None:
+        content = copy.deepcopy(made.content)
+        path = edit(content, data, paths)
+        _write(made.folder, content)
+        try:
+            with within_bounds():
+                model = _rebuild(Pack(made.folder))
+        except PersonaeError as error:
+            assert str(error)
+        else:
+            assert _same(model, made.model)
+            if content != made.content:
+                taken.add(path[-1])
+
+    try:
+        fuzz()
+    finally:
+        _write(made.folder, made.content)
+    # Only what stands in the manifest alone may be said otherwise.
+    assert {"neighbours"} <= taken <= {"neighbours", "mode", "pool", "router"}
 
 
 NAMES = [
@@ -235,6 +276,7 @@ TASK_FILE = "tasks/news.safetensors"
 EDITED = [(method, TASK_FILE) for method in sorted(CODECS)] + [
     (method, SHARED) for method in sorted(CODECS) if CODECS[method].shares
 ]
+EDITED.append((ROUTED, ROUTER))
 
 
 @pytest.mark.parametrize(("method", "file"), EDITED)
@@ -248,7 +290,8 @@ def test_an_edited_file_is_refused_or_gives_a_finite_model(
     def fuzz(data: st.DataObject) -> None:
         raw = _edited_file(made.files[file], data)
         content = copy.deepcopy(made.content)
-        record = content["shared"] if file == SHARED else content["tasks"]["news"]
+        whole = {SHARED: content.get("shared"), ROUTER: content.get("router")}
+        record = whole.get(file) or content["tasks"]["news"]
         record |= {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
         (made.folder / file).write_bytes(raw)
         _write(made.folder, content)
@@ -325,6 +368,52 @@ def test_more_singular_values_than_sides_are_refused(spoilt):
         PackError, match=r"'singular_values' has 2000000 elements, expected 1 to 12"
     ):
         Pack(spoilt)
+
+
+@pytest.fixture
+def routed(make: Callable[[str], Made], tmp_path: Path) -> Path:
+    """A copy of the pack that has a router."""
+    return shutil.copytree(make(ROUTED).folder, tmp_path / "pack")
+
+
+ROUTERS: dict[str, tuple[Json, str]] = {
+    "sizes beyond the file": ({"examples": {"law": 2**50, "news": 3}}, "cannot hold its features"),
+    "wider than the file": ({"width": 2**50}, "cannot hold its features"),
+    "examples of no task": ({"examples": {"law": 2, "x": 3}}, "examples of 'x', which is no task"),
+    "no examples": ({"examples": {}}, "it has no examples"),
+    "nothing votes": ({"neighbours": 0}, "nothing that votes"),
+    "another file": ({"file": "../x.safetensors"}, r"file '../x.safetensors', expected router\."),
+    "another way": ({"mode": "guess"}, r"router\.mode: Input should be 'mix' or 'pick'"),
+    "fewer than stored": ({"examples": {"law": 1, "news": 3}}, "holds other features"),
+    "a task less": ({"examples": {"law": 2}}, "holds other features"),
+}
+
+
+@pytest.mark.parametrize("case", ROUTERS)
+def test_a_router_that_contradicts_itself(routed: Path, case: str):
+    change, text = ROUTERS[case]
+    _change(routed, lambda content: content["router"].update(change))
+    with pytest.raises(PackError, match=text):
+        Pack(routed).read_router()
+
+
+def test_a_router_that_is_damaged_missing_or_a_link(routed: Path, tmp_path: Path):
+    file = routed / ROUTER
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    for use in (Pack(routed).read_router, lambda: verify(routed)):
+        with pytest.raises(PackError, match=r"router\.safetensors is damaged: its SHA-256"):
+            use()
+    with pytest.raises(PackError, match=r"router\.safetensors is damaged"):
+        remove_task(routed, "law")
+    assert {*Pack(routed).manifest.tasks} == {"news", "law"}
+    file.unlink()
+    with pytest.raises(PackError, match=r"which the router needs, is missing"):
+        verify(routed)
+    file.symlink_to(tmp_path / "x")
+    with pytest.raises(PackError, match="is a link"):
+        Pack(routed).read_router()
 
 
 def test_all_that_is_wrong_is_told_at_once(spoilt):

@@ -1,7 +1,7 @@
 """personae export: a task of a pack, or a fine-tuned model, as an adapter that engines load."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,10 +10,12 @@ import typer
 from personae.cli import console, options
 from personae.commands import export as exporting
 from personae.commands.export_ranks import DEFAULT
+from personae.evaluate import outputs
 from personae.family.carried import SAVEABLE
 
 
 def export(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(help="A pack, or a fine-tuned model or adapter: a path or a hub id."),
@@ -74,6 +76,21 @@ def export(
         str | None,
         typer.Option(metavar="ID", help="What the adapter says it is for, such as a hub id."),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The fine-tuned model itself: measures what is lost of its outputs.",
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Texts to compare outputs on, one in each line; by default random tokens or "
+            "pixels.",
+        ),
+    ] = None,
     overwrite: options.Overwrite = False,
     workers: options.Workers = None,
     memory: options.Memory = None,
@@ -85,6 +102,13 @@ def export(
     It prints what the adapter keeps of the model, and what it leaves out.
     """
     found: dict[str, Any] = {}
+    unused = () if against else ("texts",)
+    options.refuse_unused(
+        context, ("No outputs are compared without --against: leave out {}.", unused)
+    )
+    reference = exporting.base_of(source, base)
+    if against is not None:
+        outputs.comparable(against, base=reference, texts=texts)
     with options.working(workers, memory, device) as work:
         written = exporting.export(
             source,
@@ -104,13 +128,28 @@ def export(
             overwrite=overwrite,
             work=replace(work, fact=found.__setitem__),
         )
+    change = None
+    if against is not None:
+        change = outputs.output_change(written, against, reference, texts=texts)
+        found["outputs"] = asdict(change)
     if json:
         console.facts({"path": str(written)} | found)
-    elif to == "hf":
-        console.out.print(f"{task} rebuilt in {written}", markup=False)
-    else:
+        return
+    if to == "peft":
         show_adapter(found)
-        console.out.print(f"adapter in {written}", markup=False)
+    if change is not None:
+        _show_outputs(change)
+    told = f"{task} rebuilt" if to == "hf" else "adapter"
+    console.out.print(f"{told} in {written}", markup=False)
+
+
+def _show_outputs(change: outputs.OutputChange) -> None:
+    """Print what is lost of a model's outputs."""
+    lost = "which fine-tuning did not change"
+    if change.lost is not None:
+        lost = f"{100 * change.lost:.3g} % of what fine-tuning changed is lost, squared"
+    agree = "" if change.agree is None else f"; {100 * change.agree:.4g} % of answers are the same"
+    console.out.print(f"outputs on {change.inputs}: {lost}{agree}", markup=False)
 
 
 def show_adapter(found: Mapping[str, Any]) -> None:

@@ -194,6 +194,9 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False, uncoded: boo
             "AMR is with a task's share of it",
             markup=False,
         )
+    router = described["router"]
+    if router is not None:
+        _print_router(router)
     for name, task in described["tasks"].items() if uncoded else ():
         _print_uncoded(name, task["tensors"])
     for name, task in described["tasks"].items() if tensors else ():
@@ -211,6 +214,20 @@ def print_pack(described: dict[str, Any], *, tensors: bool = False, uncoded: boo
                 ]
                 for key, t in task["tensors"].items()
             ],
+        )
+
+
+def _print_router(router: dict[str, Any]) -> None:
+    """Say by what tasks are found for samples, and of which tasks that does not know."""
+    examples = router["examples"].values()
+    console.out.print(
+        f"a router ({console.size(router['bytes'])}) tells {len(examples)} tasks apart by "
+        f"{sum(examples)} examples: {router['mode']}, {router['neighbours']} neighbours",
+        markup=False,
+    )
+    if router["unrouted"]:
+        console.out.print(
+            f"it has no example of {', '.join(router['unrouted'])}: fit it again", markup=False
         )
 
 

@@ -157,6 +157,16 @@ def export(
     return out
 
 
+def base_of(source: Any, base: Any = None) -> Any:
+    """What an export of a source is relative to: the base, or of a pack its reference.
+
+    Raises:
+        PackError: if the pack is damaged.
+    """
+    pack = _pack(source)
+    return base if pack is None else pack.reference_source(base)
+
+
 def _pack(source: Any) -> Pack | None:
     """The pack, if it is one.
 

@@ -17,7 +17,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         `private_bytes`, `auxiliary_bytes`, `amr_percent` by rule, `relative_error`
         (‖τ − τ̂‖² / ‖τ‖² over changed tensors) and per tensor whether it is coded, kept exact or
         skipped, shape, rank, bytes and error. What all tasks share is told once, as `shared`; an
-        AMR has a task's share of it.
+        AMR has a task's share of it. `router` tells how tasks are found for samples, if they are;
+        no AMR counts it.
 
     Raises:
         PersonaeError: if it is neither, or cannot be read.
@@ -43,6 +44,7 @@ def inspect_pack(pack: Pack) -> dict[str, Any]:
         "vector": manifest.vector,
         "reference": manifest.reference.model_dump(mode="json"),
         "shared": _shared(pack),
+        "router": _router(pack),
         "tasks": {name: _task(pack, name, record) for name, record in manifest.tasks.items()},
     }
 
@@ -76,6 +78,14 @@ def _shared(pack: Pack) -> dict[str, Any] | None:
         return None
     share = record.bytes / tasks if tasks else None
     return {"bytes": record.bytes, "bytes_per_task": share, "tensors": len(record.tensors)}
+
+
+def _router(pack: Pack) -> dict[str, Any] | None:
+    record = pack.manifest.router
+    if record is None:
+        return None
+    told = record.model_dump(mode="json", exclude={"file", "sha256"})
+    return told | {"unrouted": list(pack.manifest.unrouted)}
 
 
 def _task(pack: Pack, name: str, record: TaskRecord) -> dict[str, Any]:

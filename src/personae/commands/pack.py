@@ -193,6 +193,11 @@ def add_tasks(
             _refuse_taken(opened, scanned)
             writers = [PackWriter(opened.directory, manifest)]
             add_experts(family, scanned, writers, [settings], work, described)
+    if writers[0].manifest.unrouted:
+        work.note(
+            f"the pack's router has no example of {', '.join(writers[0].manifest.unrouted)}, and "
+            "is not used until it is fitted again"
+        )
     return Pack(opened.directory)
 
 

@@ -69,6 +69,7 @@ def verify(
     opened = Pack(Path(pack))
     faults = Faults()
     opened.check_shared(faults)
+    opened.check_router(faults)
     for task in opened.manifest.tasks:
         opened.check_task(task, faults)
     for task in against or {}:

@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 
 from personae.methods import codecs, learned, merge, mergekit
+from personae.methods._batches import Batch, limited
 from personae.methods._blocks import block_bits, block_layout, decode_block, encode_block, misfits
 from personae.methods._codec import Bits, Codec, Context, Treatment, decompose_touched
 from personae.methods._deltas import (
@@ -18,6 +19,7 @@ from personae.methods._deltas import (
 )
 from personae.methods._entries import MOST_TOLD, Undecided
 from personae.methods._experts import Experts, Weights
+from personae.methods._features import Pool, features
 from personae.methods._learned import LearnedMerge, LearnedMethod, LearnedRouting
 from personae.methods._merge import (
     Entrywise,
@@ -48,6 +50,7 @@ from personae.methods._registry import (
     lookup,
 )
 from personae.methods._routed import MixedModel, RoutedModel
+from personae.methods._routers import Choice, NearestNeighbours, Voting
 from personae.methods._site import Block, Site, has_matrices, stacked_matrices
 
 for _package in (codecs, learned, merge, mergekit):
@@ -65,8 +68,10 @@ __all__ = [
     "METHODS_BY_CONVENTIONS",
     "MOST_TOLD",
     "ROUNDS_TO_INFINITY",
+    "Batch",
     "Bits",
     "Block",
+    "Choice",
     "Codec",
     "Context",
     "Conventions",
@@ -80,15 +85,18 @@ __all__ = [
     "LearnedRouting",
     "MergeMethod",
     "MixedModel",
+    "NearestNeighbours",
     "NotFinite",
     "Parameters",
     "Pass",
     "Passes",
+    "Pool",
     "RoutedModel",
     "Site",
     "Statistics",
     "Treatment",
     "Undecided",
+    "Voting",
     "Weights",
     "as_stored",
     "block_bits",
@@ -97,9 +105,11 @@ __all__ = [
     "decode_block",
     "decompose_touched",
     "encode_block",
+    "features",
     "flag_fault",
     "has_matrices",
     "joined",
+    "limited",
     "lookup",
     "misfits",
     "numbers",

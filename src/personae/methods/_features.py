@@ -1,5 +1,6 @@
 """What a router looks at: one vector a sample, from a model that runs."""
 
+import threading
 from collections.abc import Mapping
 from typing import Literal
 
@@ -69,16 +70,27 @@ def _states(model: nn.Module, batch: Batch, weights: Mapping[str, Tensor]) -> Te
     if hasattr(getattr(model, "config", None), "output_hidden_states"):
         device = device_of(model)
         given = {name: one.to(device) for name, one in batch.items() if name != LABELS}
+        if _answers_prompts(model) and "decoder_input_ids" not in given:
+            start = torch.zeros(samples(batch), 1, dtype=torch.long, device=device)
+            given["decoder_input_ids"] = start  # of no effect on the encoder's states
         output = functional_call(model, dict(weights), (), {**given, "output_hidden_states": True})
         found = getattr(output, "hidden_states", None)
         found = getattr(output, "encoder_hidden_states", None) if found is None else found
         if found:
             return found[-1]
     last: list[Tensor] = []
+    here = threading.get_ident()
 
     def given_to(_: LinearLayer, inputs: Tensor) -> None:
-        last[:] = [inputs]
+        if threading.get_ident() == here:  # others may compute with the same layers
+            last[:] = [inputs]
 
     with watched(model, linear_layers(model), given_to):
         run(model, batch, weights)
     return last[0]
+
+
+def _answers_prompts(model: nn.Module) -> bool:
+    """Whether it is an encoder-decoder that generates, whose states are its encoder's."""
+    generates = getattr(model, "can_generate", lambda: False)()
+    return bool(generates and getattr(getattr(model, "config", None), "is_encoder_decoder", False))

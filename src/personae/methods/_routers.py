@@ -1,13 +1,36 @@
 """Routers: features of samples to the weight of each task, sample by sample."""
 
 from collections.abc import Mapping
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from personae.errors import MethodError
+from personae.methods._features import Pool
+from personae.methods._method import Parameters
+
+Choice = Literal["mix", "pick"]
+"""Tasks by their share of the votes, or the one that has most (the first of these)."""
+
+
+class Voting(Parameters):
+    """How the examples nearest to a sample say which tasks it is of (Auto-Switch)."""
+
+    name: ClassVar = "router"
+
+    neighbours: int = Field(
+        default=10, ge=1, description="Examples that vote (the paper takes 5 for RoBERTa)."
+    )
+    mode: Choice = Field(
+        default="mix", description="Tasks by their share of the votes, or the one that has most."
+    )
+    examples: int = Field(default=100, ge=1, description="Examples of each task that are kept.")
+    pool: Pool = Field(
+        default="first", description="Which states count: the mean of all tokens, or the first."
+    )
 
 
 @runtime_checkable
@@ -36,7 +59,7 @@ class NearestNeighbours(nn.Module):
         self,
         examples: Mapping[str, Float[Tensor, "_ dim"]],
         neighbours: int = 10,
-        mode: Literal["mix", "pick"] = "mix",
+        mode: Choice = "mix",
     ) -> None:
         """Keep the features of a few examples a task.
 
@@ -66,7 +89,8 @@ class NearestNeighbours(nn.Module):
         """The share of each task among a sample's neighbours."""
         known, owners = self.get_buffer("examples"), self.get_buffer("owners")
         # Row by row in fp64: what a sample is given must not depend on those beside it.
-        distances = [(known.double() - one.double()).square().sum(dim=1) for one in features]
+        known = known.double()
+        distances = [(known - one.double()).square().sum(dim=1) for one in features]
         order = torch.stack(distances).argsort(dim=1, stable=True)[:, : self.neighbours]
         votes = nn.functional.one_hot(owners[order], len(self.tasks)).sum(dim=1).float()
         if self.mode == "pick":

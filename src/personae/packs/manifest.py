@@ -12,6 +12,7 @@ from personae._version import __version__
 from personae.checkpoints.folders import is_auxiliary_file
 from personae.checkpoints.naming import is_safe_name
 from personae.checkpoints.specs import READABLE
+from personae.methods import Choice, Pool
 
 FORMAT = "personae-pack"
 FORMAT_VERSIONS = (1, 2)
@@ -19,6 +20,7 @@ MANIFEST_NAME = "pack.json"
 TASKS = "tasks"
 REFERENCE = "reference"
 SHARED = "shared.safetensors"
+ROUTER = "router.safetensors"
 
 _DTYPES = {dtype_name(dtype): dtype for dtype in READABLE.values()}
 _MOST_SHOWN = 60
@@ -247,6 +249,19 @@ class SharedRecord(Record):
     )
 
 
+class RouterRecord(Record):
+    """What says which tasks a sample is of: features of a few examples of each task."""
+
+    file: str
+    sha256: Sha256
+    bytes: Count
+    examples: dict[TaskName, Count] = Field(description="Task to the number of its examples")
+    width: Count = Field(description="Numbers of a feature")
+    neighbours: Count = Field(description="How many of the nearest examples vote")
+    mode: Choice = Field(description="Weights are shares of votes, or 1 for the task with most")
+    pool: Pool = Field(description="How features are made of the states of tokens")
+
+
 class Manifest(Record):
     """The whole of pack.json."""
 
@@ -261,6 +276,7 @@ class Manifest(Record):
     private: tuple[str, ...] = ()
     reference: ReferenceRecord
     shared: SharedRecord | None = None
+    router: RouterRecord | None = None
     tasks: dict[TaskName, TaskRecord] = {}
 
     @property
@@ -270,8 +286,14 @@ class Manifest(Record):
             task.characteristics or task.spared or task.renaming.given
             for task in self.tasks.values()
         )
-        newer = described or self.shared or self.method not in _CODECS_OF_VERSION_1
+        newer = described or self.shared or self.router or self.method not in _CODECS_OF_VERSION_1
         return 2 if newer or any(task.has_stacks for task in self.tasks.values()) else 1
+
+    @property
+    def unrouted(self) -> tuple[str, ...]:
+        """The tasks that the router, if there is one, has no example of: they were added later."""
+        known = None if self.router is None else self.router.examples
+        return () if known is None else tuple(name for name in self.tasks if name not in known)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -291,6 +313,8 @@ class Manifest(Record):
                 del task["spared"]
             if not task["renaming"]["given"]:
                 del task["renaming"]["given"]
+        if self.router is None:
+            del content["router"]
         if self.format_version == 1:  # which has none of these keys
             del content["shared"]
             for task in content["tasks"].values():

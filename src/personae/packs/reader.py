@@ -3,10 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from personae.errors import Faults, PackError, nearest
 from personae.methods import Codec
 from personae.packs.fingerprint import sha256_file
-from personae.packs.manifest import MANIFEST_NAME, REFERENCE, TASKS, Manifest, TaskRecord
+from personae.packs.manifest import (
+    MANIFEST_NAME,
+    REFERENCE,
+    TASKS,
+    Manifest,
+    RouterRecord,
+    SharedRecord,
+    TaskRecord,
+)
+from personae.packs.router_file import read_router
 from personae.packs.shared_file import SharedFile
 from personae.packs.soundness import codec_of, own_path, parse_manifest
 from personae.packs.task_file import TaskFile
@@ -72,21 +84,29 @@ class Pack:
 
     def check_shared(self, faults: Faults) -> None:
         """Add a fault if the file that all tasks share is missing or has another checksum."""
-        record = self.manifest.shared
+        self._check_file(self.manifest.shared, "which all tasks need", faults)
+
+    def read_router(self) -> dict[str, Float[Tensor, "example dim"]]:
+        """Task to the features of its examples, after checking the file's checksum.
+
+        Raises:
+            PackError: if there is no router, or its file is missing, damaged, or does not fit its
+                record.
+        """
+        record = self.manifest.router
         if record is None:
-            return
-        try:
-            path = own_path(self.directory, record.file)
-        except PackError as error:
-            faults.take(error)
-            return
-        if not path.is_file():
-            faults.add(f"{path}, which all tasks need, is missing. Restore it from a copy.")
-        elif path.stat().st_size != record.bytes or sha256_file(path) != record.sha256:
-            faults.add(
-                f"{path} is damaged: its SHA-256 is not the one in pack.json. "
-                "Restore it from a copy."
+            raise PackError(
+                f"{self.directory} has no router, which says of a sample which tasks it is of. Fit "
+                "one on a few examples of each task: fit_router of a loaded pack."
             )
+        faults = Faults()
+        self.check_router(faults)
+        faults.raise_if_any(PackError)
+        return read_router(self.directory / record.file, record)
+
+    def check_router(self, faults: Faults) -> None:
+        """Add a fault if the router's file is missing or has another checksum."""
+        self._check_file(self.manifest.router, "which the router needs", faults)
 
     def check_task(self, name: str, faults: Faults) -> None:
         """Add a fault for each file of a task that is missing or does not have its checksum."""
@@ -108,6 +128,25 @@ class Pack:
                     f"Task '{name}': {path} is damaged: its SHA-256 is not the one in pack.json. "
                     "Restore it or pack the task again."
                 )
+
+    def _check_file(
+        self, record: SharedRecord | RouterRecord | None, whose: str, faults: Faults
+    ) -> None:
+        """Add a fault if a file beside the tasks' is missing or has another checksum."""
+        if record is None:
+            return
+        try:
+            path = own_path(self.directory, record.file)
+        except PackError as error:
+            faults.take(error)
+            return
+        if not path.is_file():
+            faults.add(f"{path}, {whose}, is missing. Restore it from a copy.")
+        elif path.stat().st_size != record.bytes or sha256_file(path) != record.sha256:
+            faults.add(
+                f"{path} is damaged: its SHA-256 is not the one in pack.json. "
+                "Restore it from a copy."
+            )
 
     def auxiliary_file(self, task: str, relative: str) -> Path:
         """Where an auxiliary file that the task stores itself lies."""

@@ -22,11 +22,13 @@ from personae.packs.manifest import (
     FORMAT_VERSIONS,
     MANIFEST_NAME,
     REFERENCE,
+    ROUTER,
     SHARED,
     TASKS,
     BlockRecord,
     Manifest,
     PrivateRecord,
+    RouterRecord,
     SharedRecord,
     TaskRecord,
     TensorRecord,
@@ -168,6 +170,8 @@ def _faults(manifest: Manifest) -> Iterator[str]:
         yield from _shared_faults(manifest.shared, codec)
     elif codec.shares and manifest.tasks:
         yield f"shared: {manifest.method} needs what tasks share, and there is none"
+    if manifest.router is not None:
+        yield from _router_faults(manifest.router, manifest.tasks)
     if len({name.lower() for name in manifest.tasks}) < len(manifest.tasks):
         yield "tasks: two have one name, case ignored"
     for name, task in manifest.tasks.items():
@@ -182,6 +186,18 @@ def _shared_faults(shared: SharedRecord, codec: Codec) -> Iterator[str]:
         yield f"shared: file {_shown(shared.file)}, expected {SHARED}"
     if shared.bytes < sum(4 * prod(shape) for shape in shared.tensors.values()):
         yield f"shared: {shared.bytes} bytes cannot hold its tensors"
+
+
+def _router_faults(router: RouterRecord, tasks: Mapping[str, TaskRecord]) -> Iterator[str]:
+    if router.file != ROUTER:
+        yield f"router: file {_shown(router.file)}, expected {ROUTER}"
+    numbers = (router.width, router.neighbours, *router.examples.values())
+    if not router.examples or not all(numbers):
+        yield "router: it has no examples, no features, or nothing that votes"
+    if router.bytes < 4 * router.width * sum(router.examples.values()):
+        yield f"router: {router.bytes} bytes cannot hold its features"
+    for name in router.examples.keys() - tasks.keys():
+        yield f"router: examples of {_shown(name)}, which is no task here"
 
 
 def _task_faults(manifest: Manifest, name: str, task: TaskRecord) -> Iterator[str]:

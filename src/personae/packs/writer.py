@@ -8,22 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from personae._types import Parts, TensorSpec, dtype_name
+from personae.methods import Choice, Pool
 from personae.packs.fingerprint import sha256_file
 from personae.packs.manifest import (
     MANIFEST_NAME,
+    ROUTER,
     SHARED,
     TASKS,
     AuxiliaryRecord,
     BlockRecord,
     Manifest,
     PrivateRecord,
+    RouterRecord,
     SharedRecord,
     TaskRecord,
     TensorRecord,
 )
+from personae.packs.reader import Pack
 from personae.packs.soundness import own_path, parse_manifest
 from personae.packs.task_file import write_task_file
 from personae.writers import (
@@ -159,13 +165,7 @@ class PackWriter:
             counted_bits: See `SharedRecord`.
             fill: Writes every tensor.
         """
-        file, folder = self.directory / SHARED, self.directory / f"{SHARED}.partial"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        with CheckpointWriter(folder, specs, shard_bytes=sys.maxsize) as writer:
-            fill(writer)
-        writer.files[0].replace(file)
-        folder.rmdir()
+        file = self._write_whole(SHARED, specs, fill)
         record = SharedRecord(
             file=SHARED,
             sha256=sha256_file(file),
@@ -176,6 +176,55 @@ class PackWriter:
         self.manifest = self.manifest.model_copy(update={"shared": record})
         self.save()
 
+    def set_router(
+        self,
+        examples: Mapping[str, Float[Tensor, "example dim"]],
+        *,
+        neighbours: int,
+        mode: Choice,
+        pool: Pool,
+    ) -> None:
+        """Write the router in place of any that was there: no record stands while its file changes.
+
+        Args:
+            examples: Task to the features of its examples; all of one width.
+            neighbours: See `RouterRecord`, as for the others.
+            mode: See there.
+            pool: See there.
+        """
+        self._save(self.manifest.tasks, router=None)
+        specs = [TensorSpec(name, tuple(examples[name].shape), torch.float32) for name in examples]
+
+        def fill(writer: CheckpointWriter) -> None:
+            for name, features in examples.items():
+                writer.write(name, features.float().cpu())
+
+        file = self._write_whole(ROUTER, specs, fill)
+        record = RouterRecord(
+            file=ROUTER,
+            sha256=sha256_file(file),
+            bytes=file.stat().st_size,
+            examples={name: len(features) for name, features in examples.items()},
+            width=specs[0].shape[1],
+            neighbours=neighbours,
+            mode=mode,
+            pool=pool,
+        )
+        self._save(self.manifest.tasks, router=record)
+
+    def _write_whole(
+        self, name: str, specs: Sequence[TensorSpec], fill: Callable[[CheckpointWriter], None]
+    ) -> Path:
+        """Write one file beside the tasks', whole or not at all."""
+        file, folder = own_path(self.directory, name), self.directory / f"{name}.partial"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        with CheckpointWriter(folder, specs, shard_bytes=sys.maxsize) as writer:
+            fill(writer)
+        writer.files[0].replace(file)
+        folder.rmdir()
+        return file
+
     def left_of(self, name: str) -> list[Path]:
         """Files of a task that has no record: a killed run wrote them, or did not remove them."""
         if name in self.manifest.tasks:
@@ -183,18 +232,33 @@ class PackWriter:
         return [place for place in self._places(name) if place.exists()]
 
     def remove_task(self, name: str) -> None:
-        """Take a task out: first its record, then its files.
+        """Take a task out: first its record, then its files, and its examples from the router.
 
         Raises:
             OutputError: if its files may not be removed; the pack is as before.
-            PackError: if a link stands where its files are.
+            PackError: if a link stands where its files are, or the router is damaged.
         """
-        places = self._places(name)
+        router, rest = self.manifest.router, self._examples_without(name)
+        places = [*self._places(name), *([own_path(self.directory, ROUTER)] if rest == {} else ())]
         for place in places:
             require_place(place)
-        self._save({key: value for key, value in self.manifest.tasks.items() if key != name})
+        tasks = {key: value for key, value in self.manifest.tasks.items() if key != name}
+        self._save(tasks, router=router if rest is None else None)
         for place in places:
             remove(place)
+        if router is not None and rest:
+            self.set_router(rest, neighbours=router.neighbours, mode=router.mode, pool=router.pool)
+
+    def _examples_without(self, name: str) -> dict[str, Tensor] | None:
+        """The router's examples of all other tasks; None if it has none of this one.
+
+        Raises:
+            PackError: if the router is damaged.
+        """
+        if self.manifest.router is None or name not in self.manifest.router.examples:
+            return None
+        examples = Pack(self.directory).read_router()
+        return {task: features for task, features in examples.items() if task != name}
 
     def _places(self, name: str) -> tuple[Path, Path]:
         """A task's file, and the folder of its small files."""
@@ -217,8 +281,8 @@ class PackWriter:
         """Write pack.json as it stands."""
         self._save(self.manifest.tasks)
 
-    def _save(self, tasks: Mapping[str, TaskRecord]) -> None:
-        self.manifest = self.manifest.model_copy(update={"tasks": dict(tasks)})
+    def _save(self, tasks: Mapping[str, TaskRecord], **more: RouterRecord | None) -> None:
+        self.manifest = self.manifest.model_copy(update={"tasks": dict(tasks), **more})
         with atomic_file(self.directory / MANIFEST_NAME) as partial:
             partial.write_text(self.manifest.to_json(), encoding="utf-8")
 

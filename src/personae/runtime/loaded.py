@@ -25,6 +25,7 @@ from torch import nn
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.naming import shown
 from personae.errors import MethodError, PackError, WorkError, nearest
+from personae.methods import Batch, Choice, Pool, Voting, build
 from personae.packs.reader import Pack
 from personae.packs.weighting import Weighting, given
 from personae.run.composed import Composed
@@ -33,6 +34,7 @@ from personae.runtime.cache import Cache
 from personae.runtime.generating import generating, padding_of
 from personae.runtime.mixed import NotByRow, mixed
 from personae.runtime.paths import Paths, changed, patch, paths_bytes, paths_of
+from personae.runtime.routing import AUTO, TaskRouter, fit_router, mixture_name, stored_router
 from personae.runtime.rows import check_rows, in_order, joined, take_rows
 from personae.runtime.shells import Shell, Shells
 from personae.runtime.variants import ComposedVariant, TaskVariant, Variant
@@ -85,6 +87,9 @@ class Runtime:
         self.pack, self.mode = pack, mode
         self._reference, self._shells = reference, shells
         self._variants: dict[str, Variant] = {}
+        self._mixtures: dict[str, Variant] = {}
+        self._holds = Counter[str]()
+        self._router: TaskRouter | None = None
         self._placed: dict[str, Shell] = {}
         self._views: dict[str, nn.Module] = {}
         self._patched: dict[int, Callable[[], None]] = {}
@@ -197,7 +202,7 @@ class Runtime:
 
         Args:
             *args: As the module takes them.
-            tasks: The task of each row of the inputs, or of all.
+            tasks: The task of each row of the inputs, or of all; or `auto`, for what `route` says.
             **inputs: As the module takes them; what is batched has its rows along the first axis.
 
         Returns:
@@ -222,7 +227,7 @@ class Runtime:
 
         Args:
             *args: As `generate` takes them.
-            tasks: The task of each row of the inputs, or of all.
+            tasks: The task of each row of the inputs, or of all; or `auto`, for what `route` says.
             **inputs: As `generate` takes them.
 
         Returns:
@@ -257,16 +262,63 @@ class Runtime:
         """
         if name in self.tasks:
             raise PackError(f"There is a task '{name}' already. Give another name.")
-        weighting = given(weights, self.pack.manifest, self.pack.directory)
+        if name.startswith(AUTO):
+            raise PackError(f"Names that begin with '{AUTO}' are the router's. Give another name.")
         if head is not None and head not in self.pack.manifest.tasks:
             known = nearest(head, self.pack.manifest.tasks)
             raise PackError(f"{self.pack.directory} has no task '{head}'. {known}")
-        named = [task for task, weight in weighting.weights.items() if weight]
-        parts = {task: self._task(task) for task in [*named, *([head] if head else [])]}
-        rebuilt = {task: part.rebuilt for task, part in parts.items()}
-        of = self._shells.of_reference if head is None else parts[head].outline
-        composed = Composed(self._reference, rebuilt, weighting, of)
-        self._variants[name] = ComposedVariant(composed, parts)
+        self._variants[name] = self._composed(weights, head)
+
+    def fit_router(
+        self,
+        batches: Mapping[str, Iterable[Batch]],
+        *,
+        neighbours: int = 10,
+        mode: Choice = "mix",
+        examples: int = 100,
+        pool: Pool = "first",
+    ) -> None:
+        """Keep features of a few examples of each task in the pack, by which `route` decides.
+
+        Features are the reference's last hidden states (what its last linear layer is given, of
+        modules that are not of transformers; the encoder's, of encoder-decoders). Auto-Switch
+        (arXiv:2412.00054), but that each sample is weighed by itself.
+
+        Args:
+            batches: Task to batches of its inputs, by the names of the model's arguments; without
+                labels. Every task of the pack is needed.
+            neighbours: Examples that vote.
+            mode: `mix` weighs tasks by their share of the votes; `pick` takes the one with most.
+            examples: Most examples of a task that are kept.
+            pool: Which states count: the `first` token's, or their `mean`. The first token of a
+                decoder has seen nothing of the rest: take the mean.
+
+        Raises:
+            MethodError: if a task has no data or is not in the pack, or a parameter is wrong.
+            PackError: if the pack is gone or was changed.
+            WorkError: if another thread has a task active in `merged` mode.
+        """
+        asked = build(
+            Voting, {"neighbours": neighbours, "mode": mode, "examples": examples, "pool": pool}
+        )
+        with self._at_rest() as model:
+            self._router = fit_router(self.pack, model, batches, asked)
+
+    def route(self, **inputs: Any) -> list[dict[str, float]]:
+        """The tasks of each row with their weights, which sum to 1, as the pack's router says.
+
+        Args:
+            **inputs: As the reference takes them; those that are no tensors are not looked at.
+
+        Raises:
+            PackError: if the pack has no router, or one that does not know all of its tasks.
+            MethodError: if features are of another width than the router's.
+            WorkError: if another thread has a task active in `merged` mode.
+        """
+        with self._at_rest() as model:
+            if self._router is None:
+                self._router = stored_router(self.pack)
+            return self._router.weights(model, inputs)
 
     def close(self) -> None:
         """Let the model be the reference, compute by itself again, and release the files."""
@@ -298,7 +350,15 @@ class Runtime:
             inputs: Inputs with one.
             how: What is called, of a module.
             fill: What narrower results of a module are filled up with.
+
+        Raises:
+            MethodError: if tasks are to be found by inputs without names.
         """
+        if tasks == AUTO and AUTO not in self.tasks:
+            if args:
+                raise MethodError(f'tasks="{AUTO}" takes inputs by their names alone.')
+            with self._routed(inputs) as found:
+                return self._batch(found, args, inputs, how, fill)
         if isinstance(tasks, str):
             with self.activate(tasks):
                 return how(self.model)(*args, **inputs)
@@ -324,6 +384,46 @@ class Runtime:
             sizes.append(len(rows))
             fills.append(fill(model))
         return in_order(joined(results, sizes, fills[0]), order)
+
+    @contextmanager
+    def _routed(self, inputs: Mapping[str, Any]) -> Generator[list[str]]:
+        """The task of each row as the router says; sums of tasks are there until the block ends."""
+        rows = self.route(**inputs)
+        names = [mixture_name(weights) for weights in rows]
+        held = {name: row for name, row in zip(names, rows, strict=True) if len(row) > 1}
+        with self._switching:
+            self._holds.update([*held])
+        try:
+            with self._switching:
+                for name in held.keys() - self._mixtures.keys():
+                    head = max(held[name], key=held[name].__getitem__)
+                    self._placed[name], self._views[name] = self._shell(head), self._view(head)
+                    self._mixtures[name] = self._composed(held[name], head)
+            yield names
+        finally:
+            with self._switching:
+                self._holds.subtract([*held])
+                for name in [name for name in held if not self._holds[name]]:
+                    for known in (self._holds, self._mixtures, self._placed, self._views):
+                        known.pop(name, None)
+
+    @contextmanager
+    def _at_rest(self) -> Generator[nn.Module]:
+        """The reference, while this thread computes with it; then the task before is active again.
+
+        Raises:
+            WorkError: if another thread has a task active in `merged` mode; after `close`.
+        """
+        if self._closed:
+            raise WorkError("Cannot use the reference: the pack was closed. Load it again.")
+        before = self.task
+        self.deactivate()
+        try:
+            with self._call() as model:
+                yield model
+        finally:
+            if before is not None:
+                self.activate(before)
 
     def _passes(self, tasks: Sequence[str]) -> list[list[str]]:
         """The tasks of a batch, those together that are computed at once."""
@@ -395,7 +495,19 @@ class Runtime:
         """
         if self._closed:
             raise WorkError(f"Cannot activate '{task}': the pack was closed. Load it again.")
-        return self._variants[task] if task in self._variants else self._task(task)
+        known = self._mixtures.get(task, self._variants.get(task))
+        return self._task(task) if known is None else known
+
+    def _composed(
+        self, weights: Mapping[str, float] | Weighting, head: str | None
+    ) -> ComposedVariant:
+        """A weighted sum of tasks, with the head of one of them."""
+        weighting = given(weights, self.pack.manifest, self.pack.directory)
+        named = [task for task, weight in weighting.weights.items() if weight]
+        parts = {task: self._task(task) for task in [*named, *([head] if head else [])]}
+        rebuilt = {task: part.rebuilt for task, part in parts.items()}
+        of = self._shells.of_reference if head is None else parts[head].outline
+        return ComposedVariant(Composed(self._reference, rebuilt, weighting, of), parts)
 
     def _task(self, task: str) -> TaskVariant:
         """What is known of a task of the pack; its file is opened when it is first asked for.
@@ -455,7 +567,7 @@ class Runtime:
             shell.apart |= any(not isinstance(m, nn.Embedding) for m in watch.without_rows)
             active = self._active.get(threading.current_thread())
             for task in active.tasks if active is not None else ():
-                _refuse_strays(task, self._variants[task], shell)
+                _refuse_strays(task, self._variant(task), shell)
             if active is not None and active.task is None and shell.apart:
                 raise NotByRow
             return result
