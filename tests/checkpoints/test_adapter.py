@@ -151,14 +151,6 @@ def test_weights_that_are_targeted_as_parameters(
     assert_factors(opened, base, 2)
 
 
-def test_stacks_of_matrices_that_are_targeted_as_parameters_are_refused(tmp_path: Path) -> None:
-    shapes = {"a.q": ((4, 3), (5, 4))}
-    write_adapter(tmp_path, shapes, {}, r=2, target_parameters=["q.weight"])
-    base = {"a.q.weight": torch.zeros(2, 5, 3)}
-    with pytest.raises(CheckpointError, match="is a stack of matrices"):
-        open_checkpoint(tmp_path, base=open_checkpoint(base))
-
-
 def test_llama_in_bfloat16_gives_fp32_sums(tmp_path: Path) -> None:
     toy_llama(tmp_path / "base", dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
@@ -285,7 +277,6 @@ FITTING: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {"a.q": ((2, 3), (
     [
         ({"use_dora": True}, ["'use_dora' is True", "Merge the adapter"]),
         ({"lora_bias": True}, ["'lora_bias' is True"]),
-        ({"target_parameters": ["w"]}, [r"'target_parameters' is \['w'\]"]),
         ({"peft_type": "IA3"}, ["'peft_type' is 'IA3'", "Only LoRA adapters"]),
         ({"r": "many"}, ["'r' is 'many'"]),
         ({"init_lora_weights": "pissa"}, ["'init_lora_weights' is 'pissa'"]),

@@ -11,7 +11,7 @@ from torch import Tensor
 from personae._types import TensorSpec
 from personae.checkpoints import open_checkpoint
 from personae.checkpoints.laid_out import Kept, Made
-from personae.checkpoints.published_layouts import _Described, _made
+from personae.checkpoints.published_layouts import Described, made_by
 
 mapping = pytest.importorskip("transformers.conversion_mapping")
 
@@ -32,7 +32,7 @@ _CONVERTERS = _converters()
 _EXPERTS = 4
 
 
-class _Toy(_Described):
+class _Toy(Described):
     """Two heads, and whatever shapes a test says."""
 
     config = SimpleNamespace(  # type: ignore[assignment]
@@ -58,7 +58,7 @@ def _old_files(rule: Any) -> dict[str, Tensor]:
     return {name: torch.randn(shape) for one in lists for name in one}
 
 
-def _as_models_hold(rule: Any, old: dict[str, Tensor], described: _Described) -> dict[str, Tensor]:
+def _as_models_hold(rule: Any, old: dict[str, Tensor], described: Described) -> dict[str, Tensor]:
     """What transformers itself makes of them."""
     own = deepcopy(rule)
     for name in old:
@@ -100,4 +100,4 @@ def test_every_converter_of_transformers_both_ways(does: str):
         if wanted is old and "check_dims" in vars(rule.operations[0]):
             described = _Toy({}, {n: tuple(t.shape) for n, t in old.items()})
         specs = {n: TensorSpec(n, tuple(t.shape), t.dtype) for n, t in stored.items()}
-        _check(_made(way, {n: n for n in stored}, specs, described), stored, wanted)
+        _check(made_by(way, {n: n for n in stored}, specs, described), stored, wanted)

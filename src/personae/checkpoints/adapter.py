@@ -13,12 +13,19 @@ from personae.checkpoints.adapter_files import (
     CONFIG_FILE,
     Adapted,
     AdapterConfig,
-    StoredPair,
     kept_pair,
-    read_adapter_config,
     sort_stored,
 )
 from personae.checkpoints.adapter_fit import NAMES_DIFFER, find_rename, is_transposed
+from personae.checkpoints.adapter_targets import (
+    Parts,
+    Shape,
+    Target,
+    find_targets,
+    in_order,
+    stack_is_crossed,
+    ways_round,
+)
 from personae.checkpoints.adapter_ties import (
     check_grown,
     check_same,
@@ -67,7 +74,7 @@ class Adapter:
         config: AdapterConfig,
         places: Mapping[str, tuple[str, ...]],
     ) -> None:
-        """Combine headers; `replaced` maps names to stored names. Use `open_adapter`."""
+        """Combine headers; `replaced` maps names to stored names. Use `fit_adapter`."""
         self.source = tensors.source
         self.config, self.adapted, self.places = config, adapted, places
         self.whole = frozenset(replaced)
@@ -122,8 +129,8 @@ class Adapter:
     ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]] | None:
         """Return fp32 `(left, right)`, scaling and layout included; see `Checkpoint.factors`.
 
-        None for convolutions (their product is a matrix only when flattened), and where the
-        adapter also stores a base weight of its own that is not the base's.
+        None for convolutions (their product is a matrix only when flattened), for stacks of
+        matrices, and where the adapter also stores a base weight of its own that is not the base's.
 
         Raises:
             CheckpointError: A file changed since it was opened.
@@ -146,8 +153,9 @@ class Adapter:
         return sum(spec.nbytes for spec in self._tensors.specs.values())
 
     def rank(self, name: str) -> int:
-        """Rank of the factors of an adapted weight."""
-        return self._tensors.specs[self.adapted[name].pair.a].shape[0]
+        """Rank of the factors of an adapted weight, or of each matrix of a stack."""
+        how = self.adapted[name]
+        return self._tensors.specs[how.pair.a].shape[0] // (how.matrices or 1)
 
     def close(self) -> None:
         """Release the adapter's files; the base is its opener's."""
@@ -169,6 +177,8 @@ class Adapter:
 
     def _adapt(self, name: str, stored: Tensor, start: int) -> Tensor:
         """Add the product's rows from `start` on to rows of the stored weight, in fp32."""
+        if matrices := self.adapted[name].matrices:
+            return self._adapt_stack(name, stored, start, matrices)
         left, right = self._pair(name)
         result = stored.to(torch.float32, copy=True)
         rows, stop = result.flatten(1), start + result.shape[0]
@@ -178,19 +188,31 @@ class Adapter:
             rows[first - start : last - start] += product[first - block : last - block]
         return result
 
+    def _adapt_stack(
+        self, name: str, stored: Shaped[Tensor, "matrix rows columns"], start: int, matrices: int
+    ) -> Float[Tensor, "matrix rows columns"]:
+        """Add the products of the matrices from `start` on to matrices of the stored stack."""
+        how = self.adapted[name]
+        a = self._tensors.read(how.pair.a).float().unflatten(0, (matrices, -1))
+        b = self._tensors.read(how.pair.b).float().unflatten(1, (-1, matrices)) * how.scaling
+        result = stored.to(torch.float32, copy=True)
+        for place, matrix in enumerate(result, start):
+            product = b[:, :, place] @ a[place]
+            matrix += product.T if how.transposed else product
+        return result
 
-def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Adapter:
-    """Fit an adapter to its base, from headers alone.
+
+def fit_adapter(tensors: Checkpoint, config: AdapterConfig, base: Checkpoint) -> Adapter:
+    """Fit an adapter to a base that has its modules, from headers alone.
 
     Args:
         tensors: The adapter's own stored tensors.
-        config_file: Its `adapter_config.json`.
+        config: What it says of itself.
         base: The model it was trained on.
 
     Raises:
-        CheckpointError: It is not plain LoRA, or does not fit the base; every fault at once.
+        CheckpointError: It does not fit the base; every fault at once.
     """
-    config = read_adapter_config(config_file)
     faults = Faults()
     empty = [name for name, spec in tensors.specs.items() if not spec.numel]
     if empty:
@@ -201,10 +223,12 @@ def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Ad
     full = {name: tensors.tied.get(key, key) for name, key in full.items()}
     if not pairs:
         faults.add(f"{tensors.source} has no LoRA tensors (lora_A, lora_B).")
-    wanted = [f"{pair.module}.weight" for pair in pairs]
+    where, parts = tensors.source, Parts(base)
+    targets = find_targets(config, pairs, [*base.specs, *base.tied], where, faults)
+    wanted = [target.name for target in targets]
     tied = tied_names([*wanted, *full], base)
     here = {**base.specs, **tied}
-    rename = find_rename(wanted, here, tensors.source, faults, published_renames(base))
+    rename = find_rename(wanted, here, where, faults, published_renames(base))
     replaced: dict[str, str] = {}
     for name, key in full.items():
         kept = tied.get(rename(name), rename(name))
@@ -220,11 +244,18 @@ def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Ad
         kept = rename(name) if rename(name) in replaced else tied.get(rename(name), rename(name))
         places[kept] = (*places.get(kept, ()), name)
     adapted: dict[str, Adapted] = {}
-    for pair, own, name in zip(pairs, wanted, map(rename, wanted), strict=True):
+
+    def shapes(target: Target) -> tuple[Shape, Shape, Shape | None]:
+        spec = specs.get(rename(target.name))
+        a, b = tensors.specs[target.pair.a], tensors.specs[target.pair.b]
+        return a.shape, b.shape, None if spec is None else spec.shape
+
+    for target in in_order(targets, shapes, parts, where, faults):
+        name = rename(target.name)
         kept = name if name in specs else tied.get(name, name)
         if kept in specs:
-            places[kept] = (*dict.fromkeys((*places.get(kept, ()), own)),)
-            how = _fit(config, tensors, pair, kept, specs, faults)
+            places[kept] = (*dict.fromkeys((*places.get(kept, ()), target.name)),)
+            how = _fit(config, tensors, target, kept, specs, parts, faults)
             if kept in adapted:
                 check_same(tensors, adapted[kept], how, faults)
             adapted[kept] = how
@@ -237,17 +268,22 @@ def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Ad
 def _fit(
     config: AdapterConfig,
     tensors: Checkpoint,
-    pair: StoredPair,
+    target: Target,
     name: str,
     specs: Mapping[str, TensorSpec],
+    parts: Parts,
     faults: Faults,
 ) -> Adapted:
     """Find scaling and layout of one adapted weight, noting what does not fit."""
+    pair, matrices = target.pair, None
     a, b = tensors.specs[pair.a].shape, tensors.specs[pair.b].shape
-    shape, of_parameter = specs[name].shape, config.adapts_parameter(pair.module)
-    if of_parameter:  # its product has the layout of the parameter, whatever module that is in
-        transposed = False if (b[0], *a[1:]) == shape and a[0] == b[1] else None
+    shape = specs[name].shape
+    if target.of_parameter:  # its product has the layout of the parameter, in whatever module
+        ways = ways_round(a, b, shape)
+        transposed = stack_is_crossed(target, config, ways, parts) if any(ways) else None
+        matrices = shape[0] if len(shape) == 3 else None
     else:
+        ways = None
         transposed = is_transposed(
             name,
             specs,
@@ -261,22 +297,25 @@ def _fit(
             f"{tensors.source}: the factors of '{pair.module}' are not floating-point numbers. "
             "Save the adapter again, as float32 or bfloat16."
         )
-    if of_parameter and len(shape) > 2:
+    rank = a[0] // (matrices or 1) if a else 0
+    if transposed is None and ways and all(ways):
         faults.add(
-            f"{tensors.source}: '{name}' of the base is a stack of matrices, {shape}, and LoRA of "
-            "one is not read. Merge the adapter into its base with PEFT and pass the result."
+            f"{tensors.source}: the matrices of '{name}' are square, {shape}, and which side of "
+            "them A is of depends on the version of PEFT, and of the class of the base: its "
+            f"{CONFIG_FILE} does not say one since 0.19.1, or transformers does not know the "
+            "class. Merge the adapter into its base with PEFT and pass the result."
         )
     elif transposed is None:
         faults.add(
             f"{tensors.source}: A {a} and B {b} of '{pair.module}' do not fit '{name}' of the "
             f"base, {shape}. Pass the model the adapter was trained on."
         )
-    elif a[0] != config.rank(pair.module):
+    elif rank != config.rank(target.key):
         faults.add(
-            f"{tensors.source}: '{pair.a}' has rank {a[0]}, but {CONFIG_FILE} says "
-            f"{config.rank(pair.module)}, so its scaling is unknown. Save the adapter again."
+            f"{tensors.source}: '{pair.a}' has rank {rank}, but {CONFIG_FILE} says "
+            f"{config.rank(target.key)}, so its scaling is unknown. Save the adapter again."
         )
-    return Adapted(pair, config.scaling(pair.module), bool(transposed))
+    return Adapted(pair, config.scaling(target.key), bool(transposed), matrices)
 
 
 def _replacement_fault(

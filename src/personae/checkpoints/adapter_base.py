@@ -81,6 +81,12 @@ def _adapted_weights(source: Any) -> tuple[AdapterConfig, dict[str, Tensor]]:
         found: dict[str, Tensor] = {}
         for pair in (kept_pair(pair, tensors.tied) for pair in pairs):
             a, b = tensors.specs[pair.a], tensors.specs[pair.b]
+            if [*config.parameters_of(pair.module), "weight"][0] != "weight" or pair.inside:
+                faults.add(
+                    f"{tensors.source} adapts parameters of '{pair.module}' (target_parameters), "
+                    f"and A and B do not tell what shape they have. {_GIVE_BASE}"
+                )
+                continue
             if min(len(a.shape), len(b.shape)) < 2:
                 faults.add(
                     f"{tensors.source}: A {a.shape} and B {b.shape} of '{pair.module}' are no "

@@ -26,11 +26,11 @@ _PAIRED = re.compile(
 )
 # Layers PEFT wraps around a module whose own tensors it stores.
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
+_AROUND = re.compile(r"\.base_layer(?=$|\.base_layer)")
 # Each of these changes what the stored tensors mean, so that base + left @ right would be wrong.
 _NOT_STATIC_LORA = (
     "use_dora",
     "lora_bias",
-    "target_parameters",
     "trainable_token_indices",
     "layer_replication",
     "use_qalora",
@@ -69,6 +69,7 @@ class AdapterConfig(BaseModel):
     modules_to_save: list[str] | None = None
     target_parameters: list[str] | None = None
     init_lora_weights: bool | str | None = True
+    peft_version: str | None = None
     task_type: str | None = None
     auto_mapping: dict[str, Any] | None = None
 
@@ -77,24 +78,20 @@ class AdapterConfig(BaseModel):
         """The class that was adapted, or PEFT's type of its task; None if neither is said."""
         return self.task_type or (self.auto_mapping or {}).get("base_model_class")
 
-    def rank(self, module: str) -> int:
-        """Return the rank of one adapted module."""
-        return _matched(self.rank_pattern, self._key(module), self.r)
+    def rank(self, target: str) -> int:
+        """Return the rank of a module that was adapted, or of a parameter by its whole name."""
+        return _matched(self.rank_pattern, target, self.r)
 
-    def scaling(self, module: str) -> float:
+    def scaling(self, target: str) -> float:
         """Return alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA."""
-        rank = self.rank(module)
+        rank = self.rank(target)
         divisor = math.sqrt(rank) if self.use_rslora else rank
-        return _matched(self.alpha_pattern, self._key(module), self.lora_alpha) / divisor
+        return _matched(self.alpha_pattern, target, self.lora_alpha) / divisor
 
-    def adapts_parameter(self, module: str) -> bool:
-        """Whether PEFT was told to adapt a module's weight, not the module (routers, say)."""
-        weight = f".{module}.weight"
-        return any(weight.endswith(f".{name}") for name in self.target_parameters or ())
-
-    def _key(self, module: str) -> str:
-        """What PEFT matches with its patterns."""
-        return f"{module}.weight" if self.adapts_parameter(module) else module
+    def parameters_of(self, module: str) -> list[str]:
+        """What PEFT was told to adapt of a module's own parameters; none if it adapts modules."""
+        ends = {name: name.rpartition(".")[2] for name in self.target_parameters or ()}
+        return sorted({end for name, end in ends.items() if _ends(f"{module}.{end}", name)})
 
     def saves(self, module: str) -> bool:
         """Whether a module was trained and stored in full, by itself or inside one that was.
@@ -133,7 +130,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         raise CheckpointError(f"{path} {error}. Copy or download it again.") from error
     fields: dict[str, Any] = content if isinstance(content, dict) else {}
     for field in _NOT_STATIC_LORA:
-        if fields.get(field) and not (field == "target_parameters" and _are_weights(fields[field])):
+        if fields.get(field):
             faults.add(
                 f"{path}: '{field}' is {fields[field]!r}, which is not plain LoRA. Merge the "
                 "adapter into its base with PEFT and pass the result; where an adapter is wanted, "
@@ -149,29 +146,46 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     return config
 
 
-def _are_weights(parameters: Any) -> bool:
-    """Whether parameters are weights, whose factors are stored as those of their modules are."""
-    names = parameters if isinstance(parameters, list) else [parameters]
-    return all(isinstance(name, str) and f".{name}".endswith(".weight") for name in names)
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
 
 
 @dataclass(frozen=True)
 class StoredPair:
-    """The stored names of one module's A and B."""
+    """The stored names of one module's A and B.
+
+    Attributes:
+        module: The module.
+        a: Name of A.
+        b: Name of B.
+        embedding: Whether they are of an embedding.
+        inside: How many other pairs of the module are around this one: PEFT wraps a module once
+            for each of its parameters that it adapts, the first of them first.
+    """
 
     module: str
     a: str
     b: str
     embedding: bool
+    inside: int = 0
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """How one weight is adapted: scaling * B @ A, transposed where the base stores (in, out)."""
+    """How one weight is adapted: scaling * B @ A, transposed where the base stores (in, out).
+
+    Attributes:
+        pair: A and B. Of a stack of matrices, A is that of each below the other, (matrix rank, in);
+            of B, (out, rank matrix), the matrix is the inner one of the two.
+        scaling: Multiplier of the product.
+        transposed: Whether it is transposed.
+        matrices: How many there are in a stack; None if the weight is none.
+    """
 
     pair: StoredPair
     scaling: float
     transposed: bool
+    matrices: int | None = None
 
 
 def kept_pair(pair: StoredPair, tied: Mapping[str, str]) -> StoredPair:
@@ -207,7 +221,13 @@ def sort_stored(
         elif ".original_module." not in name:
             full[_WRAPPED.sub("", name)] = key
     pairs = [
-        StoredPair(_WRAPPED.sub("", f"{module}.")[:-1], both["A"], both["B"], embedding)
+        StoredPair(
+            _WRAPPED.sub("", f"{module}.")[:-1],
+            both["A"],
+            both["B"],
+            embedding,
+            len(_AROUND.findall(module)),
+        )
         for (module, embedding), both in sorted(sides.items())
         if len(both) == 2
     ]

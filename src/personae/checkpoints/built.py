@@ -27,6 +27,8 @@ class BuiltModel:
         shared: Name of a parameter to all names it has; only of those that have several.
         tensors: Names of its tensors; of those in its backbone, also without the prefix.
         backbone: What the class calls the backbone that it may be loaded from, such as `vit.`.
+        parameters: Names of its parameters, in the order in which modules have them.
+        stacked_in_out: Modules that hold experts as stacks of (in, out) matrices, not (out, in).
     """
 
     modules: frozenset[str] = frozenset()
@@ -34,6 +36,8 @@ class BuiltModel:
     shared: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
     tensors: frozenset[str] = frozenset()
     backbone: str = ""
+    parameters: tuple[str, ...] = ()
+    stacked_in_out: frozenset[str] = frozenset()
 
     def has_place(self, name: str) -> bool:
         """Whether a tensor by this name, as it is called in memory, can be one of the model's.
@@ -56,16 +60,21 @@ def build(config: Mapping[str, Any], model_class: str | None) -> BuiltModel | No
         None without transformers, or where it does not know the class or the configuration: then
         modules go by the names in files.
     """
+    model = build_module(config, model_class)
+    return None if model is None else _told(model)
+
+
+def build_module(config: Mapping[str, Any], model_class: str | None) -> Any | None:
+    """The model itself, without weights; see `build`."""
     if model_class is None or "model_type" not in config:
         return None
     try:
         transformers = importlib.import_module("transformers")
         with quiet_transformers(), torch.device("meta"):
             loaded = transformers.AutoConfig.for_model(**config)
-            model = getattr(transformers, model_class)(loaded)
+            return getattr(transformers, model_class)(loaded)
     except Exception:  # many kinds; all mean that transformers cannot tell
         return None
-    return _told(model)
 
 
 def _told(model: nn.Module) -> BuiltModel:
@@ -82,6 +91,8 @@ def _told(model: nn.Module) -> BuiltModel:
         {name: group for group in groups for name in group},
         frozenset(tensors) | {name.removeprefix(backbone) for name in tensors},
         backbone,
+        tuple(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        frozenset(n for n, module in modules.items() if getattr(module, "is_transposed", False)),
     )
 
 

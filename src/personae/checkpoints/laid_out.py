@@ -57,8 +57,21 @@ class LaidOut:
         kept_bytes: Memory that each thread holds beside what it reads, at most.
     """
 
-    def __init__(self, model: Checkpoint, made: Mapping[TensorSpec, Made], note: str) -> None:
-        """Take the place of the tensors that others are made of."""
+    def __init__(
+        self,
+        model: Checkpoint,
+        made: Mapping[TensorSpec, Made],
+        note: str,
+        tied: Mapping[str, str] | None = None,
+    ) -> None:
+        """Take the place of the tensors that others are made of.
+
+        Args:
+            model: What stores them.
+            made: The tensors that are made, and how.
+            note: What a person should be told of it.
+            tied: Dropped name to kept name, where they are not the model's own.
+        """
         self._model, self._kept = model, Kept()
         self._made = {spec.name: how for spec, how in made.items()}
         self.note = note
@@ -67,9 +80,8 @@ class LaidOut:
         kept = [spec for name, spec in model.specs.items() if name not in used]
         self.source, self.revision = model.source, model.revision
         self.specs: Mapping[str, TensorSpec] = by_name([*kept, *made])
-        self.tied: Mapping[str, str] = {
-            dropped: kept for dropped, kept in model.tied.items() if kept not in used
-        }
+        left = {dropped: kept for dropped, kept in model.tied.items() if kept not in used}
+        self.tied: Mapping[str, str] = left if tied is None else tied
         self.copies: Mapping[str, torch.dtype] = still_tied(model.copies, self.tied)
         self.auxiliary_files: Mapping[str, Path] = model.auxiliary_files
 

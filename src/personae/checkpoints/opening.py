@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.adapted_model import AdaptedModel, split_adapter
-from personae.checkpoints.adapter import adapter_of, open_adapter
+from personae.checkpoints.adapter import adapter_of
 from personae.checkpoints.adapter_files import CONFIG_FILE
+from personae.checkpoints.adapter_laid_out import open_adapter
 from personae.checkpoints.folders import Folder, local_folder, lone_file
 from personae.checkpoints.layouts import laid_out_like
 from personae.checkpoints.memory import InMemory

@@ -54,11 +54,11 @@ def with_layout_like(base: Checkpoint, model: Checkpoint) -> Checkpoint:
         stored = {rename(name): name for name in ours}
         wanted = {rename(name): name for name in theirs}
         shapes = {rename(name): spec.shape for name, spec in base.specs.items()}
-        described = _Described(config, shapes)
+        described = Described(config, shapes)
         made: dict[TensorSpec, Made] = {}
         for rule in chain.from_iterable(rules):
             if way := _direction(rule, stored, wanted):
-                made |= _made(way, stored, model.specs, described)
+                made |= made_by(way, stored, model.specs, described)
         if made:
             taken, first = next(iter(made.values())).used, next(iter(made))
             note = (
@@ -109,7 +109,7 @@ def _fits(rule: Any, names: Iterable[str]) -> bool:
     return any(re.search(rule.source_patterns[0], name) for name in names)
 
 
-class _Described:
+class Described:
     """What operations ask of a model: its configuration, and shapes of its tensors."""
 
     def __init__(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -143,14 +143,14 @@ class _Described:
         return torch.empty(found.pop(), device="meta")
 
 
-def _made(
-    rule: Any, stored: Mapping[str, str], specs: Mapping[str, TensorSpec], described: _Described
+def made_by(
+    rule: Any, stored: Mapping[str, str], specs: Mapping[str, TensorSpec], described: Described
 ) -> dict[TensorSpec, Made]:
     """What a rule makes of stored tensors, given by the names that transformers has for them."""
     if not converts(rule):
         return dict(_renamed(rule, stored, specs))
     groups: dict[str, dict[str, list[str]]] = {}
-    for name in sorted(stored, key=_in_order):
+    for name in sorted(stored, key=in_order):
         key, pattern = rule.rename_source_key(name)
         if pattern is not None:
             groups.setdefault(key, {}).setdefault(pattern, []).append(name)
@@ -159,7 +159,7 @@ def _made(
         complete = sources.keys() == {*rule.source_patterns}
         if complete and all(map(_is_counted, sources.values())):
             own = {pattern: [specs[stored[n]] for n in names] for pattern, names in sources.items()}
-            made |= _Conversion(rule, key, own, described).results()
+            made |= Conversion(rule, key, own, described).results()
     return made
 
 
@@ -171,10 +171,10 @@ def _renamed(
         new, pattern = rule.rename_source_key(name)
         if pattern is not None:
             spec = specs[stored[name]]
-            yield TensorSpec(new, spec.shape, spec.dtype), _Renamed(spec.name)
+            yield TensorSpec(new, spec.shape, spec.dtype), Renamed(spec.name)
 
 
-def _in_order(name: str) -> list[tuple[int, str]]:
+def in_order(name: str) -> list[tuple[int, str]]:
     """A key that puts `shard_2` before `shard_11`."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
@@ -189,26 +189,29 @@ def _is_counted(names: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Renamed:
+class Renamed:
     """A stored tensor under another name."""
 
     name: str
 
     @property
     def used(self) -> tuple[str, ...]:
+        """That tensor."""
         return (self.name,)
 
     @property
     def kept_bytes(self) -> int:
+        """None."""
         return 0
 
     def read_rows(self, model: Checkpoint, keep: Kept, start: int, stop: int) -> Tensor:
+        """Rows `start:stop`, as they are stored."""
         del keep
         return model.read_rows(self.name, start, stop)
 
 
 @dataclass(frozen=True, eq=False)
-class _Conversion:
+class Conversion:
     """One use of a rule: tensors of some patterns become those of others.
 
     Attributes:
@@ -221,10 +224,11 @@ class _Conversion:
     rule: Any
     key: str
     sources: Mapping[str, Sequence[TensorSpec]]
-    described: _Described
+    described: Described
 
     @property
     def used(self) -> tuple[str, ...]:
+        """All that it is made of."""
         return tuple(spec.name for specs in self.sources.values() for spec in specs)
 
     @property
@@ -297,7 +301,7 @@ def _leaves_rows(operation: Any) -> bool:
 class _Result:
     """One tensor of those that a conversion makes."""
 
-    conversion: _Conversion
+    conversion: Conversion
     name: str
     place: int
 
@@ -320,7 +324,7 @@ class _Result:
             return whole.convert(lambda spec: model.read_rows(spec.name, start, stop))[self.name]
         if whole.stacks and stop > start:
             cut = {pattern: specs[start:stop] for pattern, specs in whole.sources.items()}
-            part = _Conversion(whole.rule, whole.key, cut, whole.described)
+            part = Conversion(whole.rule, whole.key, cut, whole.described)
             return part.convert(lambda spec: model.read(spec.name))[self.name]
         if whole.unstacks:
             # Results are in the order of patterns, each with all rows; alone, a row is number 0.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.adapter import seen_through
+from personae.checkpoints.adapter_laid_out import AdapterLaidOut
 from personae.checkpoints.laid_out import LaidOut
 from personae.checkpoints.naming import Renaming, shown, without_wrapper
 
@@ -108,7 +109,7 @@ class Alignment:
     def kept_bytes(self) -> int:
         """Memory that a thread which reads the expert holds beside what it reads."""
         stored = seen_through(self.checkpoint)
-        return stored.kept_bytes if isinstance(stored, LaidOut) else 0
+        return stored.kept_bytes if isinstance(stored, LaidOut | AdapterLaidOut) else 0
 
     @property
     def naming_notes(self) -> list[str]:
@@ -124,7 +125,7 @@ class Alignment:
         elif rule.add or rule.strip:
             verb, prefix = ("adds", rule.add) if rule.add else ("lacks", rule.strip)
             notes.append(f"{self.name}: {verb} the prefix '{prefix}' to the base's tensor names")
-        if isinstance(stored := seen_through(self.checkpoint), LaidOut):
+        if isinstance(stored := seen_through(self.checkpoint), LaidOut | AdapterLaidOut):
             notes.append(f"{self.name}: {stored.note}")
         given = [
             f"{own} as {new}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from personae.checkpoints.adapter import Adapter, adapter_of
+from personae.checkpoints.adapter_laid_out import AdapterLaidOut
 from personae.checkpoints.naming import left_out, module_of, modules_around, shown
 from personae.checkpoints.unread import Unread
 from personae.errors import Faults
@@ -73,6 +74,12 @@ def check_joint(family: Family, skip: Sequence[str], only: Sequence[str], faults
                 "give that, or leave output out."
             )
     known = {name: adapter for name, adapter in adapters.items() if adapter is not None}
+    for name, adapter in known.items():
+        if otherwise := _no_modules(adapter):
+            faults.add(
+                f"Expert '{name}' {otherwise}, and the adapter of a merge is one of modules that "
+                "the base stores. Leave output out to write a model."
+            )
     for fault in _unlike_places(known, skip, only):
         faults.add(fault)
     for name, expert in family.experts.items():
@@ -83,6 +90,14 @@ def check_joint(family: Family, skip: Sequence[str], only: Sequence[str], faults
                 f"difference to merge: {shown(own)}. Give a base that has it, or leave it out of "
                 f"the adapter with skip: {[*own]}."
             )
+
+
+def _no_modules(adapter: Adapter) -> str:
+    """What an adapter adapts that is no weight of a module, as the base has them; '' if all are."""
+    stacks = [name for name, how in adapter.adapted.items() if how.matrices is not None]
+    if stacks:
+        return f"adapts stacks of matrices ({shown(stacks)})"
+    return adapter.note if isinstance(adapter, AdapterLaidOut) else ""
 
 
 def join(family: Family, skip: Sequence[str], only: Sequence[str]) -> JointAdapter:
