@@ -45,7 +45,11 @@ def _gpt_oss(inner: int = 24) -> nn.Module:
 
 _CASES: dict[str, tuple[Any, int, dict[str, Any]]] = {
     "both": (_mixtral, 24, dict(target_parameters=_EXPERTS)),
-    "by their last names": (_mixtral, 24, dict(target_parameters=["down_proj", "gate_up_proj"])),
+    "by their last names": (
+        _mixtral,
+        24,
+        dict(target_modules=["q_proj"], target_parameters=["down_proj", "gate_up_proj"]),
+    ),
     "the second alone": (_mixtral, 24, dict(target_parameters=["mlp.experts.down_proj"])),
     "of one layer, with modules": (
         _mixtral,

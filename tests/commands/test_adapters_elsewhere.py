@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from test_renamed_modules import _family, _says
+from test_renamed_modules import _TEXT, _family, _says
 from torch import Tensor
 
 from personae.commands.merge import merge
@@ -135,3 +135,75 @@ def test_they_are_not_merged_into_one_adapter(as_hubs_do: bool, text: str, tmp_p
     settings = MergeSettings(method="average", output="adapter")
     with pytest.raises(CheckpointError, match=f"Expert 'x' {text}.*Leave output out"):
         merge(base, {"x": tmp_path / "adapter"}, tmp_path / "m", settings=settings, work=_WORK)
+
+
+def _from_before_version_5(base: Path, out: Path) -> None:
+    """An adapter of linear layers of experts, as PEFT saved it when Mixtral had such."""
+    generator = torch.Generator().manual_seed(3)
+    factors = dict[str, Tensor]()
+    ends = ("w1", "w2", "w3", "q_proj", "gate")
+    for name, tensor in load(base).items():
+        module = name.removesuffix(".weight")
+        if module.endswith(ends):
+            key = f"base_model.model.{module}.lora_"
+            factors[f"{key}A.weight"] = torch.randn(2, tensor.shape[1], generator=generator) / 4
+            factors[f"{key}B.weight"] = torch.randn(tensor.shape[0], 2, generator=generator) / 4
+    out.mkdir()
+    save_file(factors, out / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [*ends]}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_an_adapter_from_before_version_5_is_what_peft_loads(tmp_path: Path) -> None:
+    """PEFT turns it into one of stacks; saved again, it names parameters without their modules."""
+    pytest.importorskip("peft.utils.transformers_weight_conversion")
+    loaded = _family("mixtral", tmp_path)
+    base, plain = tmp_path / "base", tmp_path / "plain"
+    loaded.from_pretrained(base).save_pretrained(plain, save_original_format=False)
+    _from_before_version_5(base, tmp_path / "older")
+    model: Any = PeftModel.from_pretrained(loaded.from_pretrained(base), tmp_path / "older")
+    model.save_pretrained(str(tmp_path / "newer"))
+    model.merge_and_unload().save_pretrained(tmp_path / "expected")
+    expected = _says(loaded, tmp_path / "expected")
+    for adapter in ("older", "newer"):
+        for place in (base, plain):
+            folder = tmp_path / f"{adapter} on {place.name}"
+            folder.mkdir()
+            _check(loaded, place, tmp_path / adapter, expected, folder)
+
+
+@pytest.mark.parametrize("kind", ["older", "newer"])
+def test_an_adapter_of_a_base_with_more_experts_is_refused(kind: str, tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    loaded = _family("mixtral", tmp_path)
+    if kind == "older":
+        _from_before_version_5(tmp_path / "base", tmp_path / "adapter")
+    else:
+        wanted = {"target_modules": [], "target_parameters": _EXPERTS}
+        _adapter(loaded, tmp_path / "base", tmp_path / "adapter", **wanted)
+    sizes: dict[str, Any] = {"num_key_value_heads": 1, "num_local_experts": 2}
+    for place, as_hubs_do in (("hubs", True), ("memory", False)):
+        few = MixtralForCausalLM(MixtralConfig(**_TEXT, **sizes, num_experts_per_tok=2))
+        few.save_pretrained(tmp_path / place, save_original_format=as_hubs_do)
+        with pytest.raises(CheckpointError, match="Expert 'x'"):
+            merge(tmp_path / place, {"x": tmp_path / "adapter"}, tmp_path / "m", work=_WORK)
+
+
+def test_a_fused_base_with_a_tied_embedding_stored_twice(tmp_path: Path) -> None:
+    """Adapted once, under either name, as are experts that lie elsewhere."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes: dict[str, Any] = {"num_key_value_heads": 1, "num_local_experts": 3}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(MixtralConfig(**_TEXT, **sizes, tie_word_embeddings=True))
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    stored = load(base)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, base / WEIGHTS, {"format": "pt"})
+    wanted = {"target_modules": ["v_proj", "embed_tokens"], "target_parameters": _EXPERTS[1:]}
+    _adapter(MixtralForCausalLM, base, tmp_path / "adapter", **wanted)
+    expected = _says(MixtralForCausalLM, tmp_path / "expected")
+    _check(MixtralForCausalLM, base, tmp_path / "adapter", expected, tmp_path)

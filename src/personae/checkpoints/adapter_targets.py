@@ -68,9 +68,12 @@ def find_targets(
     targets: list[Target] = []
     for module, own in modules.items():
         named = config.parameters_of(module)
+        held = [name for name in named if f"{module.rpartition('.')[2]}.{name}" in ends]
         if len(named) > len(own):
-            last = module.rpartition(".")[2]
-            named = [name for name in named if f"{last}.{name}" in ends] or named
+            named = held
+        listed = config.target_parameters or ()
+        # A name without a module is of every module that has such a parameter, and of no other.
+        named = [name for name in named if name in held or name not in listed]
         if not named and len(own) == 1:
             targets.append(Target(own[0], f"{module}.weight", module))
         elif len(named) == len(own):

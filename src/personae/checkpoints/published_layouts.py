@@ -20,7 +20,13 @@ from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.laid_out import Kept, LaidOut, Made
 from personae.checkpoints.naming import find_names
-from personae.checkpoints.published_renames import converts, published_rules, renames_of
+from personae.checkpoints.published_renames import (
+    Renames,
+    converts,
+    published_rules,
+    renames_of,
+)
+from personae.checkpoints.renames import canonical
 
 _NUMBER = re.compile(r"\d+")
 _LAYER = re.compile(r"\d(\.|$)")
@@ -46,8 +52,8 @@ def with_layout_like(base: Checkpoint, model: Checkpoint) -> Checkpoint:
     Raises:
         CheckpointError: A config.json is damaged.
     """
-    theirs, ours = _unmet(base, model)
-    if not (theirs and ours and any(map(_LAYER.search, chain(theirs, ours)))):
+    theirs, ours = unmet(base, model)
+    if not (theirs and ours and any(map(in_layer, chain(theirs, ours)))):
         return model
     config, rules = published_rules(base, model)
     for rename in renames_of(rules):
@@ -60,21 +66,33 @@ def with_layout_like(base: Checkpoint, model: Checkpoint) -> Checkpoint:
             if way := _direction(rule, stored, wanted):
                 made |= made_by(way, stored, model.specs, described)
         if made:
-            taken, first = next(iter(made.values())).used, next(iter(made))
-            note = (
-                f"stores tensors otherwise than the base, such as '{next(iter(taken))}', and is "
-                f"read as the base is stored, such as '{first.name}'"
-            )
-            return LaidOut(model, made, note)
+            return LaidOut(model, made, laid_out_note(made))
     return model
 
 
-def _unmet(base: Checkpoint, model: Checkpoint) -> tuple[set[str], set[str]]:
+def in_layer(name: str) -> bool:
+    """Whether a tensor is, by its name, in one of a model's layers, which are counted."""
+    return _LAYER.search(name) is not None
+
+
+def laid_out_note(made: Mapping[TensorSpec, Made]) -> str:
+    """What a person should be told of tensors that are made of others."""
+    laid_out = {spec: how for spec, how in made.items() if not isinstance(how, Renamed)}
+    first, how = next(iter((laid_out or made).items()))
+    return (
+        f"stores tensors otherwise than the base, such as '{next(iter(how.used))}', and is "
+        f"read as the base is stored, such as '{first.name}'"
+    )
+
+
+def unmet(
+    base: Checkpoint, model: Checkpoint, renames: Sequence[Renames] = (canonical,)
+) -> tuple[set[str], set[str]]:
     """Names of tensors of each that the other lacks, or has in another shape."""
     if base.specs.keys() == model.specs.keys():
         plain, expert_name = (lambda name: name), (lambda name: name)
     else:
-        plain, renaming = find_names(base.specs, model.specs)
+        plain, renaming = find_names(base.specs, model.specs, renames)
         expert_name = renaming.expert_name
     own = {plain(name): spec for name, spec in model.specs.items()}
     met = {
