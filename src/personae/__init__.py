@@ -1,15 +1,13 @@
 """personae: merge fine-tuned models into one, or pack them: one shared model plus a little each."""
 
 import importlib
-import re
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 from personae._version import __version__ as __version__
 
-# Names are looked up when first used: `import personae` alone costs nothing. Types are in the stub
-# beside this file, which `make docs` writes.
+# Names are looked up when first used: `import personae` alone costs nothing, not even `re` or
+# `typing`, so that the command line hears Ctrl-C soon. Types are in the stub beside this file,
+# which `make docs` writes.
 _HOMES = {
     "open_checkpoint": "checkpoints",
     "analyse": "commands.analyse",
@@ -66,24 +64,24 @@ _HOMES = {
     "Runtime": "runtime.loaded",
     "load": "runtime.loading",
 }
-_METHOD = re.compile(
-    r"^@(?:merge_method|codec|learned_method)\(.*?^class (\w+)|^(\w+) = as_\w*function\(",
-    re.MULTILINE | re.DOTALL,
-)
+_METHOD = r"(?ms)^@(?:merge_method|codec|learned_method)\(.*?^class (\w+)|^(\w+) = as_\w*function\("
 
 
 @cache
 def _homes() -> dict[str, str]:
     """The module of each public name; those of methods and codecs are read from their files."""
+    import re
+    from pathlib import Path
+
     found: dict[str, str] = {}
     for kind in ("merge", "codecs", "learned"):
         for path in sorted(Path(__file__).parent.glob(f"methods/{kind}/[!_]*.py")):
-            for cls, function in _METHOD.findall(path.read_text("utf-8")):
+            for cls, function in re.findall(_METHOD, path.read_text("utf-8")):
                 found[cls or function] = f"methods.{kind}.{path.stem}"
     return found | _HOMES
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import a public name from its home.
 
     Raises:

@@ -79,6 +79,13 @@ def test_a_report_that_nobody_can_read_is_told_once(work, command, made):
     assert (work / "out" / made).exists() == bool(made)
 
 
+@pytest.mark.parametrize("command", ["--help", "merge --help", "--version", "methods"])
+def test_a_reader_that_has_left(work, command):
+    """Of texts that rich and typer print as of ours."""
+    done = _run(work, f"exec 3> >(:); wait $!; personae {command} >&3")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_letters_that_a_terminal_lacks_are_shown_by_their_codes(work):
     for encoding in ("ascii", "latin-1"):
         done = _run(work, "personae methods average", PYTHONIOENCODING=encoding)

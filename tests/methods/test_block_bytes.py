@@ -41,14 +41,14 @@ def test_no_more_is_held_than_is_planned(name: str, experts: int):
     def merge() -> None:
         blocks = DeltaBlocks(models, reference).in_rows(method.row_entries(site))
         told = Unheard() if method.can_decide_late else None
-        for _ in method.merge_blocks(blocks, statistics, site, told):
-            pass
+        for block in method.merge_blocks(blocks, statistics, site, told):
+            del block  # written, and not held beside the next
 
     merge()  # compiled, and what is kept is kept
     tracemalloc.start()
     merge()
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    planned = method.block_bytes(site, base.numel(), experts)
+    planned = method.block_bytes(site, base.numel(), experts, has_reference=reference is not None)
     assert held <= planned + HEADERS
-    assert planned <= 2 * held
+    assert planned <= 1.3 * held

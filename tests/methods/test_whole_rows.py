@@ -111,11 +111,15 @@ def test_rows_are_those_of_the_tensor_as_it_is_stored():
 
 
 def test_plans_count_rows_that_are_longer_than_blocks(monkeypatch: pytest.MonkeyPatch):
-    """A block of one row of 900: 4 bytes an entry and expert, 4 of the base, and 28 beside."""
+    """A block of one row of 900, and one of 100 entries.
+
+    An entry is 4 bytes of each expert and 4 of the base; beside that DARE's is the sum's 4, and 28
+    where nothing else is said.
+    """
     monkeypatch.setattr(_deltas, "BLOCK", 100)
     base, experts = family()
     by_rows, by_entries = (
         plan_merge(base, experts, MergeSettings(method=name, only=("model.norm.bias",))).largest
         for name in ("largest_of_row", "dare")
     )
-    assert by_rows - by_entries == (900 - 100) * (2 * 4 + 4 + 28)
+    assert by_rows - by_entries == 900 * (2 * 4 + 4 + 28) - 100 * (2 * 4 + 4 + 4)

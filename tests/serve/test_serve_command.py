@@ -97,6 +97,31 @@ def test_a_pack_that_is_damaged(packed: Path, tmp_path: Path):
     assert "pack.json" in run(tmp_path).output
 
 
+def test_where_nobody_can_read_what_is_served(packed: Path):
+    """It is served all the same, and told where notes go."""
+    words = ["-m", "personae", "serve", str(packed), "--port", "0"]
+    source = str(Path(serve.__file__).parents[2])
+    with Path("/dev/full").open("w") as full:
+        server = subprocess.Popen(
+            [sys.executable, *words],
+            env=os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    try:
+        assert server.stderr is not None
+        told = next(line for line in server.stderr if " at http://" in line)
+        with urllib.request.urlopen(f"{told.split()[-1]}/health", timeout=60) as answer:
+            assert json.load(answer)["status"] == "ok"
+        server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=60)
+    finally:
+        server.kill()
+    assert server.returncode == 2 and "Traceback" not in errors
+    assert "Stopped.\nerror: The report cannot be written: No space left on device." in errors
+
+
 def test_what_is_let_in_and_ctrl_c_ends_it(packed: Path):
     words = ["-m", "personae", "serve", str(packed), "--port", "0"]
     source = str(Path(serve.__file__).parents[2])

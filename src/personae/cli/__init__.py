@@ -71,7 +71,9 @@ def main() -> None:
     except SystemExit as stop:
         if not isinstance(stop.code, int):
             raise
-        _leave(stop.code)
+        # Of a help text, whose reader's leaving rich and typer tell as a failure.
+        has_reader = not isinstance(stop.__context__, BrokenPipeError)
+        _leave(stop.code if has_reader else _BROKEN_PIPE)
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -105,7 +105,7 @@ def serve(
             hosts=[*_LOOPBACK, _spelt(host)] if _is_loopback(host) else ["*"],
         )
         place = f"http://{_spelt(host)}:{listener.getsockname()[1]}"
-        console.out.print(f"{', '.join(task.name for task in tasks)} at {place}", markup=False)
+        unshown = _shown(f"{', '.join(task.name for task in tasks)} at {place}")
         if not _is_loopback(host):
             console.note(
                 f"Whoever reaches {host} can use this server: it asks for no password, and speaks "
@@ -113,6 +113,19 @@ def serve(
             )
         _run_until_stopped(app, listener)
     console.note("Stopped.")
+    if unshown is not None:
+        raise unshown
+
+
+def _shown(line: str) -> Exception | None:
+    """Print what is served where; what kept it from being read, which keeps nobody from asking."""
+    try:
+        console.out.print(line, markup=False)
+    except (OutputError, BrokenPipeError) as error:
+        console.drop_output()
+        console.note(line)
+        return error
+    return None
 
 
 def _run_until_stopped(app: Any, listener: socket.socket) -> None:

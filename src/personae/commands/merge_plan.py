@@ -205,7 +205,9 @@ def _peak_memory(job: MergeJob, costs: Sequence[int], work: Work) -> int:
     in_loops = job.in_blocks and not job.method.multiplies
 
     def held(peaks: Iterable[int]) -> int:
-        return held_at_once(peaks, work.threads, work.memory, in_loops=in_loops)
+        return held_at_once(
+            peaks, work.threads, work.memory, in_loops=in_loops, summed=not job.per_tensor
+        )
 
     counting = map(job.counting_bytes, job.items)
     if job.per_tensor:

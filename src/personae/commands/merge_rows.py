@@ -181,6 +181,7 @@ def _store(merged: Iterable[ndarray], blocks: DeltaBlocks, target: ndarray) -> i
             largest = max(largest, kernels.store_sum(one, blocks.reference, place))
         else:
             largest = max(largest, kernels.store(one, place))
+        del one  # not held beside the next
     return largest
 
 
@@ -194,4 +195,5 @@ def _combine(models: Sequence[tuple[Tensor, float]], target: ndarray) -> int:
         for model, coefficient in stored:
             kernels.add_multiple(model[block], coefficient, total)
         largest = max(largest, kernels.store(total, target[block]))
+        del total  # not held beside the next
     return largest

@@ -204,11 +204,13 @@ class Stacks:
         """Memory of `blocks`, and of one of them while it is merged or counted."""
         are_models = self.needs_models(method)
         given = self.experts + (are_models and self._needs_base(method))
-        block = method.block_bytes(self.site(chunk), chunk.numel, given)
+        block = method.block_bytes(
+            self.site(chunk), chunk.numel, given, has_reference=not are_models
+        )
         return self._held_bytes(chunk, of_base=given > self.experts or not are_models) + block
 
     def summands_bytes(self, chunk: Chunk, coefficients: Sequence[float]) -> int:
-        """Memory of `summands`, and of a block of their sum beside that of the block before."""
+        """Memory of `summands`, and of a block of their sum, with a hole that another one left."""
         block = 8 * min(chunk.numel, BLOCK)
         return self._held_bytes(chunk, of_base=bool(_of_base(coefficients))) + block
 

@@ -19,7 +19,8 @@ _NOTHING = F32(-0.0)
 def elect_by_mass(kept: ndarray, signs: ndarray, undecided: ndarray) -> tuple[int, int]:
     """Elect sgn Σ_n kept_np. Sums within rounding of 0 are summed again in fp64.
 
-    So the order of experts flips no sign.
+    So the order of experts flips no sign. Until they are filled, the sums and the largest votes
+    lie where the results will.
 
     Args:
         kept: What was kept of each expert, weighted, 0 where nothing was: (expert, entry), fp32.
@@ -33,20 +34,19 @@ def elect_by_mass(kept: ndarray, signs: ndarray, undecided: ndarray) -> tuple[in
     # What rounding may make of a sum, in units of the largest vote. All bits that some experts have
     # make a number no less than each of theirs.
     rounding = F32(experts * (experts + 2) * 2.0**-23)
-    total = np.empty(entries, np.float32)
-    largest = np.empty(entries, np.uint32)
+    largest = undecided.view(np.uint32)
     first = kept[0]
     for i in range(entries):
-        total[i] = first[i]
+        signs[i] = first[i]
         largest[i] = as_bits(first[i])
     for n in range(1, experts):
         row = kept[n]
         for i in range(entries):
-            total[i] += row[i]
+            signs[i] += row[i]
             largest[i] |= as_bits(row[i])
     doubtful = np.zeros(_words(entries) * _WORD, np.uint8)
     for i in range(entries):
-        sum_ = total[i]
+        sum_ = signs[i]
         vote = as_number(U32(largest[i] & MAGNITUDE))
         plus = F32(1) if sum_ > F32(0) else F32(0)
         signs[i] = F32(-1) if sum_ < F32(0) else plus

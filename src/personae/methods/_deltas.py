@@ -96,7 +96,7 @@ class DeltaBlocks:
         """
         step = min(block_entries(self.experts, self._row), max(self.entries, 1))
         room = np.empty(self.experts * step, np.float32)
-        reference = np.empty(step, np.float32)
+        reference = np.empty(step if self.has_reference else 0, np.float32)
         for start in range(0, self.entries, step):
             count = min(step, self.entries - start)
             block = slice(start, start + count)

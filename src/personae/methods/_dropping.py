@@ -8,7 +8,7 @@ from numpy import ndarray
 
 from personae import kernels
 from personae.methods._deltas import DeltaBlocks
-from personae.methods._entries import Fill, PerExpert
+from personae.methods._entries import Fill, PerExpert, weighted_sum
 from personae.methods._method import one_each
 from personae.methods._site import Site
 from personae.ops.draws import DRAW_VALUES, Draws, kept_values
@@ -107,7 +107,4 @@ def dropped_sums(
     ones = np.ones(blocks.experts, np.float32)
     for start, deltas in blocks:
         fill(start, deltas)
-        total = np.empty(deltas.shape[1], np.float32)
-        kernels.weighted_sum(deltas, ones, total)
-        total *= np.float32(scale)
-        yield total
+        yield weighted_sum(deltas, ones, scale)

@@ -113,6 +113,10 @@ class Electing(RowWise):
         yield from ()
         return {}
 
+    def working(self, experts: int) -> int:
+        """Signs, places, and the sums and numbers of the experts that agree, or the votes."""
+        return 4 + 8 + 4 + 4
+
     def is_late(self) -> bool:
         """With magnitudes votes seldom cancel; with one vote each they often do."""
         return self.elect == "mass"
@@ -151,14 +155,22 @@ class Electing(RowWise):
         fill = self.fill(site, blocks.experts, statistics)
         for start, deltas in blocks:
             fill(start, deltas)
-            ballot = Ballot(deltas, self.elect)
-            if undecided is not None:
-                undecided.votes += ballot.majority
-                for some in _a_few_at_once(ballot.undecided):
-                    either = ballot.merge_undecided(some, self.reduce, self.scale)
-                    ballot.give_undecided(undecided.add(start + some, *either), some)
-            elif majority:
-                ballot.give_undecided(majority)
-            merged = ballot.merge(self.reduce, self.scale)
-            del ballot  # not held while the next block is voted on
-            yield merged
+            yield self._merge_block(start, deltas, majority, undecided)
+
+    def _merge_block(
+        self,
+        start: int,
+        deltas: Float[ndarray, "expert entry"],
+        majority: int,
+        undecided: Undecided | None,
+    ) -> Float[ndarray, " entry"]:
+        """One block of what is left; its votes are not held while the next one is voted on."""
+        ballot = Ballot(deltas, self.elect)
+        if undecided is not None:
+            undecided.votes += ballot.majority
+            for some in _a_few_at_once(ballot.undecided):
+                either = ballot.merge_undecided(some, self.reduce, self.scale)
+                ballot.give_undecided(undecided.add(start + some, *either), some)
+        elif majority:
+            ballot.give_undecided(majority)
+        return ballot.merge(self.reduce, self.scale)

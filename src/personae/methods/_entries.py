@@ -89,13 +89,23 @@ def weighted_sums(
     """
     weights = np.asarray(one_each(weight, blocks.experts), np.float32)
     for _, deltas in blocks:
-        total = np.empty(deltas.shape[1], np.float32)
-        kernels.weighted_sum(deltas, weights, total)
-        if scale != 1:
-            total *= np.float32(scale)
-        if divisor != 1:
-            total /= np.float32(divisor)
-        yield total
+        yield weighted_sum(deltas, weights, scale, divisor)
+
+
+def weighted_sum(
+    deltas: Float[ndarray, "expert entry"],
+    weights: Float[ndarray, " expert"],
+    scale: float = 1.0,
+    divisor: float = 1.0,
+) -> Float[ndarray, " entry"]:
+    """The same of one block. A loop that yields what it holds by no name holds one block of it."""
+    total = np.empty(deltas.shape[1], np.float32)
+    kernels.weighted_sum(deltas, weights, total)
+    if scale != 1:
+        total *= np.float32(scale)
+    if divisor != 1:
+        total /= np.float32(divisor)
+    return total
 
 
 def mean(task_vectors: Float[Tensor, "expert *shape"]) -> Float[Tensor, "*shape"]:

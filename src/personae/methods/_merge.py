@@ -330,15 +330,23 @@ class Entrywise(MergeMethod):
     def working(self, experts: int) -> int:
         """Bytes that an entry of a block takes beside its deltas and the reference's value.
 
-        While it is merged, or counted in a pass: sums, elected signs, places; the block before it,
-        until that is written.
+        While it is merged, or counted in a pass: sums, elected signs, places.
         """
         return 28
 
-    def block_bytes(self, site: Site, entries: int, experts: int) -> int:
-        """Memory of one block of a chunk of so many entries, what is beside it included."""
+    def block_bytes(
+        self, site: Site, entries: int, experts: int, *, has_reference: bool = True
+    ) -> int:
+        """Memory of one block of a chunk of so many entries, what is beside it included.
+
+        Args:
+            site: Which tensor.
+            entries: Those of the chunk.
+            experts: Models that the method is given.
+            has_reference: Whether these are deltas, so that the reference's values are beside them.
+        """
         block = min(entries, block_entries(experts, self.row_entries(site)))
-        return block * (4 * experts + 4 + self.working(experts))
+        return block * (4 * experts + 4 * has_reference + self.working(experts))
 
     @abstractmethod
     def merge_blocks(
@@ -377,8 +385,8 @@ class Linear(Entrywise):
     """Σ c_n τ_n, with coefficients for the whole tensor."""
 
     def working(self, experts: int) -> int:
-        """The sum, and the block before it, until that is written."""
-        return 8
+        """The sum."""
+        return 4
 
     @abstractmethod
     def coefficients(self, experts: int) -> Sequence[float] | None:

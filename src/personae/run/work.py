@@ -24,8 +24,9 @@ Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
 
-_BESIDE = 2 << 20
-"""Memory of the process beside its workers, as measured: what is summed, noted and written."""
+_BESIDE, _BESIDE_UNSUMMED = 2 << 20, 3 << 19
+"""Memory of the process beside its workers, as measured: what is summed, noted and written; and
+where it sums nothing."""
 _KEPT = 11 << 20
 """What BLAS and the C library keep for each worker, as measured, where it is at work..."""
 _SMALL, _MOST_KEPT = 16 << 20, 208 << 20
@@ -166,16 +167,22 @@ def default_workers() -> int:
 
 
 def held_at_once(
-    costs: Iterable[int], workers: int, memory: int | None, *, in_loops: bool = False
+    costs: Iterable[int],
+    workers: int,
+    memory: int | None,
+    *,
+    in_loops: bool = False,
+    summed: bool = True,
 ) -> int:
     """Peak memory of the largest items that workers can have under way within the bound.
 
     BLAS keeps some memory for itself, and the C library some of what PyTorch frees: of large items
     an eighth, as measured (`benchmarks/memory.py`), up to a limit. That is in no bound. Where all
-    is done `in_loops`, on chunks in blocks of their own (`_memory.py`), nothing is kept.
+    is done `in_loops`, on chunks in blocks of their own (`_memory.py`), nothing is kept. What
+    workers find is `summed` beside them, unless each keeps to tensors of its own.
     """
     largest = heapq.nlargest(workers, costs)
-    kept = _BESIDE
+    kept = _BESIDE if summed else _BESIDE_UNSUMMED
     if not in_loops:
         kept += sum(_KEPT + min(max(cost - _SMALL, 0) // 8, _MOST_KEPT) for cost in largest)
     return kept + (sum(largest) if memory is None else min(sum(largest), memory))

@@ -53,6 +53,10 @@ class Breadcrumbs(RowWise):
         description="Multiplier on the result (α in the paper, chosen for each family).",
     )
 
+    def working(self, experts: int) -> int:
+        """A row's magnitudes and which are too large, or the sum; what is counted is in place."""
+        return 4 + 1
+
     def passes(self, experts: int) -> Passes:
         """Those for the smallest and the largest magnitude kept of each expert."""
         return (yield from find_bounds(self.density, self.gamma, experts))

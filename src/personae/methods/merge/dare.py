@@ -48,6 +48,10 @@ class DARE(RowWise):
     scale: float = Field(default=1.0, description="Multiplier on the result.")
     seed: int = Field(default=0, description="Seed of the random masks: same seed, same model.")
 
+    def working(self, experts: int) -> int:
+        """The sum; entries are dropped in place."""
+        return 4
+
     def merge_blocks(
         self,
         blocks: DeltaBlocks,

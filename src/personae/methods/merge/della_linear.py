@@ -55,9 +55,16 @@ class DELLALinear(RowWise):
         pairs = zip(one_each(self.density, experts), one_each(self.epsilon, experts), strict=True)
         return beyond_certainty(self.name, ((d, e / 2) for d, e in pairs))
 
-    def block_bytes(self, site: Site, entries: int, experts: int) -> int:
+    def working(self, experts: int) -> int:
+        """The sum; entries are dropped in place."""
+        return 4
+
+    def block_bytes(
+        self, site: Site, entries: int, experts: int, *, has_reference: bool = True
+    ) -> int:
         """See `Entrywise.block_bytes`; and the tables by rank."""
-        return super().block_bytes(site, entries, experts) + rank_bytes(site.row_entries, experts)
+        block = super().block_bytes(site, entries, experts, has_reference=has_reference)
+        return block + rank_bytes(site.row_entries, experts)
 
     def merge_blocks(
         self,

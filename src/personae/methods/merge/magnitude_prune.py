@@ -45,6 +45,10 @@ class MagnitudePrune(RowWise):
     )
     scale: float = Field(default=1.0, description="Multiplier on the result.")
 
+    def working(self, experts: int) -> int:
+        """The sum; what is small is dropped in place."""
+        return 4
+
     def passes(self, experts: int) -> Passes:
         """Those that find each expert's threshold."""
         return {"thresholds": (yield from find_thresholds(self.density, experts))}

@@ -42,6 +42,10 @@ class NearSwap(RowWise):
             return ""
         return f"nearswap goes from the base to one expert, and here are {experts}. Give one."
 
+    def working(self, experts: int) -> int:
+        """Magnitudes, and what they are cut off to."""
+        return 4 + 4
+
     def merge_blocks(
         self,
         blocks: DeltaBlocks,

@@ -64,8 +64,8 @@ class SCE(RowWise):
         return {"threshold": threshold, "squares": (yield Pass("squares", squares))}
 
     def working(self, experts: int) -> int:
-        """Deviations are formed in fp64, before signs are elected."""
-        return max(super().working(experts), 24 if self.select_topk < 1 else 4)
+        """Signs, places and, while these are elected, a mark; the sums take less."""
+        return 4 + 8 + 1
 
     def merge_blocks(
         self,
@@ -79,13 +79,7 @@ class SCE(RowWise):
         weights = self._weights(statistics, site)
         for _, deltas in blocks:
             select(deltas, least)
-            ballot = Ballot(deltas, "mass")
-            ballot.give_undecided(1)
-            merged = np.empty(deltas.shape[1], np.float32)
-            deltas *= weights[:, None]
-            kernels.weighted_mean_agreeing(deltas, ballot.signs, weights, merged)
-            del ballot  # not held while the next block is voted on
-            yield merged
+            yield _mean_of_agreeing(deltas, weights)
 
     def _weights(self, statistics: Statistics, site: Site) -> Float[ndarray, " expert"]:
         squares = statistics["squares"].numpy()
@@ -93,6 +87,24 @@ class SCE(RowWise):
         if total <= self.least_squares * math.prod(site.shape):
             return np.full(len(squares), 1 / len(squares), np.float32)
         return (squares / total).astype(np.float32)
+
+
+def _mean_of_agreeing(
+    deltas: Float[ndarray, "expert entry"], weights: Float[ndarray, " expert"]
+) -> Float[ndarray, " entry"]:
+    """The weighted mean of the experts that agree with the elected sign; may work in the deltas."""
+    signs = _elected(deltas)
+    merged = np.empty(deltas.shape[1], np.float32)
+    deltas *= weights[:, None]
+    kernels.weighted_mean_agreeing(deltas, signs, weights, merged)
+    return merged
+
+
+def _elected(deltas: Float[ndarray, "expert entry"]) -> Float[ndarray, " entry"]:
+    """The signs of the sums, 0 counting as +."""
+    ballot = Ballot(deltas, "mass")
+    ballot.give_undecided(1)
+    return ballot.signs
 
 
 def select(deltas: Float[ndarray, "expert entry"], least: float) -> None:

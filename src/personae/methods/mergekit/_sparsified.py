@@ -174,9 +174,12 @@ class DroppingByRank(Dropping):
         pairs = zip(one_each(self.density, experts), one_each(self.epsilon, experts), strict=True)
         return beyond_certainty(self.name, pairs)
 
-    def block_bytes(self, site: Site, entries: int, experts: int) -> int:
+    def block_bytes(
+        self, site: Site, entries: int, experts: int, *, has_reference: bool = True
+    ) -> int:
         """See `Entrywise.block_bytes`; and the tables by rank."""
-        return super().block_bytes(site, entries, experts) + rank_bytes(site.row_entries, experts)
+        block = super().block_bytes(site, entries, experts, has_reference=has_reference)
+        return block + rank_bytes(site.row_entries, experts)
 
     def fill(self, site: Site, statistics: Statistics, weights: tuple[float, ...]) -> Fill:
         """Drops at random, as in `della`, and weighs what is kept."""
