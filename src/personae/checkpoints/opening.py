@@ -305,11 +305,13 @@ def absence(source: str) -> str | None:
 def _no_such_path(text: str, path: Path) -> str:
     if os.path.exists(path):  # noqa: PTH110 - names may be too long
         return f"{text} is no regular file, and no directory. Copy or download it again."
-    hint = f"Nor is there a directory {path.parent}."
-    if os.path.isdir(path.parent):  # noqa: PTH112
-        beside = islice(path.parent.iterdir(), _MOST_LOOKED_AT)
-        there = [one.name for one in beside if _may_be_model(one)]
-        hint = nearest(path.name, there) if there else f"There is no model in {path.parent}."
+    there = [name for name in _names_in(path.parent) if _may_be_model(path.parent / name)]
+    if there:
+        hint = nearest(path.name, there)
+    elif os.path.isdir(path.parent):  # noqa: PTH112
+        hint = f"There is no model in {path.parent}."
+    else:
+        hint = f"Nor is there a directory {path.parent}."
     return (
         f"{text}: no such file or directory. {hint} Models on the hub are written "
         "org/name or org/name@revision."
@@ -320,12 +322,17 @@ def _may_be_model(path: Path) -> bool:
     """Whether a path is that of a model, by the names of files alone."""
     if path.suffix == ".safetensors" or _is_weights_pickle(path.name):
         return True
-    try:
-        names = [one.name for one in islice(path.iterdir(), _MOST_LOOKED_AT)]
-    except OSError:  # no directory, or one that may not be read
-        return False
     known = {*_FULL_MODEL, *_FULL_MODEL_PICKLED, *_ADAPTER, _PIPELINE, MODULES}
-    return any(name in known for name in names)
+    return not known.isdisjoint(_names_in(path))
+
+
+def _names_in(folder: Path) -> list[str]:
+    """The first names in a folder; none of what is no folder, or may not be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in islice(entries, _MOST_LOOKED_AT)]
+    except OSError:
+        return []
 
 
 def _some(names: Collection[str]) -> str:
