@@ -131,7 +131,7 @@ def test_a_hand_worked_stack(tmp_path: Path) -> None:
     assert opened.factors("experts.w") is None
 
 
-@pytest.mark.parametrize("version", [None, "0.18.1", "0.21.2"])
+@pytest.mark.parametrize("version", [None, "0.18.1", "0.21.2", "9" * 5000])
 def test_square_matrices_of_a_version_or_class_that_is_not_known(
     tmp_path: Path, version: str | None
 ) -> None:

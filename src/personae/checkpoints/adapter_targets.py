@@ -217,4 +217,4 @@ def stack_is_crossed(
 
 
 def _version(text: str | None) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", text or "")[:3]))
+    return tuple(map(int, re.findall(r"\d{1,9}", text or "")[:3]))

@@ -2,19 +2,31 @@
 
 Adapters name modules, files name tensors, and the two differ where a newer transformers reads old
 files under new names. What kind of layer a module is, and which of them share a weight, no file
-says either. Nothing is allocated: the model is built on the meta device.
+says either. Nothing is allocated: the model is built on the meta device. A config.json comes from
+anybody, so one of more parts than any model has is not built to the end.
 """
 
 import importlib
-from collections.abc import Mapping
+import re
+import threading
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from personae._quiet import quiet_transformers
 from personae.checkpoints.naming import module_of
+
+_MOST_MODULES = 100_000
+"""Modules that are built at most; DeepSeek-V3 with each expert a module has about 60 000."""
+
+# Some classes make lists of so many entries before they build any module.
+_MOST_COUNTED = 100_000
+_COUNTED = re.compile(r"layer|depth|blocks|label")
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,8 @@ def build(config: Mapping[str, Any], model_class: str | None) -> BuiltModel | No
     """Build a class of transformers from the content of a config.json.
 
     Returns:
-        None without transformers, or where it does not know the class or the configuration: then
-        modules go by the names in files.
+        None without transformers, or where it does not know the class or the configuration, or
+        that speaks of more modules than models have: then modules go by the names in files.
     """
     model = build_module(config, model_class)
     return None if model is None else _told(model)
@@ -66,15 +78,47 @@ def build(config: Mapping[str, Any], model_class: str | None) -> BuiltModel | No
 
 def build_module(config: Mapping[str, Any], model_class: str | None) -> Any | None:
     """The model itself, without weights; see `build`."""
-    if model_class is None or "model_type" not in config:
+    if model_class is None or "model_type" not in config or _counts_too_many(config):
         return None
     try:
         transformers = importlib.import_module("transformers")
-        with quiet_transformers(), torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"), _bounded():
             loaded = transformers.AutoConfig.for_model(**config)
             return getattr(transformers, model_class)(loaded)
     except Exception:  # many kinds; all mean that transformers cannot tell
         return None
+
+
+def _counts_too_many(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration, or one in it, counts more layers or labels than models have."""
+    return any(
+        _counts_too_many(value)
+        if isinstance(value, dict)
+        else isinstance(value, int) and value > _MOST_COUNTED and _COUNTED.search(key) is not None
+        for key, value in config.items()
+    )
+
+
+@contextmanager
+def _bounded() -> Generator[None]:
+    """Let this thread build a model of `_MOST_MODULES` at most.
+
+    Raises:
+        OverflowError: It builds more.
+    """
+    thread, built = threading.get_ident(), 0
+
+    def count(*_: Any) -> None:
+        nonlocal built
+        built += threading.get_ident() == thread
+        if built > _MOST_MODULES:
+            raise OverflowError(f"more than {_MOST_MODULES} modules")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _told(model: nn.Module) -> BuiltModel:
