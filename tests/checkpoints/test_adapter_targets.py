@@ -12,6 +12,7 @@ from test_adapter import assert_same, save_adapter, write_adapter
 from torch import nn
 
 from personae.checkpoints import open_checkpoint
+from personae.checkpoints.adapter_files import AdapterConfig
 from personae.errors import CheckpointError
 
 pytestmark = [
@@ -172,3 +173,11 @@ def test_parameters_that_do_not_fit(tmp_path: Path, change: dict[str, Any], text
     weights = {"experts.w": torch.ones(2, 3, 5 if wide else 2), "experts.v": torch.ones(2, 3, 2)}
     with pytest.raises(CheckpointError, match=text):
         open_checkpoint(tmp_path, base=open_checkpoint(weights))
+
+
+def test_parameters_of_a_module_by_how_its_name_ends() -> None:
+    """Worked by hand: '' is of any module, a longer name of those that end as it does."""
+    names = ["w", "b.w", "b.v", "a.b.u", "x.b.t", "b"]
+    config = AdapterConfig(peft_type="LORA", r=1, lora_alpha=1, target_parameters=names)
+    assert config.parameters_of("a.b") == ["b", "u", "v", "w"]
+    assert config.parameters_of("ab") == ["b", "w"]

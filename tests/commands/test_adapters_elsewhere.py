@@ -207,3 +207,14 @@ def test_a_fused_base_with_a_tied_embedding_stored_twice(tmp_path: Path) -> None
     _adapter(MixtralForCausalLM, base, tmp_path / "adapter", **wanted)
     expected = _says(MixtralForCausalLM, tmp_path / "expected")
     _check(MixtralForCausalLM, base, tmp_path / "adapter", expected, tmp_path)
+
+
+def test_what_does_not_fit_where_the_modules_are_is_what_is_told(tmp_path: Path) -> None:
+    """Not that the base, as it is stored, calls them otherwise."""
+    loaded = _family("gte", tmp_path)
+    _adapter(loaded, tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj"])
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 5}))
+    with pytest.raises(CheckpointError, match="has rank 2, but adapter_config") as told:
+        merge(tmp_path / "base", {"x": tmp_path / "adapter"}, tmp_path / "m", work=_WORK)
+    assert "the names differ" not in str(told.value)

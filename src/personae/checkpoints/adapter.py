@@ -49,8 +49,9 @@ _BLOCK_ROWS = 256
 class Adapter:
     """A `Checkpoint`: the base, with weights adapted and tensors replaced by an adapter.
 
-    The merged weight is what PEFT's `merge_and_unload` gives, in fp32: base + scaling * B @ A.
-    For a tied embedding that means every use of it is adapted.
+    The merged weight is base + scaling * B @ A in fp32, as PEFT's `merge_and_unload` gives it. For
+    a tied embedding that means every use of it is adapted, once: under `ensure_weight_tying` PEFT
+    trains it so, but `merge_and_unload` adds the delta to it twice.
 
     Attributes:
         trained_on: What its configuration says it was trained on; None if it does not.

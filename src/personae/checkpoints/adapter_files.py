@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -90,8 +90,18 @@ class AdapterConfig(BaseModel):
 
     def parameters_of(self, module: str) -> list[str]:
         """What PEFT was told to adapt of a module's own parameters; none if it adapts modules."""
-        ends = {name: name.rpartition(".")[2] for name in self.target_parameters or ()}
-        return sorted({end for name, end in ends.items() if _ends(f"{module}.{end}", name)})
+        parts = module.split(".")
+        ends = [".".join(parts[first:]) for first in range(len(parts) + 1)]
+        return sorted({name for end in ends for name in self._parameters.get(end, ())})
+
+    @cached_property
+    def _parameters(self) -> dict[str, list[str]]:
+        """Names of parameters by how the module that they are in ends; '' for any."""
+        found: dict[str, list[str]] = {}
+        for name in self.target_parameters or ():
+            module, _, parameter = name.rpartition(".")
+            found.setdefault(module, []).append(parameter)
+        return found
 
     def saves(self, module: str) -> bool:
         """Whether a module was trained and stored in full, by itself or inside one that was.

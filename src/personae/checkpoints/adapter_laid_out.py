@@ -14,6 +14,7 @@ from personae._types import TensorSpec
 from personae.checkpoints._protocol import Checkpoint
 from personae.checkpoints.adapter import Adapter, fit_adapter
 from personae.checkpoints.adapter_files import AdapterConfig, read_adapter_config
+from personae.checkpoints.adapter_fit import NAMES_DIFFER
 from personae.checkpoints.class_layouts import Layout, other_layouts
 from personae.checkpoints.laid_out import Kept, LaidOut, Made
 from personae.checkpoints.published_layouts import Renamed
@@ -143,28 +144,32 @@ def open_adapter(tensors: Checkpoint, config_file: Path, base: Checkpoint) -> Ad
     config = read_adapter_config(config_file)
     try:
         return fit_adapter(tensors, config, base)
-    except CheckpointError:
-        for layouts in other_layouts(base):
-            found = _fit_in(tensors, config, base, layouts)
-            if found is not None:
-                return found
-        raise
+    except CheckpointError as error:
+        told = error
+    for layouts in other_layouts(base):
+        try:
+            return _fit_in(tensors, config, base, layouts)
+        except CheckpointError as error:
+            if NAMES_DIFFER in str(told) and NAMES_DIFFER not in str(error):
+                told = error  # here its names fit: this is what is wrong with it
+    raise told
 
 
 def _fit_in(
     tensors: Checkpoint, config: AdapterConfig, base: Checkpoint, layouts: Sequence[Layout]
-) -> Adapter | None:
-    """The adapter by its names in a layout, as the base is stored; None if it does not fit that."""
+) -> Adapter:
+    """The adapter by its names in a layout, as the base is stored.
+
+    Raises:
+        CheckpointError: It does not fit that.
+    """
     models, views = [base], list[LaidOut]()
     for layout in layouts:
         views.append(layout.of(models[-1]))
         models.append(views[-1])
-    try:
-        adapter = fit_adapter(tensors, config, models[-1])
-        for model, layout, view in zip(models[-2::-1], layouts[::-1], views[::-1], strict=True):
-            adapter = AdapterLaidOut(adapter, model, layout, view)
-    except CheckpointError:
-        return None
+    adapter = fit_adapter(tensors, config, models[-1])
+    for model, layout, view in zip(models[-2::-1], layouts[::-1], views[::-1], strict=True):
+        adapter = AdapterLaidOut(adapter, model, layout, view)
     return adapter
 
 

@@ -3,15 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from personae.cli import console, options
 from personae.commands import export as exporting
 from personae.commands.export_ranks import DEFAULT
-from personae.evaluate import outputs
 from personae.family.carried import SAVEABLE
+
+if TYPE_CHECKING:
+    from personae.evaluate.outputs import OutputChange
 
 
 def export(
@@ -108,6 +110,8 @@ def export(
     )
     reference = exporting.base_of(source, base)
     if against is not None:
+        from personae.evaluate import outputs  # takes a while to load
+
         outputs.comparable(against, base=reference, texts=texts)
     with options.working(workers, memory, device) as work:
         written = exporting.export(
@@ -130,6 +134,8 @@ def export(
         )
     change = None
     if against is not None:
+        from personae.evaluate import outputs
+
         change = outputs.output_change(written, against, reference, texts=texts)
         found["outputs"] = asdict(change)
     if json:
@@ -143,7 +149,7 @@ def export(
     console.out.print(f"{told} in {written}", markup=False)
 
 
-def _show_outputs(change: outputs.OutputChange) -> None:
+def _show_outputs(change: "OutputChange") -> None:
     """Print what is lost of a model's outputs."""
     lost = "which fine-tuning did not change"
     if change.lost is not None:
