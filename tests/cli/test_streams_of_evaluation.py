@@ -85,7 +85,7 @@ def test_ctrl_c_amid_the_work_and_again(work: Path):
     assert process.returncode in (0, 130)  # 0: it was done before
     assert "Traceback" not in said
     assert (work / MADE["eval"]).exists() == (process.returncode == 0)
-    done = run(work, f"{LINES['eval']} --overwrite --json")
+    done = run(work, f"rm -rf out && {LINES['eval']} --json")
     assert done.returncode == 0, done
     assert len(json.loads(done.stdout)) > 0
 

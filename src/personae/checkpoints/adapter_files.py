@@ -156,10 +156,6 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     return config
 
 
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
-
-
 @dataclass(frozen=True)
 class StoredPair:
     """The stored names of one module's A and B.
