@@ -1,7 +1,6 @@
 """Streams that are closed, full or of few letters: one line, and the work is done all the same."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 
 from families import saved, small_base, tuned
 from personae.cli.console import plain
+from shell_lines import run
 from toys import INDEX, write_sharded
 
 BASE = small_base()
@@ -27,18 +27,6 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _run(work: Path, line: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run a shell line in which `personae` is this interpreter's."""
-    return subprocess.run(
-        ["bash", "-c", f'personae() {{ "{sys.executable}" -m personae "$@"; }}; {line}'],
-        cwd=work,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"COLUMNS": "200"} | environment,
-    )
-
-
 @pytest.mark.parametrize(
     ("streams", "code", "said"),
     [
@@ -50,7 +38,7 @@ def _run(work: Path, line: str, **environment: str) -> "subprocess.CompletedProc
     ],
 )
 def test_the_work_is_done_whoever_watches(work, streams, code, said):
-    done = _run(work, f"personae merge r.yaml out {streams}")
+    done = run(work, f"personae merge r.yaml out {streams}")
     assert (work / "out" / "model.safetensors").exists()
     assert done.returncode == code, done
     assert said in done.stderr
@@ -72,7 +60,7 @@ def test_the_work_is_done_whoever_watches(work, streams, code, said):
     ],
 )
 def test_a_report_that_nobody_can_read_is_told_once(work, command, made):
-    done = _run(work, f"personae {command} >/dev/full")
+    done = run(work, f"personae {command} >/dev/full")
     assert done.returncode == 2, done
     assert done.stderr.count("error:") == done.stderr.count("No space left on device.") == 1
     assert "Traceback" not in done.stderr
@@ -82,19 +70,19 @@ def test_a_report_that_nobody_can_read_is_told_once(work, command, made):
 @pytest.mark.parametrize("command", ["--help", "merge --help", "--version", "methods"])
 def test_a_reader_that_has_left(work, command):
     """Of texts that rich and typer print as of ours."""
-    done = _run(work, f"exec 3> >(:); wait $!; personae {command} >&3")
+    done = run(work, f"exec 3> >(:); wait $!; personae {command} >&3")
     assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_letters_that_a_terminal_lacks_are_shown_by_their_codes(work):
     for encoding in ("ascii", "latin-1"):
-        done = _run(work, "personae methods average", PYTHONIOENCODING=encoding)
+        done = run(work, "personae methods average", PYTHONIOENCODING=encoding)
         assert done.returncode == 0, done.stderr
         assert "\\u03c4" in done.stdout  # the tau of the formula
 
 
 def test_a_working_directory_that_is_gone(work):
-    done = _run(work, "mkdir gone && cd gone && rmdir ../gone && personae methods")
+    done = run(work, "mkdir gone && cd gone && rmdir ../gone && personae methods")
     assert done.returncode == 2
     assert done.stderr == "error: The working directory is gone. Change to one that is there.\n"
 
@@ -118,7 +106,7 @@ def test_names_cannot_give_orders_to_a_terminal(work):
     (work / "e.yaml").write_text(
         'merge_method: ties\nconventions: papers\nmodels: [{model: a}]\n"\\e[2J\\u202e": 1\n'
     )
-    done = _run(work, "personae merge e.yaml out")
+    done = run(work, "personae merge e.yaml out")
     assert done.returncode == 2
     assert "Unknown key '\\x1b[2J\\u202e'" in done.stderr
     assert "\x1b" not in done.stderr
@@ -129,7 +117,7 @@ def test_nor_can_names_that_are_logged(work):
     content = json.loads((folder / INDEX).read_text())
     content["weight_map"]["gone\x1b[2J\u202e"] = "one.safetensors"
     (folder / INDEX).write_text(json.dumps(content))
-    done = _run(work, "personae inspect sharded")
+    done = run(work, "personae inspect sharded")
     assert done.returncode == 0
     assert "they are ignored: gone\\x1b[2J\\u202e" in done.stderr
     assert "\x1b" not in done.stderr
@@ -152,7 +140,7 @@ def test_paths_that_are_no_text(work):
         "merge_method: ties\nconventions: papers\nbase_model: base\n"
         "models: [{model: news}, {model: law}]\n"
     )
-    done = _run(
+    done = run(
         work,
         r"d=$'caf\xe9' && mkdir $d && mv base news law r.yaml $d && cd $d && "
         "personae merge r.yaml out && personae pack --method emr --base base --expert a=news "

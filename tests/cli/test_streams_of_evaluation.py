@@ -1,7 +1,6 @@
 """Streams of eval, tune and demo: closed, full, left, of few letters; and Ctrl-C amid the work."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 pytest.importorskip("optuna")
 
+from shell_lines import run
 from toy_suites import SUITE, toy_suite
 
 SPLITS = "splits: {test: test, validation: {from: train, examples: 12}}"
@@ -36,17 +36,6 @@ def work(suite: Path) -> Path:
     """The suite, without what an earlier run made; answers that are known stay."""
     subprocess.run(["rm", "-rf", "out"], cwd=suite, check=True)
     return suite
-
-
-def run(work: Path, line: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        ["bash", "-c", f'personae() {{ "{sys.executable}" -m personae "$@"; }}; {line}'],
-        cwd=work,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"COLUMNS": "200"} | environment,
-    )
 
 
 @pytest.mark.parametrize("command", MADE)

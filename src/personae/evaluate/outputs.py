@@ -152,13 +152,16 @@ def _model(asked: Comparison, of: Checkpoint | None) -> nn.Module:
         CheckpointError: if transformers makes no such model of these tensors.
     """
     own = asked.original
-    state = {name: own.read(name) for name in own.specs}
+    state: dict[str, Tensor] = {}
     if of is not None:
         aligned = align_one("original", of, own)
         for name in (*aligned.shared, *aligned.buffers):
             raw, value = aligned.files[name], of.read(name)
-            grown = state[raw].shape != value.shape
-            state[raw] = torch.cat([value, state[raw][len(value) :]]) if grown else value
+            shape = own.specs[raw].shape
+            if shape != value.shape:  # it has grown
+                value = torch.cat([value, own.read_rows(raw, len(value), shape[0])])
+            state[raw] = value
+    state |= {name: own.read(name) for name in own.specs if name not in state}
     state |= {dropped: state[kept] for dropped, kept in own.tied.items()}
     with quiet_transformers():
         try:
