@@ -37,7 +37,7 @@ def test_counts_of_everything_and_of_what_is_no_number():
     row = np.array([0, 1e-45, 3e38, np.inf, -np.nan, 1], np.float32)
     window = select.Window(0, select.TOP)
     counts = np.zeros(2 + window.bins, np.int64)
-    kernels.count_magnitudes(row, *window, window.shift, counts)
+    kernels.count_magnitudes(row, window.low, window.high, window.shift, counts)
     assert counts[:2].tolist() == [6, 2]
     assert counts[2:].sum() == 4
 

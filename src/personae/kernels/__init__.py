@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from personae.kernels.stored import add_multiple, store, store_sum, subtract, widen
     from personae.kernels.sums import (
         add_inner_products,
+        count_apart,
         deviations,
         keep_apart,
         keep_marked,
@@ -69,6 +70,7 @@ _HOMES = {
     "stored": ("add_multiple", "store", "store_sum", "subtract", "widen"),
     "sums": (
         "add_inner_products",
+        "count_apart",
         "deviations",
         "keep_apart",
         "keep_marked",
@@ -81,6 +83,7 @@ _HOMES = {
 __all__ = [
     "add_inner_products",
     "add_multiple",
+    "count_apart",
     "count_magnitudes",
     "count_ties",
     "deviations",

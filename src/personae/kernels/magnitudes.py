@@ -53,11 +53,12 @@ def count_ties(row: ndarray, level: Number, first: int, width: int, counts: ndar
 @kernel
 def sample(row: ndarray, floor: int, shift: int, counts: ndarray) -> None:
     """Add a histogram of magnitudes: bins of 2^shift patterns, the first one around `floor`."""
-    last = np.int64(counts.size - 1)
-    low = np.int64(floor)
+    last, low, by = U32(counts.size - 1), U32(floor), U32(shift)
+    places = np.empty(row.size, np.uint32)
     for i in range(row.size):
-        place = (np.int64(as_bits(row[i]) & MAGNITUDE) - low) >> shift
-        counts[min(max(place, 0), last)] += 1
+        places[i] = min(U32(max(U32(as_bits(row[i]) & MAGNITUDE), low) - low) >> by, last)
+    for i in range(row.size):
+        counts[places[i]] += 1
 
 
 @kernel

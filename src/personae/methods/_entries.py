@@ -13,7 +13,7 @@ from torch import Tensor
 from personae import kernels
 from personae._memory import uninitialised
 from personae.methods._deltas import DeltaBlocks, delta_blocks, joined
-from personae.methods._method import Pass, Statistics, one_each
+from personae.methods._method import Pass, Scope, Statistics, one_each
 from personae.methods._site import Site
 from personae.ops.select import (
     MOST_PATTERNS,
@@ -205,6 +205,7 @@ def find_thresholds(
     density: PerExpert,
     experts: int,
     seen: Callable[[Any, Site], Seen] | None = None,
+    scope: Scope = "model",
 ) -> Generator[Pass, Tensor, Float[Tensor, " expert"]]:
     """Find the smallest magnitude that each expert keeps.
 
@@ -214,6 +215,7 @@ def find_thresholds(
         density: Fraction of entries kept.
         experts: How many there are.
         seen: `seen(parameters, site)` makes, of the task vectors, what is trimmed.
+        scope: What the passes are over.
     """
     thresholds = torch.zeros(experts)
     ranks = [
@@ -221,52 +223,90 @@ def find_thresholds(
         for n, each in enumerate(one_each(density, experts))
         if each < 1
     ]
-    thresholds[[rank.row for rank in ranks]] = yield from find_magnitudes(ranks, seen)
+    thresholds[[rank.row for rank in ranks]] = yield from find_magnitudes(ranks, seen, scope)
     return thresholds
 
 
 def find_magnitudes(
-    ranks: Sequence[Rank], seen: Callable[[Any, Site], Seen] | None = None
+    ranks: Sequence[Rank],
+    seen: Callable[[Any, Site], Seen] | None = None,
+    scope: Scope = "model",
 ) -> Generator[Pass, Tensor, Float[Tensor, " rank"]]:
     """Find magnitudes by their rank: a pass over a sample, then one or more.
 
     Args:
         ranks: Which.
         seen: `seen(parameters, site)` makes what is counted, where that is not the task vectors.
+        scope: What the passes are over.
     """
-    windows = [Window(0, 1) for _ in ranks]
-
-    def rows(vectors: Tensor | DeltaBlocks, own: Any, site: Site) -> Iterator[Rows]:
-        make = None if seen is None else seen(own, site)
-        for start, deltas in delta_blocks(vectors, own.row_entries(site)):
-            yield deltas if make is None else make(start, deltas)
-
-    def sample(vectors: Tensor | DeltaBlocks, own: Any, site: Site) -> Tensor:
-        counts = np.zeros((len(ranks), SAMPLE_BINS), np.int64)
-        for found in rows(vectors, own, site):
-            for rank, counted in zip(ranks, counts, strict=True):
-                kernels.sample(found[rank.row], SAMPLE_FLOOR, SAMPLE_SHIFT, counted)
-        return torch.from_numpy(counts)
+    windows = yield from guess_windows(ranks, seen, len(ranks), scope)
 
     def count(vectors: Tensor | DeltaBlocks, own: Any, site: Site) -> Tensor:
         bins = max(window.bins for window in windows)
         counts = uninitialised((len(ranks), 2 + bins), torch.int64).zero_().numpy()
-        for found in rows(vectors, own, site):
+        for found in _rows(seen, vectors, own, site):
             for rank, window, counted in zip(ranks, windows, counts, strict=True):
-                low, high = window
-                kernels.count_magnitudes(found[rank.row], low, high, window.shift, counted)
+                kernels.count_magnitudes(
+                    found[rank.row], window.low, window.high, window.shift, counted
+                )
         return torch.from_numpy(counts)
 
-    most = len(ranks) * (2 + MOST_PATTERNS) * np.dtype(np.int64).itemsize
-    if ranks:
-        sampled = yield Pass("sample", sample, sample=64, term_bytes=most)
-        for n, (rank, counts) in enumerate(zip(ranks, sampled, strict=True)):
-            windows[n] = guess(counts, rank.fraction)
     while not all(window.found for window in windows):
-        counted = yield Pass("thresholds", count, term_bytes=most)
-        for n, (rank, counts) in enumerate(zip(ranks, counted, strict=True)):
-            entries = int(counts[0])
-            place = rank.place(entries)
-            none = Window(TOP, TOP + 1) if entries else Window(0, 1)
-            windows[n] = narrow(counts, windows[n], place) if place else none
+        counted = yield Pass("thresholds", count, term_bytes=most_counted(len(ranks), scope))
+        windows = [narrowed(*three) for three in zip(ranks, counted, windows, strict=True)]
     return torch.tensor([window.magnitude for window in windows])
+
+
+def guess_windows(
+    ranks: Sequence[Rank],
+    seen: Callable[[Any, Site], Seen] | None,
+    rows: int,
+    scope: Scope,
+) -> Generator[Pass, Tensor, list[Window]]:
+    """Windows that hold magnitudes of these ranks, but for bad luck: by a pass over a sample.
+
+    Args:
+        ranks: Which.
+        seen: See `find_magnitudes`.
+        rows: How many the passes that follow will count.
+        scope: What the passes are over.
+    """
+
+    def sample(vectors: Tensor | DeltaBlocks, own: Any, site: Site) -> Tensor:
+        counts = np.zeros((len(ranks), SAMPLE_BINS), np.int64)
+        for found in _rows(seen, vectors, own, site):
+            for rank, counted in zip(ranks, counts, strict=True):
+                kernels.sample(found[rank.row], SAMPLE_FLOOR, SAMPLE_SHIFT, counted)
+        return torch.from_numpy(counts)
+
+    if not ranks:
+        return []
+    sampled = yield Pass("sample", sample, sample=64, term_bytes=most_counted(rows, scope))
+    most = most_patterns(scope)
+    return [guess(counts, r.fraction, most) for r, counts in zip(ranks, sampled, strict=True)]
+
+
+def narrowed(rank: Rank, counts: Int64[Tensor, " counts"], window: Window) -> Window:
+    """A window, narrowed by what was counted in it; of no entry the magnitude is 0."""
+    entries = int(counts[0])
+    place = rank.place(entries)
+    none = Window(TOP, TOP + 1) if entries else Window(0, 1)
+    return narrow(counts, window, place) if place else none
+
+
+def most_counted(rows: int, scope: Scope) -> int:
+    """Bytes of what a pass counts at most, of so many rows."""
+    return rows * (2 + most_patterns(scope)) * np.dtype(np.int64).itemsize
+
+
+def most_patterns(scope: Scope) -> int:
+    """Patterns that are counted one by one: more of one tensor, whose sample tells less."""
+    return 2 * MOST_PATTERNS if scope == "tensor" else MOST_PATTERNS
+
+
+def _rows(
+    seen: Callable[[Any, Site], Seen] | None, vectors: Tensor | DeltaBlocks, own: Any, site: Site
+) -> Iterator[Rows]:
+    make = None if seen is None else seen(own, site)
+    for start, deltas in delta_blocks(vectors, own.row_entries(site)):
+        yield deltas if make is None else make(start, deltas)

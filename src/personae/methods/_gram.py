@@ -17,8 +17,8 @@ from torch import Tensor
 from personae import kernels
 from personae.methods._deltas import DeltaBlocks, delta_blocks
 from personae.methods._entries import Undecided, weighted_sums
-from personae.methods._merge import Linear, Scope
-from personae.methods._method import Pass, Passes, Statistics
+from personae.methods._merge import Linear
+from personae.methods._method import Pass, Passes, Scope, Statistics
 from personae.methods._site import Site
 
 Span = Literal["tensor", "row", "column"]

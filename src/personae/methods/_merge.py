@@ -26,7 +26,7 @@ from personae.errors import Faults, MethodError
 from personae.methods._deltas import DeltaBlocks, block_entries, delta_blocks, joined
 from personae.methods._entries import Undecided
 from personae.methods._matrices import is_matrix
-from personae.methods._method import Parameters, Pass, Passes, Statistics, statistics_of
+from personae.methods._method import Parameters, Pass, Passes, Scope, Statistics, statistics_of
 from personae.methods._site import Site
 from personae.ops.bases import joint_basis
 
@@ -37,7 +37,6 @@ Conventions = Literal["papers", "mergekit"]
 """Whose algorithm a name means, where two codes use one name for two."""
 
 Side = Literal["none", "left", "right", "both"]
-Scope = Literal["model", "tensor"]
 Factors = tuple[Float[Tensor, "out _"], Float[Tensor, "_ in"]]
 """Exact low-rank factors of one expert's task vector, left @ right."""
 

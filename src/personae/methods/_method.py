@@ -6,7 +6,7 @@ next, and returns the statistics. Whoever holds the tensors takes them (`run.pas
 """
 
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -155,6 +155,9 @@ class Pass(NamedTuple):
     apart: bool = False
     term_bytes: int = 0
 
+
+Scope = Literal["model", "tensor"]
+"""What passes are over: all of the model, or each tensor alone."""
 
 Passes = Generator[Pass, Any, Statistics]
 """Yields passes, is sent what each came to, returns the statistics."""

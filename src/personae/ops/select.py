@@ -40,16 +40,17 @@ _MOST_HELD = 1 << 20  # patterns of a window that are sorted; of more the window
 
 
 class Window(NamedTuple):
-    """The patterns low ≤ pattern < high, counted in bins of 2^shift."""
+    """The patterns low ≤ pattern < high, counted in bins of 2^shift; `most` of them one by one."""
 
     low: int
     high: int
+    most: int = MOST_PATTERNS
 
     @property
     def shift(self) -> int:
         """log2 of the patterns in a bin."""
         patterns = self.high - self.low
-        return 0 if patterns <= MOST_PATTERNS else (patterns - 1).bit_length() - _COARSE_BITS
+        return 0 if patterns <= self.most else (patterns - 1).bit_length() - _COARSE_BITS
 
     @property
     def bins(self) -> int:
@@ -85,7 +86,7 @@ def sample_counts(entries: Float[Tensor, "..."]) -> Int64[Tensor, " bins"]:
     return torch.from_numpy(counts)
 
 
-def guess(counts: Int64[Tensor, " bins"], density: float) -> Window:
+def guess(counts: Int64[Tensor, " bins"], density: float, most: int = MOST_PATTERNS) -> Window:
     """Window around the magnitude that this fraction of a sample reaches.
 
     Its low end is that of a bin: differences of bf16 weights are round numbers, heaped there.
@@ -103,7 +104,7 @@ def guess(counts: Int64[Tensor, " bins"], density: float) -> Window:
         deeper = (at_least[index] - (rank - slack)) / inside
         bottom = _edge(index + 1)
         high = bottom + math.ceil((_edge(index) - bottom) * deeper) + 1
-    return Window(low, min(high, TOP))
+    return Window(low, min(high, TOP), most)
 
 
 def count_magnitudes(
@@ -130,15 +131,15 @@ def count_magnitudes(
 
 def narrow(counts: Int64[Tensor, " counts"], window: Window, k: int) -> Window:
     """The bin of counts that holds the k-th largest (from 1), or the side of it to look on."""
-    above, inside = int(counts[1]), counts[2:]
+    above, inside = int(counts[1]), counts[2:].numpy()
     if above >= k:
         return _beside(window, above=True)
-    at_least = above + inside.flip(0).cumsum(0)
-    if int(at_least[-1]) < k:
+    below = above + int(inside.sum()) - k  # of those inside, how many lie below the k-th
+    if below < 0:
         return _beside(window, above=False)
-    index = len(inside) - 1 - int(torch.searchsorted(at_least, k))
+    index = int(np.searchsorted(inside.cumsum(), below, side="right"))
     low = window.low + (index << window.shift)
-    return Window(low, min(low + (1 << window.shift), window.high))
+    return window._replace(low=low, high=min(low + (1 << window.shift), window.high))
 
 
 def kth_magnitude(tensor: Float[Tensor, "..."], k: int) -> tuple[float, int]:
@@ -215,7 +216,11 @@ def _beside(window: Window, above: bool) -> Window:
             "Magnitudes that are compared exceed the range of float32, although the models are "
             "finite. Give smaller weights, or densities that are not as small."
         )
-    return Window(window.high, TOP) if above else Window(0, window.low)
+    return (
+        window._replace(low=window.high, high=TOP)
+        if above
+        else window._replace(low=0, high=window.low)
+    )
 
 
 def _edge(index: int) -> int:

@@ -36,6 +36,10 @@ MethodOf = Callable[[str], MergeMethod]
 
 Place = TypeVar("Place")
 
+_LEAST_SAMPLED = 1 << 20
+"""Entries of one tensor that are sampled at least: of fewer a guess is wide, and takes a pass more
+to narrow."""
+
 
 def kept(path: Path, find: Callable[[], Statistics]) -> Statistics:
     """Statistics as an earlier run has left them, or found and left for a later one.
@@ -94,10 +98,12 @@ def passes_over_tensor(
     Raises:
         NotFinite: if it holds values that are not.
     """
+    entries = sum(chunk.numel for chunk in chunks)
 
     def take(one: Pass) -> Tensor | None:
         if one.late and late:
             return None
+        one = one._replace(sample=max(1, min(one.sample, entries // _LEAST_SAMPLED)))
         parts = (part for chunk in chunks for part in _parts(one, chunk))
         return _total(_term(one, method, stacks, part) for part in parts)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from personae import kernels
 from personae.methods._deltas import DeltaBlocks, delta_blocks
 from personae.methods._electing import Ballot
-from personae.methods._entries import Rank, Seen, Undecided, find_magnitudes
+from personae.methods._entries import Rank, Seen, Undecided, guess_windows, most_counted, narrowed
 from personae.methods._merge import RowWise, as_function
 from personae.methods._method import Pass, Passes, Statistics
 from personae.methods._registry import merge_method
@@ -38,7 +38,7 @@ class SCE(RowWise):
     """
 
     default_scope: ClassVar = "tensor"
-    usual_passes: ClassVar = 3
+    usual_passes: ClassVar = 1
     least_squares: ClassVar[float] = 0.0
     """Sum of the experts' mean squares at which all weigh the same."""
 
@@ -47,21 +47,39 @@ class SCE(RowWise):
     )
 
     def passes(self, experts: int) -> Passes:
-        """Those for the smallest deviation that is selected, and one for the sums of squares."""
-        threshold = torch.zeros(1)
+        """Those for the smallest deviation that is selected, and the squares of what is."""
         if self.select_topk < 1:
-            rank = Rank(0, self.select_topk, lambda entries: int(entries * self.select_topk))
-            threshold = yield from find_magnitudes([rank], _deviations)
+            return (yield from self._select(experts))
 
         def squares(vectors: Tensor | DeltaBlocks, _: Any, __: Site) -> Tensor:
-            total, least = np.zeros((experts, 1, 1)), least_apart(float(threshold), experts)
+            total = np.zeros((experts, 1, 1))
             for _, deltas in delta_blocks(vectors):
-                select(deltas, least)
                 for own, delta in zip(total, deltas, strict=True):
                     kernels.add_inner_products(delta[None, None], own[None])
             return torch.from_numpy(total[:, 0, 0])
 
-        return {"threshold": threshold, "squares": (yield Pass("squares", squares))}
+        return {"threshold": torch.zeros(1), "squares": (yield Pass("squares", squares))}
+
+    def _select(self, experts: int) -> Passes:
+        """Deviations are counted, and squares added up, at and above each that it may be."""
+        rank = Rank(0, self.select_topk, lambda entries: int(entries * self.select_topk))
+        (window,) = yield from guess_windows([rank], _deviations, 1 + experts, "tensor")
+        squares = torch.zeros(experts, dtype=torch.float64)
+        most = most_counted(1 + experts, "tensor")
+
+        def count(vectors: Tensor | DeltaBlocks, _: Any, __: Site) -> Tensor:
+            counts = np.zeros((1 + experts, 2 + window.bins))
+            for _, deltas in delta_blocks(vectors):
+                kernels.count_apart(deltas, window.low, window.high, window.shift, counts)
+            return torch.from_numpy(counts)
+
+        while not window.found:
+            counts = yield Pass("thresholds", count, term_bytes=most)
+            before, window = window, narrowed(rank, counts[0].long(), window)
+            place = 2 + ((window.low - before.low) >> before.shift)
+            squares = counts[1:, 1] + counts[1:, max(place, 2) :].sum(dim=1)
+        threshold = torch.tensor([window.magnitude])
+        return {"threshold": threshold, "squares": squares * threshold.isfinite()}
 
     def working(self, experts: int) -> int:
         """Signs, places and, while these are elected, a mark; the sums take less."""
@@ -124,7 +142,7 @@ def least_apart(threshold: float, experts: int) -> float:
     low, high = (int(np.float64(near * each).view(np.int64)) for each in (1 - 1e-6, 1 + 1e-6))
     while low < high:
         middle = (low + high) // 2
-        if np.float32(np.sqrt(np.int64(middle).view(np.float64) / experts)) >= threshold:
+        if np.float32(np.sqrt(np.int64(middle).view(np.float64) * (1 / experts))) >= threshold:
             high = middle
         else:
             low = middle + 1

@@ -50,7 +50,8 @@ class TIES(Electing):
 
     def find(self, experts: int) -> Passes:
         """Those that find each expert's threshold."""
-        return {"thresholds": (yield from find_thresholds(self.density, experts))}
+        found = yield from find_thresholds(self.density, experts, scope=self.scope)
+        return {"thresholds": found}
 
     def fill(self, site: Site, experts: int, statistics: Statistics) -> Fill:
         """Trims."""

@@ -29,7 +29,7 @@ class TIES(Sparsified):
 
     def find(self, experts: int) -> Passes:
         """Those for each expert's threshold and ties."""
-        thresholds = yield from find_thresholds(self.density, experts)
+        thresholds = yield from find_thresholds(self.density, experts, scope=self.passes_over)
         cuts = yield from find_cuts(self.density, thresholds, experts)
         return {"thresholds": thresholds, "cuts": cuts}
 
