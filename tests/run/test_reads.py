@@ -1,5 +1,10 @@
-"""How often a merge reads each model: once a pass and once to merge, counted at the reader."""
+"""How often merging and packing read each model, counted at the reader.
 
+Merging: once a pass and once to merge. Packing: once to look, at base and experts side by side, and
+once to code each expert, against the base.
+"""
+
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,7 +13,19 @@ import pytest
 import torch
 
 from families import saved
-from personae import DRM, TIES, Average, MergeMethod, TaskArithmetic, Work, merge
+from personae import (
+    DRM,
+    DTS,
+    TIES,
+    Average,
+    MergeMethod,
+    PackSettings,
+    TaskArithmetic,
+    Work,
+    add_tasks,
+    merge,
+    pack,
+)
 from personae.checkpoints.safetensors_files import SafetensorsFiles
 from personae.family.effects import PROBED
 
@@ -44,14 +61,20 @@ def times(
     work: Work | None = None,
 ) -> dict[str, float]:
     """How often each of a base and two experts of one matrix in bf16 is read."""
+    base, experts = family(folder, shape)
+    merge(base, experts, folder / "out", method, work=work)
+    return {name: reads[name] / math.prod(shape) for name in ("base", "a", "b")}
+
+
+def family(folder: Path, shape: tuple[int, ...]) -> tuple[Path, dict[str, Path]]:
+    """Base and experts of one matrix in bf16."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(shape, generator=generator)
-    paths = {}
+    paths: dict[str, Path] = {}
     for name in ("base", "a", "b"):
         noise = 0.1 * torch.randn(shape, generator=generator)
         paths[name] = saved({"l.weight": (base + noise).bfloat16()}, folder / name)
-    merge(paths.pop("base"), paths, folder / "out", method, work=work)
-    return {name: reads[name] / base.numel() for name in ("base", "a", "b")}
+    return paths.pop("base"), paths
 
 
 def test_a_mean_reads_each_expert_once_and_of_the_base_a_few_entries(reads, tmp_path: Path):
@@ -79,3 +102,28 @@ def test_ties_reads_each_model_once_a_pass_and_once_to_merge(reads, tmp_path: Pa
 def test_drm_reads_each_expert_once(reads, tmp_path: Path):
     found = times(reads, DRM(), tmp_path, (96, 64))
     assert (found["a"], found["b"]) == (1, 1)
+
+
+def test_packing_reads_experts_twice_and_the_base_once_and_for_each(reads, tmp_path: Path):
+    entries = ROWS * WIDTH
+    base, experts = family(tmp_path, (ROWS, WIDTH))
+    pack(base, experts, tmp_path / "pack", DTS(rank_fraction=0.01))
+    assert (reads["a"], reads["b"]) == (2 * entries, 2 * entries)
+    probed = len(experts) * (PROBED + WIDTH)  # does what is decoded show?
+    assert 3 * entries <= reads["base"] <= 3 * entries + probed
+    reads.clear()
+    added = family(tmp_path / "more", (ROWS, WIDTH))[1]["a"]
+    add_tasks(tmp_path / "pack", {"c": added})
+    assert reads["a"] == 2 * entries
+    assert 2 * entries <= reads["base"] <= 2 * entries + probed
+
+
+def test_packing_against_an_average_reads_it_as_a_base(reads, tmp_path: Path):
+    entries = ROWS * WIDTH
+    base, experts = family(tmp_path, (ROWS, WIDTH))
+    settings = PackSettings(vector="difference", parameters={"rank_fraction": 0.01})
+    pack(base, experts, tmp_path / "pack", settings=settings)
+    # The base is looked at, and a few entries of it beside the average. Experts are looked at
+    # beside the base, averaged, looked at beside the average, and coded.
+    assert entries <= reads["base"] <= entries + 2 * (PROBED + WIDTH)
+    assert reads["a"] == reads["b"] == 4 * entries

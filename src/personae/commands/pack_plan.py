@@ -23,9 +23,9 @@ from personae.recipe import PackSettings, parse_size
 from personae.run.costs import (
     checking_bytes,
     coding_bytes,
-    scanning_bytes,
     sharing_bytes,
 )
+from personae.run.scan import costs_of_scanning
 from personae.run.work import Work, check_memory, held_at_once
 
 RECORD_BYTES = 600
@@ -282,14 +282,16 @@ def _plan_task(family: Family, name: str, settings: PackSettings) -> TaskPlan:
 def _item_costs(family: Family, settings: PackSettings) -> Sequence[Sequence[int]]:
     """Working memory of each item of each stage.
 
-    The base's tensors, the merged reference if there is one, what all tasks share; then of every
-    expert the first pass over its tensors and their coding.
+    The first pass over all models, the merged reference if there is one, what all tasks share; then
+    the coding of every expert.
     """
     experts = len(family.experts)
     codec = settings.codec().for_family([{}] * experts)
     base = family.base.specs
-    stages = [[checking_bytes(spec) for spec in base.values()]]
+    stages = [costs_of_scanning(family, from_base=settings.vector == "task")]
     if settings.vector == "difference":
+        for expert in family.experts.values():  # before there is anything to compare them with
+            stages.append([checking_bytes(s) for s in expert.checkpoint.specs.values()])
         method = settings.merge(experts)
         job = job_of(family, lambda _: method)
         stages.append([job.cost(item) for item in job.items])
@@ -300,7 +302,6 @@ def _item_costs(family: Family, settings: PackSettings) -> Sequence[Sequence[int
         own = family.shared_specs(name)
         coder = _codec(settings, own).for_family([{}] * experts)
         kept = expert.kept_bytes
-        stages.append([kept + scanning_bytes(s) for s in expert.checkpoint.specs.values()])
         stages.append([kept + coding_bytes([coder], base[spec.name]) for spec in own])
     return stages
 

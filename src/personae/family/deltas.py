@@ -137,7 +137,7 @@ class Stacks:
                 place.copy_(self._expert(deltas, chunk))
             reference = stack.mean(dim=0)
             return stack.sub_(reference), reference
-        reference = _rows(self._reference, chunk.spec.name, chunk).float()
+        reference = read_chunk(self._reference, chunk.spec.name, chunk).float()
         for place, deltas in zip(stack, self._deltas, strict=True):
             factors = deltas.factors(chunk.spec.name)
             if factors is not None:
@@ -176,14 +176,14 @@ class Stacks:
             stack, reference = self._read_finite(chunk)
             return DeltaBlocks(stack, reference, are_deltas=True)
         models = (self._expert(deltas, chunk) for deltas in self._deltas)
-        return DeltaBlocks(models, _rows(self._reference, chunk.spec.name, chunk))
+        return DeltaBlocks(models, read_chunk(self._reference, chunk.spec.name, chunk))
 
     def _models(self, chunk: Chunk, method: MergeMethod) -> DeltaBlocks:
         if not self._models_are_stored(chunk):
             return DeltaBlocks(self.models(method, *self._read_finite(chunk)))
         models = [self._expert(deltas, chunk) for deltas in self._deltas]
         if self._needs_base(method):
-            models.insert(0, _rows(self._reference, chunk.spec.name, chunk))
+            models.insert(0, read_chunk(self._reference, chunk.spec.name, chunk))
         return DeltaBlocks(models)
 
     def _read_finite(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
@@ -240,7 +240,9 @@ class Stacks:
         own = (self._expert(deltas, chunk) for deltas in self._deltas)
         found = list(zip(own, coefficients, strict=True))
         rest = _of_base(coefficients)
-        return [(_rows(self._reference, chunk.spec.name, chunk), rest), *found] if rest else found
+        return (
+            [(read_chunk(self._reference, chunk.spec.name, chunk), rest), *found] if rest else found
+        )
 
     def is_sum(self, chunk: Chunk, coefficients: Sequence[float]) -> bool:
         """Whether there are `summands`, known from headers."""
@@ -274,7 +276,7 @@ class Stacks:
             if found.spec(name).shape != chunk.spec.shape:
                 continue
             own = self._expert(deltas, chunk)
-            reference = _rows(self._reference, name, chunk) if reference is None else reference
+            reference = read_chunk(self._reference, name, chunk) if reference is None else reference
             if differs(own, reference, own.dtype):
                 return "b" if name in found.buffers else "-"
         return "."
@@ -332,7 +334,7 @@ class Stacks:
         rows = self._rows_present(chunk)
         if rows is not None and not rows[1].all():
             return self.read(chunk)[1]
-        return _rows(self._reference, chunk.spec.name, chunk)
+        return read_chunk(self._reference, chunk.spec.name, chunk)
 
     def faults(
         self,
@@ -412,16 +414,17 @@ class Stacks:
             place.copy_(self._expert(deltas, chunk))
         reference = torch.zeros(chunk.shape)
         if self._family.has_base:
-            reference.copy_(_rows(self._reference, chunk.spec.name, chunk))
+            reference.copy_(read_chunk(self._reference, chunk.spec.name, chunk))
         settle(stack, reference, present, in_base)
         return stack, reference
 
     def _expert(self, deltas: Deltas, chunk: Chunk) -> Tensor:
         alignment = deltas.alignment
-        return _rows(alignment.checkpoint, alignment.files[chunk.spec.name], chunk)
+        return read_chunk(alignment.checkpoint, alignment.files[chunk.spec.name], chunk)
 
 
-def _rows(checkpoint: Checkpoint, name: str, chunk: Chunk) -> Tensor:
+def read_chunk(checkpoint: Checkpoint, name: str, chunk: Chunk) -> Tensor:
+    """Rows of a model's own tensor, which is known to have them."""
     if chunk.is_whole:
         return checkpoint.read(name)
     rows = checkpoint.read_rows(name, chunk.start, chunk.stop)

@@ -12,15 +12,26 @@ from personae.errors import MethodError
 
 def not_finite(label: str, name: str, tensor: Tensor) -> list[str]:
     """A text if the tensor holds NaN or Inf, else none; `label` says whose it is."""
+    return holds_bad(label, name, count_bad(tensor))
+
+
+def count_bad(tensor: Tensor) -> int:
+    """How many values are NaN or infinite."""
     if not tensor.is_floating_point() or not tensor.numel():
-        return []
+        return 0
     if tensor.itemsize == 1:
         tensor = tensor.float()
     if torch.stack(tensor.aminmax()).isfinite().all():  # NaN passes through both
+        return 0
+    return tensor.numel() - int(tensor.isfinite().count_nonzero())
+
+
+def holds_bad(label: str, name: str, count: int) -> list[str]:
+    """The text for a tensor with so many values that are NaN or infinite; none if there is none."""
+    if not count:
         return []
-    bad = tensor.numel() - int(tensor.isfinite().count_nonzero())
     return [
-        f"{label}: tensor '{name}' holds {bad} value(s) that are NaN or infinite. "
+        f"{label}: tensor '{name}' holds {count} value(s) that are NaN or infinite. "
         "Repair the checkpoint, or leave the tensor out with 'skip'."
     ]
 

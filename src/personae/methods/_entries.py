@@ -254,6 +254,7 @@ def find_magnitudes(
     while not all(window.found for window in windows):
         counted = yield Pass("thresholds", count, term_bytes=most_counted(len(ranks), scope))
         windows = [narrowed(*three) for three in zip(ranks, counted, windows, strict=True)]
+        del counted  # not held beside the next
     return torch.tensor([window.magnitude for window in windows])
 
 

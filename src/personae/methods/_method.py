@@ -171,6 +171,7 @@ def statistics_of(passes: Passes, take: Callable[[Pass], Any]) -> Statistics:
             one = passes.send(found)
         except StopIteration as done:  # of the passes alone: one of `take` would be a fault
             return done.value
+        found = None  # not held while the next one is taken
         found = take(one)
 
 

@@ -6,7 +6,7 @@ than memory, so that checking a base costs no more than reading it.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,13 +16,29 @@ from torch import Tensor
 from personae._small_files import open_regular
 
 
+class Digest:
+    """Digest of one tensor's dtype, shape and bytes, which come a block of rows after the other."""
+
+    def __init__(self, dtype: torch.dtype, shape: Sequence[int]) -> None:
+        """Begin with what a header says."""
+        self._state = xxhash.xxh3_128(f"{dtype} {tuple(shape)}".encode())
+
+    def update(self, rows: Tensor) -> None:
+        """Take the next rows, or all of them."""
+        flat = rows.detach().contiguous().flatten()
+        if flat.numel():
+            self._state.update(flat.view(torch.uint8).numpy().data)
+
+    def text(self) -> str:
+        """Of all that was taken."""
+        return self._state.hexdigest()
+
+
 def tensor_digest(tensor: Tensor) -> str:
-    """Digest of one tensor's dtype, shape and bytes."""
-    flat = tensor.detach().contiguous().flatten()
-    state = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    if flat.numel():
-        state.update(flat.view(torch.uint8).numpy().data)
-    return state.hexdigest()
+    """The digest of a tensor that is there."""
+    digest = Digest(tensor.dtype, tensor.shape)
+    digest.update(tensor)
+    return digest.text()
 
 
 def combine(digests: Mapping[str, str]) -> str:

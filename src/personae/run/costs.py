@@ -4,11 +4,11 @@ Each figure is of what the code holds at once, from the dtypes in the headers, t
 shape; files that are mapped are not memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 
 from personae._types import TensorSpec
-from personae.family.chunks import CHUNK_ENTRIES
+from personae.family.chunks import CHUNK_ENTRIES, rows_of
 from personae.methods import Block, Codec
 from personae.ops.chunks import chunk_bytes
 
@@ -27,8 +27,19 @@ def delta_bytes(numel: int) -> int:
 
 
 def scanning_bytes(spec: TensorSpec) -> int:
-    """Of the first pass over a tensor of an expert: as it is stored, then its delta."""
+    """Of the first pass over a tensor of an adapter: as a model has it, then its delta."""
     return max(checking_bytes(spec), delta_bytes(spec.numel))
+
+
+def comparing_bytes(reference: TensorSpec, experts: Iterable[TensorSpec]) -> int:
+    """Of the first pass over a tensor of the reference, and over the same one of the experts.
+
+    A block of rows of the reference, and of one expert at a time, as they are stored and in fp32,
+    and their difference.
+    """
+    own = max((spec.dtype.itemsize for spec in experts), default=0)
+    entries = max((rows.numel for rows in rows_of(reference)), default=0)
+    return entries * (reference.dtype.itemsize + own + 12)
 
 
 def sharing_bytes(numel: int, experts: int) -> int:

@@ -205,6 +205,7 @@ def _total(terms: Iterable[Tensor], total: Tensor | None = None) -> Tensor | Non
             total = term
         else:
             np.add(total.numpy(), term.numpy(), out=total.numpy())
+        del term  # not held beside the next
     return total
 
 

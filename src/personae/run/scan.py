@@ -1,21 +1,27 @@
-"""A first pass over every weight: is it finite, did it change, which zeros, whose model is it?"""
+"""A first pass over every weight: is it finite, did it change, which zeros, whose model is it?
 
-from collections.abc import Collection, Mapping, Sequence
+Each tensor of the reference is read once, a block of rows at a time, and with it that of every
+expert.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from operator import itemgetter
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from personae.checkpoints import Checkpoint
 from personae.checkpoints.tied import as_stored
 from personae.errors import CheckpointError, Faults
-from personae.family.deltas import Deltas
-from personae.family.finite import beyond_fp32, is_finite, not_finite
+from personae.family.chunks import Chunk, rows_of
+from personae.family.deltas import Deltas, read_chunk
+from personae.family.finite import beyond_fp32, count_bad, holds_bad, is_finite, not_finite
 from personae.family.opened import Family
 from personae.methods import has_matrices
-from personae.packs.fingerprint import combine, tensor_digest
-from personae.run.costs import checking_bytes, scanning_bytes
+from personae.packs.fingerprint import Digest, combine, tensor_digest
+from personae.run.costs import checking_bytes, comparing_bytes, scanning_bytes
 from personae.run.work import Work
 
 
@@ -59,33 +65,35 @@ class _Seen:
     faults: list[str] = field(default_factory=list[str])
 
 
-def scan(deltas: Deltas, work: Work, faults: Faults) -> ExpertScan:
-    """Read every tensor of one expert once: finite? changed? which zeros? which weights?
+class _Place(NamedTuple):
+    """A tensor that is looked at: of the reference, or of one expert alone by its own name.
 
-    Faults (NaN or Inf in a weight, an expert equal to the reference) are added to `faults`.
+    Attributes:
+        expert: Whose it is; None for the reference.
+        name: Its name there.
     """
-    alignment = deltas.alignment
-    tensors: dict[str, TensorScan] = {}
-    digests: dict[str, str] = {}
-    differing: list[str] = []
-    taken = alignment.taken
-    results = work.map(
-        list(taken),
-        partial(_see, deltas, taken),
-        cost=lambda raw: alignment.kept_bytes + scanning_bytes(alignment.checkpoint.specs[raw]),
-    )
-    for raw, seen in sorted(results, key=itemgetter(0)):  # faults in an order of their own
-        digests[raw] = seen.digest
-        for fault in seen.faults:
+
+    expert: str | None
+    name: str
+
+
+def _noted(seen: Mapping[str, _Seen], faults: Faults) -> dict[str, str]:
+    """The digests of one model's tensors; their faults are added in the order of names."""
+    for _, one in sorted(seen.items()):
+        for fault in one.faults:
             faults.add(fault)
-        name = taken[raw]
-        if name is not None and seen.scan is not None:
-            tensors[name] = seen.scan
-        if name is not None and seen.differs:
-            differing.append(name)
+    return {name: one.digest for name, one in sorted(seen.items())}
+
+
+def _scan(deltas: Deltas, seen: Mapping[str, _Seen], faults: Faults) -> ExpertScan:
+    """What was seen of one expert, by its own names; faults are added, as that it is the base."""
+    alignment, digests = deltas.alignment, _noted(seen, faults)
+    named = [(name, seen[raw]) for raw, name in sorted(alignment.taken.items()) if name is not None]
+    tensors = {name: one.scan for name, one in named if one.scan is not None}
+    differing = [name for name, one in named if one.differs]
     digests |= _copied(alignment.checkpoint, digests)
     of_its_own = alignment.private or alignment.grown or differing
-    if not of_its_own and not any(seen.changed for seen in tensors.values()):
+    if not of_its_own and not any(scan.changed for scan in tensors.values()):
         faults.add(_says_equal(deltas, len(tensors)))
     return ExpertScan(tensors, tuple(sorted(differing)), combine(digests))
 
@@ -103,8 +111,138 @@ def _says_equal(deltas: Deltas, count: int) -> str:
     )
 
 
-def _see(deltas: Deltas, taken: Mapping[str, str | None], raw_name: str) -> _Seen:
-    alignment, name = deltas.alignment, taken[raw_name]
+@dataclass(frozen=True)
+class _Looks:
+    """What a first pass over a family reads.
+
+    Attributes:
+        base: The reference.
+        experts: The deltas, by expert.
+        beside: Tensors of the reference, each with the experts that are read beside it.
+        alone: Tensors of experts that are not, and the reference names of those that have one.
+    """
+
+    base: Checkpoint
+    experts: Mapping[str, Deltas]
+    beside: Mapping[str, Sequence[Deltas]]
+    alone: Mapping[_Place, str | None]
+
+    @classmethod
+    def of(cls, family: Family, from_base: bool) -> "_Looks":
+        base = family.base
+        experts = {name: Deltas(expert, base, from_base) for name, expert in family.experts.items()}
+        beside: dict[str, list[Deltas]] = {name: [] for name in base.specs}
+        alone: dict[_Place, str | None] = {}
+        for expert, deltas in experts.items():
+            shared = set(deltas.alignment.shared) if deltas.is_stored else set[str]()
+            for raw, name in deltas.alignment.taken.items():
+                if name in shared:
+                    beside[name].append(deltas)
+                else:
+                    alone[_Place(expert, raw)] = name
+        return cls(base, experts, beside, alone)
+
+    @property
+    def places(self) -> list[_Place]:
+        return [*(_Place(None, name) for name in self.beside), *self.alone]
+
+    def cost(self, place: _Place) -> int:
+        if place.expert is None:
+            own = [deltas.alignment.spec(place.name) for deltas in self.beside[place.name]]
+            return comparing_bytes(self.base.specs[place.name], own)
+        alignment = self.experts[place.expert].alignment
+        return alignment.kept_bytes + scanning_bytes(alignment.checkpoint.specs[place.name])
+
+
+def costs_of_scanning(family: Family, *, from_base: bool) -> list[int]:
+    """Peak bytes of each item of `Scanned.of`."""
+    looks = _Looks.of(family, from_base)
+    return [looks.cost(place) for place in looks.places]
+
+
+class _Look:
+    """What is seen of one tensor of an expert, whose rows come beside the reference's."""
+
+    def __init__(self, deltas: Deltas, name: str) -> None:
+        """Nothing has been read."""
+        spec = deltas.alignment.spec(name)
+        self.deltas, self.name, self.raw = deltas, name, deltas.alignment.files[name]
+        self._is_matrix = has_matrices(name, deltas.reference.specs[name].shape)
+        self._digest = Digest(spec.dtype, spec.shape)
+        self._bad = self._zero_rows = self._zero_columns = self._zeros = 0
+        self._columns: Tensor | None = None
+        self._changed, self._fits = False, True
+
+    def take(self, rows: Chunk, reference: Tensor) -> None:
+        """Read rows that the reference has too, whose values are given in fp32."""
+        own = self._read(rows)
+        delta = own.float() - reference
+        self._fits = self._fits and is_finite(delta)
+        if not self._is_matrix:
+            changed = int(torch.count_nonzero(delta))
+            self._zeros += delta.numel() - changed
+            self._changed = self._changed or changed > 0
+            return
+        kept, columns = delta.any(dim=-1), delta.any(dim=-2)
+        self._changed = self._changed or bool(kept.any())
+        self._zero_rows += int((~kept).sum())
+        if delta.ndim == 2:  # its columns go on in the next rows
+            self._columns = columns if self._columns is None else self._columns | columns
+        else:
+            self._zero_columns += int((~columns).sum())
+
+    def seen(self, *, reference_is_finite: bool) -> _Seen:
+        """What all its rows come to; those that the reference lacks are read now."""
+        alignment, shape = self.deltas.alignment, self.deltas.reference.specs[self.name].shape
+        for rows in rows_of(alignment.spec(self.name)):
+            if shape and rows.stop > shape[0]:
+                self._read(Chunk(rows.spec, max(rows.start, shape[0]), rows.stop))
+        faults = holds_bad(f"Expert '{alignment.name}'", self.raw, self._bad)
+        if not (faults or self._fits) and reference_is_finite:
+            faults = [f"Expert '{alignment.name}': {beyond_fp32(self.name)}"]
+        if self._columns is not None:
+            self._zero_columns += int((~self._columns).sum())
+        scan = TensorScan(self._changed, self._zero_rows, self._zero_columns, self._zeros)
+        return _Seen(scan, digest=self._digest.text(), faults=faults)
+
+    def _read(self, rows: Chunk) -> Tensor:
+        checkpoint = self.deltas.alignment.checkpoint
+        is_all = not rows.spec.shape or rows.shape == checkpoint.specs[self.raw].shape
+        own = (
+            checkpoint.read(self.raw)
+            if is_all
+            else checkpoint.read_rows(self.raw, rows.start, rows.stop)
+        )
+        self._digest.update(own)
+        self._bad += count_bad(own)
+        return own
+
+
+def _compare(
+    reference: Checkpoint, name: str, experts: Sequence[Deltas], *, is_checked: bool
+) -> Iterator[tuple[_Place, _Seen]]:
+    """See one tensor of the reference and of all experts that store it: each is read once."""
+    spec = reference.specs[name]
+    digest, bad = Digest(spec.dtype, spec.shape), 0
+    looks = [_Look(deltas, name) for deltas in experts]
+    for rows in rows_of(spec):
+        values = read_chunk(reference, name, rows)
+        digest.update(values)
+        bad += count_bad(values) if is_checked or looks else 0
+        if looks:
+            values = values.float()
+        for look in looks:
+            look.take(rows, values)
+    faults = holds_bad("The base", name, bad) if is_checked else []
+    yield _Place(None, name), _Seen(digest=digest.text(), faults=faults)
+    for look in looks:
+        place = _Place(look.deltas.alignment.name, look.raw)
+        yield place, look.seen(reference_is_finite=not bad)
+
+
+def _see(deltas: Deltas, raw_name: str, name: str | None) -> _Seen:
+    """See a tensor that is an expert's own, a buffer, or an adapter's sum with its base."""
+    alignment = deltas.alignment
     raw = alignment.checkpoint.read(raw_name)
     seen = _Seen(digest=tensor_digest(raw))
     if name is None:
@@ -198,15 +336,25 @@ class Scanned:
         Raises:
             CheckpointError: naming every weight that is not finite, and experts equal to the base.
         """
+        plan, unchecked = _Looks.of(family, from_base), uncoded(family)
+
+        def look(place: _Place) -> list[tuple[_Place, _Seen]]:
+            if place.expert is not None:
+                return [(place, _see(plan.experts[place.expert], place.name, plan.alone[place]))]
+            having, is_checked = plan.beside[place.name], place.name not in unchecked
+            return list(_compare(family.base, place.name, having, is_checked=is_checked))
+
+        seen: dict[str | None, dict[str, _Seen]] = {name: {} for name in (None, *plan.experts)}
+        for _, found in work.map(plan.places, look, cost=plan.cost, stage="reading the family"):
+            for place, one in found:
+                seen[place.expert][place.name] = one
         faults = Faults()
-        found = fingerprint(family.base, "The base", work, faults, unchecked=uncoded(family))
-        scans: dict[str, ExpertScan] = {}
-        for done, (name, expert) in enumerate(family.experts.items(), 1):
-            scans[name] = scan(Deltas(expert, family.base, from_base), work, faults)
+        digests = _noted(seen[None], faults)
+        scans = {name: _scan(deltas, seen[name], faults) for name, deltas in plan.experts.items()}
+        for expert in family.experts.values():
             expert.checkpoint.close()
-            work.progress("reading the family", done, len(family.experts))
         faults.raise_if_any(CheckpointError)
-        return cls(found, scans)
+        return cls(combine(digests | _copied(family.base, digests)), scans)
 
     @classmethod
     def of_weights(cls, family: Family, work: Work) -> "Scanned":

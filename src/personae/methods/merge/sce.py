@@ -78,6 +78,7 @@ class SCE(RowWise):
             before, window = window, narrowed(rank, counts[0].long(), window)
             place = 2 + ((window.low - before.low) >> before.shift)
             squares = counts[1:, 1] + counts[1:, max(place, 2) :].sum(dim=1)
+            del counts  # not held beside the next
         threshold = torch.tensor([window.magnitude])
         return {"threshold": threshold, "squares": squares * threshold.isfinite()}
 
