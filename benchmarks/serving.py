@@ -104,7 +104,10 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, A
         {
             "merged": lambda: merged.activate(next(order)),
             "factored_warm": lambda: factored.activate(next(order)),
-            "factored_cold": lambda: (factored._cache.drop(n := next(order)), factored.activate(n)),
+            "factored_cold": lambda: (
+                factored._catalogue._cache.drop(n := next(order)),
+                factored.activate(n),
+            ),
             "peft_set_adapter": lambda: peft.set_adapter(next(order)),
             "peft_load_adapter": lambda: (
                 peft.load_adapter(adapters[names[0]], "new"),

@@ -76,7 +76,7 @@ def test_linear_layers_compute_once_for_all_rows(family: Family):
 
 
 def _shell(runtime: Runtime) -> Any:
-    return runtime._shell("a")
+    return runtime._catalogue.shell("a")
 
 
 def test_tasks_that_do_not_fit_the_rows(family: Family):
@@ -95,7 +95,10 @@ def test_tasks_that_do_not_fit_the_rows(family: Family):
 def test_the_cache_bounds_what_is_held(family: Family):
     whole = load(family.pack, mode="factored")
     whole(**family.kind.inputs, tasks=["a", "b", "a"])
-    held = {task: whole._cache.get(task, lambda: pytest.fail(), lambda: 0) for task in ("a", "b")}
+    held = {
+        task: whole._catalogue._cache.get(task, lambda: pytest.fail(), lambda: 0)
+        for task in ("a", "b")
+    }
     tensors = {
         tensor.data_ptr(): tensor.nbytes
         for paths in held.values()
