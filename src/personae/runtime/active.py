@@ -51,17 +51,11 @@ class Threads:
         active = self._active.get(thread)
         return None if active is None else active.task
 
-    def elsewhere(self) -> set[str]:
-        """The tasks in force in other threads."""
-        here = threading.current_thread()
+    def tasks(self) -> set[str]:
+        """The tasks in force in any thread."""
         with self._lock:
             known = [*self._active.items()]
-        return {
-            task
-            for thread, active in known
-            if thread is not here and thread.is_alive()
-            for task in active.tasks
-        }
+        return {task for thread, active in known if thread.is_alive() for task in active.tasks}
 
     def put(self, active: Active | None) -> None:
         """Note what is in force in this thread."""

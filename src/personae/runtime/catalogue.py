@@ -3,9 +3,9 @@
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from personae.run.rebuilt import Rebuilt
 from personae.runtime.active import Threads
 from personae.runtime.cache import Cache
 from personae.runtime.mixed import NotByRow
-from personae.runtime.paths import Paths, changed, patch, paths_bytes, paths_of
+from personae.runtime.paths import Paths, changed, patch, paths_of
 from personae.runtime.routing import AUTO, mixture_name
 from personae.runtime.shells import Shell, Shells
 from personae.runtime.variants import ComposedVariant, TaskVariant, Variant
@@ -62,7 +62,8 @@ class Catalogue:
         self._placed: dict[str, Shell] = {}
         self._views: dict[str, nn.Module] = {}
         self._patched: dict[int, Callable[[], None]] = {}
-        self._cache: Cache[Paths] = Cache(cache, threads.elsewhere)
+        self._paths: dict[str, Paths] = {}
+        self._cache: Cache[Any] = Cache(cache, threads.tasks)
         self._lock = threading.RLock()
         self._closed = False
 
@@ -132,15 +133,14 @@ class Catalogue:
                 self._views[task] = view
             return self._views[task]
 
-    def paths(self, task: str, beside: Collection[str] = ()) -> Paths:
-        """What a task changes, decoded; `beside` others that must stay."""
+    def paths(self, task: str) -> Paths:
+        """What a task changes, decoded as modules are called."""
         variant, shell, view = self.variant(task), self.shell(task), self.view(task)
-        return self._cache.get(
-            task,
-            make=lambda: paths_of(variant, shell, view),
-            size=lambda: paths_bytes(variant, shell),
-            beside=beside,
-        )
+        with self._lock:
+            if task not in self._paths:
+                held = partial(self._cache.get, task)
+                self._paths[task] = paths_of(variant, shell, view, held)
+            return self._paths[task]
 
     def check_readable(self, task: str) -> None:
         """Check that what a task changes is read by the modules that have it alone.
@@ -202,8 +202,15 @@ class Catalogue:
             with self._lock:
                 self._holds.subtract([*held])
                 for name in [name for name in held if not self._holds[name]]:
-                    for known in (self._holds, self._mixtures, self._placed, self._views):
+                    for known in (
+                        self._holds,
+                        self._mixtures,
+                        self._placed,
+                        self._views,
+                        self._paths,
+                    ):
                         known.pop(name, None)
+                    self._cache.drop(name)
 
     def close(self) -> None:
         """Let modules compute by themselves again, and release the files."""

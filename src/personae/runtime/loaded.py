@@ -120,7 +120,6 @@ class Runtime:
             PackError: if there is no such task, or its file is missing or damaged.
             WorkError: if another thread has a task active, or computes, in `merged` mode; after
                 `close`.
-            BudgetError: if the task takes more than the cache holds.
             CheckpointError: if the class of the task is not known, or the module given to `load`
                 lacks tensors of it.
         """
@@ -161,7 +160,6 @@ class Runtime:
             MethodError: if inputs have not as many rows as `tasks` names tasks, or hold labels of
                 several tasks.
             WorkError: if another thread has a task active in `merged` mode.
-            BudgetError: if the tasks of a batch take more than the cache holds.
         """
         if tasks is not None:
             return self._batch(tasks, args, inputs, lambda model: model, lambda _: -torch.inf)
@@ -183,7 +181,6 @@ class Runtime:
             PackError: if there is no such task, or its file is missing or damaged.
             MethodError: if the model's class does not generate, or as for a call.
             WorkError: if another thread has a task active in `merged` mode.
-            BudgetError: if the tasks of a batch take more than the cache holds.
         """
         if tasks is not None:
             return self._batch(tasks, args, inputs, generating, padding_of)
@@ -350,7 +347,7 @@ class Runtime:
             with self.activate(tasks[0]), self._call() as model:
                 yield model
             return
-        paths = [self._catalogue.paths(task, beside=tasks) for task in tasks]
+        paths = [self._catalogue.paths(task) for task in tasks]
         model, shell = self._catalogue.view(tasks[0]), self._catalogue.shell(tasks[0])
         whole = mixed(paths, counts, shell.widths, self._within)
         with self._threads.during(Active(None, tuple(tasks), model, whole)):
