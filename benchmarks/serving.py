@@ -6,8 +6,8 @@
 The experts are LoRA adapters on every linear layer of a classifier with random weights; the pack
 is made of them, so that both sides hold factors of one rank. All ways run in turns, `--repeats`
 times, after one round that warms them up; figures are medians. A batch has `--batch` rows, which in
-`mixed` are of all tasks in turn. `load_adapter` reads an adapter from disk, as `cold` activation
-reads a task; `warm` activation finds it decoded.
+`mixed` are of all tasks in turn. `load_adapter` reads an adapter from disk; `cold` is an activation
+with the decoding of the task, as in its first pass; `warm` finds it decoded.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from personae import SVD, Pack, load, pack
+from personae import SVD, Pack, Runtime, load, pack
 from setting import machine, show
 
 
@@ -68,6 +68,15 @@ def in_turns(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     return {way: statistics.median(found) for way, found in seconds.items()}
 
 
+def decode(runtime: Runtime, task: str) -> None:
+    """Activate a task of which nothing is decoded, and decode it all."""
+    runtime._catalogue._cache.drop(task)
+    runtime.activate(task)
+    for path in runtime._catalogue.paths(task).values():
+        for given in (*path.whole.values(), *path.low_rank.values()):
+            given()
+
+
 def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, Any]], ...]:
     """Time everything; rows of computing, and of switching."""
     base, adapters = make_family(folder, options)
@@ -104,7 +113,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, A
         {
             "merged": lambda: merged.activate(next(order)),
             "factored_warm": lambda: factored.activate(next(order)),
-            "factored_cold": lambda: (factored._cache.drop(n := next(order)), factored.activate(n)),
+            "factored_cold": lambda: decode(factored, next(order)),
             "peft_set_adapter": lambda: peft.set_adapter(next(order)),
             "peft_load_adapter": lambda: (
                 peft.load_adapter(adapters[names[0]], "new"),

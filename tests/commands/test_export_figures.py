@@ -330,3 +330,28 @@ def test_a_dora_adapter_is_refused(work: Path) -> None:
     save_file(tensors, work / "dora" / WEIGHTS)
     with pytest.raises(CheckpointError, match="'use_dora' is True, which is not plain LoRA"):
         exported(source="dora")
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (
+            "layers.0.up",
+            r"'layers\.0\.up' do not fit .*\(20, 12\)\. Pass the model the adapter was trained on",
+        ),
+        ("layers.7.q", r"Expert 'other': .*layers\.7\.q.*trained on"),
+    ],
+    ids=["other shapes", "other names"],
+)
+def test_an_adapter_of_another_base_is_refused(work: Path, module: str, text: str) -> None:
+    (work / "other").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [module]}
+    (work / "other/adapter_config.json").write_text(json.dumps(config))
+    tensors = {
+        f"{ROOT}{module}.lora_{side}.weight": torch.ones(shape)
+        for side, shape in {"A": (2, 12), "B": (12, 2)}.items()
+    }
+    save_file(tensors, work / "other" / WEIGHTS)
+    with pytest.raises(CheckpointError, match=text):
+        exported(source="other")
+    assert not (work / "out").exists()

@@ -282,3 +282,7 @@ def test_triplets_are_factors_of_what_is_decoded(name: str, shape: tuple[int, ..
         return
     product = (found.u.double() * found.singular_values.double()) @ found.vh.double()
     torch.testing.assert_close(product.float(), decoded.flatten(1), rtol=1e-4, atol=1e-5)
+    stored = {part: values.clone() for part, values in parts.items()}
+    for vectors in (found.u, found.vh):  # which are the caller's to overwrite
+        vectors.mul_(2)
+    assert _same(parts, stored)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from personae.errors import PackError
-from personae.ops.bits import Width, pack, packed_size, unpack
+from personae.ops.bits import Width, pack, packed_size, unpack, unpack_values
 
 
 def _codes(*values: int) -> torch.Tensor:
@@ -49,6 +49,16 @@ def test_input_is_not_written_to():
     codes = _codes(1, 2, 3, 0)
     pack(codes, 2)
     assert codes.tolist() == [1, 2, 3, 0]
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_values_of_codes_without_the_codes(width: Width):
+    codes = torch.arange(11, dtype=torch.uint8) % (1 << width)
+    values = torch.tensor([0.5, -2.0, 3.0, -7.0])[: 1 << width]
+    found = unpack_values(pack(codes, width), 11, width, values)
+    assert found.tolist() == [values.tolist()[code] for code in codes.tolist()]
+    with pytest.raises(PackError, match="12 codes"):
+        unpack_values(pack(codes, width)[:-1], 12, width, values)
 
 
 def test_wrong_length_is_refused():

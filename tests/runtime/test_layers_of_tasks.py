@@ -102,8 +102,7 @@ def test_every_kind_of_layer(packed: Path, base: Everything, mode: str):
 
 def test_attention_and_recurrence_add_their_matrices_up(packed: Path, base: Everything):
     runtime = load(packed, model=base, mode="factored")
-    runtime.activate("a")
-    paths = runtime._current() or {}
+    paths = runtime._catalogue.paths("a")
     changes = {type(path.module): {*path.low_rank} for path in paths.values() if path.low_rank}
     assert changes == {
         nn.Embedding: {"weight"},

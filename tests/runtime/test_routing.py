@@ -122,7 +122,8 @@ def test_each_row_is_computed_by_its_sum_of_tasks(
         torch.testing.assert_close(got[row], right, rtol=1e-4, atol=1e-5)
     assert bool(sums) == (how == "mix")
     assert runtime.tasks == ("a", "b")  # sums are gone
-    assert not runtime._mixtures and not runtime._holds and {*runtime._views} == {"a", "b"}
+    known = runtime._catalogue
+    assert not known._mixtures and not known._holds and {*known._views} == {"a", "b"}
 
 
 def test_it_is_auto_switch(tmp_path: Path):
@@ -207,7 +208,7 @@ def test_threads_route_at_once(packed: Path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and not runtime._mixtures
+    assert not wrong and not runtime._catalogue._mixtures
 
 
 def test_what_is_decoded_of_sums_stays_within_the_cache(packed: Path):

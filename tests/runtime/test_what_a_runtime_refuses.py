@@ -20,7 +20,7 @@ from personae.errors import (
     RecipeError,
     WorkError,
 )
-from toys import perturb, toy_bert
+from toys import perturb, toy_bert, toy_gpt2
 
 TOKENS = torch.tensor([[3, 5, 7, 9]])
 
@@ -140,6 +140,44 @@ def test_a_merged_task_while_another_thread_computes(made: Path):
     done.set()
     thread.join()
     assert runtime.task is None and runtime.activate("cola") and runtime.task == "cola"
+
+
+@pytest.mark.parametrize("mode", ["merged", "factored"])
+def test_a_task_is_activated_while_another_thread_generates(tmp_path: Path, mode: str):
+    """The sequence goes on as it began; `factored` lets both threads have their tasks."""
+    base = toy_gpt2(tmp_path / "base")
+    experts = {task: perturb(base, tmp_path / task, seed, 0.3) for seed, task in enumerate("ab", 1)}
+    runtime = load(pack(base, experts, tmp_path / "pack", DTS(rank_fraction=1.0)), mode=mode)
+    how = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    right = {task: runtime.generate(TOKENS, tasks=task, **how) for task in "ab"}
+    assert not torch.equal(right["a"], right["b"])
+    begun, done, steps, got = threading.Event(), threading.Event(), [], []
+
+    def pause(*_: Any) -> None:
+        steps.append(runtime.task)
+        if len(steps) == 2:  # in the middle of a sequence
+            begun.set()
+            assert done.wait(10)
+
+    def generate() -> None:
+        with runtime.activate("a") as model:
+            hook = model.register_forward_pre_hook(pause)
+            got.append(runtime.generate(TOKENS, **how))
+            hook.remove()
+
+    thread = threading.Thread(target=generate, name="slow")
+    thread.start()
+    assert begun.wait(10)
+    if mode == "merged":
+        with pytest.raises(WorkError, match="Cannot activate 'b': thread 'slow' has task 'a'"):
+            runtime.activate("b")
+    else:
+        runtime.activate("b")
+    done.set()
+    thread.join()
+    assert torch.equal(got[0], right["a"]) and steps[:2] == ["a", "a"]
+    with runtime.activate("b"):
+        assert torch.equal(runtime.generate(TOKENS, **how), right["b"])
 
 
 @pytest.mark.parametrize("mode", ["merged", "factored"])

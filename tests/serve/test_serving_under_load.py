@@ -183,14 +183,14 @@ def test_a_task_that_fails_is_an_error_of_its_requests_alone(
 ):
     with running(packs / "bert", max_batch=2, max_wait=60.0) as client:
         runtime = client.tasks["two"].runtime
-        paths = runtime._paths
+        paths = runtime._catalogue.paths
 
-        def damaged(task: str, beside: Any = ()) -> Any:
+        def damaged(task: str) -> Any:
             if task == "two":
                 raise OSError("the disk is gone")
-            return paths(task, beside)
+            return paths(task)
 
-        monkeypatch.setattr(runtime, "_paths", damaged)
+        monkeypatch.setattr(runtime._catalogue, "paths", damaged)
         body = {"texts": ["w3 w4"]}
         with ThreadPoolExecutor(2) as workers:
             bad, good = workers.map(

@@ -49,7 +49,11 @@ def serve(
         typer.Option(metavar="NAME", help=f"{', '.join(_DTYPES)}.", show_default="the reference's"),
     ] = None,
     cache: Annotated[
-        str, typer.Option(metavar="SIZE", help="Decoded factors held for each pack, at most.")
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Most bytes of decoded tensors held for each pack, or their share of the model's.",
+        ),
     ] = CACHE,
     folder: Annotated[
         Path | None,

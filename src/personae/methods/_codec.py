@@ -205,7 +205,8 @@ class Codec(Parameters, ABC):
     def triplets(self, parts: Parts, shape: tuple[int, ...]) -> SVD | None:
         """Decoded vectors and values of which `decode` gives the product, if the parts hold such.
 
-        The vectors are as they come out of the code: neither orthogonal nor of length 1.
+        The vectors are as they come out of the code: neither orthogonal nor of length 1. They are
+        the caller's to overwrite.
         """
         return None
 

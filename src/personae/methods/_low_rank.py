@@ -40,12 +40,22 @@ def decode_low_rank(parts: Parts, shape: tuple[int, ...]) -> Float[Tensor, "..."
     """
     if not parts:
         return torch.zeros(shape)
-    left, singular_values, right = stored_triplets(parts, shape)
+    left, singular_values, right = _stored(parts, shape)
     return left @ (singular_values[:, None] * right)
 
 
 def stored_triplets(parts: Parts, shape: tuple[int, ...]) -> SVD:
-    """U, σ and Vᵀ as they are stored.
+    """U, σ and Vᵀ as they are stored, copied.
+
+    Raises:
+        PackError: if the parts do not fit the shape.
+    """
+    left, singular_values, right = _stored(parts, shape)
+    return SVD(left.clone(), singular_values, right.clone())
+
+
+def _stored(parts: Parts, shape: tuple[int, ...]) -> SVD:
+    """Views of them.
 
     Raises:
         PackError: if the parts do not fit the shape.

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Literal
 
 import torch
-from jaxtyping import Integer, UInt8
+from jaxtyping import Float, Integer, Shaped, UInt8
 from torch import Tensor
 
 from personae.errors import PackError
@@ -46,16 +46,20 @@ def unpack(packed: UInt8[Tensor, " byte"], count: int, width: Width) -> UInt8[Te
     Raises:
         PackError: if the number of bytes is not what `count` codes take.
     """
-    if packed.numel() != packed_size(count, width):
-        raise PackError(
-            f"{packed.numel()} bytes of codes, but {count} codes of {width} bit take "
-            f"{packed_size(count, width)}. The task file is damaged: fetch or write it again."
-        )
-    table, per_byte = _table(width).to(packed.device), 8 // width
-    codes = packed.new_empty(len(packed), per_byte)
-    for target, part in zip(codes.split(CHUNK), packed.split(CHUNK), strict=True):
-        torch.index_select(table, 0, part.int(), out=target)
-    return codes.flatten()[:count]
+    _check_size(packed, count, width)
+    return _looked_up(packed, _table(width).to(packed.device))[:count]
+
+
+def unpack_values(
+    packed: UInt8[Tensor, " byte"], count: int, width: Width, values: Float[Tensor, " code"]
+) -> Float[Tensor, " element"]:
+    """`values[unpack(packed, count, width)]`, in one step.
+
+    Raises:
+        PackError: if the number of bytes is not what `count` codes take.
+    """
+    _check_size(packed, count, width)
+    return _looked_up(packed, values[_table(width).to(packed.device).int()])[:count]
 
 
 def planes_size(count: int, width: int) -> int:
@@ -96,6 +100,29 @@ def unpack_planes(
         for target, bits in chunks(codes, unpack(plane, count, 1)):
             target |= bits.to(codes.dtype) << place
     return codes
+
+
+def _check_size(packed: UInt8[Tensor, " byte"], count: int, width: Width) -> None:
+    """Check that there are as many bytes as so many codes take.
+
+    Raises:
+        PackError: if not.
+    """
+    if packed.numel() != packed_size(count, width):
+        raise PackError(
+            f"{packed.numel()} bytes of codes, but {count} codes of {width} bit take "
+            f"{packed_size(count, width)}. The task file is damaged: fetch or write it again."
+        )
+
+
+def _looked_up(
+    packed: UInt8[Tensor, " byte"], table: Shaped[Tensor, "256 code"]
+) -> Shaped[Tensor, " element"]:
+    """What each byte stands for, one after the other."""
+    found = table.new_empty(len(packed), table.shape[1])
+    for target, part in zip(found.split(CHUNK), packed.split(CHUNK), strict=True):
+        torch.index_select(table, 0, part.int(), out=target)
+    return found.flatten()
 
 
 @cache

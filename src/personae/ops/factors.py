@@ -8,11 +8,22 @@ from personae._types import SVD
 from personae.ops.gram import exact_gram
 
 
-def balanced(svd: SVD) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """`left @ right` = U diag(σ) Vᵀ, the root of each value in both."""
+def balanced(
+    svd: SVD, *, overwrite: bool = False
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """`left @ right` = U diag(σ) Vᵀ, the root of each value in both.
+
+    Args:
+        svd: U, σ and Vᵀ.
+        overwrite: Whether the factors take the place of U and Vᵀ.
+    """
     u, values, vh = svd
     root = values.abs().sqrt()
-    return u * root, (values.sign() * root)[:, None] * vh
+    left, right = (u, vh) if overwrite else (None, None)
+    return (
+        torch.mul(u, root, out=left),
+        torch.mul(vh, (values.sign() * root)[:, None], out=right),
+    )
 
 
 def truncated_product(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from personae.ops.chunks import by_chunks, keep_first
+from personae.ops.chunks import CHUNK, by_chunks, keep_first
 from personae.ops.select import kth_magnitude
 
 Split = Literal["rank", "median", "none"]
@@ -76,11 +76,17 @@ def _quantise_sign(
 
 def dequantise(levels: Levels) -> Float[Tensor, "set element"]:
     """Put its signed scale in the place of every code."""
-    codes, scales = levels
-    values = scales[:, :1].expand(codes.shape).clone(memory_format=torch.contiguous_format)
-    for row, of_row, sizes in zip(values, codes, scales, strict=True):
-        for code in range(1, len(sizes)):
-            row.masked_fill_(of_row == code, -sizes[code] if code & 1 else sizes[code])
+    values = levels.scales.new_empty(levels.codes.shape)
+    for row, codes, of_code in zip(values, levels.codes, signed(levels.scales), strict=True):
+        for target, part in zip(row.split(CHUNK), codes.split(CHUNK), strict=True):
+            torch.index_select(of_code, 0, part.int(), out=target)
+    return values
+
+
+def signed(scales: Float[Tensor, "*set group"]) -> Float[Tensor, "*set group"]:
+    """What the codes of a set stand for: its scales, with their signs."""
+    values = scales.clone()
+    values[..., 1::2].neg_()
     return values
 
 

@@ -124,18 +124,23 @@ class Rebuilt:
             )
         return delta
 
-    def factors(self, ref_name: str) -> tuple[Tensor, Tensor] | None:
-        """The decoded delta as a product of two factors, if its code holds such; fp32."""
+    def factors(self, ref_name: str, device: torch.device = _CPU) -> tuple[Tensor, Tensor] | None:
+        """The decoded delta as a product of two factors, if its code holds such; fp32.
+
+        They are decoded on `device`, and are there.
+        """
         record = self.record.tensors.get(ref_name)
         if record is None or len(record.shape) != 2:
             return None
         pairs: list[tuple[Tensor, Tensor]] = []
         for block, parts in self._file.blocks(ref_name):
             cut = Block(block.axis, block.start, block.stop).shape_in(record.shape)
-            found = self._codec.triplets(parts, cut)
+            found = self._codec.triplets(_on(device, parts), cut)
             if found is None:
                 return None
-            pairs.append(balanced(found))
+            pairs.append(balanced(found, overwrite=True))
+        if len(pairs) == 1:
+            return pairs[0]
         lefts, rights = zip(*pairs, strict=True)
         if record.blocks[0].axis == 0:
             return torch.block_diag(*lefts), torch.cat(rights)
@@ -180,9 +185,12 @@ def _decode_block(
     shared: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    there = {name: part.to(device) for name, part in parts.items()}
     shared = None if shared is None else shared.to(device)
-    return decode_block(codec, there, shape, shared).cpu()
+    return decode_block(codec, _on(device, parts), shape, shared).cpu()
+
+
+def _on(device: torch.device, parts: Parts) -> Parts:
+    return {name: part.to(device) for name, part in parts.items()}
 
 
 def left_in_words(record: TaskRecord) -> str:

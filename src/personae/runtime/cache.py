@@ -1,14 +1,13 @@
-"""What is decoded and held in memory, bounded in bytes; the least recently used goes first."""
+"""What is decoded and held in memory, bounded in bytes."""
 
 import threading
+from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
-from personae.errors import BudgetError
-
-CACHE = "1GB"
-"""Bytes of decoded factors held, by default."""
+CACHE = "4%"
+"""Bytes of decoded tensors held, by default, over those of the reference."""
 
 
 @runtime_checkable
@@ -29,72 +28,82 @@ Entry = TypeVar("Entry", bound=Sized)
 
 
 class Cache(Generic[Entry]):
-    """Entries by key. What is in use stays; the rest makes room for what is asked for."""
+    """Entries by task and name. What does not fit is made again whenever it is asked for.
 
-    def __init__(self, limit: int, in_use: Callable[[], Collection[Hashable]]) -> None:
+    A forward pass asks for all entries of its tasks in one order, and the next pass again: what was
+    asked for longest ago is what is needed next. So entries of tasks in use do not go for newer
+    ones, but for smaller ones, of which more fit; making one costs something whatever its size.
+    Those of other tasks make room first, the least recently used task's before others.
+
+    Attributes:
+        nbytes: Bytes held.
+    """
+
+    def __init__(self, limit: int, in_use: Callable[[], Collection[str]]) -> None:
         """Start empty.
 
         Args:
             limit: Most bytes held.
-            in_use: The keys that must stay.
+            in_use: The tasks that are.
         """
+        self.nbytes = 0
         self._limit, self._in_use = limit, in_use
-        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
-        self._lock, self._making = threading.Lock(), threading.Lock()
+        self._tasks: OrderedDict[str, dict[str, Entry]] = OrderedDict()
+        self._sizes: list[tuple[int, str, str]] = []  # with task and name, ascending
+        self._lock = threading.Lock()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(entry.nbytes for entry in [*self._entries.values()])
-
-    def get(
-        self,
-        key: Hashable,
-        make: Callable[[], Entry],
-        size: Callable[[], int],
-        beside: Collection[Hashable] = (),
-    ) -> Entry:
-        """The entry of this key, made if it is not there.
+    def get(self, task: str, name: str, make: Callable[[], Entry]) -> Entry:
+        """An entry, made if it is not there; by several threads at once, if they ask at once.
 
         Args:
-            key: What it goes by.
+            task: Whose it is.
+            name: What it goes by there.
             make: Makes it.
-            size: Bytes it will take, known before it is made.
-            beside: Further keys that must stay.
-
-        Raises:
-            BudgetError: naming the smallest cache that holds it beside what is in use.
         """
         with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-                return self._entries[key]
-        with self._making:  # one at a time; what is there is handed out meanwhile
-            with self._lock:
-                if key in self._entries:
-                    return self._entries[key]
-                self._make_room(size(), {*self._in_use(), *beside})
-            made = make()
-            with self._lock:
-                self._entries[key] = made
-            return made
-
-    def drop(self, key: Hashable) -> None:
-        """Forget one."""
+            if task in self._tasks:
+                self._tasks.move_to_end(task)
+                if name in self._tasks[task]:
+                    return self._tasks[task][name]
+        made = make()
         with self._lock:
-            self._entries.pop(key, None)
+            if name not in self._tasks.get(task, ()) and self._make_room(made.nbytes):
+                self._put(task, name, made)
+        return made
 
-    def _make_room(self, nbytes: int, kept: Collection[Hashable]) -> None:
-        staying = sum(entry.nbytes for key, entry in self._entries.items() if key in kept)
-        if staying + nbytes > self._limit:
-            used = f" beside {staying} bytes of what is in use" if staying else ""
-            raise BudgetError(
-                f"The factors take {nbytes} bytes{used}; the cache holds {self._limit}. "
-                f"Load the pack with a cache of at least {staying + nbytes} bytes, or fewer tasks "
-                "at once."
-            )
-        for key in [*self._entries]:
-            if self.nbytes + nbytes <= self._limit:
-                return
-            if key not in kept:
-                del self._entries[key]
+    def drop(self, task: str) -> None:
+        """Forget all entries of a task."""
+        with self._lock:
+            for name in [*self._tasks.get(task, ())]:
+                self._pop(task, name)
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Let go what may go, as far as needed; whether there is room for so many bytes."""
+        if nbytes > self._limit:
+            return False
+        if self._fits(nbytes):
+            return True
+        in_use = self._in_use()
+        for task in [task for task in self._tasks if task not in in_use]:
+            for name in [*self._tasks[task]]:
+                self._pop(task, name)
+                if self._fits(nbytes):
+                    return True
+        if self._sizes[-1][0] > nbytes:
+            self._pop(*self._sizes[-1][1:])
+        return self._fits(nbytes)
+
+    def _fits(self, nbytes: int) -> bool:
+        return self.nbytes + nbytes <= self._limit
+
+    def _put(self, task: str, name: str, made: Entry) -> None:
+        self._tasks.setdefault(task, {})[name] = made
+        insort(self._sizes, (made.nbytes, task, name))
+        self.nbytes += made.nbytes
+
+    def _pop(self, task: str, name: str) -> None:
+        nbytes = self._tasks[task].pop(name).nbytes
+        del self._sizes[bisect_left(self._sizes, (nbytes, task, name))]
+        self.nbytes -= nbytes
+        if not self._tasks[task]:
+            del self._tasks[task]

@@ -1,75 +1,29 @@
 """A pack in use: one model in memory, and every task of the pack on demand."""
 
-import itertools
 import threading
-from collections import Counter
-from collections.abc import (
-    Callable,
-    Collection,
-    Generator,
-    Hashable,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import wraps
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import nn
 
 from personae.checkpoints import Checkpoint
-from personae.checkpoints.naming import shown
-from personae.errors import MethodError, PackError, WorkError, nearest
+from personae.errors import MethodError, WorkError
 from personae.methods import Batch, Choice, Pool, Voting, build
 from personae.packs.reader import Pack
-from personae.packs.weighting import Weighting, given
-from personae.run.composed import Composed
-from personae.run.rebuilt import Rebuilt
-from personae.runtime.cache import Cache
+from personae.packs.weighting import Weighting
+from personae.runtime.active import Active, Threads
+from personae.runtime.catalogue import Catalogue
 from personae.runtime.generating import generating, padding_of
+from personae.runtime.in_place import InPlace
 from personae.runtime.mixed import NotByRow, mixed
-from personae.runtime.paths import Paths, changed, patch, paths_bytes, paths_of
-from personae.runtime.routing import AUTO, TaskRouter, fit_router, mixture_name, stored_router
+from personae.runtime.paths import Paths
+from personae.runtime.routing import AUTO, TaskRouter, fit_router, stored_router
 from personae.runtime.rows import check_rows, in_order, joined, take_rows
-from personae.runtime.shells import Shell, Shells
-from personae.runtime.variants import ComposedVariant, TaskVariant, Variant
-from personae.runtime.watch import Watch
-
-
-@dataclass(frozen=True)
-class Active:
-    """A task, or several for a batch, as in force in one thread.
-
-    Attributes:
-        task: Its name; None of several.
-        tasks: The names of all.
-        model: The module to call.
-        paths: What they change of the modules; empty where weights are in place.
-    """
-
-    task: str | None
-    tasks: tuple[str, ...]
-    model: nn.Module
-    paths: Mapping[int, Callable[..., Any]] = field(default_factory=dict[int, Any])
-
-
-class InPlace(NamedTuple):
-    """Rebuilt weights in the place of the reference's.
-
-    Attributes:
-        thread: Which thread has them.
-        shell: In which module.
-        names: Which ones.
-    """
-
-    thread: threading.Thread
-    shell: Shell
-    names: frozenset[str]
+from personae.runtime.shells import Shells
 
 
 class Runtime:
@@ -85,25 +39,18 @@ class Runtime:
     ) -> None:
         """Take what is there; builds no model yet."""
         self.pack, self.mode = pack, mode
-        self._reference, self._shells = reference, shells
-        self._variants: dict[str, Variant] = {}
-        self._mixtures: dict[str, Variant] = {}
-        self._holds = Counter[str]()
         self._router: TaskRouter | None = None
-        self._placed: dict[str, Shell] = {}
-        self._views: dict[str, nn.Module] = {}
-        self._patched: dict[int, Callable[[], None]] = {}
-        self._active: WeakKeyDictionary[threading.Thread, Active] = WeakKeyDictionary()
-        self._cache: Cache[Paths] = Cache(cache, self._in_use)
-        self._switching, self._registering = threading.RLock(), threading.Lock()
-        self._in_place: InPlace | None = None
-        self._calling = Counter[threading.Thread]()
+        self._threads = Threads()
+        self._in_place = InPlace(self._threads)
+        self._catalogue = Catalogue(
+            pack, reference, shells, self._threads, factored=mode == "factored", cache=cache
+        )
         self._closed = False
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The names of all tasks."""
-        return tuple(dict.fromkeys([*self.pack.manifest.tasks, *self._variants]))
+        return self._catalogue.names
 
     @property
     def task(self) -> str | None:
@@ -112,13 +59,12 @@ class Runtime:
 
     def task_of(self, thread: threading.Thread) -> str | None:
         """The task that is active in a thread; None if none is."""
-        active = self._active.get(thread)
-        return None if active is None else active.task
+        return self._threads.task_of(thread)
 
     @property
     def cached_bytes(self) -> int:
         """Bytes of the decoded tensors that are held for tasks."""
-        return self._cache.nbytes
+        return self._catalogue.cached_bytes
 
     @property
     def model(self) -> nn.Module:
@@ -131,13 +77,13 @@ class Runtime:
             WorkError: if another thread has a task active in `merged` mode.
             CheckpointError: if the class of the reference is not known.
         """
-        active = self._active.get(threading.current_thread())
+        active = self._threads.here
         if active is not None:
             return active.model
-        with self._switching:
-            self._refuse_others("use the reference")
-            self._put_back()
-            return self._shells.bare()
+        with self._in_place.lock:
+            self._in_place.check_free("use the reference", weights_change=False)
+            self._in_place.put_back()
+            return self._catalogue.bare()
 
     def model_of(self, task: str) -> nn.Module:
         """The module of a task, with its configuration; it computes for it while it is active.
@@ -146,7 +92,7 @@ class Runtime:
             PackError: if there is no such task, or its file is missing or damaged.
             CheckpointError: if the class of the task is not known.
         """
-        return self._view(task)
+        return self._catalogue.view(task)
 
     def files_of(self, task: str) -> dict[str, Path | bytes]:
         """The small files of a task's checkpoint, such as its tokenizer, and the reference's.
@@ -154,12 +100,11 @@ class Runtime:
         Raises:
             PackError: if there is no such task, or one of its files is missing or changed.
         """
-        reference = self._shells.of_reference.auxiliary_files()
-        return {**reference, **self._variant(task).outline.auxiliary_files()}
+        return self._catalogue.files_of(task)
 
     def together(self, task: str) -> Hashable:
         """Equal for tasks whose rows are computed in one pass."""
-        shell = self._shell(task)
+        shell = self._catalogue.shell(task)
         return task if self.mode == "merged" or shell.apart else id(shell)
 
     def activate(self, task: str) -> "Activation":
@@ -175,27 +120,27 @@ class Runtime:
             PackError: if there is no such task, or its file is missing or damaged.
             WorkError: if another thread has a task active, or computes, in `merged` mode; after
                 `close`.
-            BudgetError: if the task takes more than the cache holds.
             CheckpointError: if the class of the task is not known, or the module given to `load`
                 lacks tensors of it.
         """
-        before = self.task
-        view = self._view(task)
+        before, view = self.task, self._catalogue.view(task)
         if self.mode == "factored":
-            _refuse_strays(task, self._variant(task), self._shell(task))
-            self._register(Active(task, (task,), view, self._paths(task)))
+            self._catalogue.check_readable(task)
+            self._threads.put(Active(task, (task,), view, self._catalogue.paths(task)))
         else:
-            with self._switching:
-                self._put(task)
-                self._register(Active(task, (task,), view))
+            with self._in_place.lock:
+                self._in_place.check_free(f"activate '{task}'", weights_change=True)
+                if self.task != task:
+                    self._in_place.put(self._catalogue.variant(task), self._catalogue.shell(task))
+                self._threads.put(Active(task, (task,), view))
         return Activation(self, before)
 
     def deactivate(self) -> None:
         """Make this thread's model the reference again, to the bit."""
-        with self._switching:
+        with self._in_place.lock:
             if self.task is not None:
-                self._register(None)
-                self._put_back()
+                self._threads.put(None)
+                self._in_place.put_back()
 
     def __call__(self, *args: Any, tasks: str | Iterable[str] | None = None, **inputs: Any) -> Any:
         """What the model computes for this thread's task, or for the task of each row.
@@ -215,7 +160,6 @@ class Runtime:
             MethodError: if inputs have not as many rows as `tasks` names tasks, or hold labels of
                 several tasks.
             WorkError: if another thread has a task active in `merged` mode.
-            BudgetError: if the tasks of a batch take more than the cache holds.
         """
         if tasks is not None:
             return self._batch(tasks, args, inputs, lambda model: model, lambda _: -torch.inf)
@@ -237,7 +181,6 @@ class Runtime:
             PackError: if there is no such task, or its file is missing or damaged.
             MethodError: if the model's class does not generate, or as for a call.
             WorkError: if another thread has a task active in `merged` mode.
-            BudgetError: if the tasks of a batch take more than the cache holds.
         """
         if tasks is not None:
             return self._batch(tasks, args, inputs, generating, padding_of)
@@ -260,14 +203,7 @@ class Runtime:
             PackError: if the pack has no such task, or has one of this name.
             RecipeError: if a weight is not finite, or all are 0.
         """
-        if name in self.tasks:
-            raise PackError(f"There is a task '{name}' already. Give another name.")
-        if name.startswith(AUTO):
-            raise PackError(f"Names that begin with '{AUTO}' are the router's. Give another name.")
-        if head is not None and head not in self.pack.manifest.tasks:
-            known = nearest(head, self.pack.manifest.tasks)
-            raise PackError(f"{self.pack.directory} has no task '{head}'. {known}")
-        self._variants[name] = self._composed(weights, head)
+        self._catalogue.compose(name, weights, head)
 
     def fit_router(
         self,
@@ -322,17 +258,11 @@ class Runtime:
 
     def close(self) -> None:
         """Let the model be the reference, compute by itself again, and release the files."""
-        with self._switching:
+        with self._in_place.lock:
             self._closed = True
-            self._active.clear()
-            self._in_place = self._in_place and self._in_place._replace(
-                thread=threading.current_thread()
-            )
-            self._put_back()
-            for undo in self._patched.values():
-                undo()
-            self._patched.clear()
-            self._reference.close()
+            self._threads.clear()
+            self._in_place.put_back()
+            self._catalogue.close()
 
     def _batch(
         self,
@@ -357,7 +287,7 @@ class Runtime:
         if tasks == AUTO and AUTO not in self.tasks:
             if args:
                 raise MethodError(f'tasks="{AUTO}" takes inputs by their names alone.')
-            with self._routed(inputs) as found:
+            with self._catalogue.mixtures(self.route(**inputs)) as found:
                 return self._batch(found, args, inputs, how, fill)
         if isinstance(tasks, str):
             with self.activate(tasks):
@@ -377,35 +307,13 @@ class Runtime:
                 with self._several(at_once, [*map(tasks.count, at_once)]) as model:
                     results.append(how(model)(*own_args, **own_inputs))
             except NotByRow:
-                self._shell(at_once[0]).apart = True
+                self._catalogue.shell(at_once[0]).apart = True
                 waiting = [*([task] for task in at_once), *waiting]
                 continue
             order += rows
             sizes.append(len(rows))
             fills.append(fill(model))
         return in_order(joined(results, sizes, fills[0]), order)
-
-    @contextmanager
-    def _routed(self, inputs: Mapping[str, Any]) -> Generator[list[str]]:
-        """The task of each row as the router says; sums of tasks are there until the block ends."""
-        rows = self.route(**inputs)
-        names = [mixture_name(weights) for weights in rows]
-        held = {name: row for name, row in zip(names, rows, strict=True) if len(row) > 1}
-        with self._switching:
-            self._holds.update([*held])
-        try:
-            with self._switching:
-                for name in held.keys() - self._mixtures.keys():
-                    head = max(held[name], key=held[name].__getitem__)
-                    self._placed[name], self._views[name] = self._shell(head), self._view(head)
-                    self._mixtures[name] = self._composed(held[name], head)
-            yield names
-        finally:
-            with self._switching:
-                self._holds.subtract([*held])
-                for name in [name for name in held if not self._holds[name]]:
-                    for known in (self._holds, self._mixtures, self._placed, self._views):
-                        known.pop(name, None)
 
     @contextmanager
     def _at_rest(self) -> Generator[nn.Module]:
@@ -439,35 +347,19 @@ class Runtime:
             with self.activate(tasks[0]), self._call() as model:
                 yield model
             return
-        paths = [self._paths(task, beside=tasks) for task in tasks]
-        model = self._view(tasks[0])
-        whole = mixed(paths, counts, self._shell(tasks[0]).widths, self._within)
-        with self._in_force(Active(None, tuple(tasks), model, whole)):
+        paths = [self._catalogue.paths(task) for task in tasks]
+        model, shell = self._catalogue.view(tasks[0]), self._catalogue.shell(tasks[0])
+        whole = mixed(paths, counts, shell.widths, self._within)
+        with self._threads.during(Active(None, tuple(tasks), model, whole)):
             yield model
 
     @contextmanager
     def _within(self, paths: Paths) -> Generator[None]:
         """Let modules compute for one task of several."""
-        with self._in_force(replace(self._active[threading.current_thread()], paths=paths)):
+        here = self._threads.here
+        assert here is not None
+        with self._threads.during(replace(here, paths=paths)):
             yield
-
-    @contextmanager
-    def _in_force(self, active: Active) -> Generator[None]:
-        """Something else than what is in force in this thread, for a while."""
-        before = self._active.get(threading.current_thread())
-        self._register(active)
-        try:
-            yield
-        finally:
-            self._register(before)
-
-    def _register(self, active: Active | None) -> None:
-        """Note what is in force in this thread."""
-        with self._registering:
-            if active is None:
-                self._active.pop(threading.current_thread(), None)
-            else:
-                self._active[threading.current_thread()] = active
 
     @contextmanager
     def _call(self) -> Generator[nn.Module]:
@@ -475,196 +367,13 @@ class Runtime:
         if self.mode == "factored":
             yield self.model
             return
-        thread = threading.current_thread()
-        with self._switching:
+        with self._in_place.lock:
             model = self.model
-            self._calling[thread] += 1
+            self._in_place.begin()
         try:
             yield model
         finally:
-            with self._switching:
-                self._calling[thread] -= 1
-                self._calling += Counter()  # keeps no thread that does not compute
-
-    def _variant(self, task: str) -> Variant:
-        """What is known of a task, composed ones too.
-
-        Raises:
-            PackError: if there is no such task, or its file is missing or damaged.
-            WorkError: after `close`, when modules no longer add what a task changes.
-        """
-        if self._closed:
-            raise WorkError(f"Cannot activate '{task}': the pack was closed. Load it again.")
-        known = self._mixtures.get(task, self._variants.get(task))
-        return self._task(task) if known is None else known
-
-    def _composed(
-        self, weights: Mapping[str, float] | Weighting, head: str | None
-    ) -> ComposedVariant:
-        """A weighted sum of tasks, with the head of one of them."""
-        weighting = given(weights, self.pack.manifest, self.pack.directory)
-        named = [task for task, weight in weighting.weights.items() if weight]
-        parts = {task: self._task(task) for task in [*named, *([head] if head else [])]}
-        rebuilt = {task: part.rebuilt for task, part in parts.items()}
-        of = self._shells.of_reference if head is None else parts[head].outline
-        return ComposedVariant(Composed(self._reference, rebuilt, weighting, of), parts)
-
-    def _task(self, task: str) -> TaskVariant:
-        """What is known of a task of the pack; its file is opened when it is first asked for.
-
-        Raises:
-            PackError: if there is no such task, or its file is missing or damaged.
-        """
-        if task not in self.pack.manifest.tasks:
-            raise PackError(
-                f"{self.pack.directory} has no task '{task}'. {nearest(task, self.tasks)}"
-            )
-        with self._switching:
-            known = self._variants.get(task)
-            if not isinstance(known, TaskVariant):
-                known = TaskVariant(self.pack, task, Rebuilt(self.pack, task, self._reference))
-                self._variants[task] = known
-            return known
-
-    def _shell(self, task: str) -> Shell:
-        """The module of a task's class, with the reference's tensors."""
-        with self._switching:
-            if task not in self._placed:
-                shell = self._shells.shell(self._variant(task).outline)
-                if self.mode == "factored":
-                    for unit in itertools.chain.from_iterable(shell.units.values()):
-                        if id(unit.module) not in self._patched:
-                            key = id(unit.module)
-                            self._patched[key] = patch(unit.module, self._current, key)
-                self._placed[task] = shell
-            return self._placed[task]
-
-    def _view(self, task: str) -> nn.Module:
-        """The module of a task, with its configuration."""
-        with self._switching:
-            if task not in self._views:
-                shell = self._shell(task)
-                view = shell.view(self._variant(task).outline)
-                if view is not shell.module and id(shell.module) in self._patched:
-                    patch(view, self._current, id(shell.module))
-                if self.mode == "factored" and all(view is not v for v in self._views.values()):
-                    self._watch(view, shell)
-                self._views[task] = view
-            return self._views[task]
-
-    def _watch(self, view: nn.Module, shell: Shell) -> None:
-        """Let the first call of a shell be watched."""
-        inner = view.forward
-
-        @wraps(inner)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if shell.strays is not None:
-                return inner(*args, **kwargs)
-            units = {key: [unit.module for unit in units] for key, units in shell.units.items()}
-            with Watch(units, (args, kwargs)) as watch:
-                result = inner(*args, **kwargs)
-            shell.strays = watch.strays
-            shell.apart |= any(not isinstance(m, nn.Embedding) for m in watch.without_rows)
-            active = self._active.get(threading.current_thread())
-            for task in active.tasks if active is not None else ():
-                _refuse_strays(task, self._variant(task), shell)
-            if active is not None and active.task is None and shell.apart:
-                raise NotByRow
-            return result
-
-        view.forward = forward
-        if view is shell.module:
-            self._patched.setdefault(id(view), lambda: view.__dict__.pop("forward", None))
-
-    def _current(self) -> Mapping[int, Callable[..., Any]] | None:
-        active = self._active.get(threading.current_thread())
-        return None if active is None else active.paths
-
-    def _in_use(self) -> set[str]:
-        """The tasks that other threads have active."""
-        here = threading.current_thread()
-        with self._registering:
-            known = [*self._active.items()]
-        return {
-            task
-            for thread, active in known
-            if thread is not here and thread.is_alive()
-            for task in active.tasks
-        }
-
-    def _paths(self, task: str, beside: Collection[str] = ()) -> Paths:
-        """What a task changes, decoded; `beside` others that must stay."""
-        variant, shell, view = self._variant(task), self._shell(task), self._view(task)
-        return self._cache.get(
-            task,
-            make=lambda: paths_of(variant, shell, view),
-            size=lambda: paths_bytes(variant, shell),
-            beside=beside,
-        )
-
-    def _put(self, task: str) -> None:
-        """Put rebuilt weights in place, once all are rebuilt."""
-        self._refuse_others(f"activate '{task}'")
-        if self.task == task:
-            return
-        variant, shell = self._variant(task), self._shell(task)
-        values = {
-            name: variant.value(name).to(at[0].device, at[0].dtype)
-            for name, at in changed(variant, shell).items()
-        }
-        self._put_back()
-        self._in_place = InPlace(threading.current_thread(), shell, frozenset(values))
-        shell.put(values)
-
-    def _put_back(self) -> None:
-        """Put the reference's weights in place, if others are."""
-        if self._in_place is not None:
-            shell = self._in_place.shell
-            shell.put({name: shell.at_rest[name] for name in self._in_place.names})
-            self._in_place = None
-
-    def _refuse_others(self, what: str) -> None:
-        """Check that no other thread needs the weights as they are.
-
-        Raises:
-            WorkError: naming it.
-        """
-        if self.mode != "merged":
-            return
-        here, held = threading.current_thread(), self._in_place
-        remedy = 'or load the pack with mode="factored", in which each thread has its own task.'
-        if held is not None and held.thread is not here and held.thread.is_alive():
-            raise WorkError(
-                f"Cannot {what}: thread '{held.thread.name}' has task "
-                f"'{self.task_of(held.thread)}' active, whose weights are in the model. "
-                f"Deactivate it there, {remedy}"
-            )
-        busy = [thread for thread, calls in self._calling.items() if calls and thread is not here]
-        if busy and what != "use the reference":
-            raise WorkError(
-                f"Cannot {what}: thread '{busy[0].name}' computes with the model. "
-                f"Wait for it, {remedy}"
-            )
-
-
-def _refuse_strays(task: str, variant: Variant, shell: Shell) -> None:
-    """Check that what a task changes is read by the modules that have it alone.
-
-    Raises:
-        MethodError: naming the tensors of which that does not hold.
-    """
-    strays = shell.strays or set()
-    found = [
-        name
-        for name, places in changed(variant, shell).items()
-        if any(id(place) in strays for place in places)
-    ]
-    if found:
-        raise MethodError(
-            f"{type(shell.module).__name__} reads {shown(found)} without calling the layers that "
-            f"have them, so that task '{task}' cannot be added there. Load the pack with "
-            'mode="merged".'
-        )
+            self._in_place.end()
 
 
 class Activation:

@@ -45,7 +45,8 @@ def load(
             name. Without `base` it has to be the reference itself.
         device: Where the model goes; by default the CPU.
         dtype: Of the model's floating tensors; by default as the reference has most of them.
-        cache: Most bytes of decoded factors held, such as "256MB"; of no use to `merged`.
+        cache: Most bytes of decoded tensors held by `factored`, such as "256MB", or "5%" of the
+            reference's; what does not fit is decoded in every forward pass. 0 holds none.
         work: Workers and progress of checking the reference.
 
     Raises:
@@ -57,7 +58,7 @@ def load(
     faults = Faults()
     if mode not in MODES:
         faults.add(f"Unknown mode '{mode}'. {nearest(mode, MODES)}")
-    limit = _size(cache, faults)
+    size = _size(cache, faults)
     place = _device(device, faults)
     if dtype is not None and not getattr(dtype, "is_floating_point", False):
         faults.add(f"dtype is {dtype!r}. Give a floating one, such as torch.bfloat16.")
@@ -67,16 +68,19 @@ def load(
         for task in opened.manifest.tasks:
             check_factored(opened, task)
     reference = open_reference(opened, model if base is None else base, work or Work())
-    return Runtime(opened, reference, Shells(reference, model, place, dtype), mode, limit)
+    shells = Shells(reference, model, place, dtype)
+    limit = int(size * shells.nbytes) if isinstance(size, float) else size
+    return Runtime(opened, reference, shells, mode, limit)
 
 
-def _size(cache: str | int, faults: Faults) -> int:
+def _size(cache: str | int, faults: Faults) -> float | int:
+    """Bytes, or as a float a share of the reference's."""
     if isinstance(cache, int):
         if cache < 0:
             faults.add(f"cache: {cache} is below 0. Give bytes, or a size such as 256MB.")
         return cache
     try:
-        return int(parse_size(cache))
+        return parse_size(cache, percent=True)
     except ValueError as error:
         faults.add(f"cache: {error}")
         return 0

@@ -9,7 +9,7 @@ turn. What heads of unlike width give is filled up with -inf, which no softmax a
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, cast
 
 import torch
@@ -89,11 +89,9 @@ class MixedPath:
         one_bias = None if any(part and part.whole for part in parts) else own
         result = functional.linear(given, weight.T if transposed else weight, one_bias).contiguous()
         changes = [part.low_rank.get("weight") if part else None for part in parts]
-        if transposed:
-            changes = [change and LowRank(change.right.T, change.left.T) for change in changes]
-        _add_products(result, given, changes, sizes)
+        _add_products(result, given, changes, sizes, transposed)
         if own is not None and one_bias is None:
-            biases = [part.whole.get("bias", own) if part else own for part in parts]
+            biases = [part.whole["bias"]() if part and part.whole else own for part in parts]
             for rows, bias in zip(_cuts(result, sizes), biases, strict=True):
                 rows.add_(bias)
         return result
@@ -151,28 +149,40 @@ def mixed(
 
 
 def _add_products(
-    result: Tensor, given: Tensor, changes: Sequence[LowRank | None], sizes: Sequence[int]
+    result: Tensor,
+    given: Tensor,
+    changes: Sequence[Callable[[], LowRank] | None],
+    sizes: Sequence[int],
+    transposed: bool,
 ) -> None:
     """Add (X Rᵀ) Lᵀ to the rows of each task, in place.
 
     The factors of one batched product are copied next to each other, which a CPU notices where
-    they are larger than what they are multiplied with.
+    they are larger than what they are multiplied with. Otherwise those of one task at a time are
+    decoded.
     """
-    there = [change for change in changes if change is not None]
-    alike = len({*sizes}) == len({one.right.shape for one in there}) == 1
-    copied = sum(one.right.numel() for one in there)
-    cheap = given.device.type != "cpu" or copied <= given.numel()
-    if len(there) == len(sizes) and alike and cheap:
-        number = len(there)
-        rights = torch.stack([change.right for change in there]).mT
-        lefts = torch.stack([change.left for change in there]).mT
-        inner = given.reshape(number, -1, given.shape[-1]) @ rights
-        result.view(number, -1, result.shape[-1]).baddbmm_(inner, lefts)
-        return
-    for out, rows, change in zip(_cuts(result, sizes), _cuts(given, sizes), changes, strict=True):
+    decoded = (None if change is None else _of(change(), transposed) for change in changes)
+    if len({*sizes}) == 1 and None not in changes:
+        first, number = cast(LowRank, next(decoded)), len(sizes)
+        decoded = chain([first], decoded)
+        if given.device.type != "cpu" or number * first.right.numel() <= given.numel():
+            there = [cast(LowRank, change) for change in decoded]
+            if len({change.right.shape for change in there}) == 1:
+                rights = torch.stack([change.right for change in there]).mT
+                lefts = torch.stack([change.left for change in there]).mT
+                inner = given.reshape(number, -1, given.shape[-1]) @ rights
+                result.view(number, -1, result.shape[-1]).baddbmm_(inner, lefts)
+                return
+            decoded = iter(there)
+    for out, rows, change in zip(_cuts(result, sizes), _cuts(given, sizes), decoded, strict=True):
         if change is not None:
             inner = functional.linear(rows.reshape(-1, rows.shape[-1]), change.right)
             out.view(-1, out.shape[-1]).addmm_(inner, change.left.T)
+
+
+def _of(change: LowRank, transposed: bool) -> LowRank:
+    """A change of a matrix (out, in)."""
+    return LowRank(change.right.T, change.left.T) if transposed else change
 
 
 def _cuts(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:

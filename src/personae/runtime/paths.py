@@ -6,6 +6,9 @@ other change is a tensor that the module has instead of its own. Modules are nev
 a module's twin shares everything with it but those tensors, so that any number of threads compute
 with one model.
 
+Changes are decoded when a module is called, and forgotten after it unless whoever holds them keeps
+them (see `cache`): until then they are what the pack stores.
+
 Of modules that use a matrix in another way, as `nn.MultiheadAttention` its three projections in
 one, the matrix is added up when they are called and forgotten afterwards.
 """
@@ -32,6 +35,15 @@ class LowRank(NamedTuple):
     left: Float[Tensor, "rows rank"]
     right: Float[Tensor, "rank columns"]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.left.nbytes + self.right.nbytes
+
+
+Held = Callable[[str, Callable[[], Any]], Any]
+"""Gives the change of a tensor by its name: one that is held, or else what the function makes."""
+
 
 @dataclass
 class Path:
@@ -39,84 +51,74 @@ class Path:
 
     Attributes:
         module: The module.
-        whole: What it calls a tensor to the tensor instead.
-        low_rank: The same to the change of a matrix.
+        whole: What it calls a tensor to what gives the tensor instead.
+        low_rank: The same to what gives the change of a matrix.
     """
 
     module: nn.Module
-    whole: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    low_rank: dict[str, LowRank] = field(default_factory=dict[str, LowRank])
-
-    @functools.cached_property
-    def twin(self) -> nn.Module:
-        """The module with the whole tensors."""
-        return twin(self.module, self.whole)
+    whole: dict[str, Callable[[], Tensor]] = field(default_factory=dict[str, Any])
+    low_rank: dict[str, Callable[[], LowRank]] = field(default_factory=dict[str, Any])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes for the task."""
+        module = self.module
+        if self.whole:
+            module = twin(module, {name: given() for name, given in self.whole.items()})
         added = adding(self.module) if self.low_rank.keys() == {"weight"} else None
-        if not self.low_rank or added is not None:
-            result = self.twin.forward(*args, **kwargs)
-            if added is None:
-                return result
-            given = args[0] if args else next(iter(kwargs.values()))
-            return result + added(self.module, given, self.low_rank["weight"])
-        summed = {
-            name: get(self.module, name) + change.left @ change.right
-            for name, change in self.low_rank.items()
-        }
-        return twin(self.twin, summed).forward(*args, **kwargs)
+        if self.low_rank and added is None:
+            changes = {name: given() for name, given in self.low_rank.items()}
+            summed = {n: get(self.module, n) + c.left @ c.right for n, c in changes.items()}
+            module = twin(module, summed)
+        result = type(module).forward(module, *args, **kwargs)
+        if added is None:
+            return result
+        given = args[0] if args else next(iter(kwargs.values()))
+        return result + added(self.module, given, self.low_rank["weight"]())
 
 
-class Paths(dict[int, Path]):
-    """What one task changes of all modules of a shell, by their ids.
-
-    Attributes:
-        nbytes: Bytes of its tensors.
-    """
-
-    nbytes: int = 0
+Paths = dict[int, Path]
+"""What one task changes of all modules of a shell, by their ids."""
 
 
-def paths_of(variant: Variant, shell: Shell, view: nn.Module) -> Paths:
-    """Decode what a task changes of a shell.
+def paths_of(variant: Variant, shell: Shell, view: nn.Module, held: Held) -> Paths:
+    """What a task changes of a shell; nothing is decoded yet.
 
     Args:
         variant: The task.
         shell: The shell.
         view: Its module with the task's configuration.
+        held: Gives decoded changes.
+    """
+    paths: Paths = {}
+    for name, places in changed(variant, shell).items():
+        of_rank = factor_rank(variant, name) is not None
+        decode = functools.partial(factors if of_rank else whole, variant, name, places[0])
+        given = functools.partial(held, name, decode)
+        for unit in (unit for place in places for unit in shell.units[id(place)]):
+            module = view if unit.module is shell.module else unit.module
+            path = paths.setdefault(id(unit.module), Path(module))
+            (path.low_rank if of_rank else path.whole)[unit.name] = given
+    return paths
+
+
+def factors(variant: Variant, name: str, place: Tensor) -> LowRank:
+    """Decode the change of a matrix, for where it is in memory.
 
     Raises:
         PackError: if the task's file is damaged.
     """
-    paths = Paths()
-    for name, places in changed(variant, shell).items():
-        dtype, device = places[0].dtype, places[0].device
-        found = variant.factors(name) if factor_rank(variant, name) is not None else None
-        if found is None:
-            change = variant.value(name).to(device, dtype)
-            paths.nbytes += change.nbytes
-        else:
-            change = LowRank(*(factor.to(device, dtype).contiguous() for factor in found))
-            paths.nbytes += change.left.nbytes + change.right.nbytes
-        for unit in (unit for place in places for unit in shell.units[id(place)]):
-            module = view if unit.module is shell.module else unit.module
-            path = paths.setdefault(id(unit.module), Path(module))
-            if isinstance(change, LowRank):
-                path.low_rank[unit.name] = change
-            else:
-                path.whole[unit.name] = change
-    return paths
+    found = variant.factors(name, place.device)
+    assert found is not None, f"'{name}' has a rank"
+    return LowRank(*(factor.to(place.device, place.dtype) for factor in found))
 
 
-def paths_bytes(variant: Variant, shell: Shell) -> int:
-    """Bytes of `paths_of`, without decoding anything."""
-    total = 0
-    for name, places in changed(variant, shell).items():
-        spec, rank = variant.outline.specs[name], factor_rank(variant, name)
-        numel = spec.numel if rank is None else rank * sum(spec.shape)
-        total += numel * places[0].dtype.itemsize
-    return total
+def whole(variant: Variant, name: str, place: Tensor) -> Tensor:
+    """Decode a tensor, for where it is in memory.
+
+    Raises:
+        PackError: if the task's file is damaged.
+    """
+    return variant.value(name).to(place.device, place.dtype)
 
 
 def changed(variant: Variant, shell: Shell) -> dict[str, tuple[Tensor, ...]]:

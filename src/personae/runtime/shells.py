@@ -140,6 +140,18 @@ class Shells:
         self._found: dict[str, Shell] = {}
         self._bare: nn.Module | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the reference in memory."""
+        if self._model is not None:
+            return sum(
+                tensor.nbytes for tensor in {id(t): t for _, t in _tensors(self._model)}.values()
+            )
+        return sum(
+            spec.numel * (self._dtype if spec.is_floating else spec.dtype).itemsize
+            for spec in self._reference.specs.values()
+        )
+
     def shell(self, of: Outline) -> Shell:
         """The shell for a model like this.
 

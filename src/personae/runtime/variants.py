@@ -36,8 +36,11 @@ class Variant(Protocol):
         """One tensor, as a checkpoint would hold it."""
         ...
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """The delta of one tensor as a product of two factors, fp32; None where it is none."""
+    def factors(self, name: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """The delta of one tensor as a product of two factors, fp32; None where it is none.
+
+        They are decoded on `device`, and are there.
+        """
         ...
 
     def factor_rank(self, name: str) -> int | None:
@@ -68,9 +71,9 @@ class TaskVariant:
         """One tensor; see `Variant.value`."""
         return cast(self.rebuilt.read(name), self.outline.specs[name], computed=name in self.coded)
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+    def factors(self, name: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """The delta's factors; see `Variant.factors`."""
-        return self.rebuilt.factors(self.outline.reference_names[name])
+        return self.rebuilt.factors(self.outline.reference_names[name], device)
 
     def factor_rank(self, name: str) -> int | None:
         """Their rank; see `Variant.factor_rank`."""
@@ -100,9 +103,9 @@ class ComposedVariant:
         """One tensor; see `Variant.value`."""
         return self._composed[name]
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+    def factors(self, name: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """The delta's factors; see `Variant.factors`."""
-        found = [(weight, task.factors(own)) for weight, task, own in self._coded(name)]
+        found = [(weight, task.factors(own, device)) for weight, task, own in self._coded(name)]
         lefts = [pair[0] * weight for weight, pair in found if pair is not None]
         rights = [pair[1] for _, pair in found if pair is not None]
         return (torch.cat(lefts, dim=1), torch.cat(rights)) if len(lefts) == len(found) else None

@@ -26,8 +26,8 @@ from personae.errors import MethodError
 from personae.methods._codec import Bits, Codec, Context, decompose_touched
 from personae.methods._registry import codec
 from personae.methods._site import Block, stacked_qkv
-from personae.ops.bits import Width, pack, packed_size, unpack
-from personae.ops.levels import Levels, Split, dequantise, groups, quantise
+from personae.ops.bits import Width, pack, packed_size, unpack, unpack_values
+from personae.ops.levels import Levels, Split, dequantise, groups, quantise, signed
 from personae.ops.parts import cut, part
 from personae.ops.rows import product_in_rows, restore_rows, rows_spec, touched_rows
 from personae.ops.svd import svd_bytes
@@ -309,8 +309,12 @@ class DTS(Codec):
         zeros = decode_zeros(parts, counts)
         factors: list[Tensor] = []
         for n, (shape, count) in enumerate(zip(shapes, counts, strict=True)):
-            code = unpack(codes[n], count, self._width).reshape(sets[n], -1)
-            values = dequantise(Levels(code, scales[n].reshape(sets[n], per_set))).reshape(shape)
+            if sets[n] == 1:
+                values = unpack_values(codes[n], count, self._width, signed(scales[n]))
+            else:
+                code = unpack(codes[n], count, self._width).reshape(sets[n], -1)
+                values = dequantise(Levels(code, scales[n].reshape(sets[n], per_set)))
+            values = values.reshape(shape)
             if (mask := zeros[n]) is not None:
                 values.masked_fill_(mask.reshape(shape), 0)
             factors.append(values)
