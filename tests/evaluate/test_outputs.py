@@ -1,7 +1,7 @@
 """What an adapter loses of a model's outputs, beside PEFT and transformers on the same inputs."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +111,15 @@ def test_the_command_prints_it(family: Path):
     assert "outputs" not in json.loads(run(app, [*words, "three", "--json"]).stdout)
 
 
-def _texts(_: Any, texts: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    for text in texts:
-        yield {"input_ids": torch.tensor([[len(word) for word in text.split()]])}
+def _lengths(text: str, **_: Any) -> dict[str, Tensor]:
+    return {"input_ids": torch.tensor([[len(word) for word in text.split()]])}
 
 
 def test_texts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = toy_bert(tmp_path / "base")
     perturb(base, tmp_path / "expert", 1, 0.2, names=_matrices(base))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(outputs, "_of_texts", _texts)
+    monkeypatch.setattr(outputs, "_tokenizer", lambda _: _lengths)
     Path("texts.txt").write_text("a few words\n\nand some more\n")
     found = output_change("base", "expert", "base", texts="texts.txt")
     assert found.inputs == "2 texts"
