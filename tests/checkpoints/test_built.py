@@ -46,3 +46,8 @@ def test_large_sizes_that_are_no_counts_of_parts_are_built() -> None:
     found = build(max_position_embeddings=10**7, vocab_size=10**6)
     assert found is not None
     assert "model.layers.1.mlp.up_proj" in found.linear
+
+
+def test_what_is_no_class_of_models_is_not_built() -> None:
+    pytest.importorskip("transformers")
+    assert built.build(TOY, "TextStreamer") is None  # it takes anything for its tokenizer

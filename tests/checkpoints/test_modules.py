@@ -112,3 +112,7 @@ def test_a_pipeline_of_diffusers_is_taken_by_its_parts(tmp_path: Path) -> None:
     unet = open_checkpoint(tmp_path / "unet")
     assert list(unet.specs) == list(OUTER) and list(unet.auxiliary_files) == ["config.json"]
     assert weight_layout(unet.auxiliary_files).stem == "diffusion_pytorch_model"
+    for part in ("unet", "text_encoder"):
+        (tmp_path / part / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"none of them has a config\.json\.$"):
+        open_checkpoint(tmp_path)

@@ -315,7 +315,8 @@ DTS.encode = slow
 """
 
 
-def test_an_interrupt_exits_130_and_the_same_command_goes_on(work):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_is_told_and_the_same_command_goes_on(work, stop):
     process = _start(*PACK.split(), "--workers", "1", prelude=SLOW)
     deadline = time.monotonic() + 60
     first = work / ".p.partial/tasks/news.safetensors"
@@ -325,9 +326,9 @@ def test_an_interrupt_exits_130_and_the_same_command_goes_on(work):
         if manifest.exists() and "news" in json.loads(manifest.read_text())["tasks"]:
             break
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + stop, err
     assert "Stopping; Ctrl-C again" in err and "Interrupted" in err
     assert "Run the same command again to continue." in err
     assert "Traceback" not in err
@@ -339,6 +340,32 @@ def test_an_interrupt_exits_130_and_the_same_command_goes_on(work):
     assert (work / "p/tasks/news.safetensors").read_bytes() == kept
     pack("base", {"news": "news", "law": "law"}, "whole")
     assert listing(work / "p") == listing(work / "whole")
+
+
+def test_what_ends_a_command_leaves_no_folder_for_the_meantime(work):
+    """Hollow models between the documents of a recipe lie in the system's folder for such."""
+    recipe = "merge_method: average\nbase_model: base\nmodels: [{model: news}, {model: law}]\n"
+    named = f"name: between\n{recipe}---\n{recipe.replace('law', 'between')}"
+    (work / "two.yaml").write_text(named)
+    (work / "meantime").mkdir()
+    slow = """
+import tempfile, time
+from personae.commands import merge_documents
+tempfile.tempdir = "meantime"
+def slow(*_):
+    open("made", "w").close()
+    time.sleep(60)
+merge_documents.plan_parts = slow
+"""
+    process = _start("plan", "two.yaml", prelude=slow)
+    deadline = time.monotonic() + 60
+    while not (work / "made").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert any((work / "meantime").iterdir())
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert not any((work / "meantime").iterdir())
 
 
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"

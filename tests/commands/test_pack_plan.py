@@ -9,6 +9,7 @@ from transformers import GPT2Config, RobertaConfig
 
 from families import saved, small_base, tuned
 from personae._types import TensorSpec
+from personae.checkpoints import built
 from personae.commands.accounting import HEADER_BYTES
 from personae.commands.pack import pack
 from personae.commands.pack_plan import RECORD_BYTES, plan_family, plan_pack, plan_shapes
@@ -190,6 +191,11 @@ def test_a_class_with_a_head_has_more_parameters(tmp_path):
     [
         ("{}", "AutoModel", "transformers cannot build .* as AutoModel"),
         ('{"model_type": "gpt2"}', "AutoModle", "transformers has no class 'AutoModle'"),
+        ('{"model_type": "gpt2"}', "TextStreamer", "transformers has no class 'TextStreamer'"),
+        ('{"model_type": "gpt2", "n_layer": 1000000000}', "AutoModel", "more layers or labels"),
+        ('{"model_type": "gpt2", "n_layer": "two"}', "AutoModel", "expected int, got str"),
+        ("[]", "AutoModel", "holds no configuration"),
+        ("[" * 9000, "AutoModel", "config.json cannot be read: it "),
         (None, "AutoModel", "config.json: there is no such file"),
     ],
 )
@@ -198,3 +204,11 @@ def test_architectures_that_cannot_be_built(tmp_path, config, name, message):
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(RecipeError, match=message):
         specs_of_architecture(tmp_path / "config.json", name)
+
+
+def test_an_architecture_without_end_is_not_built_to_its_end(tmp_path, monkeypatch):
+    """Layers of GPT-2 are of a dozen modules each."""
+    GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=10).save_pretrained(tmp_path)
+    monkeypatch.setattr(built, "_MOST_MODULES", 10)
+    with pytest.raises(RecipeError, match="of more than 10 modules"):
+        specs_of_architecture(tmp_path)

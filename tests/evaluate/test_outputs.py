@@ -1,7 +1,7 @@
 """What an adapter loses of a model's outputs, beside PEFT and transformers on the same inputs."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +111,15 @@ def test_the_command_prints_it(family: Path):
     assert "outputs" not in json.loads(run(app, [*words, "three", "--json"]).stdout)
 
 
-def _texts(_: Any, texts: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    for text in texts:
-        yield {"input_ids": torch.tensor([[len(word) for word in text.split()]])}
+def _lengths(text: str, **_: Any) -> dict[str, Tensor]:
+    return {"input_ids": torch.tensor([[len(word) for word in text.split()]])}
 
 
 def test_texts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = toy_bert(tmp_path / "base")
     perturb(base, tmp_path / "expert", 1, 0.2, names=_matrices(base))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(outputs, "_of_texts", _texts)
+    monkeypatch.setattr(outputs, "_tokenizer", lambda _: _lengths)
     Path("texts.txt").write_text("a few words\n\nand some more\n")
     found = output_change("base", "expert", "base", texts="texts.txt")
     assert found.inputs == "2 texts"
@@ -131,6 +130,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(family: P
     run = CliRunner().invoke
     words = ["export", "expert", "--base", "base", "--out", "out"]
     Path("empty.txt").write_text("\n \n")
+    Path("texts.txt").write_text("a\n")
     (family / "nameless").mkdir()
     for file in (family / "expert").glob("*.safetensors"):
         (family / "nameless" / file.name).write_bytes(file.read_bytes())
@@ -139,6 +139,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(family: P
         ("--against", "nameless"): "names no class",
         ("--against", "expert", "--texts", "empty.txt"): "empty.txt has no text",
         ("--against", "expert", "--texts", "none.txt"): "cannot be read as text",
+        ("--against", "expert", "--texts", "texts.txt"): "has no tokenizer",
         ("--texts", "empty.txt"): "without --against: leave out --texts",
     }
     for options, text in cases.items():
@@ -148,6 +149,25 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(family: P
         assert not Path("out").exists()
     with pytest.raises(RecipeError, match="no text"):
         output_change("base", "expert", "base", texts="empty.txt")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"num_hidden_layers": 5}, "there is no 'bert.encoder.layer.2"),
+        ({"num_hidden_layers": 0}, "it has no 'bert.encoder.layer.0"),
+        ({"num_hidden_layers": 10**9}, "cannot be compared"),
+        ({"hidden_size": 10**9}, "has shape"),
+        ({"architectures": ["TextStreamer"]}, "cannot be compared"),
+    ],
+)
+def test_a_configuration_of_another_model(family: Path, change: dict[str, Any], text: str):
+    """Layers that the original lacks would be drawn at random, in it and in its copies."""
+    config = json.loads(Path("expert/config.json").read_text())
+    export("expert", "adapter", base="base", rank=1)
+    Path("expert/config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=text):
+        output_change("adapter", "expert", "base")
 
 
 def test_without_a_tokenizer(tmp_path: Path):

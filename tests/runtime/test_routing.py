@@ -269,6 +269,31 @@ def test_a_router_whose_writing_fails_is_none(packed: Path, monkeypatch: pytest.
     verify(packed)
 
 
+@pytest.mark.parametrize("then", ["route", "fit_router"])
+def test_a_task_that_goes_while_a_pack_is_loaded(packed: Path, then: str):
+    """A router that knows it would make the pack unreadable."""
+    runtime = load(packed)
+    runtime.fit_router(FEW)
+    early = load(packed)
+    remove_task(packed, "b")
+    act = {
+        "route": lambda: early.route(input_ids=ASKED),
+        "fit_router": lambda: early.fit_router(FEW),
+    }
+    with pytest.raises(PackError, match=r"other tasks, or another router, .* Load it again\."):
+        act[then]()
+    verify(packed)
+    assert load(packed).route(input_ids=ASKED[:1]) == [{"a": 1.0}]
+
+
+def test_a_router_that_is_fitted_again_while_a_pack_is_loaded(packed: Path):
+    load(packed).fit_router(FEW)
+    early = load(packed)
+    load(packed).fit_router(FEW, neighbours=1)
+    with pytest.raises(PackError, match="Load it again"):
+        early.route(input_ids=ASKED)
+
+
 # What is refused
 
 
@@ -284,6 +309,7 @@ BAD: dict[str, tuple[Mapping[str, Any], dict[str, Any], str]] = {
     "no data of a task": ({"a": FEW["a"]}, {}, "no data of the task 'b'"),
     "another task": (FEW | {"c": FEW["a"]}, {}, r"no task 'c'\. Known: a, b\."),
     "an empty task": (FEW | {"b": []}, {}, "data of the task 'b' has no sample"),
+    "more neighbours than a pack can say": (FEW, {"neighbours": 10**17}, "neighbours = 10+:"),
     "no neighbour": (FEW, {"neighbours": 0}, "router: neighbours = 0"),
     "no example": (FEW, {"examples": 0}, "router: examples = 0"),
 }
@@ -314,6 +340,23 @@ def test_inputs_without_names(packed: Path):
 def _store(packed: Path, examples: dict[str, Tensor], mode: Choice = "mix") -> None:
     writer = PackWriter(packed, Pack(packed).manifest)
     writer.set_router(examples, neighbours=2, mode=mode, pool="first")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite(packed: Path, value: float):
+    """Of NaN all examples are equally far, and the first task would have all votes."""
+    runtime = load(packed)
+    runtime.fit_router(FEW)
+    inputs = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(0))
+    inputs[1, 0] = value
+    with pytest.raises(MethodError, match="Features of row 1 are NaN or infinite"):
+        runtime.route(inputs_embeds=inputs)
+
+
+def test_a_file_that_does_not_fit_its_record_is_not_verified(packed: Path):
+    _store(packed, {"a": torch.ones(2, 16), "b": torch.full((2, 16), torch.nan)})
+    with pytest.raises(PackError, match="features of b are not finite"):
+        verify(packed)
 
 
 def test_features_of_another_width(packed: Path):

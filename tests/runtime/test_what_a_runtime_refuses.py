@@ -1,5 +1,6 @@
 """What a runtime refuses: in our own words, and with the model left as it was."""
 
+import json
 import shutil
 import threading
 from contextlib import closing
@@ -49,6 +50,31 @@ def test_an_unknown_task(made: Path, mode: str):
             runtime.activate("sst")
         assert runtime.task == "cola"
         torch.testing.assert_close(logits(runtime), before)
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "no layer": ({"num_hidden_layers": 0}, "it has no 'bert.encoder.layer.0.attention"),
+    "more layers": ({"num_hidden_layers": 5}, "there is no 'bert.encoder.layer.2.attention"),
+    "wider": ({"hidden_size": 32}, r"'bert.*' has shape \(40, 16\), expected is \(40, 32\)"),
+    "wider heads alone": ({"architectures": ["BertForMaskedLM"], "vocab_size": 10**13}, "shape"),
+    "layers without end": ({"num_hidden_layers": 10**9}, "cannot build 'BertFor.* config"),
+    "no class of models": ({"architectures": ["DataCollatorWithPadding"]}, "cannot build 'DataC"),
+    "a function": ({"architectures": ["pipeline"]}, "cannot build 'pipeline'"),
+    "a key that is a method": ({"to_dict": 5}, "cannot build 'BertFor.* config"),
+    "no activation": ({"hidden_act": "nosuch"}, "cannot build 'BertFor.* config"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_configuration_of_another_model(made: Path, tmp_path: Path, case: str):
+    """Layers that it counts too many would be drawn at random, others left out."""
+    change, text = CONFIGS[case]
+    base = shutil.copytree(made / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | change))
+    pack(base, {"a": made / "sst2"}, tmp_path / "pack", DTS(rank_fraction=0.4))
+    with pytest.raises(CheckpointError, match=text):
+        load(tmp_path / "pack")(input_ids=TOKENS)
 
 
 @pytest.mark.parametrize("mode", ["merged", "factored"])

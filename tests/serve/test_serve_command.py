@@ -122,7 +122,8 @@ def test_where_nobody_can_read_what_is_served(packed: Path):
     assert "Stopped.\nerror: The report cannot be written: No space left on device." in errors
 
 
-def test_what_is_let_in_and_ctrl_c_ends_it(packed: Path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_let_in_and_what_ends_it(packed: Path, stop: signal.Signals):
     words = ["-m", "personae", "serve", str(packed), "--port", "0"]
     source = str(Path(serve.__file__).parents[2])
     server = subprocess.Popen(
@@ -141,7 +142,7 @@ def test_what_is_let_in_and_ctrl_c_ends_it(packed: Path):
         other = urllib.request.Request(f"{place}/v1/tasks", headers={"Host": "example.com"})
         with pytest.raises(urllib.error.HTTPError, match="400"):
             urllib.request.urlopen(other, timeout=60)
-        server.send_signal(signal.SIGINT)
+        server.send_signal(stop)
         _, errors = server.communicate(timeout=60)
     finally:
         server.kill()

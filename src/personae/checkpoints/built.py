@@ -78,13 +78,14 @@ def build(config: Mapping[str, Any], model_class: str | None) -> BuiltModel | No
 
 def build_module(config: Mapping[str, Any], model_class: str | None) -> Any | None:
     """The model itself, without weights; see `build`."""
-    if model_class is None or "model_type" not in config or _counts_too_many(config):
+    if model_class is None or "model_type" not in config:
         return None
     try:
         transformers = importlib.import_module("transformers")
-        with quiet_transformers(), torch.device("meta"), _bounded():
+        with quiet_transformers(), torch.device("meta"), bounded(config):
             loaded = transformers.AutoConfig.for_model(**config)
-            return getattr(transformers, model_class)(loaded)
+            model = getattr(transformers, model_class)(loaded)
+            return model if isinstance(model, nn.Module) else None
     except Exception:  # many kinds; all mean that transformers cannot tell
         return None
 
@@ -100,19 +101,24 @@ def _counts_too_many(config: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def _bounded() -> Generator[None]:
-    """Let this thread build a model of `_MOST_MODULES` at most.
+def bounded(config: Mapping[str, Any]) -> Generator[None]:
+    """Let this thread build the model of a configuration, if that is of no more parts than any has.
+
+    Args:
+        config: The content of a config.json.
 
     Raises:
-        OverflowError: It builds more.
+        OverflowError: It counts more layers or labels, or of it come more modules.
     """
+    if _counts_too_many(config):
+        raise OverflowError("it speaks of more layers or labels than any model has")
     thread, built = threading.get_ident(), 0
 
     def count(*_: Any) -> None:
         nonlocal built
         built += threading.get_ident() == thread
         if built > _MOST_MODULES:
-            raise OverflowError(f"more than {_MOST_MODULES} modules")
+            raise OverflowError(f"it is of more than {_MOST_MODULES} modules")
 
     hook = register_module_module_registration_hook(count)
     try:

@@ -223,7 +223,7 @@ def _open_model(folder: Folder, base: Checkpoint | None, as_stored: bool) -> Che
         parts = sorted({name.split("/")[0] for name in names if name.endswith("/config.json")})
         raise CheckpointError(
             f"{folder.source} is a pipeline of several models. Pass the folder of one, on this "
-            f"machine: {', '.join(map(folder.where, parts))}."
+            f"machine: {', '.join(map(folder.where, parts)) or 'none of them has a config.json'}."
         )
     if factors := [name for name in _ADAPTER if name in names]:
         raise CheckpointError(

@@ -34,7 +34,8 @@ from personae.cli.console import drop_output, err, show_warnings_plainly
 from personae.errors import PersonaeError
 
 _REFUSED = 2
-_INTERRUPTED = 130
+_BY_SIGNAL = 128  # the exit code of what a signal ended, less its number
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BROKEN_PIPE = 141  # as if SIGPIPE had ended it
 
 
@@ -55,16 +56,19 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line.
 
-    Exits 0 done, 1 failed on the work, 2 refused input, 130 interrupted, 141 broken pipe.
+    Exits 0 done, 1 failed on the work, 2 refused input, 141 broken pipe, or 128 and the number of
+    the signal that stopped it.
     """
     keep_freed_memory()
     show_warnings_plainly()
     kernels.alone = True
-    signal.signal(signal.SIGINT, _interrupt)
+    for stop in _STOPS:
+        if signal.getsignal(stop) is not signal.SIG_IGN:  # as nohup does
+            signal.signal(stop, _interrupt)
     try:
         app()
-    except KeyboardInterrupt:  # pressed again while the first was being handled
-        _leave(_INTERRUPTED)
+    except KeyboardInterrupt as stop:  # pressed again while the first was being handled
+        _leave(_code(stop))
     except OSError as error:  # of a help text or the version, which no command guards
         _tell_unwritten(error)
         _leave(_REFUSED)
@@ -76,12 +80,25 @@ def main() -> None:
         _leave(stop.code if has_reader else _BROKEN_PIPE)
 
 
-def _interrupt(*_: object) -> NoReturn:
-    """Say that Ctrl-C was heard: what workers have under way may take a while."""
+def _interrupt(number: int, _: object) -> NoReturn:
+    """Say that Ctrl-C was heard: what workers have under way may take a while.
+
+    A signal that asks to end is taken as that, so that folders made for the meantime are removed.
+
+    Raises:
+        KeyboardInterrupt: With the number of the signal.
+    """
     with contextlib.suppress(OSError):
         os.write(sys.stderr.fileno(), b"\nStopping; Ctrl-C again stops at once.\n")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    raise KeyboardInterrupt
+    for ends in _STOPS[1:]:
+        if signal.getsignal(ends) is _interrupt:
+            signal.signal(ends, signal.SIG_DFL)
+    raise KeyboardInterrupt(number)
+
+
+def _code(stop: KeyboardInterrupt) -> int:
+    return _BY_SIGNAL + (stop.args[0] if stop.args else signal.SIGINT)
 
 
 def _leave(code: int) -> NoReturn:
@@ -130,7 +147,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             err.print("Interrupted. No incomplete output has its final name.", markup=False)
             if command in (merge.merge, pack.pack, evaluate.evaluate, tune.tune):
                 err.print("Run the same command again to continue.", markup=False)
-            raise typer.Exit(_INTERRUPTED) from error
+            raise typer.Exit(_code(error)) from error
 
     return run
 

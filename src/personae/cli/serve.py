@@ -135,13 +135,15 @@ def _shown(line: str) -> Exception | None:
 def _run_until_stopped(app: Any, listener: socket.socket) -> None:
     """Answer requests until Ctrl-C or SIGTERM."""
     uvicorn = importlib.import_module("uvicorn")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = {stop: signal.signal(stop, signal.default_int_handler) for stop in stops}
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE)
     try:
         with contextlib.suppress(KeyboardInterrupt):  # raised again once all has ended
             uvicorn.Server(settings).run(sockets=[listener])
     finally:
-        signal.signal(signal.SIGINT, before)
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -60,7 +60,8 @@ def verify(
         Task name to what was found.
 
     Raises:
-        PackError: listing every damaged or missing file; a foreign reference.
+        PackError: listing every damaged or missing file, and a router's that does not fit its
+            record; a foreign reference.
         WorkError: listing every task whose original is another model than the one packed, or
             whose measured error is not the recorded one.
     """

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from personae._quiet import quiet_transformers
 from personae._small_files import read_text
 from personae.checkpoints import Checkpoint, open_checkpoint
+from personae.checkpoints.built import build_module
+from personae.checkpoints.class_fit import check_loaded, check_size
 from personae.checkpoints.configuration import CONFIG, class_of
 from personae.checkpoints.modules import read_auxiliary_file
 from personae.errors import CheckpointError, RecipeError
@@ -73,25 +75,23 @@ def comparable(original: Any, *, base: Any = None, texts: str | Path | None = No
         texts: A file with a text in each line, to compare on; by default inputs are drawn.
 
     Raises:
-        CheckpointError: if the original cannot be opened, or transformers cannot run it.
+        CheckpointError: if the original cannot be opened, or transformers cannot run it, or there
+            are texts and it has no tokenizer.
         RecipeError: if there is no text.
     """
     opened = open_checkpoint(original, base=None if base is None else open_checkpoint(base))
     content = read_auxiliary_file(opened.auxiliary_files, CONFIG)
-    config, model_class = None, None
-    try:
-        transformers = importlib.import_module("transformers")
-        model_class = getattr(transformers, class_of(content) or "", None)
-        with quiet_transformers():
-            config = transformers.AutoConfig.for_model(**content)
-    except (ImportError, ValueError, KeyError, TypeError):
-        pass
-    if config is None or model_class is None:
+    bare = build_module(content, class_of(content)) if isinstance(content, dict) else None
+    if bare is None:
         raise CheckpointError(
             f"Outputs of {opened.source} cannot be compared: transformers is not installed, or its "
             "config.json names no class that it has. Leave --against out."
         )
-    return Comparison(opened, config, model_class, _lines(texts))
+    check_size(bare, opened.specs)
+    asked = Comparison(opened, bare.config, type(bare), _lines(texts))
+    if asked.texts:
+        _tokenizer(opened)
+    return asked
 
 
 def output_change(
@@ -149,7 +149,7 @@ def _model(asked: Comparison, of: Checkpoint | None) -> nn.Module:
     """The original, with all that another model has too as it is there.
 
     Raises:
-        CheckpointError: if transformers makes no such model of these tensors.
+        CheckpointError: if transformers makes no such model of these tensors, or with others.
     """
     own = asked.original
     state: dict[str, Tensor] = {}
@@ -165,12 +165,17 @@ def _model(asked: Comparison, of: Checkpoint | None) -> nn.Module:
     state |= {dropped: state[kept] for dropped, kept in own.tied.items()}
     with quiet_transformers():
         try:
-            model = asked.model_class.from_pretrained(
-                None, config=asked.config, state_dict=state, dtype=torch.float32
+            model, told = asked.model_class.from_pretrained(
+                None,
+                config=asked.config,
+                state_dict=state,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
         except Exception as error:  # transformers raises many kinds; all mean the same here
             said = (str(error).strip() or repr(error)).splitlines()[0]
             raise CheckpointError(f"transformers cannot run {own.source}: {said}") from error
+    check_loaded(asked.model_class, told, own.specs)
     return model.eval()
 
 
@@ -212,8 +217,8 @@ def _with_answer(tokens: dict[str, Tensor], asked: Comparison) -> dict[str, Tens
     return tokens | ({"decoder_input_ids": tokens["input_ids"]} if answers else {})
 
 
-def _of_texts(original: Checkpoint, texts: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Texts as the original's tokenizer reads them.
+def _tokenizer(original: Checkpoint) -> Any:
+    """What reads texts for it.
 
     Raises:
         CheckpointError: if it has none.
@@ -228,9 +233,18 @@ def _of_texts(original: Checkpoint, texts: Sequence[str]) -> Iterator[dict[str, 
         raise lacking
     try:
         with quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(files[CONFIG].parent)
+            return transformers.AutoTokenizer.from_pretrained(files[CONFIG].parent)
     except Exception as error:  # as for models
         raise lacking from error
+
+
+def _of_texts(original: Checkpoint, texts: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Texts as the original's tokenizer reads them.
+
+    Raises:
+        CheckpointError: if it has none.
+    """
+    tokenizer = _tokenizer(original)
     for text in texts:
         found = tokenizer(text, truncation=True, max_length=TOKENS, return_tensors="pt")
         yield {name: one for name, one in found.items() if isinstance(one, Tensor)}

@@ -22,7 +22,10 @@ class Voting(Parameters):
     name: ClassVar = "router"
 
     neighbours: int = Field(
-        default=10, ge=1, description="Examples that vote (the paper takes 5 for RoBERTa)."
+        default=10,
+        ge=1,
+        le=2**53,
+        description="Examples that vote (the paper takes 5 for RoBERTa).",
     )
     mode: Choice = Field(
         default="mix", description="Tasks by their share of the votes, or the one that has most."

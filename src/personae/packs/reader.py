@@ -100,13 +100,17 @@ class Pack:
                 "one on a few examples of each task: fit_router of a loaded pack."
             )
         faults = Faults()
-        self.check_router(faults)
+        self._check_file(record, "which the router needs", faults)
         faults.raise_if_any(PackError)
         return read_router(self.directory / record.file, record)
 
     def check_router(self, faults: Faults) -> None:
-        """Add a fault if the router's file is missing or has another checksum."""
-        self._check_file(self.manifest.router, "which the router needs", faults)
+        """Add a fault if there is a router that cannot be read; see `read_router`."""
+        if self.manifest.router is not None:
+            try:
+                self.read_router()
+            except PackError as error:
+                faults.take(error)
 
     def check_task(self, name: str, faults: Faults) -> None:
         """Add a fault for each file of a task that is missing or does not have its checksum."""

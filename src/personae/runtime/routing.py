@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from personae.errors import Faults, MethodError, PackError, nearest
+from personae.family.finite import is_finite
 from personae.methods import Batch, NearestNeighbours, Pool, Voting, features, limited
 from personae.packs.reader import Pack
 from personae.packs.writer import PackWriter
@@ -42,7 +43,7 @@ class TaskRouter:
             inputs: What it takes, by name.
 
         Raises:
-            MethodError: if features are of another width, or no input is a tensor.
+            MethodError: if features are of another width or not finite, or no input is a tensor.
         """
         batch = {name: one for name, one in inputs.items() if isinstance(one, Tensor)}
         if not batch:
@@ -52,6 +53,12 @@ class TaskRouter:
             raise MethodError(
                 f"The router was fitted on features of {self.width} numbers; this model's have "
                 f"{seen.shape[1]}. Fit it again with this model."
+            )
+        odd = [row for row, one in enumerate(seen) if not is_finite(one)]
+        if odd:
+            raise MethodError(
+                f"Features of row {odd[0]} are NaN or infinite, so that no example is near it. "
+                "Repair the inputs or the model."
             )
         return [
             {task: weight for task, weight in zip(self.votes.tasks, row, strict=True) if weight}
@@ -72,7 +79,7 @@ def fit_router(
 
     Raises:
         MethodError: naming every task without data, every one that the pack does not have.
-        PackError: if the pack is gone or was changed.
+        PackError: if the pack is gone, or has other tasks than when it was loaded.
     """
     faults, tasks = Faults(), pack.manifest.tasks
     for task in batches.keys() - tasks.keys():
@@ -93,7 +100,9 @@ def fit_router(
     faults.raise_if_any(MethodError)
     votes = NearestNeighbours(examples, asked.neighbours, asked.mode)
     with locked(Pack(pack.directory).directory):
-        PackWriter(pack.directory, Pack(pack.directory).manifest).set_router(
+        now = Pack(pack.directory).manifest
+        _check_same(pack, now.tasks.keys() == tasks.keys())
+        PackWriter(pack.directory, now).set_router(
             examples, neighbours=asked.neighbours, mode=asked.mode, pool=asked.pool
         )
     return TaskRouter(votes, next(iter(examples.values())).shape[1], asked.pool)
@@ -103,8 +112,10 @@ def stored_router(pack: Pack) -> TaskRouter:
     """The router of a pack.
 
     Raises:
-        PackError: if there is none, it is damaged, or it does not know all tasks.
+        PackError: if there is none, it is damaged, it does not know all tasks, or it is another
+            than when the pack was loaded.
     """
+    _check_same(pack, Pack(pack.directory).manifest.router == pack.manifest.router)
     examples, record = pack.read_router(), pack.manifest.router
     assert record is not None
     if pack.manifest.unrouted:
@@ -114,6 +125,19 @@ def stored_router(pack: Pack) -> TaskRouter:
         )
     votes = NearestNeighbours(examples, record.neighbours, record.mode)
     return TaskRouter(votes, record.width, record.pool)
+
+
+def _check_same(pack: Pack, same: bool) -> None:
+    """Refuse a pack that is not what it was.
+
+    Raises:
+        PackError: It is not.
+    """
+    if not same:
+        raise PackError(
+            f"{pack.directory} has other tasks, or another router, than when it was loaded. Load "
+            "it again."
+        )
 
 
 def mixture_name(weights: Mapping[str, float]) -> str:

@@ -14,7 +14,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +23,8 @@ from torch import Tensor, nn
 from personae._quiet import quiet_transformers
 from personae._types import TensorSpec
 from personae.checkpoints import Checkpoint
+from personae.checkpoints.built import bounded, build_module
+from personae.checkpoints.class_fit import check_loaded, check_size
 from personae.checkpoints.configuration import class_of
 from personae.checkpoints.naming import shown
 from personae.checkpoints.published_renames import Renames, published_renames
@@ -197,28 +198,33 @@ class Shells:
         """A module built by transformers.
 
         Raises:
-            CheckpointError: if that does not know the class, or makes other tensors of those here.
+            CheckpointError: if that does not know the class, or makes other tensors of those here,
+            or of another shape, or needs some that are not here.
         """
         content = small_file(of)
         config, class_name = _config(content), class_of(content)
-        model_class = None
-        with suppress(ImportError, AttributeError):
-            model_class = getattr(importlib.import_module("transformers"), class_name or "")
-        if config is None or model_class is None:
+        bare = build_module(content, class_name)
+        if config is None or bare is None:
             raise CheckpointError(
                 f"transformers cannot build '{class_name}', which the configuration of "
-                f"{self._reference.source} or of a task names. Install transformers, or give the "
-                "module with model=."
+                f"{self._reference.source} or of a task names. Install transformers, mend that "
+                "configuration, or give the module with model=."
             )
+        check_size(bare, of.specs)
         marks = {name: self._mark(of, name) for name in of.specs}
-        with quiet_transformers():
-            module, told = model_class.from_pretrained(
-                None,
-                config=config,
-                state_dict=marks | {name: marks[of.tied[name]] for name in of.copies},
-                dtype=self._dtype,
-                output_loading_info=True,
-            )
+        try:
+            with quiet_transformers():
+                module, told = type(bare).from_pretrained(
+                    None,
+                    config=config,
+                    state_dict=marks | {name: marks[of.tied[name]] for name in of.copies},
+                    dtype=self._dtype,
+                    output_loading_info=True,
+                )
+        except Exception as error:  # transformers raises many kinds; all mean the same here
+            said = (str(error).strip() or repr(error)).splitlines()[0]
+            raise CheckpointError(f"transformers cannot build {class_name}: {said}") from error
+        check_loaded(type(bare), told, of.specs)
         known = {mark.data_ptr(): name for name, mark in marks.items() if mark.numel()}
         places: dict[str, list[Tensor]] = {}
         for name, tensor in _tensors(module):
@@ -315,9 +321,10 @@ def _config(content: Mapping[str, Any]) -> Any:
     """The configuration as transformers has it; None without one, or without transformers."""
     try:
         auto = importlib.import_module("transformers").AutoConfig
-        with quiet_transformers():
-            return auto.for_model(**content) if "model_type" in content else None
-    except (ImportError, ValueError, KeyError):
+        with quiet_transformers(), bounded(content):
+            config = auto.for_model(**content) if "model_type" in content else None
+        return config if config is None or config.to_dict() else None
+    except Exception:  # many kinds; all mean that it cannot tell
         return None
 
 
