@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -72,7 +73,7 @@ class Deltas:
             return None
         return self.alignment.checkpoint.factors(self.alignment.files[name])
 
-    @property
+    @cached_property
     def is_stored(self) -> bool:
         """Whether the expert's values lie in its file as they are: it is no adapter."""
         return adapter_of(self.alignment.checkpoint) is None

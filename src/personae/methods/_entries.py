@@ -240,18 +240,10 @@ def find_magnitudes(
         scope: What the passes are over.
     """
     windows = yield from guess_windows(ranks, seen, len(ranks), scope)
-
-    def count(vectors: Tensor | DeltaBlocks, own: Any, site: Site) -> Tensor:
-        bins = max(window.bins for window in windows)
-        counts = uninitialised((len(ranks), 2 + bins), torch.int64).zero_().numpy()
-        for found in _rows(seen, vectors, own, site):
-            for rank, window, counted in zip(ranks, windows, counts, strict=True):
-                kernels.count_magnitudes(
-                    found[rank.row], window.low, window.high, window.shift, counted
-                )
-        return torch.from_numpy(counts)
-
     while not all(window.found for window in windows):
+        bounds = [(window.low, window.high, window.shift) for window in windows]
+        bins = max(window.bins for window in windows)
+        count = partial(_count, seen, [rank.row for rank in ranks], bounds, bins)
         counted = yield Pass("thresholds", count, term_bytes=most_counted(len(ranks), scope))
         windows = [narrowed(*three) for three in zip(ranks, counted, windows, strict=True)]
         del counted  # not held beside the next
@@ -303,6 +295,23 @@ def most_counted(rows: int, scope: Scope) -> int:
 def most_patterns(scope: Scope) -> int:
     """Patterns that are counted one by one: more of one tensor, whose sample tells less."""
     return 2 * MOST_PATTERNS if scope == "tensor" else MOST_PATTERNS
+
+
+def _count(
+    seen: Callable[[Any, Site], Seen] | None,
+    rows: Sequence[int],
+    bounds: Sequence[tuple[int, int, int]],
+    bins: int,
+    vectors: Tensor | DeltaBlocks,
+    own: Any,
+    site: Site,
+) -> Tensor:
+    """The counts of `kernels.count_magnitudes` for each of some rows, within bounds of its own."""
+    counts = uninitialised((len(rows), 2 + bins), torch.int64).zero_().numpy()
+    for found in _rows(seen, vectors, own, site):
+        for row, (low, high, shift), counted in zip(rows, bounds, counts, strict=True):
+            kernels.count_magnitudes(found[row], low, high, shift, counted)
+    return torch.from_numpy(counts)
 
 
 def _rows(

@@ -269,9 +269,10 @@ class UndecidedEntries:
             MethodError: if a value does not fit in the dtype of its tensor.
         """
         votes = sum(self._count(item.number, _VOTES) for item in items)
+        files = {item.number: self._files(item.number) for item in items}
 
         def write(item: Item) -> None:
-            for path in self._files(item.number):
+            for path in files[item.number]:
                 _replace_kept(path, votes, writer)
 
         work.each(items, write, cost=waiting_bytes, stage="deciding by majority", in_order=True)
@@ -330,8 +331,8 @@ def _save(path: Path, values: Mapping[str, Tensor]) -> None:
 
 def _replace_kept(path: Path, votes: int, writer: CheckpointWriter) -> None:
     """As `_replace`, of what a file holds."""
-    with open_safetensors(path) as file:
-        _replace(set(file.keys()), file.get_tensor, votes, writer)
+    values = safetensors.torch.load(path.read_bytes())
+    _replace(values, values.__getitem__, votes, writer)
 
 
 def _replace(
