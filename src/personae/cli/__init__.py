@@ -63,7 +63,8 @@ def main() -> None:
     show_warnings_plainly()
     kernels.alone = True
     for stop in _STOPS:
-        if signal.getsignal(stop) is not signal.SIG_IGN:  # as nohup does
+        is_ignored = signal.getsignal(stop) is signal.SIG_IGN  # SIGHUP is by nohup
+        if stop == signal.SIGINT or not is_ignored:
             signal.signal(stop, _interrupt)
     try:
         app()
