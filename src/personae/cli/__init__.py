@@ -35,7 +35,7 @@ from personae.errors import PersonaeError
 
 _REFUSED = 2
 _BY_SIGNAL = 128  # the exit code of what a signal ended, less its number
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else ()))
 _BROKEN_PIPE = 141  # as if SIGPIPE had ended it
 
 
