@@ -83,6 +83,7 @@ def _type(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " | ".join(_type(option) for option in schema["anyOf"])
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    limits = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
+    bounds = [(sign, schema[key]) for key, sign in signs.items() if key in schema]
+    limits = [f"{sign} {n if isinstance(n, int) else f'{n:g}'}" for sign, n in bounds]
     kind = {"null": "none", "boolean": "true | false"}.get(schema["type"])
     return " ".join([kind or str(schema["type"]), *limits])
